@@ -1,0 +1,24 @@
+"""rnncore: recurrent networks in JAX that run fast and say where their gradients go."""
+
+from rnncore import initializers as initializers
+from rnncore.cells import GRU as GRU
+from rnncore.cells import LSTM as LSTM
+from rnncore.cells import MGU as MGU
+from rnncore.cells import Cell as Cell
+from rnncore.cells import CellParams as CellParams
+from rnncore.cells import Elman as Elman
+from rnncore.cells import HiddenCarry as HiddenCarry
+from rnncore.cells import IndRNN as IndRNN
+from rnncore.cells import LSTMCarry as LSTMCarry
+from rnncore.cells import PointwiseCell as PointwiseCell
+from rnncore.cells import ResetBeforeGRU as ResetBeforeGRU
+from rnncore.recurrence import Dense as Dense
+from rnncore.recurrence import Diagonal as Diagonal
+from rnncore.recurrence import Heads as Heads
+from rnncore.recurrence import Recurrence as Recurrence
+from rnncore.sequence import BackendChoice as BackendChoice
+from rnncore.sequence import States as States
+from rnncore.sequence import explain_backend as explain_backend
+from rnncore.sequence import unroll as unroll
+
+__version__ = "0.1.0"

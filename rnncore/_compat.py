@@ -1,0 +1,34 @@
+"""The places where JAX's API moves between the supported versions (0.10 to 0.12)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import core as jex_core
+
+Literal = jex_core.Literal
+ClosedJaxpr = jex_core.ClosedJaxpr
+jaxpr_as_fun = jex_core.jaxpr_as_fun
+
+
+def varying_axes(x: Any) -> frozenset:
+    """Names of the shard_map axes over which a value differs between devices."""
+    return frozenset(getattr(jax.typeof(x), "vma", ()) or ())
+
+
+def vary_over(x: Any, axes: frozenset) -> Any:
+    """The value marked as differing over `axes` (inside shard_map; elsewhere the value itself)."""
+    missing = tuple(sorted(axes - varying_axes(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def source_line(eqn: Any) -> str:
+    """Where in the user's code an equation of a jaxpr comes from."""
+    try:
+        from jax._src import source_info_util  # no public route exists
+
+        return source_info_util.summarize(eqn.source_info)
+    except (ImportError, AttributeError):
+        return "unknown line"

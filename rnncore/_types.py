@@ -1,0 +1,20 @@
+"""Letters and aliases that every file of rnncore uses.
+
+T time steps, B batch (any number of axes, none too), D input features, H hidden units,
+G gates, N heads.  A slab is an array whose last axis holds the G gates side by side, G*H long.
+In Jacobians rows are outputs and columns are inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+Initializer = Callable[..., Any]
+"""An initialiser as jax.nn.initializers makes them: (key, shape, dtype) -> Array."""
+Activation = Callable[[Any], Any]
+Differentiation = Literal["any", "reverse"]

@@ -1,0 +1,307 @@
+"""The recurrence s_t = step(p, x_t, mix(U, h_{t-1}), s_{t-1}) and its two differentiation rules.
+
+The derivative of a recurrence is a recurrence.  With L_t the linearised step,
+
+  ds_t = L_t(dp, dx_t, mix(dU, h_{t-1}) + mix(U, dh_{t-1}), ds_{t-1})
+
+and mix(dU, h_{t-1}) needs no loop: it is one product over all steps (`prepare`).  What is left is
+the same kind of recurrence with L in the step's place, so
+
+  differentiation="any"      runs it as such, and every further order comes out the same way;
+                             JAX transposes it for reverse mode
+  differentiation="reverse"  transposes one step by hand, in a backward loop over the carry's
+                             cotangent, and then transposes `prepare`
+
+In neither does a weight gradient travel through the loop.  L_t is arithmetic on values that the
+forward loop keeps: the results of the step's transcendental functions (`pointwise.linearize`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from rnncore import _compat, pointwise
+from rnncore._types import Array, Differentiation, PyTree
+
+
+class Inputs(NamedTuple):
+    """What a recurrence runs on.
+
+    Fields:
+      mixing: the parameters of `mix`.
+      p: per-unit parameters, broadcast to (*batch, H).
+      xs: pytree of (T, *batch, ...) per-step inputs.
+      start: the carry before the first step.
+      target: the carry that a reset returns to; None without resets.
+      resets: (T, *batch, 1) booleans; None without resets.
+    """
+
+    mixing: PyTree
+    p: PyTree
+    xs: PyTree
+    start: Any
+    target: Any
+    resets: Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One step of a recurrence.
+
+    Fields:
+      run: (p, x_t, r_t, s_{t-1}) -> (s_t, emitted), elementwise.
+      fold: (dx, dr) -> (dx, rest): adds to dx the part of dr that matters only as a sum with it, so
+        that it is stored once; `rest` is the part that stays apart, None where there is none.
+      spread: (rest, r) -> r with `rest` added to it.
+    """
+
+    run: Callable
+    fold: Callable
+    spread: Callable
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """How a recurrence mixes and is differentiated.
+
+    Fields:
+      mix: (mixing, h) -> r, linear in the mixing.
+      homogeneous: mixing -> the mixing with which mix is linear in h too (no recurrent bias).
+      differentiation: "any" or "reverse".
+      recompute: keep only the carries and form r and the gates again where derivatives need them.
+    """
+
+    mix: Callable
+    homogeneous: Callable
+    differentiation: Differentiation = "any"
+    recompute: bool = False
+
+
+def run(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
+    """(last carry, h of every step (T, *batch, H), emitted of every step)."""
+    return (_run_reverse if rules.differentiation == "reverse" else _run_any)(step, rules, inputs)
+
+
+def _advance(step: Step, rules: Rules, mixing: Any, p: Any, target: Any, x: Any, reset: Any, carry: Any) -> Any:
+    """One step with its reset and its product: (s_t, emitted)."""
+    if reset is not None:
+        carry = jax.tree.map(lambda a, b: jnp.where(reset, a, b), target, carry)
+    new, emitted = step.run(p, x, rules.mix(mixing, carry.h), carry)
+    return jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry), emitted
+
+
+def _loop(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
+    def body(carry: Any, now: Any) -> Any:
+        new, emitted = _advance(step, rules, inputs.mixing, inputs.p, inputs.target, *now, carry)
+        return new, (new.h, emitted)
+
+    last, (hs, emitted) = lax.scan(body, inputs.start, (inputs.xs, inputs.resets))
+    return last, hs, emitted
+
+
+# ------------------------------------------------------------------------------------ derivative
+
+
+class _Derivative:
+    """The derivative of one recurrence, in the parts that both rules are put together from.
+
+    Attributes:
+      forward: the step that also emits, as (emitted, kept), what the derivative needs of it.
+    """
+
+    def __init__(self, step: Step, rules: Rules, inputs: Inputs):
+        self.step, self.rules = step, rules
+        first = jax.tree.map(lambda a: a[0], inputs.xs)
+        r = rules.mix(inputs.mixing, inputs.start.h)
+        example = (inputs.p, first, r, inputs.start)
+
+        def stable(p: Any, x: Any, r: Any, s: Any) -> Any:
+            new, emitted = step.run(p, x, r, s)
+            return jax.tree.map(lambda n, c: n.astype(c.dtype), new, s), emitted
+
+        closed, self._out_tree = pointwise.opened(stable, *example)
+        opened = _compat.jaxpr_as_fun(closed)
+        policy = jax.checkpoint_policies.nothing_saveable if rules.recompute else pointwise.save_transcendental
+        self._split = pointwise.linearize(lambda *a: tuple(opened(*a)), policy, *jax.tree.leaves(example))
+
+        # The role of each flat input: what the caller has as stacks need not be kept again.
+        s_roles = ["h" if leaf is inputs.start.h else "s" for leaf in jax.tree.leaves(inputs.start)]
+        xs_leaves, p_leaves = jax.tree.leaves(inputs.xs), jax.tree.leaves(inputs.p)
+        self._roles = ["p"] * len(p_leaves) + ["x"] * len(xs_leaves) + ["r"] + s_roles
+        self._x_from = len(p_leaves)
+        keep_roles = ("s",) if rules.recompute else ("s", "r")
+        self._kept_inputs = [n for n in self._split.needed if n is not None and self._roles[n] in keep_roles]
+        self.forward = dataclasses.replace(step, run=self._run_forward)
+
+    def _run_forward(self, p: Any, x: Any, r: Any, s: Any) -> Any:
+        args = jax.tree.leaves((p, x, r, s))
+        out, saved = self._split.forward(*args)
+        new, emitted = jax.tree.unflatten(self._out_tree, out)
+        return new, (emitted, (saved, tuple(args[n] for n in self._kept_inputs)))
+
+    def previous(self, inputs: Inputs, hs: Array) -> Array:
+        """h_{t-1} of every step, after resets."""
+        before = jnp.concatenate([inputs.start.h[None], hs[:-1]])
+        return before if inputs.resets is None else jnp.where(inputs.resets, inputs.target.h, before)
+
+    def residuals(self, inputs: Inputs, before: Array, kept: Any) -> tuple[Array, ...]:
+        """(T, *batch, H) arrays for all that L depends on, per-unit parameters apart."""
+        saved, kept_inputs = kept
+        xs = jax.tree.leaves(inputs.xs)
+        held = dict(zip(self._kept_inputs, kept_inputs, strict=True))
+        next_saved = iter(saved)
+        stacks = []
+        for n in self._split.needed:
+            role = "saved" if n is None else self._roles[n]
+            if role == "saved":
+                stacks.append(next(next_saved))
+            elif role == "x":
+                stacks.append(xs[n - self._x_from])
+            elif role == "h":
+                stacks.append(before)
+            elif role == "r" and n not in held:
+                stacks.append(self.rules.mix(inputs.mixing, before))
+            elif role != "p":
+                stacks.append(held[n])
+        return tuple(stacks)
+
+    def prepare(self, before: Array, dmixing: Any, dxs: Any, dp: Any) -> tuple[Any, Any, Any]:
+        """What of the tangent needs no loop: (dx with the sums of mix(dU, h) in it, their rest, dp per step)."""
+        rest = None
+        if dmixing is not None:
+            dxs, rest = self.step.fold(dxs, self.rules.mix(dmixing, before))
+        # A per-unit tangent enters once a step, so that its gradient is summed outside the loop.
+        return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (before.shape[0], *a.shape)), dp)
+
+    @property
+    def tangent(self) -> Step:
+        """L as a step: p is the p of the recurrence, x_t = (residuals, dx, rest, dp)."""
+
+        def linear(p: Any, residuals: Any, dx: Any, rest: Any, dp: Any, r: Any, ds: Any) -> Any:
+            stacks, units = iter(residuals), jax.tree.leaves(p)
+            values = [units[n] if n is not None and self._roles[n] == "p" else next(stacks) for n in self._split.needed]
+            dp = jax.tree.map(jnp.zeros_like, p) if dp is None else dp
+            dr = self.step.spread(rest, r)
+            return jax.tree.unflatten(self._out_tree, self._split.tangent(values, jax.tree.leaves((dp, dx, dr, ds))))
+
+        def run(p: Any, x: Any, r: Any, ds: Any) -> Any:
+            # Checkpointed so that the coefficients of L are formed inside the loop, never stacked.
+            return jax.checkpoint(linear, prevent_cse=False)(p, *x, r, ds)
+
+        def fold(x: Any, dr: Any) -> Any:
+            residuals, dx, rest, dp = x
+            dx, more = self.step.fold(dx, dr)
+            if rest is None or more is None:
+                return (residuals, dx, rest, dp), more
+            return (residuals, dx, rest + more, dp), None
+
+        return Step(run, fold, self.step.spread)
+
+
+# ---------------------------------------------------------------------- differentiation="any"
+
+
+def _run_any(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
+    @jax.custom_jvp
+    def recurrence(inputs: Inputs) -> Any:
+        return _loop(step, rules, inputs)
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        (inputs,), (moved,) = primals, tangents
+        derivative = _Derivative(step, rules, inputs)
+        last, hs, (emitted, kept) = _run_any(derivative.forward, rules, inputs)
+        dmixing = _dense(moved.mixing, inputs.mixing) if _moves(moved.mixing) else None
+        dp = _dense(moved.p, inputs.p) if _moves(moved.p) else None
+        dxs, dstart, dtarget = (_dense(m, i) for m, i in zip(moved[2:5], inputs[2:5], strict=True))
+
+        def tangent(inputs: Any, hs: Any, kept: Any, dmixing: Any, dxs: Any, dp: Any, dstart: Any, dtarget: Any) -> Any:
+            before = derivative.previous(inputs, hs)
+            residuals = derivative.residuals(inputs, before, kept)
+            xs = (residuals, *derivative.prepare(before, dmixing, dxs, dp))
+            mixing = rules.homogeneous(inputs.mixing)
+            once = dataclasses.replace(rules, recompute=False)
+            return _run_any(
+                derivative.tangent, once, Inputs(mixing, inputs.p, xs, dstart, dtarget, inputs.resets)
+            )
+
+        if rules.recompute:
+            tangent = jax.checkpoint(tangent)
+        return (last, hs, emitted), tangent(inputs, hs, kept, dmixing, dxs, dp, dstart, dtarget)
+
+    recurrence.defjvp(rule, symbolic_zeros=True)
+    return recurrence(inputs)
+
+
+def _moves(tangents: Any) -> bool:
+    leaves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    return any(not isinstance(t, SymbolicZero) for t in leaves)
+
+
+def _dense(tangents: Any, primals: Any) -> Any:
+    """Tangents with the symbolic zeros written out."""
+    return jax.tree.map(
+        lambda t, x: jnp.zeros_like(x) if isinstance(t, SymbolicZero) else t,
+        tangents,
+        primals,
+        is_leaf=lambda t: isinstance(t, SymbolicZero),
+    )
+
+
+# ------------------------------------------------------------------ differentiation="reverse"
+
+
+def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
+    made: dict[str, _Derivative] = {}
+
+    @jax.custom_vjp
+    def recurrence(inputs: Inputs) -> Any:
+        return _loop(step, rules, inputs)
+
+    def forward(inputs: Inputs) -> Any:
+        made["derivative"] = derivative = _Derivative(step, rules, inputs)
+        last, hs, (emitted, kept) = _loop(derivative.forward, rules, inputs)
+        return (last, hs, emitted), (inputs, hs, kept)
+
+    def backward(held: Any, cotangents: Any) -> Any:
+        inputs, hs, kept = held
+        derivative = made["derivative"]
+        before = derivative.previous(inputs, hs)
+        residuals = derivative.residuals(inputs, before, kept)
+        mixing = rules.homogeneous(inputs.mixing)
+        one = jax.tree.map(lambda a: a[:1], inputs.xs)
+        shapes = jax.tree.map(lambda a: a[0], derivative.prepare(before[:1], inputs.mixing, one, inputs.p))
+
+        def body(carry: Any, now: Any) -> Any:
+            ds, dtarget = carry
+            residual, reset, dh, demitted = now
+            ds = ds._replace(h=ds.h + dh)
+
+            def forward(ds: Any, dtarget: Any, dx: Any, rest: Any, dp: Any) -> Any:
+                x = (residual, dx, rest, dp)
+                return _advance(derivative.tangent, rules, mixing, inputs.p, dtarget, x, reset, ds)
+
+            back = jax.linear_transpose(forward, inputs.start, inputs.target, *shapes)
+            ds, more, *stacked = back((ds, demitted))
+            return (ds, jax.tree.map(jnp.add, dtarget, more)), tuple(stacked)
+
+        dlast, dhs, demitted = cotangents
+        dtarget = jax.tree.map(jnp.zeros_like, inputs.target)
+        (dstart, dtarget), stacked = lax.scan(
+            body, (dlast, dtarget), (residuals, inputs.resets, dhs, demitted), reverse=True
+        )
+        prepare = jax.linear_transpose(
+            lambda *a: derivative.prepare(before, *a), inputs.mixing, inputs.xs, inputs.p
+        )
+        dmixing, dxs, dp = prepare(stacked)
+        return (Inputs(dmixing, dp, dxs, dstart, dtarget, None),)
+
+    recurrence.defvjp(forward, backward)
+    return recurrence(inputs)
+

@@ -1,0 +1,92 @@
+"""Backend "scan": any pointwise cell over time by `jax.lax.scan`, with derived derivatives.
+
+Platforms: all.  Lengths, resets, states and gates: yes.  Dtypes: all floating ones.
+Differentiation: "any" gives forward and reverse mode to every order, vmap, remat and their
+compositions; "reverse" gives reverse mode of first order and vmap, for less work.
+Cost in reverse mode, in arrays of T x B x H: see `recompute` in `rnncore.unroll`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rnncore import _lengths, pointwise
+from rnncore._types import Array
+from rnncore.backends import recur
+from rnncore.backends.chunks import run_chunks
+from rnncore.backends.request import Request, Result
+from rnncore.cells.base import CellParams, PointwiseCell
+
+
+def unsupported(request: Request) -> str | None:
+    """Reason why this backend cannot serve the request, or None."""
+    if not isinstance(request.cell, PointwiseCell):
+        return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
+    return None
+
+
+def run(
+    request: Request, params: CellParams, xs: Array, carry: Any, lengths: Array | None, resets: Array | None
+) -> Result:
+    """Runs the cell; everything time-major, see `Result`."""
+    cell, start = request.cell, carry
+    assert isinstance(cell, PointwiseCell)
+    mixing = CellParams(None, params.recurrent_kernel, None, params.recurrent_bias, ())  # type: ignore[arg-type]
+    p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
+    step = _step(cell, p, carry, cell.project(params, xs[0]), mixing, request.states, lengths is not None)
+    rules = recur.Rules(cell.mix, _without_bias, request.differentiation, request.recompute == "gates")
+
+    def chunk(carry: Any, first: Any, now: Any) -> Any:
+        (carry, last), (xs, resets) = carry, now
+        inputs = recur.Inputs(mixing, p, cell.project(params, xs), carry, None if resets is None else start, resets)
+        carry, outputs, (carries, gates) = recur.run(step, rules, inputs)
+        last = carry if lengths is None else _lengths.last_valid(last, carries, lengths, first)
+        return (carry, last), (outputs, carries if request.states else None, gates)
+
+    every = request.checkpoint_every or default_chunk(request)
+    (_, last), ys = run_chunks(chunk, (carry, carry), (xs, resets), request.steps, every, request.recompute == "chunk")
+    return Result(last, *ys)
+
+
+def default_chunk(request: Request) -> int:
+    """Steps to a chunk where the caller names none."""
+    return request.steps
+
+
+def _without_bias(mixing: CellParams) -> CellParams:
+    return mixing._replace(recurrent_bias=None)
+
+
+def _step(cell: PointwiseCell, p: Any, carry: Any, z: Array, mixing: Any, states: bool, carries: bool) -> recur.Step:
+    """The cell's pointwise update as a step on slabs."""
+
+    def update(p: Any, z: Array, r: Array, carry: Any) -> Any:
+        new, gates = cell.pointwise(p, cell.split(z), cell.split(r), carry)
+        return new, (new if states or carries else None, gates if states else None)
+
+    additive = pointwise.additive_gates(cell, p, cell.split(z), cell.split(cell.mix(mixing, carry.h)), carry)
+    return recur.Step(update, functools.partial(_fold, cell, additive), functools.partial(_spread, cell, additive))
+
+
+def _fold(cell: PointwiseCell, additive: Sequence[bool], dx: Array, dr: Array) -> tuple[Array, Array | None]:
+    """Gates that see only z + r take dr into dx; the others keep it apart, in a slab of their own."""
+    if all(additive):
+        return dx + dr, None
+    rest = jnp.concatenate([d for d, a in zip(cell.split(dr), additive, strict=True) if not a], -1)
+    if not any(additive):
+        return dx, rest
+    parts = [x + d if a else x for x, d, a in zip(cell.split(dx), cell.split(dr), additive, strict=True)]
+    return jnp.concatenate(parts, -1), rest
+
+
+def _spread(cell: PointwiseCell, additive: Sequence[bool], rest: Array | None, r: Array) -> Array:
+    """r with the slab that `_fold` kept apart added to its gates."""
+    if rest is None:
+        return r
+    pieces = iter(jnp.split(rest, additive.count(False), -1))
+    return jnp.concatenate([d if a else d + next(pieces) for d, a in zip(cell.split(r), additive, strict=True)], -1)

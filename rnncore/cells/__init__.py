@@ -1,0 +1,13 @@
+"""Recurrent cells, one a file: each is its pointwise update, everything else is derived."""
+
+from rnncore.cells.base import Cell as Cell
+from rnncore.cells.base import CellParams as CellParams
+from rnncore.cells.base import HiddenCarry as HiddenCarry
+from rnncore.cells.base import PointwiseCell as PointwiseCell
+from rnncore.cells.elman import Elman as Elman
+from rnncore.cells.elman import IndRNN as IndRNN
+from rnncore.cells.gru import GRU as GRU
+from rnncore.cells.gru_reset_before import ResetBeforeGRU as ResetBeforeGRU
+from rnncore.cells.lstm import LSTM as LSTM
+from rnncore.cells.lstm import LSTMCarry as LSTMCarry
+from rnncore.cells.mgu import MGU as MGU

@@ -1,0 +1,209 @@
+"""The contract of a cell, and all that follows from its pointwise update."""
+
+from __future__ import annotations
+
+import abc
+import collections
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rnncore import initializers
+from rnncore._types import Array, Initializer, PyTree
+from rnncore.recurrence import Dense, Recurrence
+
+
+class HiddenCarry(NamedTuple):
+    """Carry of a cell whose only state is its output h (..., H)."""
+
+    h: Array
+
+
+class CellParams(NamedTuple):
+    """Parameters of a pointwise cell.
+
+    Fields:
+      input_kernel: (D, G, H).
+      recurrent_kernel: as the recurrence says; dense (H, G, H).
+      bias: (G, H), added to z; None for none.
+      recurrent_bias: one (H,) row for each gate in `cell.recurrent_bias`, added to r; None for none.
+      units: per-unit parameters, a named tuple of (H,) arrays by `cell.units` (peepholes, say).
+    """
+
+    input_kernel: Array
+    recurrent_kernel: Array
+    bias: Array | None
+    recurrent_bias: Array | None
+    units: tuple[Array, ...]
+
+
+@functools.cache
+def named(kind: str, names: tuple[str, ...]) -> type:
+    """The one named-tuple class for these names, so that pytrees made apart compare equal."""
+    return collections.namedtuple(kind, names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell(abc.ABC):
+    """A recurrent cell: a frozen, hashable description without any parameter in it.
+
+    s_t, gates_t = update(params, s_{t-1}, z_t),   z_t = project(params, x_t),   y_t = output(s_t)
+
+    A cell of this general kind runs through plain autodiff of a scan.  One that can be written as
+    a `PointwiseCell` should be: it then gets the fast backward pass, kernels and analysis.
+    """
+
+    hidden_size: int
+
+    @abc.abstractmethod
+    def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> PyTree:
+        """Draws the parameters for inputs of `input_size` features."""
+
+    @abc.abstractmethod
+    def initial_carry(self, batch_shape: Sequence[int] = (), dtype: Any = jnp.float32) -> Any:
+        """The carry before the first step: a named tuple of (*batch_shape, ...) arrays."""
+
+    @abc.abstractmethod
+    def project(self, params: PyTree, xs: Array) -> PyTree:
+        """z = x W + b for any number of leading axes: what of the step needs no carry."""
+
+    @abc.abstractmethod
+    def update(self, params: PyTree, carry: Any, z: PyTree) -> tuple[Any, PyTree]:
+        """One step: (carry, z) to (new carry, gates)."""
+
+    def output(self, carry: Any) -> Array:
+        """The output y (..., H) that belongs to a carry."""
+        return carry.h
+
+    def step(self, params: PyTree, carry: Any, z: PyTree) -> tuple[Any, Array]:
+        """One step in the order of `jax.lax.scan`: (params, carry, z) to (carry, y)."""
+        carry, _ = self.update(params, carry, z)
+        return carry, self.output(carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class PointwiseCell(Cell):
+    """A cell that mixes units only through r = mix(U, h); the rest is elementwise.
+
+    z_t = x_t W + b,   r_t = mix(U, h_{t-1}),   s_t, gates_t = pointwise(p, z_t, r_t, s_{t-1})
+
+    A subclass names its `gates` and writes `pointwise`.  The scan, its derivatives, the kernels and
+    the analysis are derived from that function, so it may hold elementwise operations only: no
+    axes, indexing, reductions or products over units; `rnncore.unroll` refuses anything else.
+
+    Args:
+      hidden_size: H.
+      recurrence: structure of the recurrent kernel: Dense(), Heads(N) or Diagonal().
+      kernel_init: initialiser of the (D, G, H) input kernel, called with shape (D, G*H).
+      recurrent_init: initialiser of the recurrent kernel; None takes the recurrence's own.
+      bias_init: initialiser of the (G, H) bias.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> class Leaky(rnncore.PointwiseCell):
+      ...     gates = ("u", "n")
+      ...     def pointwise(self, p, z, r, carry):
+      ...         u = jax.nn.sigmoid(z.u + r.u)
+      ...         n = jnp.tanh(z.n + r.n)
+      ...         return carry._replace(h=u * carry.h + (1 - u) * n), self.Gates(u, n)
+      >>> cell = Leaky(hidden_size=8)
+      >>> params = cell.init(jax.random.key(0), 3)
+      >>> carry, ys = rnncore.unroll(cell, params, jnp.ones((2, 5, 3)))
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    recurrence: Recurrence = dataclasses.field(default_factory=Dense, kw_only=True)
+    kernel_init: Initializer = dataclasses.field(default=initializers.lecun_normal, kw_only=True)
+    recurrent_init: Initializer | None = dataclasses.field(default=None, kw_only=True)
+    bias_init: Initializer = dataclasses.field(default=initializers.zeros, kw_only=True)
+
+    Carry: ClassVar[Any] = HiddenCarry
+
+    @property
+    @abc.abstractmethod
+    def gates(self) -> tuple[str, ...]:
+        """Names of the gates in the order of every kernel, bias and slab."""
+
+    @property
+    def recurrent_bias(self) -> tuple[str, ...]:
+        """Gates whose r has a bias of its own because r is not simply added to z."""
+        return ()
+
+    @property
+    def units(self) -> tuple[str, ...]:
+        """Names of the per-unit parameters."""
+        return ()
+
+    @property
+    def Gates(self) -> Any:
+        """Named tuple by gate name."""
+        return named("Gates", tuple(self.gates))
+
+    @abc.abstractmethod
+    def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, PyTree]:
+        """The update of every unit on its own.
+
+        Args:
+          p: named tuple of per-unit parameters, broadcast to (*batch, H).
+          z: named tuple of G arrays (*batch, H), the projected inputs.
+          r: named tuple of G arrays (*batch, H), the mixed h_{t-1}.
+          carry: the previous carry, arrays (*batch, H).
+
+        Returns:
+          (new carry, gates), where gates is a pytree of whatever the cell calls its gates.
+        """
+
+    def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> CellParams:
+        """Draws parameters in `dtype` for inputs of `input_size` features."""
+        if self.hidden_size < 1 or input_size < 1:
+            raise ValueError(
+                f"`{type(self).__name__}(hidden_size={self.hidden_size}).init(key, input_size={input_size})`: "
+                "expected at least one unit and one feature."
+            )
+        count, hidden = len(self.gates), self.hidden_size
+        input_key, recurrent_key, bias_key = jax.random.split(key, 3)
+        recurrent_init = self.recurrent_init or self.recurrence.default_init
+        return CellParams(
+            input_kernel=self.kernel_init(input_key, (input_size, count * hidden), dtype).reshape(
+                input_size, count, hidden
+            ),
+            recurrent_kernel=recurrent_init(recurrent_key, self.recurrence.shape(count, hidden), dtype),
+            bias=self.bias_init(bias_key, (count, hidden), dtype),
+            recurrent_bias=jnp.zeros((len(self.recurrent_bias), hidden), dtype) if self.recurrent_bias else None,
+            units=named("Units", tuple(self.units))(*(jnp.zeros((hidden,), dtype) for _ in self.units)),
+        )
+
+    def initial_carry(self, batch_shape: Sequence[int] = (), dtype: Any = jnp.float32) -> Any:
+        """Zeros (*batch_shape, H) for every field of the carry."""
+        return self.Carry(*(jnp.zeros((*batch_shape, self.hidden_size), dtype) for _ in self.Carry._fields))
+
+    def project(self, params: CellParams, xs: Array) -> Array:
+        """z = x W + b as a slab: (..., D) to (..., G*H)."""
+        kernel = params.input_kernel
+        zs = xs @ kernel.reshape(kernel.shape[0], -1)
+        return zs if params.bias is None else zs + params.bias.reshape(-1)
+
+    def mix(self, params: CellParams, h: Array) -> Array:
+        """r = mix(U, h) + its bias as a slab: (..., H) to (..., G*H); linear in the parameters."""
+        kernel = params.recurrent_kernel
+        r = self.recurrence.mix(kernel, h.astype(kernel.dtype))
+        if params.recurrent_bias is None:
+            return r
+        rows = dict(zip(self.recurrent_bias, params.recurrent_bias, strict=True))
+        none = jnp.zeros_like(params.recurrent_bias[0])
+        return r + jnp.concatenate([rows.get(gate, none) for gate in self.gates])
+
+    def split(self, slab: Array) -> Any:
+        """A slab (..., G*H) as a named tuple of G arrays (..., H)."""
+        size = self.hidden_size
+        return self.Gates(*(slab[..., g * size : (g + 1) * size] for g in range(len(self.gates))))
+
+    def update(self, params: CellParams, carry: Any, z: Array) -> tuple[Any, PyTree]:
+        """One step: (carry, z slab) to (new carry, gates)."""
+        p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
+        return self.pointwise(p, self.split(z), self.split(self.mix(params, carry.h)), carry)

@@ -1,0 +1,192 @@
+"""Initial values with a meaning for recurrent networks.
+
+Every function returns an initialiser of the jax.nn.initializers kind, `(key, shape, dtype) -> Array`.
+Bias initialisers draw the (G, H) bias of a cell and are told the order of its gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax.nn import initializers as jax_initializers
+
+from rnncore._types import Array, Initializer
+
+LSTM_GATES = ("i", "f", "g", "o")
+
+lecun_normal = jax_initializers.lecun_normal()
+orthogonal = jax_initializers.orthogonal()
+zeros = jax_initializers.zeros
+unit_interval = jax_initializers.uniform(1.0)
+
+
+def per_gate(block: Initializer = orthogonal) -> Initializer:
+    """Draws every gate's block of a (rows, G, columns) kernel on its own.
+
+    An orthogonal matrix drawn over (H, G*H) has gate blocks of spectral norm about 0.86 and
+    Frobenius norm sqrt(H/G): none of them is orthogonal.  Drawn gate by gate each block U_g has
+    U_g U_g^T = I, so the network starts with the retention that the initialiser is known for.
+
+    Args:
+      block: initialiser of one (rows, columns) block.
+
+    Returns:
+      Initialiser for shapes (..., rows, G, columns); leading axes (heads) are drawn apart too.
+
+    Raises:
+      ValueError: the shape has fewer than three axes.
+
+    Example:
+      >>> import jax
+      >>> kernel = per_gate()(jax.random.key(0), (4, 3, 4))
+      >>> bool(jax.numpy.allclose(kernel[:, 0] @ kernel[:, 0].T, jax.numpy.eye(4), atol=1e-5))
+      True
+
+    Source: Saxe, McClelland and Ganguli (2014), arXiv:1312.6120, for the orthogonal block.
+    Keras and flax.nnx's OptimizedLSTMCell draw one orthogonal matrix over all gates.
+    """
+
+    def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+        if len(shape) < 3:
+            raise ValueError(f"`per_gate(...)(key, shape={tuple(shape)})`: expected (..., rows, G, columns).")
+        *lead, rows, gates, columns = shape
+        count = gates
+        for size in lead:
+            count *= size
+        blocks = [block(k, (rows, columns), dtype) for k in jax.random.split(key, count)]
+        stacked = jnp.stack(blocks).reshape(*lead, gates, rows, columns)
+        return jnp.moveaxis(stacked, -3, -2)
+
+    return init
+
+
+def forget_bias(value: float = 1.0, *, gates: Sequence[str] = LSTM_GATES, gate: str = "f") -> Initializer:
+    """Bias of `value` on the forget gate, 0 elsewhere: f = sigmoid(value) at the origin.
+
+    Args:
+      value: the bias b_f.
+      gates: gate names of the cell in order (`LSTM.gates`).
+      gate: the name of the gate that forgets ("f" in LSTM, "z" in GRU).
+
+    Returns:
+      Initialiser for a (G, H) bias.
+
+    Raises:
+      ValueError: `gate` is not among `gates`, or the shape does not fit them.
+
+    Example:
+      >>> import jax
+      >>> forget_bias(1.0)(jax.random.key(0), (4, 2))[1].tolist()
+      [1.0, 1.0]
+
+    Source: Gers, Schmidhuber and Cummins (2000); Jozefowicz, Zaremba and Sutskever (2015).
+    Keras adds 1 by default; Flax and PyTorch add nothing.
+    """
+    index = _gate_index(gates, gate, "forget_bias")
+
+    def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+        del key
+        _check_bias_shape(shape, gates, "forget_bias")
+        return jnp.zeros(shape, dtype).at[index].set(value)
+
+    return init
+
+
+def chrono(
+    t_max: int, *, gates: Sequence[str] = LSTM_GATES, forget: str = "f", input: str | None = "i"
+) -> Initializer:
+    """Forget biases whose time scales are spread evenly over 2 to `t_max` steps.
+
+    b_f = log u with u ~ U(1, t_max - 1), b_i = -b_f.  Then 1/(1 - f) = 1 + u at the origin.
+
+    Args:
+      t_max: longest dependency expected, in steps; at least 3.
+      gates: gate names of the cell in order.
+      forget: name of the gate that keeps the state ("f" in LSTM, "z" in GRU).
+      input: name of the gate that gets the opposite bias; None where there is none.
+
+    Returns:
+      Initialiser for a (G, H) bias.
+
+    Raises:
+      ValueError: t_max below 3, an unknown gate name, or a shape that does not fit.
+
+    Example:
+      >>> import jax
+      >>> bias = chrono(100)(jax.random.key(0), (4, 8))
+      >>> bool((bias[0] == -bias[1]).all())
+      True
+
+    Source: Tallec and Ollivier (2018), arXiv:1804.11188.
+    """
+    if t_max < 3:
+        raise ValueError(f"`chrono(t_max={t_max})`: expected at least 3 steps.")
+    forget_index = _gate_index(gates, forget, "chrono")
+    input_index = None if input is None else _gate_index(gates, input, "chrono")
+
+    def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+        _check_bias_shape(shape, gates, "chrono")
+        values = jnp.log(jax.random.uniform(key, shape[1:], dtype, 1.0, t_max - 1.0))
+        return _opposed(shape, dtype, forget_index, input_index, values)
+
+    return init
+
+
+def uniform_gate(
+    *, gates: Sequence[str] = LSTM_GATES, forget: str = "f", input: str | None = "i"
+) -> Initializer:
+    """Forget gates uniform in (0, 1) at the origin, so that E[f^k] = 1/(k + 1).
+
+    b_f = log(u / (1 - u)) with u ~ U(1/H, 1 - 1/H), b_i = -b_f.
+
+    Args:
+      gates: gate names of the cell in order.
+      forget: name of the gate that keeps the state.
+      input: name of the gate that gets the opposite bias; None where there is none.
+
+    Returns:
+      Initialiser for a (G, H) bias.
+
+    Raises:
+      ValueError: an unknown gate name, a shape that does not fit, or H below 2.
+
+    Example:
+      >>> import jax
+      >>> uniform_gate()(jax.random.key(0), (4, 8)).shape
+      (4, 8)
+
+    Source: Gu, Gulcehre, Paine, Hoffman and Pascanu (2020), arXiv:1910.09890.
+    """
+    forget_index = _gate_index(gates, forget, "uniform_gate")
+    input_index = None if input is None else _gate_index(gates, input, "uniform_gate")
+
+    def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+        _check_bias_shape(shape, gates, "uniform_gate")
+        if shape[1] < 2:
+            raise ValueError(f"`uniform_gate(...)(key, shape={tuple(shape)})`: expected at least 2 units.")
+        edge = 1.0 / shape[1]
+        u = jax.random.uniform(key, shape[1:], dtype, edge, 1.0 - edge)
+        return _opposed(shape, dtype, forget_index, input_index, jnp.log(u) - jnp.log1p(-u))
+
+    return init
+
+
+def _opposed(shape, dtype, forget_index, input_index, values):
+    bias = jnp.zeros(shape, dtype).at[forget_index].set(values)
+    return bias if input_index is None else bias.at[input_index].set(-values)
+
+
+def _gate_index(gates: Sequence[str], gate: str, name: str) -> int:
+    if gate not in gates:
+        raise ValueError(f"`{name}(gate={gate!r})`: not among the gates {tuple(gates)}; name the cell's gates.")
+    return tuple(gates).index(gate)
+
+
+def _check_bias_shape(shape: Sequence[int], gates: Sequence[str], name: str) -> None:
+    if len(shape) != 2 or shape[0] != len(gates):
+        raise ValueError(
+            f"`{name}(gates={tuple(gates)})(key, shape={tuple(shape)})`: expected ({len(gates)}, H); "
+            "pass the `gates` of the cell that the bias is for."
+        )

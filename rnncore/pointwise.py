@@ -1,0 +1,181 @@
+"""What can be read off a pointwise update: that it is one, how r enters it, and its linearisation.
+
+A pointwise function is traced to a jaxpr, nested jit calls are opened, and from there
+  * `check_elementwise` refuses whatever mixes units,
+  * `additive_gates` finds the gates that see z and r only as z + r,
+  * `linearize` splits the derivative into values worth saving and a cheap linear rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rnncore import _compat
+from rnncore._types import PyTree
+from rnncore.cells.base import PointwiseCell
+
+TRANSCENDENTAL = frozenset(
+    "tanh logistic exp exp2 expm1 log log1p erf erfc erf_inv sin cos tan sinh cosh asin acos atan asinh "
+    "acosh atanh atan2 pow sqrt rsqrt cbrt lgamma digamma".split()
+)
+ELEMENTWISE = TRANSCENDENTAL | frozenset(
+    "add sub mul div rem max min neg sign abs floor ceil round square integer_pow is_finite nextafter "
+    "select_n clamp lt le gt ge eq ne and or xor not convert_element_type reduce_precision copy copy_p "
+    "stop_gradient optimization_barrier add_any real imag conj".split()
+)
+_CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
+
+
+def _inner_jaxpr(eqn: Any) -> Any:
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        if name in eqn.params:
+            return eqn.params[name]
+    return None
+
+
+def _open_jits(closed: Any) -> Callable:
+    """The jaxpr as a function in which nested jit calls are opened, so that policies see inside."""
+
+    def evaluate(jaxpr: Any, consts: Any, args: Any) -> list:
+        env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, _compat.Literal) else env[v]
+
+        for eqn in jaxpr.eqns:
+            values = [read(v) for v in eqn.invars]
+            if eqn.primitive.name in ("jit", "pjit"):
+                inner = eqn.params["jaxpr"]
+                outs = evaluate(inner.jaxpr, inner.consts, values)
+            else:
+                outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+                outs = outs if eqn.primitive.multiple_results else [outs]
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [read(v) for v in jaxpr.outvars]
+
+    return lambda *args: evaluate(closed.jaxpr, closed.consts, args)
+
+
+def opened(fun: Callable, *args: PyTree) -> tuple[Any, Any]:
+    """(jaxpr with nested jits opened, output tree) of a function at these arguments."""
+    flat, tree = jax.tree.flatten(args)
+    closed, shapes = jax.make_jaxpr(lambda *xs: fun(*tree.unflatten(xs)), return_shape=True)(*flat)
+    return jax.make_jaxpr(_open_jits(closed))(*flat), jax.tree.structure(shapes)
+
+
+@functools.lru_cache(maxsize=256)
+def check_elementwise(cell: PointwiseCell) -> None:
+    """ValueError, naming the operation and its line, unless the cell's `pointwise` is elementwise."""
+    shape = (3, cell.hidden_size)
+    values = jnp.zeros(shape)
+    name = f"`{type(cell).__name__}.pointwise`"
+    units = jax.tree.map(lambda _: values, cell.init(jax.random.key(0), 1).units)
+    carry = cell.Carry(*(values for _ in cell.Carry._fields))
+    gates = cell.Gates(*(values for _ in cell.gates))
+    try:
+        out = jax.eval_shape(cell.pointwise, units, gates, gates, carry)
+        new, _ = out
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{name} could not be traced on arrays of shape {shape}: {error} It must return (new carry, gates)."
+        ) from error
+    if jax.tree.structure(new) != jax.tree.structure(carry):
+        raise ValueError(f"{name}: returned a carry {new}, expected the structure of {cell.Carry.__name__}.")
+    for leaf in jax.tree.leaves(out):
+        if leaf.shape != shape:
+            raise ValueError(f"{name}: returned an array of shape {leaf.shape} for inputs of shape {shape}.")
+    _check_jaxpr(jax.make_jaxpr(cell.pointwise)(units, gates, gates, carry), shape, name)
+
+
+def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str) -> None:
+    jaxpr = getattr(closed, "jaxpr", closed)
+    hint = (
+        "A cell may mix units only through its recurrent kernel; write the update elementwise, "
+        "or subclass `rnncore.Cell`, which runs through plain autodiff."
+    )
+    for const in jaxpr.constvars:
+        if const.aval.shape:
+            raise ValueError(
+                f"{name} is not elementwise: it uses a captured array of shape {const.aval.shape}; "
+                "declare it in `units` to make it a per-unit parameter."
+            )
+    for eqn in jaxpr.eqns:
+        primitive = eqn.primitive.name
+        inner = _inner_jaxpr(eqn)
+        if inner is not None and primitive in _CALLS:
+            _check_jaxpr(inner, shape, name)
+            continue
+        scalars = all(not v.aval.shape for v in eqn.invars)
+        same = all(v.aval.shape in ((), shape) for v in (*eqn.invars, *eqn.outvars))
+        if scalars and primitive == "broadcast_in_dim" and same:
+            continue
+        if primitive not in ELEMENTWISE or not same:
+            shapes = ", ".join(str(v.aval.shape) for v in (*eqn.invars, *eqn.outvars))
+            raise ValueError(
+                f"{name} is not elementwise: it applies `{primitive}` (shapes {shapes}) "
+                f"at {_compat.source_line(eqn)}. {hint}"
+            )
+
+
+def additive_gates(cell: PointwiseCell, p: Any, z: Any, r: Any, carry: Any) -> tuple[bool, ...]:
+    """For each gate whether `pointwise` sees z_g and r_g only as their sum."""
+    closed, _ = opened(cell.pointwise, p, z, r, carry)
+    jaxpr, count, skip = closed.jaxpr, len(cell.gates), len(jax.tree.leaves(p))
+    inputs = jaxpr.invars[skip : skip + 2 * count]
+
+    def only_summed(zg: Any, rg: Any) -> bool:
+        if any(v is zg or v is rg for v in jaxpr.outvars):
+            return False
+        uses = [e for e in jaxpr.eqns if any(v is zg or v is rg for v in e.invars)]
+        return all(e.primitive.name == "add" and {id(v) for v in e.invars} == {id(zg), id(rg)} for e in uses)
+
+    return tuple(only_summed(inputs[g], inputs[count + g]) for g in range(count))
+
+
+def save_transcendental(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Checkpoint policy: keep what is dear to recompute, recompute products and sums."""
+    return primitive.name in TRANSCENDENTAL
+
+
+class Linearized(NamedTuple):
+    """A pointwise function split in two.
+
+    Fields:
+      forward: flat inputs -> (flat outputs, saved values).
+      tangent: (residuals, tangents of the flat inputs) -> tangents of the flat outputs; linear in those.
+      needed: for each residual, the index of the input that it is, or None for the next saved value.
+    """
+
+    forward: Callable
+    tangent: Callable
+    needed: tuple[int | None, ...]
+
+
+def linearize(fun: Callable, policy: Callable, *flat: Any) -> Linearized:
+    """Splits `fun` (flat inputs to a tuple) at these arguments: see `Linearized`."""
+    made: dict[str, Any] = {}
+
+    def split(*args: Any) -> Any:
+        out, tangent = jax.linearize(jax.checkpoint(fun, policy=policy, prevent_cse=False), *args)
+        leaves, made["tree"] = jax.tree.flatten(tangent)
+        return tuple(out), tuple(leaves)
+
+    closed, (out, _) = jax.make_jaxpr(split, return_shape=True)(*flat)
+    jaxpr, width = closed.jaxpr, len(out)
+    position = {id(v): i for i, v in enumerate(jaxpr.invars)}
+    needed = tuple(position.get(id(v)) for v in jaxpr.outvars[width:])
+    run = _compat.jaxpr_as_fun(closed)
+
+    def forward(*args: Any) -> tuple[tuple, tuple]:
+        values = run(*args)
+        return tuple(values[:width]), tuple(v for v, n in zip(values[width:], needed, strict=True) if n is None)
+
+    def tangent(residuals: Any, tangents: Any) -> tuple:
+        return tuple(made["tree"].unflatten(residuals)(*tangents))
+
+    return Linearized(forward, tangent, needed)

@@ -1,0 +1,343 @@
+"""unroll: a cell over a sequence.  Checks once, brings to time-major, chooses a backend, calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rnncore import _compat, _lengths, pointwise
+from rnncore._types import Array, Differentiation, PyTree
+from rnncore.backends import BACKENDS, Request
+from rnncore.cells.base import Cell, PointwiseCell
+
+RECOMPUTE = ("nothing", "gates", "chunk")
+
+
+class States(NamedTuple):
+    """What happened inside, with the time axis where the input has it.
+
+    Fields:
+      carries: the carry after every step; with `include_initial` T + 1 of them, the initial one first.
+      gates: what the cell calls its gates, at every step.
+    """
+
+    carries: Any
+    gates: Any
+
+
+class BackendChoice(NamedTuple):
+    """Which backend runs, why, and why not each of the others; prints as a short report."""
+
+    name: str
+    reason: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"backend {self.name!r}: {self.reason}"] + [f"not {name!r}: {why}" for name, why in self.rejected.items()]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where time lies and which way it runs."""
+
+    time_major: bool
+    reverse: bool
+    keep_order: bool
+    include_initial: bool
+
+
+class _Call(NamedTuple):
+    """A checked call: what is static, and the arrays."""
+
+    request: Request
+    layout: _Layout
+    arrays: tuple[Any, ...]
+
+
+def unroll(
+    cell: Cell,
+    params: PyTree,
+    xs: Array,
+    *,
+    initial_carry: Any = None,
+    seq_lengths: Any = None,
+    resets: Any = None,
+    reverse: bool = False,
+    keep_order: bool = False,
+    time_major: bool = False,
+    return_states: bool = False,
+    include_initial: bool = False,
+    differentiation: Differentiation = "any",
+    checkpoint_every: int | None = None,
+    recompute: str = "nothing",
+    backend: str | None = None,
+) -> Any:
+    """Runs a cell over time.
+
+    s_t = update(params, s_{t-1}, project(params, x_t)),   y_t = output(s_t),   s_0 = initial_carry
+
+    Args:
+      cell: the description of the cell.
+      params: its parameters, as `cell.init` makes them.
+      xs: inputs (*batch, T, D), or (T, *batch, D) with `time_major`; any number of batch axes, none
+        too; floating point.
+      initial_carry: carry of (*batch, H) arrays in the structure of `cell.initial_carry`; zeros by
+        default.  Its dtypes are those of the carry throughout.
+      seq_lengths: integers (*batch), 0 to T.  The returned carry is the one after step length - 1,
+        the initial one where the length is 0.  Outputs past the length go on from the padding, as in
+        Flax; NaN and inf in the padding count as 0.  Outside jit values out of range are an error;
+        inside jit they cannot be seen: a negative length then acts as 0, one above T as "no valid
+        last step", which returns the initial carry.
+      resets: booleans of the shape of xs without D.  Where True the carry returns to the initial
+        carry before that step (the first of an episode); in the order of processing.
+      reverse: run from the last step to the first; with lengths, from the last valid one.
+      keep_order: with `reverse`, outputs and states in the order of the inputs and not of processing.
+      time_major: the time axis is the first one, of inputs, resets, outputs and states.
+      return_states: also return every carry and every gate.
+      include_initial: with `return_states`, the carries start with the initial one.
+      differentiation: "any", every mode and order of differentiation; or "reverse", reverse mode of
+        first order, which costs less.
+      checkpoint_every: K, steps to a chunk of the outer of two levels of scan.  A chunk projects its
+        inputs, runs, and sums its weight gradients.  None: the backend chooses.
+      recompute: what reverse mode keeps for T steps of a pointwise cell: "nothing" is recomputed (all
+        carries and gates are kept); "gates" (only carries are kept, gates formed again, one product
+        more); "chunk" (only the carry of every K-th step is kept, the chunk runs again).
+      backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.
+
+    Returns:
+      (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,
+      outputs are (*batch, T, H), or (T, *batch, H) with `time_major`.
+
+    Raises:
+      ValueError: shapes, dtypes, lengths or options that make no sense.
+      NotImplementedError: the named backend cannot do this; the message says why.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> cell = rnncore.LSTM(hidden_size=8, forget_bias=1.0)
+      >>> params = cell.init(jax.random.key(0), 3)
+      >>> carry, ys = rnncore.unroll(cell, params, jnp.ones((2, 5, 3)), seq_lengths=jnp.array([5, 0]))
+      >>> ys.shape, carry.c.shape, float(jnp.abs(carry.h[1]).max())
+      ((2, 5, 8), (2, 8), 0.0)
+
+    Source: the two-level scan is that of Chen et al. (2016), arXiv:1604.06174.  flax.linen.RNN takes
+    one batch axis with lengths and returns a padded step's carry for length 0; torch.nn.LSTM returns
+    (outputs, (h, c)) and wants packed sequences.
+    """
+    call = _prepare(
+        cell, params, xs, initial_carry, seq_lengths, resets,
+        _Layout(time_major, reverse, keep_order, include_initial),
+        return_states, differentiation, checkpoint_every, recompute,
+    )  # fmt: skip
+    choice = _choose(call.request, backend)
+    carry, outputs, states = _run(call.request, call.layout, choice.name, *call.arrays)
+    return (carry, outputs, states) if return_states else (carry, outputs)
+
+
+def explain_backend(
+    cell: Cell,
+    params: PyTree,
+    xs: Array,
+    *,
+    initial_carry: Any = None,
+    seq_lengths: Any = None,
+    resets: Any = None,
+    reverse: bool = False,
+    keep_order: bool = False,
+    time_major: bool = False,
+    return_states: bool = False,
+    include_initial: bool = False,
+    differentiation: Differentiation = "any",
+    checkpoint_every: int | None = None,
+    recompute: str = "nothing",
+    backend: str | None = None,
+) -> BackendChoice:
+    """Which backend `unroll` takes for the same arguments, why, and why not the others.
+
+    Args:
+      As in `unroll`; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      `BackendChoice`, which prints as a report.
+
+    Raises:
+      As `unroll` does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> cell = rnncore.ResetBeforeGRU(8)
+      >>> print(rnncore.explain_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3))))
+      backend 'autodiff': the first that can serve this call
+      not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
+    """
+    call = _prepare(
+        cell, params, xs, initial_carry, seq_lengths, resets,
+        _Layout(time_major, reverse, keep_order, include_initial),
+        return_states, differentiation, checkpoint_every, recompute,
+    )  # fmt: skip
+    return _choose(call.request, backend)
+
+
+def _choose(request: Request, backend: str | None) -> BackendChoice:
+    """The named backend, or the first that can serve the request."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
+    reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
+    if backend is not None:
+        if reasons[backend] is not None:
+            raise NotImplementedError(
+                f"`unroll(backend={backend!r})`: {reasons[backend]}. Use backend=None to let rnncore choose."
+            )
+        others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
+        return BackendChoice(backend, "named by the caller", others)
+    name = next(name for name, why in reasons.items() if why is None)
+    others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
+    return BackendChoice(name, "the first that can serve this call", others)
+
+
+def _prepare(
+    cell: Cell, params: PyTree, xs: Any, initial_carry: Any, seq_lengths: Any, resets: Any, layout: _Layout,
+    states: bool, differentiation: Differentiation, checkpoint_every: int | None, recompute: str,
+) -> _Call:  # fmt: skip
+    """All checks of a call, in one place."""
+    if not isinstance(cell, Cell):
+        raise ValueError(f"`unroll(cell=<{type(cell).__name__}>)`: expected an rnncore cell, such as rnncore.LSTM(256).")
+    if not isinstance(xs, jax.ShapeDtypeStruct):
+        xs = jnp.asarray(xs)
+    if not jnp.issubdtype(xs.dtype, jnp.floating):
+        raise ValueError(f"`unroll(xs=<{xs.dtype} {xs.shape}>)`: expected floating point; embed or convert it first.")
+    if xs.ndim < 2:
+        raise ValueError(f"`unroll(xs=<{xs.dtype} {xs.shape}>)`: expected (*batch, T, D), at least two axes.")
+    time_axis = 0 if layout.time_major else xs.ndim - 2
+    steps, batch_shape = xs.shape[time_axis], xs.shape[: xs.ndim - 2] if not layout.time_major else xs.shape[1:-1]
+    for name, value, allowed in (
+        ("differentiation", differentiation, get_args(Differentiation)),
+        ("recompute", recompute, RECOMPUTE),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`unroll({name}={value!r})`: expected one of {', '.join(map(repr, allowed))}.")
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"`unroll(checkpoint_every={checkpoint_every})`: expected at least 1 step, or None.")
+    if layout.keep_order and layout.include_initial and layout.reverse and seq_lengths is not None:
+        raise ValueError(
+            "`unroll(include_initial=True, keep_order=True, reverse=True, seq_lengths=...)`: the initial carry has no "
+            "place of its own in that order; use keep_order=False."
+        )
+    if isinstance(cell, PointwiseCell):
+        pointwise.check_elementwise(cell)
+    z = _project_shape(cell, params, xs)
+    dtype = jax.tree.leaves(z)[0].dtype
+    if initial_carry is not None:
+        _check_carry(cell, initial_carry, batch_shape, dtype)
+    if seq_lengths is not None:
+        seq_lengths = _lengths.check_lengths(seq_lengths, batch_shape, steps)
+    if resets is not None:
+        resets = _check_resets(resets, xs.shape[:-1])
+    request = Request(
+        cell=cell, steps=steps, batch_shape=batch_shape, input_size=xs.shape[-1], dtype=dtype.name,
+        platform=jax.default_backend(), lengths=seq_lengths is not None, resets=resets is not None, states=states,
+        differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
+    )  # fmt: skip
+    return _Call(request, layout, (params, xs, initial_carry, seq_lengths, resets))
+
+
+def _project_shape(cell: Cell, params: PyTree, xs: Any) -> Any:
+    try:
+        return jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
+    except (TypeError, ValueError, AttributeError) as error:
+        kernel = getattr(params, "input_kernel", None)
+        expected = f"D = {kernel.shape[0]}" if kernel is not None else "the parameters that `cell.init` makes"
+        raise ValueError(
+            f"`unroll({type(cell).__name__}, params, xs=<{xs.dtype} {xs.shape}>)`: the inputs have D = {xs.shape[-1]} "
+            f"features, the parameters expect {expected}."
+        ) from error
+
+
+def _check_carry(cell: Cell, carry: Any, batch_shape: tuple[int, ...], dtype: Any) -> None:
+    expected = jax.eval_shape(functools.partial(cell.initial_carry, batch_shape, dtype))
+    if jax.tree.structure(carry) != jax.tree.structure(expected):
+        raise ValueError(
+            f"`unroll(initial_carry=<{type(carry).__name__}>)`: expected {type(expected).__name__}"
+            f"{getattr(expected, '_fields', '')}, as `cell.initial_carry(batch_shape)` makes it."
+        )
+    for got, want in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
+        if jnp.shape(got) != want.shape or not jnp.issubdtype(jnp.result_type(got), jnp.floating):
+            raise ValueError(
+                f"`unroll(initial_carry=<{jnp.result_type(got)} {jnp.shape(got)}>)`: expected floating point "
+                f"{want.shape}, the batch axes of xs and the hidden size."
+            )
+
+
+def _check_resets(resets: Any, shape: tuple[int, ...]) -> Array:
+    resets = jnp.asarray(resets)
+    if resets.dtype != np.bool_ or resets.shape != shape:
+        raise ValueError(
+            f"`unroll(resets=<{resets.dtype} {resets.shape}>)`: expected bool {shape}, the shape of xs without features."
+        )
+    return resets
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    request: Request, layout: _Layout, backend: str, params: PyTree, xs: Array, carry: Any,
+    lengths: Array | None, resets: Array | None,
+) -> tuple[Any, Array, States | None]:  # fmt: skip
+    """The run itself, time-major and in processing order inside."""
+    cell = request.cell
+    if not layout.time_major:
+        xs = jnp.moveaxis(xs, -2, 0)
+        resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
+    if carry is None:
+        carry = cell.initial_carry(request.batch_shape, request.dtype)
+    if lengths is not None:
+        xs = _lengths.blank_padding(xs, lengths)
+    resets = None if resets is None else resets[..., None]
+    if layout.reverse:
+        xs, resets = _lengths.reverse_time((xs, resets), lengths)
+    params, carry = _follow(xs, lengths, resets, params, carry)
+
+    if request.steps == 0:
+        outputs, states = _empty(cell, params, xs, carry)
+        last = carry
+    else:
+        last, outputs, *rest = BACKENDS[backend].run(request, params, xs, carry, lengths, resets)
+        states = States(*rest)
+
+    if layout.reverse and layout.keep_order:
+        outputs, states = _lengths.reverse_time((outputs, states), lengths)
+    if request.states and layout.include_initial:
+        first = jax.tree.map(lambda a: a[None], carry)
+        pair = (states.carries, first) if layout.reverse and layout.keep_order else (first, states.carries)
+        states = states._replace(carries=jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair))
+    if not layout.time_major:
+        outputs, states = jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(request.batch_shape)), (outputs, states))
+    return last, outputs, states if request.states else None
+
+
+def _follow(xs: Array, lengths: Any, resets: Any, params: PyTree, carry: Any) -> tuple[PyTree, Any]:
+    """Parameters and carry made to differ over the devices that the data differs over.
+
+    Inside shard_map this puts the sum of the parameters' gradients over devices outside the loop.
+    """
+    axes = frozenset().union(*map(_compat.varying_axes, jax.tree.leaves((xs, lengths, resets, carry))))
+    params = jax.tree.map(lambda a: _compat.vary_over(a, axes), params)
+    carry = jax.tree.map(lambda a: _compat.vary_over(a, axes), carry)
+    if xs.shape[0]:
+        # With an explicit mesh zeros of the data's sharding bring the carry to it.
+        like = jnp.zeros_like(xs[0, ..., :1])
+        carry = jax.tree.map(lambda a: a + like.astype(a.dtype), carry)
+    return params, carry
+
+
+def _empty(cell: Cell, params: PyTree, xs: Array, carry: Any) -> tuple[Array, States]:
+    """Outputs and states of no steps at all."""
+    new, gates = jax.eval_shape(lambda: cell.update(params, carry, cell.project(params, jnp.zeros(xs.shape[1:], xs.dtype))))
+    stack = functools.partial(jax.tree.map, lambda a: jnp.zeros((0, *a.shape), a.dtype))
+    return jnp.zeros((0, *cell.output(carry).shape), cell.output(carry).dtype), States(stack(new), stack(gates))
