@@ -137,8 +137,8 @@ def additive_gates(cell: PointwiseCell, p: Any, z: Any, r: Any, carry: Any) -> t
     return tuple(only_summed(inputs[g], inputs[count + g]) for g in range(count))
 
 
-def save_transcendental(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Checkpoint policy: keep what is dear to recompute, recompute products and sums."""
+def save_dear(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Checkpoint policy: keep what is dear to recompute; products and sums are formed again."""
     return primitive.name in TRANSCENDENTAL
 
 

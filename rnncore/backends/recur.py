@@ -1,4 +1,4 @@
-"""The recurrence s_t = step(p, x_t, mix(U, h_{t-1}), s_{t-1}) and its two differentiation rules.
+"""The recurrence s_t = step(p, x_t, mix(U, h_{t-1}), s_{t-1}), and its two differentiation rules.
 
 The derivative of a recurrence is a recurrence.  With L_t the linearised step,
 
@@ -56,15 +56,14 @@ class Step:
     """One step of a recurrence.
 
     Fields:
-      run: (p, x_t, r_t, s_{t-1}) -> (s_t, emitted), elementwise.
-      fold: (dx, dr) -> (dx, rest): adds to dx the part of dr that matters only as a sum with it, so
-        that it is stored once; `rest` is the part that stays apart, None where there is none.
-      spread: (rest, r) -> r with `rest` added to it.
+      fold: (x, r) -> (x, rest): adds to x the part of r that matters only as a sum with it, so that
+        one array stands for both; `rest` is the part that stays apart, None where there is none.
+        Linear, and the same for one step and for all steps at once.
+      run: (p, x_t, rest_t, s_{t-1}) -> (s_t, emitted), elementwise, on a folded x.
     """
 
     run: Callable
     fold: Callable
-    spread: Callable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +92,8 @@ def _advance(step: Step, rules: Rules, mixing: Any, p: Any, target: Any, x: Any,
     """One step with its reset and its product: (s_t, emitted)."""
     if reset is not None:
         carry = jax.tree.map(lambda a, b: jnp.where(reset, a, b), target, carry)
-    new, emitted = step.run(p, x, rules.mix(mixing, carry.h), carry)
+    x, rest = step.fold(x, rules.mix(mixing, carry.h))
+    new, emitted = step.run(p, x, rest, carry)
     return jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry), emitted
 
 
@@ -119,29 +119,30 @@ class _Derivative:
     def __init__(self, step: Step, rules: Rules, inputs: Inputs):
         self.step, self.rules = step, rules
         first = jax.tree.map(lambda a: a[0], inputs.xs)
-        r = rules.mix(inputs.mixing, inputs.start.h)
-        example = (inputs.p, first, r, inputs.start)
+        x, rest = step.fold(first, rules.mix(inputs.mixing, inputs.start.h))
+        example = (inputs.p, x, rest, inputs.start)
 
-        def stable(p: Any, x: Any, r: Any, s: Any) -> Any:
-            new, emitted = step.run(p, x, r, s)
+        def stable(p: Any, x: Any, rest: Any, s: Any) -> Any:
+            new, emitted = step.run(p, x, rest, s)
             return jax.tree.map(lambda n, c: n.astype(c.dtype), new, s), emitted
 
         closed, self._out_tree = pointwise.opened(stable, *example)
         opened = _compat.jaxpr_as_fun(closed)
-        policy = jax.checkpoint_policies.nothing_saveable if rules.recompute else pointwise.save_transcendental
+        policy = jax.checkpoint_policies.nothing_saveable if rules.recompute else pointwise.save_dear
         self._split = pointwise.linearize(lambda *a: tuple(opened(*a)), policy, *jax.tree.leaves(example))
 
         # The role of each flat input: what the caller has as stacks need not be kept again.
-        s_roles = ["h" if leaf is inputs.start.h else "s" for leaf in jax.tree.leaves(inputs.start)]
-        xs_leaves, p_leaves = jax.tree.leaves(inputs.xs), jax.tree.leaves(inputs.p)
-        self._roles = ["p"] * len(p_leaves) + ["x"] * len(xs_leaves) + ["r"] + s_roles
-        self._x_from = len(p_leaves)
-        keep_roles = ("s",) if rules.recompute else ("s", "r")
-        self._kept_inputs = [n for n in self._split.needed if n is not None and self._roles[n] in keep_roles]
+        self._roles = ["unit"] * len(jax.tree.leaves(inputs.p))
+        pairs = zip(jax.tree.leaves(first), jax.tree.leaves(x), strict=True)
+        self._roles += ["input" if a is b else "folded" for a, b in pairs]
+        self._roles += ["folded"] * len(jax.tree.leaves(rest))
+        self._roles += ["h" if leaf is inputs.start.h else "state" for leaf in jax.tree.leaves(inputs.start)]
+        keep = ("state",) if rules.recompute else ("state", "folded")
+        self._kept_inputs = [n for n in self._split.needed if n is not None and self._roles[n] in keep]
         self.forward = dataclasses.replace(step, run=self._run_forward)
 
-    def _run_forward(self, p: Any, x: Any, r: Any, s: Any) -> Any:
-        args = jax.tree.leaves((p, x, r, s))
+    def _run_forward(self, p: Any, x: Any, rest: Any, s: Any) -> Any:
+        args = jax.tree.leaves((p, x, rest, s))
         out, saved = self._split.forward(*args)
         new, emitted = jax.tree.unflatten(self._out_tree, out)
         return new, (emitted, (saved, tuple(args[n] for n in self._kept_inputs)))
@@ -154,23 +155,23 @@ class _Derivative:
     def residuals(self, inputs: Inputs, before: Array, kept: Any) -> tuple[Array, ...]:
         """(T, *batch, H) arrays for all that L depends on, per-unit parameters apart."""
         saved, kept_inputs = kept
-        xs = jax.tree.leaves(inputs.xs)
         held = dict(zip(self._kept_inputs, kept_inputs, strict=True))
+        xs, rest = inputs.xs, None
+        if "folded" in self._roles and self.rules.recompute:
+            xs, rest = self.step.fold(xs, self.rules.mix(inputs.mixing, before))
+        stacks = [*jax.tree.leaves(inputs.p), *jax.tree.leaves(xs), *jax.tree.leaves(rest)]
         next_saved = iter(saved)
-        stacks = []
+        residuals = []
         for n in self._split.needed:
-            role = "saved" if n is None else self._roles[n]
-            if role == "saved":
-                stacks.append(next(next_saved))
-            elif role == "x":
-                stacks.append(xs[n - self._x_from])
-            elif role == "h":
-                stacks.append(before)
-            elif role == "r" and n not in held:
-                stacks.append(self.rules.mix(inputs.mixing, before))
-            elif role != "p":
-                stacks.append(held[n])
-        return tuple(stacks)
+            if n is None:
+                residuals.append(next(next_saved))
+            elif n in held:
+                residuals.append(held[n])
+            elif self._roles[n] == "h":
+                residuals.append(before)
+            elif self._roles[n] != "unit":
+                residuals.append(stacks[n])
+        return tuple(residuals)
 
     def prepare(self, before: Array, dmixing: Any, dxs: Any, dp: Any) -> tuple[Any, Any, Any]:
         """What of the tangent needs no loop: (dx with the sums of mix(dU, h) in it, their rest, dp per step)."""
@@ -184,16 +185,15 @@ class _Derivative:
     def tangent(self) -> Step:
         """L as a step: p is the p of the recurrence, x_t = (residuals, dx, rest, dp)."""
 
-        def linear(p: Any, residuals: Any, dx: Any, rest: Any, dp: Any, r: Any, ds: Any) -> Any:
+        def linear(p: Any, x: Any, dr: Any, ds: Any) -> Any:
+            residuals, dx, rest, dp = x
             stacks, units = iter(residuals), jax.tree.leaves(p)
-            values = [units[n] if n is not None and self._roles[n] == "p" else next(stacks) for n in self._split.needed]
+            values = [
+                units[n] if n is not None and self._roles[n] == "unit" else next(stacks) for n in self._split.needed
+            ]
             dp = jax.tree.map(jnp.zeros_like, p) if dp is None else dp
-            dr = self.step.spread(rest, r)
-            return jax.tree.unflatten(self._out_tree, self._split.tangent(values, jax.tree.leaves((dp, dx, dr, ds))))
-
-        def run(p: Any, x: Any, r: Any, ds: Any) -> Any:
-            # Checkpointed so that the coefficients of L are formed inside the loop, never stacked.
-            return jax.checkpoint(linear, prevent_cse=False)(p, *x, r, ds)
+            tangents = jax.tree.leaves((dp, dx, dr if rest is None else rest, ds))
+            return jax.tree.unflatten(self._out_tree, self._split.tangent(values, tangents))
 
         def fold(x: Any, dr: Any) -> Any:
             residuals, dx, rest, dp = x
@@ -202,7 +202,8 @@ class _Derivative:
                 return (residuals, dx, rest, dp), more
             return (residuals, dx, rest + more, dp), None
 
-        return Step(run, fold, self.step.spread)
+        # Checkpointed so that the coefficients of L are formed inside the loop, never stacked.
+        return Step(jax.checkpoint(linear, prevent_cse=False), fold)
 
 
 # ---------------------------------------------------------------------- differentiation="any"

@@ -64,29 +64,26 @@ def _without_bias(mixing: CellParams) -> CellParams:
 
 def _step(cell: PointwiseCell, p: Any, carry: Any, z: Array, mixing: Any, states: bool, carries: bool) -> recur.Step:
     """The cell's pointwise update as a step on slabs."""
+    additive = pointwise.additive_gates(cell, p, cell.split(z), cell.split(cell.mix(mixing, carry.h)), carry)
 
-    def update(p: Any, z: Array, r: Array, carry: Any) -> Any:
-        new, gates = cell.pointwise(p, cell.split(z), cell.split(r), carry)
+    count = len(cell.gates) - sum(additive)
+
+    def update(p: Any, z: Array, rest: Array | None, carry: Any) -> Any:
+        zs = cell.split(z)
+        pieces = iter(jnp.split(rest, count, -1) if rest is not None else ())
+        rs = cell.Gates(*(jnp.zeros_like(zg) if a else next(pieces) for zg, a in zip(zs, additive, strict=True)))
+        new, gates = cell.pointwise(p, zs, rs, carry)
         return new, (new if states or carries else None, gates if states else None)
 
-    additive = pointwise.additive_gates(cell, p, cell.split(z), cell.split(cell.mix(mixing, carry.h)), carry)
-    return recur.Step(update, functools.partial(_fold, cell, additive), functools.partial(_spread, cell, additive))
+    return recur.Step(update, functools.partial(_fold, cell, additive))
 
 
-def _fold(cell: PointwiseCell, additive: Sequence[bool], dx: Array, dr: Array) -> tuple[Array, Array | None]:
-    """Gates that see only z + r take dr into dx; the others keep it apart, in a slab of their own."""
+def _fold(cell: PointwiseCell, additive: Sequence[bool], z: Array, r: Array) -> tuple[Array, Array | None]:
+    """Gates that see only z + r take r into z; the others keep theirs apart, in a slab of their own."""
     if all(additive):
-        return dx + dr, None
-    rest = jnp.concatenate([d for d, a in zip(cell.split(dr), additive, strict=True) if not a], -1)
+        return z + r, None
+    zs, rs = cell.split(z), cell.split(r)
+    rest = jnp.concatenate([rg for rg, a in zip(rs, additive, strict=True) if not a], -1)
     if not any(additive):
-        return dx, rest
-    parts = [x + d if a else x for x, d, a in zip(cell.split(dx), cell.split(dr), additive, strict=True)]
-    return jnp.concatenate(parts, -1), rest
-
-
-def _spread(cell: PointwiseCell, additive: Sequence[bool], rest: Array | None, r: Array) -> Array:
-    """r with the slab that `_fold` kept apart added to its gates."""
-    if rest is None:
-        return r
-    pieces = iter(jnp.split(rest, additive.count(False), -1))
-    return jnp.concatenate([d if a else d + next(pieces) for d, a in zip(cell.split(r), additive, strict=True)], -1)
+        return z, rest
+    return jnp.concatenate([zg + rg if a else zg for zg, rg, a in zip(zs, rs, additive, strict=True)], -1), rest
