@@ -11,7 +11,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from rnncore import initializers
+from rnncore import _products, initializers
 from rnncore._types import Array, Initializer
 
 
@@ -29,6 +29,14 @@ class Recurrence(abc.ABC):
         """r = mix(U, h): (..., H) to a slab (..., G*H)."""
 
     @abc.abstractmethod
+    def transposed(self, kernel: Array) -> Array:
+        """The kernel laid out for `mix_transposed`."""
+
+    @abc.abstractmethod
+    def mix_transposed(self, kernel: Array, h: Array) -> Array:
+        """mix(U, h) from the transposed kernel: slower itself, its own transpose (dr to dh) faster."""
+
+    @abc.abstractmethod
     def gate_matrices(self, kernel: Array) -> Array:
         """The kernel as (G, H, H) matrices U_g with r_g = U_g h, row = output."""
 
@@ -43,7 +51,13 @@ class Dense(Recurrence):
         return (hidden_size, gates, hidden_size)
 
     def mix(self, kernel: Array, h: Array) -> Array:
-        return h @ kernel.reshape(kernel.shape[0], -1)
+        return _products.times(h, kernel.reshape(kernel.shape[0], -1))
+
+    def transposed(self, kernel: Array) -> Array:
+        return kernel.reshape(kernel.shape[0], -1).T
+
+    def mix_transposed(self, kernel: Array, h: Array) -> Array:
+        return _products.times_transposed(h, kernel)
 
     def gate_matrices(self, kernel: Array) -> Array:
         return jnp.transpose(kernel, (1, 2, 0))
@@ -73,6 +87,14 @@ class Heads(Recurrence):
         r = jnp.einsum("...nd,ndge->...gne", h.reshape(*h.shape[:-1], heads, size), kernel)
         return r.reshape(*h.shape[:-1], gates * heads * size)
 
+    def transposed(self, kernel: Array) -> Array:
+        return jnp.transpose(kernel, (0, 2, 3, 1))
+
+    def mix_transposed(self, kernel: Array, h: Array) -> Array:
+        heads, gates, size, _ = kernel.shape
+        r = jnp.einsum("...nd,nged->...gne", h.reshape(*h.shape[:-1], heads, size), kernel)
+        return r.reshape(*h.shape[:-1], gates * heads * size)
+
     def gate_matrices(self, kernel: Array) -> Array:
         heads, size, gates, _ = kernel.shape
         blocks = jnp.einsum("ndge,nm->gnemd", kernel, jnp.eye(heads, dtype=kernel.dtype))
@@ -96,6 +118,12 @@ class Diagonal(Recurrence):
         gates, size = kernel.shape
         r = h[..., None, :] * kernel.reshape((1,) * (h.ndim - 1) + kernel.shape)
         return r.reshape(*h.shape[:-1], gates * size)
+
+    def transposed(self, kernel: Array) -> Array:
+        return kernel
+
+    def mix_transposed(self, kernel: Array, h: Array) -> Array:
+        return self.mix(kernel, h)
 
     def gate_matrices(self, kernel: Array) -> Array:
         return kernel[:, :, None] * jnp.eye(kernel.shape[1], dtype=kernel.dtype)

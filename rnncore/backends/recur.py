@@ -72,15 +72,22 @@ class Rules:
 
     Fields:
       mix: (mixing, h) -> r, linear in the mixing.
-      homogeneous: mixing -> the mixing with which mix is linear in h too (no recurrent bias).
+      tangent_mix: (tangent mixing, dh) -> dr, bilinear: what `mix` does to a change of h.
+      tangent_mixing: mixing -> tangent mixing, linear.
       differentiation: "any" or "reverse".
       recompute: keep only the carries and form r and the gates again where derivatives need them.
     """
 
     mix: Callable
-    homogeneous: Callable
+    tangent_mix: Callable
+    tangent_mixing: Callable
     differentiation: Differentiation = "any"
     recompute: bool = False
+
+    @property
+    def tangent(self) -> Rules:
+        """The rules of the tangent recurrence, which is its own tangent."""
+        return Rules(self.tangent_mix, self.tangent_mix, lambda mixing: mixing)
 
 
 def run(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
@@ -226,11 +233,9 @@ def _run_any(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTr
             before = derivative.previous(inputs, hs)
             residuals = derivative.residuals(inputs, before, kept)
             xs = (residuals, *derivative.prepare(before, dmixing, dxs, dp))
-            mixing = rules.homogeneous(inputs.mixing)
-            once = dataclasses.replace(rules, recompute=False)
-            return _run_any(
-                derivative.tangent, once, Inputs(mixing, inputs.p, xs, dstart, dtarget, inputs.resets)
-            )
+            mixing = rules.tangent_mixing(inputs.mixing)
+            moved = Inputs(mixing, inputs.p, xs, dstart, dtarget, inputs.resets)
+            return _run_any(derivative.tangent, rules.tangent, moved)
 
         if rules.recompute:
             tangent = jax.checkpoint(tangent)
@@ -275,7 +280,7 @@ def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, 
         derivative = made["derivative"]
         before = derivative.previous(inputs, hs)
         residuals = derivative.residuals(inputs, before, kept)
-        mixing = rules.homogeneous(inputs.mixing)
+        mixing = rules.tangent_mixing(inputs.mixing)
         one = jax.tree.map(lambda a: a[:1], inputs.xs)
         shapes = jax.tree.map(lambda a: a[0], derivative.prepare(before[:1], inputs.mixing, one, inputs.p))
 
@@ -286,7 +291,7 @@ def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, 
 
             def forward(ds: Any, dtarget: Any, dx: Any, rest: Any, dp: Any) -> Any:
                 x = (residual, dx, rest, dp)
-                return _advance(derivative.tangent, rules, mixing, inputs.p, dtarget, x, reset, ds)
+                return _advance(derivative.tangent, rules.tangent, mixing, inputs.p, dtarget, x, reset, ds)
 
             back = jax.linear_transpose(forward, inputs.start, inputs.target, *shapes)
             ds, more, *stacked = back((ds, demitted))

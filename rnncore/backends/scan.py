@@ -39,7 +39,13 @@ def run(
     mixing = CellParams(None, params.recurrent_kernel, None, params.recurrent_bias, ())  # type: ignore[arg-type]
     p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
     step = _step(cell, p, carry, cell.project(params, xs[0]), mixing, request.states, lengths is not None)
-    rules = recur.Rules(cell.mix, _without_bias, request.differentiation, request.recompute == "gates")
+    rules = recur.Rules(
+        cell.mix,
+        lambda kernel, h: cell.recurrence.mix_transposed(kernel, h.astype(kernel.dtype)),
+        lambda mixing: cell.recurrence.transposed(mixing.recurrent_kernel),
+        request.differentiation,
+        request.recompute == "gates",
+    )
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
         (carry, last), (xs, resets) = carry, now
@@ -58,10 +64,6 @@ def default_chunk(request: Request) -> int:
     return request.steps
 
 
-def _without_bias(mixing: CellParams) -> CellParams:
-    return mixing._replace(recurrent_bias=None)
-
-
 def _step(cell: PointwiseCell, p: Any, carry: Any, z: Array, mixing: Any, states: bool, carries: bool) -> recur.Step:
     """The cell's pointwise update as a step on slabs."""
     additive = pointwise.additive_gates(cell, p, cell.split(z), cell.split(cell.mix(mixing, carry.h)), carry)
@@ -70,7 +72,7 @@ def _step(cell: PointwiseCell, p: Any, carry: Any, z: Array, mixing: Any, states
 
     def update(p: Any, z: Array, rest: Array | None, carry: Any) -> Any:
         zs = cell.split(z)
-        pieces = iter(jnp.split(rest, count, -1) if rest is not None else ())
+        pieces = iter(() if rest is None else jax.lax.split(rest, [cell.hidden_size] * count, rest.ndim - 1))
         rs = cell.Gates(*(jnp.zeros_like(zg) if a else next(pieces) for zg, a in zip(zs, additive, strict=True)))
         new, gates = cell.pointwise(p, zs, rs, carry)
         return new, (new if states or carries else None, gates if states else None)

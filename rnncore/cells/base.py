@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnncore import initializers
+from rnncore import _products, initializers
 from rnncore._types import Array, Initializer, PyTree
 from rnncore.recurrence import Dense, Recurrence
 
@@ -185,7 +185,7 @@ class PointwiseCell(Cell):
     def project(self, params: CellParams, xs: Array) -> Array:
         """z = x W + b as a slab: (..., D) to (..., G*H)."""
         kernel = params.input_kernel
-        zs = xs @ kernel.reshape(kernel.shape[0], -1)
+        zs = _products.times(xs, kernel.reshape(kernel.shape[0], -1))
         return zs if params.bias is None else zs + params.bias.reshape(-1)
 
     def mix(self, params: CellParams, h: Array) -> Array:
@@ -200,8 +200,8 @@ class PointwiseCell(Cell):
 
     def split(self, slab: Array) -> Any:
         """A slab (..., G*H) as a named tuple of G arrays (..., H)."""
-        size = self.hidden_size
-        return self.Gates(*(slab[..., g * size : (g + 1) * size] for g in range(len(self.gates))))
+        # lax.split, not slices: it transposes to one concatenation, slices to a sum of padded arrays.
+        return self.Gates(*jax.lax.split(slab, [self.hidden_size] * len(self.gates), slab.ndim - 1))
 
     def update(self, params: CellParams, carry: Any, z: Array) -> tuple[Any, PyTree]:
         """One step: (carry, z slab) to (new carry, gates)."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnncore import initializers
+from rnncore import _products, initializers
 from rnncore._types import Activation, Array, Initializer
 from rnncore.cells.base import Cell, HiddenCarry, named
 
@@ -75,7 +75,7 @@ class ResetBeforeGRU(Cell):
     def project(self, params: ResetBeforeGRUParams, xs: Array) -> Array:
         """z = x W + b as a slab: (..., D) to (..., 3*H)."""
         kernel = params.input_kernel
-        return xs @ kernel.reshape(kernel.shape[0], -1) + params.bias.reshape(-1)
+        return _products.times(xs, kernel.reshape(kernel.shape[0], -1)) + params.bias.reshape(-1)
 
     def update(self, params: ResetBeforeGRUParams, carry: HiddenCarry, z: Array) -> tuple[HiddenCarry, Any]:
         """One step: (carry, z slab) to (new carry, gates)."""
