@@ -242,7 +242,7 @@ def _prepare(
         resets = _check_resets(resets, xs.shape[:-1])
     request = Request(
         cell=cell, steps=steps, batch_shape=batch_shape, input_size=xs.shape[-1], dtype=dtype.name,
-        platform=jax.default_backend(), lengths=seq_lengths is not None, resets=resets is not None, states=states,
+        platform=jax.default_backend(), devices=jax.device_count(), lengths=seq_lengths is not None, resets=resets is not None, states=states,
         differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
     )  # fmt: skip
     return _Call(request, layout, (params, xs, initial_carry, seq_lengths, resets))

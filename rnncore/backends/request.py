@@ -17,7 +17,7 @@ class Request:
       cell: the cell.
       steps, batch_shape, input_size: T, the batch axes, D.
       dtype: name of the dtype of the projected inputs.
-      platform: "cpu", "gpu" or "tpu".
+      platform, devices: "cpu", "gpu" or "tpu", and how many of them this process sees.
       lengths, resets, states: whether the run has lengths, has resets, must return states.
       differentiation: "any" or "reverse".
       checkpoint_every: steps to a chunk; None lets the backend choose.
@@ -30,6 +30,7 @@ class Request:
     input_size: int
     dtype: str
     platform: str
+    devices: int
     lengths: bool
     resets: bool
     states: bool

@@ -1,0 +1,1 @@
+"""Benchmarks: scripts that a person runs, never timed tests."""
