@@ -15,7 +15,9 @@ jaxpr_as_fun = jex_core.jaxpr_as_fun
 
 def varying_axes(x: Any) -> frozenset:
     """Names of the shard_map axes over which a value differs between devices."""
-    return frozenset(getattr(jax.typeof(x), "vma", ()) or ())
+    aval = jax.typeof(x)
+    manual = getattr(aval, "manual_axis_type", None)
+    return frozenset(manual.varying if manual is not None else aval.vma)
 
 
 def vary_over(x: Any, axes: frozenset) -> Any:

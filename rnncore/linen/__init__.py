@@ -1,0 +1,28 @@
+"""Flax modules: `from rnncore import linen as nn` in place of Flax's.
+
+The recurrent classes here have the fields, parameter trees, initial values, call signatures and
+results of their flax.linen namesakes, so a model and its checkpoints carry over.  Every other name
+is flax.linen's own.  `functional` turns a trained Flax cell into the functional cell and its
+parameters, for `rnncore.unroll` and the analysis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as _flax
+
+from rnncore.linen.bidirectional import Bidirectional as Bidirectional
+from rnncore.linen.cells import GRUCell as GRUCell
+from rnncore.linen.cells import LSTMCell as LSTMCell
+from rnncore.linen.cells import OptimizedLSTMCell as OptimizedLSTMCell
+from rnncore.linen.cells import SimpleCell as SimpleCell
+from rnncore.linen.convert import functional as functional
+from rnncore.linen.rnn import RNN as RNN
+
+
+def __getattr__(name: str) -> Any:
+    """What is not recurrent comes from flax.linen."""
+    if name.startswith("__") or not hasattr(_flax, name):
+        raise AttributeError(f"module 'rnncore.linen' has no attribute {name!r}, and flax.linen has none either")
+    return getattr(_flax, name)

@@ -1,0 +1,96 @@
+"""From a trained Flax cell to the functional cell and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from rnncore.cells import CellParams, PointwiseCell
+from rnncore.linen import cells, trees
+
+KNOWN: dict[type, trees.Tree] = {
+    cells.LSTMCell: trees.LSTM_TREE,
+    cells.OptimizedLSTMCell: trees.LSTM_TREE,
+    cells.GRUCell: trees.GRU_TREE,
+    cells.SimpleCell: trees.SIMPLE_TREE,
+    nn.LSTMCell: trees.LSTM_TREE,
+    nn.OptimizedLSTMCell: trees.LSTM_TREE,
+    nn.GRUCell: trees.GRU_TREE,
+    nn.SimpleCell: trees.SIMPLE_TREE,
+}
+
+
+def functional(cell: nn.Module, params: Mapping[str, Any]) -> tuple[PointwiseCell, CellParams]:
+    """The functional cell that a Flax cell is, and the functional parameters that its own are.
+
+    (rnncore.LSTM | GRU | Elman)(H), CellParams((D, G, H), (H, G, H), (G, H), ...)
+
+    With the pair, whatever takes a functional cell takes a trained Flax model: `rnncore.unroll` with
+    its states, gates, resets and checkpoints, and every function of the analysis.  The result is
+    differentiable in `params`.
+
+    Args:
+      cell: a cell of `rnncore.linen` or of flax.linen: LSTMCell, OptimizedLSTMCell, GRUCell or
+        SimpleCell.  It needs not be bound; only its functions and `dtype` are read.
+      params: the parameters of that cell, {'ii': {'kernel': (D, H)}, 'hi': {'kernel': (H, H),
+        'bias': (H,)}, ...}, boxed or not.  In the variables of a standalone `RNN(cell)` they lie at
+        ['params']['cell'], in those of a compact parent at ['params']['LSTMCell_0'] or so.
+
+    Returns:
+      (functional cell, `CellParams`).  The gates stand in the functional cell's order: i, f, g, o of
+      an LSTM; r, z, n of a GRU.  The two biases of a gate that Flax has not, nothing is lost.  The
+      arrays have `cell.dtype`, or where that is None the dtype that Flax promotes the parameters to;
+      with a `cell.dtype` give inputs of that dtype, to which Flax casts them.  The carry of the
+      functional LSTM is the named tuple (c, h), that of the others the named tuple (h,).
+
+    Raises:
+      ValueError: parameters that are not those of such a cell.
+      NotImplementedError: another cell, also a subclass or a transformed one, whose equations cannot
+        be known.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import linen as nn
+      >>> layer, xs = nn.RNN(nn.LSTMCell(4)), jnp.ones((2, 5, 3))
+      >>> variables = layer.init(jax.random.key(0), xs)
+      >>> cell, params = nn.functional(layer.cell, variables["params"]["cell"])
+      >>> _, ys, states = rnncore.unroll(cell, params, xs, return_states=True)
+      >>> bool(jnp.allclose(ys, layer.apply(variables, xs), atol=1e-6)), states.gates.f.shape
+      (True, (2, 5, 4))
+
+    Source: trees and dtype promotion as in flax.linen.  flax.nnx keeps other trees.
+    """
+    name = type(cell).__name__
+    tree = KNOWN.get(type(cell))
+    if tree is None:
+        raise NotImplementedError(
+            f"`functional({name}, params)`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell of "
+            "rnncore.linen or flax.linen; a subclass or a transformed class may compute something else. If it does "
+            "not, pass the plain cell with the same fields."
+        )
+    weights = nn.meta.unbox(params)
+    if not isinstance(weights, Mapping) or not trees.is_complete(tree, weights):
+        got = sorted(weights) if isinstance(weights, Mapping) else type(weights).__name__
+        raise ValueError(
+            f"`functional({name}, params=<{got}>)`: expected the parameters of the cell itself, with the names "
+            f"{sorted(tree.inputs + tree.recurrent)}; pick the cell's own entry out of the variables."
+        )
+    _check_shapes(name, tree, weights)
+    return trees.assemble(tree, cell, weights)
+
+
+def _check_shapes(name: str, tree: trees.Tree, weights: trees.Weights) -> None:
+    hidden = jnp.shape(weights[tree.recurrent[0]]["kernel"])[-1]
+    size = jnp.shape(weights[tree.inputs[0]]["kernel"])[0]
+    for names, rows in ((tree.inputs, size), (tree.recurrent, hidden)):
+        for gate in names:
+            for leaf, expected in (("kernel", (rows, hidden)), ("bias", (hidden,))):
+                got = jnp.shape(weights[gate][leaf]) if leaf in weights[gate] else expected
+                if got != expected:
+                    raise ValueError(
+                        f"`functional({name}, params)`: params['{gate}']['{leaf}'] has shape {got}, expected "
+                        f"{expected} to fit the other gates."
+                    )

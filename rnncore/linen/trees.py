@@ -1,0 +1,119 @@
+"""The parameter trees of Flax's cells, and how they become the parameters of a functional cell.
+
+A Flax cell keeps one little dictionary {kernel[, bias]} for each gate and side: W_i x as `ii`, U_i h
+as `hi`, and so on.  A functional cell has one array for all gates.  The table below is the only
+place that knows the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+
+from rnncore._types import Array
+from rnncore.cells import GRU, LSTM, CellParams, Elman, PointwiseCell
+from rnncore.cells.base import named
+
+Weights = Mapping[str, Mapping[str, Array]]
+"""{name: {"kernel": (., H)[, "bias": (H,)]}} by the names of a `Tree`."""
+
+
+class Tree(NamedTuple):
+    """The parameter tree of one kind of cell.
+
+    Fields:
+      inputs: names of the input side, one for each gate in the order of the functional cell.
+      recurrent: names of the recurrent side, likewise.
+      biased: the names that have a bias.
+      make: (Flax cell, H) -> functional cell.
+    """
+
+    inputs: tuple[str, ...]
+    recurrent: tuple[str, ...]
+    biased: frozenset[str]
+    make: Callable[[Any, int], PointwiseCell]
+
+
+LSTM_TREE = Tree(
+    inputs=("ii", "if", "ig", "io"),
+    recurrent=("hi", "hf", "hg", "ho"),
+    biased=frozenset(("hi", "hf", "hg", "ho")),
+    make=lambda m, size: LSTM(size, gate_fn=m.gate_fn, activation_fn=m.activation_fn),
+)
+GRU_TREE = Tree(
+    inputs=("ir", "iz", "in"),
+    recurrent=("hr", "hz", "hn"),
+    biased=frozenset(("ir", "iz", "in", "hn")),
+    make=lambda m, size: GRU(size, gate_fn=m.gate_fn, activation_fn=m.activation_fn),
+)
+SIMPLE_TREE = Tree(
+    inputs=("i",),
+    recurrent=("h",),
+    biased=frozenset(("i",)),
+    make=lambda m, size: Elman(size, activation_fn=m.activation_fn, residual=m.residual),
+)
+
+
+def is_complete(tree: Tree, weights: Mapping[str, Any]) -> bool:
+    """Whether every kernel and bias of the tree is there."""
+    return all(
+        "kernel" in weights.get(name, ()) and (name not in tree.biased or "bias" in weights[name])
+        for name in tree.inputs + tree.recurrent
+    )
+
+
+def assemble(
+    tree: Tree, module: Any, weights: Weights, inputs: Any = None, h: Any = None
+) -> tuple[PointwiseCell, CellParams]:
+    """The functional cell and its parameters, in the dtypes in which Flax computes.
+
+    Args:
+      tree: the tree of the cell.
+      module: the Flax cell, for its `dtype` and its functions.
+      weights: its unboxed parameters, complete.
+      inputs, h: what the cell will see: where `module.dtype` is None their dtypes take part in the
+        promotion, as in `flax.linen.Dense`.  None: the parameters' own.
+    """
+    one_side = [[jax.tree.leaves(dict(weights[n])) for n in names] for names in (tree.inputs, tree.recurrent)]
+    input_dtype, recurrent_dtype = (
+        canonicalize_dtype(seen, *jax.tree.leaves(side), dtype=module.dtype)
+        for seen, side in zip((inputs, h), one_side, strict=True)
+    )
+
+    def stack(names: tuple[str, ...], leaf: str, axis: int, dtype: Any) -> Array:
+        return jnp.stack([weights[name][leaf] for name in names], axis).astype(dtype)
+
+    # Each gate has one bias; where it has a second, that one stays with U h (the GRU's b_hn).
+    first = tuple(i if i in tree.biased else h for i, h in zip(tree.inputs, tree.recurrent, strict=True))
+    second = tuple(n for n in tree.recurrent if n in tree.biased and n not in first)
+    kernel = stack(tree.recurrent, "kernel", 1, recurrent_dtype)
+    params = CellParams(
+        input_kernel=stack(tree.inputs, "kernel", 1, input_dtype),
+        recurrent_kernel=kernel,
+        bias=stack(first, "bias", 0, input_dtype if first == tree.inputs else recurrent_dtype),
+        recurrent_bias=stack(second, "bias", 0, recurrent_dtype) if second else None,
+        units=named("Units", ())(),
+    )
+    return tree.make(module, kernel.shape[0]), params
+
+
+def to_core(cell: PointwiseCell, carry: Any) -> Any:
+    """Flax's carry, (c, h) or h, as the functional cell's named tuple."""
+    fields = cell.Carry._fields
+    if len(fields) == 1:
+        return cell.Carry(carry)
+    if not isinstance(carry, tuple | list) or len(carry) != len(fields):
+        raise ValueError(
+            f"`cell(carry=<{type(carry).__name__}>, ...)`: expected the tuple ({', '.join(fields)}), as "
+            "`cell.initialize_carry` makes it."
+        )
+    return cell.Carry(*carry)
+
+
+def from_core(carry: Any) -> Any:
+    """The functional cell's named tuple as Flax's carry, (c, h) or h."""
+    return carry[0] if len(carry) == 1 else tuple(carry)
