@@ -1,0 +1,277 @@
+"""THE table of cells and backends, and what every test draws from it.
+
+A cell added to the library is one row of CASES, a backend one row of BACKENDS; all tests of values
+and transformations then hold for it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+
+import rnncore
+
+BACKENDS: dict[str, tuple[str, ...]] = {"scan": ("any", "reverse"), "autodiff": ("any",)}
+"""Backend to the values of `differentiation` for which it has rules of its own."""
+
+
+# ------------------------------------------------------- cells that a user writes, outside the package
+
+
+class Leaky(rnncore.PointwiseCell):
+    """h' = u h + (1 - u) n: the smallest gated cell."""
+
+    gates = ("u", "n")
+
+    def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
+        u = jax.nn.sigmoid(z.u + r.u)
+        n = jnp.tanh(z.n + r.n)
+        return carry._replace(h=u * carry.h + (1 - u) * n), self.Gates(u, n)
+
+
+class FastSlowCarry(NamedTuple):
+    """Two time scales."""
+
+    slow: jax.Array
+    h: jax.Array
+
+
+class FastSlow(rnncore.PointwiseCell):
+    """All that a cell may have: two states, per-unit parameters, a product with r that has its own bias."""
+
+    gates = ("u", "k", "n")
+    recurrent_bias = ("k", "n")
+    units = ("rate", "gain")
+    Carry = FastSlowCarry
+
+    def pointwise(self, p: Any, z: Any, r: Any, carry: FastSlowCarry) -> tuple[FastSlowCarry, Any]:
+        keep = jnp.exp(-jax.nn.softplus(p.rate + z.k * r.k))
+        slow = keep * carry.slow + (1 - keep) * jnp.tanh(z.u + r.u)
+        n = jnp.where(z.n > 0, r.n, jnp.sin(r.n)) * z.n
+        return FastSlowCarry(slow, jnp.tanh(p.gain * slow + n)), {"keep": keep, "n": n}
+
+
+# -------------------------------------------------------------------------------------- the table
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A row.
+
+    Fields:
+      id: its name in test ids.
+      cell: the cell.
+      reference: the same in NumPy; None for a cell that is held to the autodiff backend.
+      backends: the backends that run it.
+      without: parameters that are None here.
+      smooth: whether derivatives are continuous; where they jump, half precision cannot say on which side it is.
+    """
+
+    id: str
+    cell: rnncore.Cell
+    reference: reference.Cell | None
+    backends: tuple[str, ...] = tuple(BACKENDS)
+    without: tuple[str, ...] = ()
+    smooth: bool = True
+
+
+KERNELS = {"dense": rnncore.Dense(), "heads": rnncore.Heads(2), "diagonal": rnncore.Diagonal()}
+HIDDEN = 4
+
+
+def over_kernels(name: str, make: Callable[..., rnncore.Cell], ref: reference.Cell | None, **options: Any) -> list[Case]:
+    """One row for each structure of the recurrent kernel."""
+    return [Case(f"{name}-{k}", make(HIDDEN, recurrence=r, **options), ref) for k, r in KERNELS.items()]
+
+
+CASES = [
+    *over_kernels("elman", rnncore.Elman, reference.elman()),
+    *over_kernels("elman_residual", rnncore.Elman, reference.elman(residual=True), residual=True),
+    Case("elman_sigmoid", rnncore.Elman(HIDDEN, activation_fn=jax.nn.sigmoid), reference.elman("sigmoid")),
+    Case("elman_relu", rnncore.Elman(HIDDEN, activation_fn=jax.nn.relu), reference.elman("relu"), smooth=False),
+    Case("elman_silu", rnncore.Elman(HIDDEN, activation_fn=jax.nn.silu), reference.elman("silu")),
+    Case("indrnn", rnncore.IndRNN(HIDDEN), reference.elman("relu"), smooth=False),
+    *over_kernels("lstm", rnncore.LSTM, reference.lstm()),
+    *over_kernels("lstm_peepholes", rnncore.LSTM, reference.lstm(peepholes=True), peepholes=True),
+    *over_kernels("lstm_coupled", rnncore.LSTM, reference.lstm(coupled=True), coupled=True),
+    *over_kernels(
+        "lstm_both", rnncore.LSTM, reference.lstm(peepholes=True, coupled=True), peepholes=True, coupled=True
+    ),
+    Case(
+        "lstm_functions",
+        rnncore.LSTM(HIDDEN, gate_fn=jax.nn.hard_sigmoid, activation_fn=jax.nn.silu),
+        reference.lstm("hard_sigmoid", "silu"),
+        smooth=False,
+    ),
+    Case("lstm_no_bias", rnncore.LSTM(HIDDEN), reference.lstm(), without=("bias",)),
+    *over_kernels("gru", rnncore.GRU, reference.gru()),
+    Case(
+        "gru_functions",
+        rnncore.GRU(HIDDEN, gate_fn=jax.nn.hard_sigmoid, activation_fn=jax.nn.silu),
+        reference.gru("hard_sigmoid", "silu"),
+        smooth=False,
+    ),
+    Case("gru_no_recurrent_bias", rnncore.GRU(HIDDEN), reference.gru(), without=("recurrent_bias",)),
+    *over_kernels("mgu", rnncore.MGU, reference.mgu()),
+    *over_kernels("mgu_no_reset", rnncore.MGU, reference.mgu(reset_gate=False), reset_gate=False),
+    Case("reset_before_gru", rnncore.ResetBeforeGRU(HIDDEN), reference.reset_before_gru(), backends=("autodiff",)),
+    # The same equations as the MGU without its reset, so the user's cell has a reference too.
+    Case("user_leaky", Leaky(HIDDEN), reference.mgu(reset_gate=False)),
+    *over_kernels("user_fast_slow", FastSlow, None),
+]
+BY_ID = {case.id: case for case in CASES}
+ONE_OF_EACH = ("elman_silu", "lstm_both-dense", "gru-heads", "mgu-diagonal", "reset_before_gru", "user_fast_slow-dense")
+"""What the dear tests run on: every cell, kernel structure and kind of parameter at least once."""
+
+FLOAT64 = 1e-12
+"""Tolerance of `assert_close` for two ways to the same number in float64; errors seen are below 1e-13."""
+
+QUICK = {"xla_backend_optimization_level": 0}
+"""Compiler options that halve the time to compile; tests that call `unroll` outside jit use the default ones."""
+
+
+class Mode(NamedTuple):
+    """A backend and a value of `differentiation`; the two arguments of `unroll`."""
+
+    backend: str
+    differentiation: str
+
+    def __str__(self) -> str:
+        return "-".join(self)
+
+
+def modes(case: Case, *wanted: str) -> list[Mode]:
+    """The modes of the backends that run a case, of all or of the wanted values of `differentiation`."""
+    return [Mode(b, d) for b in case.backends for d in BACKENDS[b] if d in (wanted or ("any", "reverse"))]
+
+
+def rows(*wanted: str, ids: Sequence[str] = (), every_backend: bool = False) -> list[Any]:
+    """pytest parameters (case, mode).
+
+    The autodiff backend is left out where another one runs the case, unless `every_backend`.
+    """
+    chosen = [BY_ID[i] for i in ids] or CASES
+    return [
+        pytest.param(case, mode, id=f"{case.id}-{mode}")
+        for case in chosen
+        for mode in modes(case, *wanted)
+        if every_backend or mode.backend != "autodiff" or case.backends == ("autodiff",)
+    ]
+
+
+# -------------------------------------------------------------------------------- drawing and running
+
+
+class Problem(NamedTuple):
+    """What `unroll` runs on; lengths and resets may be None."""
+
+    params: Any
+    xs: Any
+    carry: Any
+    lengths: Any
+    resets: Any
+
+
+def draw(
+    case: Case, batch: tuple[int, ...] = (4,), steps: int = 5, features: int = 3, *,
+    lengths: bool = False, resets: bool = False, dtype: Any = jnp.float64, seed: int = 0,
+) -> Problem:  # fmt: skip
+    """A random problem.  Lengths go through 0, T, 1, T - 1, ...; resets fall anywhere, the first step included."""
+    rng = np.random.default_rng(seed)
+
+    def normal(leaf: Any) -> Any:
+        return jnp.asarray(rng.normal(0, 0.6, leaf.shape), dtype)
+
+    params = jax.tree.map(normal, jax.eval_shape(lambda: case.cell.init(jax.random.key(0), features)))
+    params = params._replace(**dict.fromkeys(case.without))
+    carry = jax.tree.map(normal, jax.eval_shape(lambda: case.cell.initial_carry(batch)))
+    xs = jnp.asarray(rng.normal(0, 1, (*batch, steps, features)), dtype)
+    several = np.resize([0, steps, 1, max(steps - 1, 0)], batch) if batch else np.asarray(max(steps - 1, 0))
+    here = rng.random((*batch, steps)) < 0.3
+    here[..., :1] |= np.arange(int(np.prod(batch)) or 1).reshape(batch)[..., None] % 2 == 1
+    return Problem(params, xs, carry, jnp.asarray(several) if lengths else None, jnp.asarray(here) if resets else None)
+
+
+def runner(case: Case, mode: Mode, **options: Any) -> Callable[..., Any]:
+    """(params, xs, carry, lengths, resets) -> what `unroll` returns."""
+
+    def run(params: Any, xs: Any, carry: Any, lengths: Any = None, resets: Any = None) -> Any:
+        return rnncore.unroll(
+            case.cell, params, xs, initial_carry=carry, seq_lengths=lengths, resets=resets,
+            backend=mode.backend, differentiation=mode.differentiation, **options,
+        )  # fmt: skip
+
+    return run
+
+
+def cotangents(tree: Any, seed: int = 1) -> Any:
+    """Random numbers in the shapes and dtypes of a tree of arrays."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 1, a.shape), a.dtype), tree)
+
+
+def pull(run: Callable, problem: Problem, seed: int = 1) -> tuple[Any, Any, Any]:
+    """(results, gradients of params, xs and carry, the cotangents drawn for them), in one compilation."""
+    d_results = cotangents(jax.eval_shape(run, *problem), seed)
+    results, gradients = puller(run)(problem, d_results)
+    return results, gradients, d_results
+
+
+def puller(run: Callable) -> Callable[[Problem, Any], tuple[Any, Any]]:
+    """The jitted (problem, cotangents) -> (results, gradients of params, xs and carry)."""
+
+    def both(problem: Problem, d_results: Any) -> Any:
+        results, back = jax.vjp(lambda *moving: run(*moving, *problem[3:]), *problem[:3])
+        return results, back(d_results)
+
+    return jax.jit(both, compiler_options=QUICK)
+
+
+def as_reference(params: Any) -> reference.Params:
+    """Parameters, or gradients of them, as the NumPy reference has them."""
+    double = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
+    fields = {"recurrent_bias": None, "units": ()} | double._asdict()
+    return reference.Params(**fields)._replace(units=tuple(fields["units"]))
+
+
+def expected(case: Case, problem: Problem, d_results: Any, **options: Any) -> Any:
+    """((carry, outputs), gradients) in float64: from NumPy, else from the autodiff backend."""
+    problem = Problem(*jax.tree.map(lambda a: a.astype(jnp.float64), problem[:3]), *problem[3:])
+    d_carry, d_outputs = jax.tree.map(lambda a: np.asarray(a, np.float64), d_results)
+    if case.reference is None:
+        run = runner(case, Mode("autodiff", "any"), **options)
+        results, (params, *rest) = puller(run)(problem, (d_carry, d_outputs))
+        return results, (as_reference(params), *rest)
+    masks = {"lengths": problem.lengths, "resets": problem.resets}
+    masks = {name: None if m is None else np.asarray(m) for name, m in masks.items()}
+    arguments = (as_reference(problem.params), np.asarray(problem.xs), tuple(map(np.asarray, problem.carry)))
+    run = reference.forward(case.reference, *arguments, **masks, **options)
+    gradients = reference.gradients(case.reference, *arguments, d_outputs, tuple(d_carry), **masks, **options)
+    return (run.last, run.outputs), gradients
+
+
+def assert_close(got: Any, want: Any, tolerance: float) -> None:
+    """Two trees, leaf by leaf: no error above tolerance * max(1, largest expected number of the leaf)."""
+    got_leaves, want_leaves = jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want)
+    assert len(got_leaves) == len(want_leaves), f"{len(got_leaves)} leaves and not {len(want_leaves)}"
+    for (path, g), w in zip(got_leaves, want_leaves, strict=True):
+        g, w = np.asarray(g, np.float64), np.asarray(w, np.float64)
+        assert g.shape == w.shape, f"{jax.tree_util.keystr(path)}: {g.shape} and not {w.shape}"
+        error, allowed = np.max(np.abs(g - w), initial=0), tolerance * np.max(np.abs(w), initial=1)
+        assert error <= allowed, f"{jax.tree_util.keystr(path)}: error {error:.1e}, allowed {allowed:.1e}"
+
+
+def assert_expected(
+    case: Case, problem: Problem, results: Any, gradients: Any, d_results: Any, tolerance: float = FLOAT64, **options: Any
+) -> None:
+    """Results and gradients of `pull` are those that are expected; the options are those of the reference."""
+    want_results, want_gradients = expected(case, problem, d_results, **options)
+    assert_close(results, want_results, tolerance)
+    assert_close((as_reference(gradients[0]), *gradients[1:]), want_gradients, tolerance)

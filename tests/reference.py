@@ -1,0 +1,379 @@
+"""Recurrent cells in NumPy float64, with backpropagation through time written by hand.
+
+This is what the library is held to, so it imports NumPy only and prefers plainness to speed: one
+sequence at a time, one step at a time, every kernel written out as one matrix for each gate.
+
+Letters: T steps, D features, H units, G gates.  x (D,), h (H,); a step's carry is a tuple of (H,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+Array = np.ndarray
+
+
+class Params(NamedTuple):
+    """Parameters in the library's layout; bias and recurrent_bias may be None."""
+
+    input_kernel: Array  # (D, G, H)
+    recurrent_kernel: Array  # dense (H, G, H), heads (N, H/N, G, H/N), diagonal (G, H)
+    bias: Array | None  # (G, H)
+    recurrent_bias: Array | None  # one row for each of Cell.biased
+    units: tuple[Array, ...]  # (H,) each
+
+
+class Weights(NamedTuple):
+    """The same, written out gate by gate: z_g = x W_g + b_g, r_g = h U_g + c_g."""
+
+    W: Array  # (G, D, H)
+    U: Array  # (G, H, H)
+    b: Array  # (G, H)
+    c: Array  # (G, H)
+    p: Array  # (number of units, H)
+
+
+class Cell(NamedTuple):
+    """A cell: forward (w, x, s) -> (s', gates, kept), backward (w, dw, kept, ds') -> (dx, ds), adding to dw."""
+
+    gates: tuple[str, ...]
+    biased: tuple[int, ...]  # gates whose r has a bias of its own
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+
+
+# ------------------------------------------------------------------------------- activations
+
+
+def sigmoid(a: Array) -> Array:
+    return 1 / (1 + np.exp(-a))
+
+
+ACTIVATIONS: dict[str, tuple[Callable[[Array], Array], Callable[[Array], Array]]] = {
+    "tanh": (np.tanh, lambda a: 1 - np.tanh(a) ** 2),
+    "sigmoid": (sigmoid, lambda a: sigmoid(a) * (1 - sigmoid(a))),
+    "relu": (lambda a: np.maximum(a, 0), lambda a: (a > 0).astype(float)),
+    "silu": (lambda a: a * sigmoid(a), lambda a: sigmoid(a) * (1 + a * (1 - sigmoid(a)))),
+    "hard_sigmoid": (lambda a: np.clip((a + 3) / 6, 0, 1), lambda a: (np.abs(a) < 3) / 6),
+}
+"""Name to (function, derivative)."""
+
+
+# ------------------------------------------------------------------------------- the cells
+
+
+def sums(w: Weights, x: Array, h: Array) -> list[Array]:
+    """x W_g + b_g + h U_g for every gate: the pre-activation of a gate that sees only the sum."""
+    return [x @ W + b + h @ U for W, b, U in zip(w.W, w.b, w.U, strict=True)]
+
+
+def back_input(w: Weights, dw: Weights, x: Array, dz: Sequence[Array]) -> Array:
+    """Gradient of z_g = x W_g + b_g: adds to dw, returns dx."""
+    for g, d in enumerate(dz):
+        dw.W[g] += np.outer(x, d)
+        dw.b[g] += d
+    return sum(W @ d for W, d in zip(w.W, dz, strict=True))
+
+
+def back_recurrent(w: Weights, dw: Weights, h: Array, dr: Sequence[Array]) -> Array:
+    """Gradient of r_g = h U_g + c_g: adds to dw, returns dh."""
+    for g, d in enumerate(dr):
+        dw.U[g] += np.outer(h, d)
+        dw.c[g] += d
+    return sum(U @ d for U, d in zip(w.U, dr, strict=True))
+
+
+def elman(activation: str = "tanh", residual: bool = False) -> Cell:
+    """h' = phi(x W + h U + b [+ h])."""
+    phi, dphi = ACTIVATIONS[activation]
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        (a,) = sums(w, x, h)
+        if residual:
+            a = a + h
+        return (phi(a),), (phi(a),), (x, h, a)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, a = kept
+        da = ds[0] * dphi(a)
+        dh = back_recurrent(w, dw, h, [da])
+        return back_input(w, dw, x, [da]), (dh + da if residual else dh,)
+
+    return Cell(("h",), (), forward, backward)
+
+
+def lstm(gate: str = "sigmoid", activation: str = "tanh", peepholes: bool = False, coupled: bool = False) -> Cell:
+    """c' = f c + i g, h' = o phi(c'); with `coupled` i = 1 - f; with `peepholes` i, f see c and o sees c'."""
+    sig, dsig = ACTIVATIONS[gate]
+    phi, dphi = ACTIVATIONS[activation]
+    names = ("f", "g", "o") if coupled else ("i", "f", "g", "o")
+    seeing = [n for n in names if n != "g"]
+
+    def units(p: Array) -> dict[str, Array]:
+        return dict(zip(seeing, p, strict=True))
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        c, h = s
+        a = dict(zip(names, sums(w, x, h), strict=True))
+        if peepholes:
+            p = units(w.p)
+            a["f"] = a["f"] + p["f"] * c
+            if not coupled:
+                a["i"] = a["i"] + p["i"] * c
+        f, g = sig(a["f"]), phi(a["g"])
+        i = 1 - f if coupled else sig(a["i"])
+        c_new = f * c + i * g
+        if peepholes:
+            a["o"] = a["o"] + p["o"] * c_new
+        o = sig(a["o"])
+        gates = (f, g, o) if coupled else (i, f, g, o)
+        return (c_new, o * phi(c_new)), gates, (x, c, h, a, i, f, g, o, c_new)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, c, h, a, i, f, g, o, c_new = kept
+        dc_new, dh_new = ds
+        da = {"o": dh_new * phi(c_new) * dsig(a["o"])}
+        dc_new = dc_new + dh_new * o * dphi(c_new)
+        if peepholes:
+            p, dp = units(w.p), units(dw.p)
+            dp["o"] += da["o"] * c_new
+            dc_new = dc_new + da["o"] * p["o"]
+        di, df = dc_new * g, dc_new * c
+        da["g"] = dc_new * i * dphi(a["g"])
+        if coupled:
+            da["f"] = (df - di) * dsig(a["f"])
+        else:
+            da["f"], da["i"] = df * dsig(a["f"]), di * dsig(a["i"])
+        dc = dc_new * f
+        if peepholes:
+            for n in ("f",) if coupled else ("i", "f"):
+                dp[n] += da[n] * c
+                dc = dc + da[n] * p[n]
+        da = [da[n] for n in names]
+        return back_input(w, dw, x, da), (dc, back_recurrent(w, dw, h, da))
+
+    return Cell(names, (), forward, backward)
+
+
+def gru(gate: str = "sigmoid", activation: str = "tanh") -> Cell:
+    """h' = (1 - z) n + z h with n = phi(x W_n + b_n + r (h U_n + c_n)): the reset after the product."""
+    sig, dsig = ACTIVATIONS[gate]
+    phi, dphi = ACTIVATIONS[activation]
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        ar, az, _ = sums(w, x, h)
+        r, z = sig(ar), sig(az)
+        q = h @ w.U[2] + w.c[2]
+        an = x @ w.W[2] + w.b[2] + r * q
+        n = phi(an)
+        return ((1 - z) * n + z * h,), (r, z, n), (x, h, ar, az, an, r, z, n, q)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, ar, az, an, r, z, n, q = kept
+        (d,) = ds
+        dan = d * (1 - z) * dphi(an)
+        daz = d * (h - n) * dsig(az)
+        dar = dan * q * dsig(ar)
+        dh = d * z + back_recurrent(w, dw, h, [dar, daz, dan * r])
+        return back_input(w, dw, x, [dar, daz, dan]), (dh,)
+
+    return Cell(("r", "z", "n"), (2,), forward, backward)
+
+
+def reset_before_gru() -> Cell:
+    """h' = (1 - z) n + z h with n = tanh(x W_n + b_n + (r h) U_n): the reset before the product."""
+    dsig = ACTIVATIONS["sigmoid"][1]
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        ar, az, _ = sums(w, x, h)
+        r, z = sigmoid(ar), sigmoid(az)
+        n = np.tanh(x @ w.W[2] + w.b[2] + (r * h) @ w.U[2])
+        return ((1 - z) * n + z * h,), (r, z, n), (x, h, ar, az, r, z, n)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, ar, az, r, z, n = kept
+        (d,) = ds
+        dan = d * (1 - z) * (1 - n**2)
+        daz = d * (h - n) * dsig(az)
+        dw.U[2] += np.outer(r * h, dan)
+        drh = w.U[2] @ dan
+        dar = drh * h * dsig(ar)
+        dh = d * z + drh * r + back_recurrent(w, dw, h, [dar, daz, np.zeros_like(dan)])
+        return back_input(w, dw, x, [dar, daz, dan]), (dh,)
+
+    return Cell(("r", "z", "n"), (), forward, backward)
+
+
+def mgu(reset_gate: bool = True) -> Cell:
+    """h' = (1 - f) n + f h with n = tanh(x W_n + b_n + f (h U_n + c_n)); without reset_gate no f and no c_n in n."""
+    dsig = ACTIVATIONS["sigmoid"][1]
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        af, _ = sums(w, x, h)
+        f = sigmoid(af)
+        q = h @ w.U[1] + w.c[1]
+        n = np.tanh(x @ w.W[1] + w.b[1] + (f * q if reset_gate else q))
+        return ((1 - f) * n + f * h,), (f, n), (x, h, af, f, n, q)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, af, f, n, q = kept
+        (d,) = ds
+        dan = d * (1 - f) * (1 - n**2)
+        df, dq = d * (h - n), dan
+        if reset_gate:
+            df, dq = df + dan * q, dan * f
+        daf = df * dsig(af)
+        dh = d * f + back_recurrent(w, dw, h, [daf, dq])
+        return back_input(w, dw, x, [daf, dan]), (dh,)
+
+    return Cell(("f", "n"), (1,) if reset_gate else (), forward, backward)
+
+
+# ----------------------------------------------------------------------- kernels as matrices
+
+
+def entries(kernel: Array) -> Any:
+    """Pairs (index into the kernel, index into the (G, H, H) matrices) that hold the same number."""
+    if kernel.ndim == 3:
+        return (((j, g, k), (g, j, k)) for j, g, k in np.ndindex(*kernel.shape))
+    if kernel.ndim == 4:
+        size = kernel.shape[1]
+        return (((n, j, g, k), (g, n * size + j, n * size + k)) for n, j, g, k in np.ndindex(*kernel.shape))
+    return (((g, k), (g, k, k)) for g, k in np.ndindex(*kernel.shape))
+
+
+def write_out(cell: Cell, params: Params) -> Weights:
+    """The parameters as one matrix for each gate."""
+    _, gates, hidden = params.input_kernel.shape
+    U = np.zeros((gates, hidden, hidden))
+    for here, there in entries(params.recurrent_kernel):
+        U[there] = params.recurrent_kernel[here]
+    c = np.zeros((gates, hidden))
+    if params.recurrent_bias is not None:
+        c[list(cell.biased)] = params.recurrent_bias
+    b = np.zeros((gates, hidden)) if params.bias is None else params.bias
+    p = np.stack(params.units) if params.units else np.zeros((0, hidden))
+    return Weights(np.moveaxis(params.input_kernel, 1, 0), U, b, c, p)
+
+
+def read_back(cell: Cell, dw: Weights, params: Params) -> Params:
+    """Gradients in the layout of the parameters."""
+    kernel = np.zeros_like(params.recurrent_kernel)
+    for here, there in entries(kernel):
+        kernel[here] = dw.U[there]
+    return Params(
+        np.moveaxis(dw.W, 0, 1),
+        kernel,
+        None if params.bias is None else dw.b,
+        None if params.recurrent_bias is None else dw.c[list(cell.biased)],
+        tuple(dw.p),
+    )
+
+
+# ------------------------------------------------------------------------------- over time
+
+
+class Run(NamedTuple):
+    """Results of `forward`, every array with the batch axes in front and then time where it has time."""
+
+    last: tuple[Array, ...]
+    outputs: Array
+    carries: tuple[Array, ...]
+    gates: tuple[Array, ...]
+
+
+def order_of(steps: int, length: int, reverse: bool) -> list[int]:
+    """Index into the sequence of what is processed first, second, ...; padding stays behind the data."""
+    data, padding = list(range(length)), list(range(length, steps))
+    return data[::-1] + padding[::-1] if reverse else data + padding
+
+
+def one_forward(cell: Cell, w: Weights, xs: Array, start: tuple, length: int, resets: Array) -> tuple:
+    """One sequence, in the order of processing: (last carry, carries, gates, kept)."""
+    s = last = start
+    carries, gates, tape = [], [], []
+    for t in range(len(xs)):
+        if resets[t]:
+            s = start
+        s, gate, kept = cell.forward(w, xs[t], s)
+        carries.append(s)
+        gates.append(gate)
+        tape.append(kept)
+        if t == length - 1:
+            last = s
+    return last, carries, gates, tape
+
+
+def one_backward(
+    cell: Cell, w: Weights, dw: Weights, tape: list, length: int, resets: Array, d_outputs: Array, d_last: tuple
+) -> tuple[list[Array], tuple]:
+    """Gradients of one sequence's inputs and start, in the order of processing; adds to dw."""
+    zero = tuple(np.zeros_like(d) for d in d_last)
+    ds, dstart = zero, d_last if length == 0 else zero
+    dxs: list[Any] = [None] * len(tape)
+    for t in reversed(range(len(tape))):
+        if t == length - 1:
+            ds = tuple(a + b for a, b in zip(ds, d_last, strict=True))
+        ds = (*ds[:-1], ds[-1] + d_outputs[t])  # the output is h, the last field of every carry
+        dxs[t], ds = cell.backward(w, dw, tape[t], ds)
+        if resets[t]:
+            dstart = tuple(a + b for a, b in zip(dstart, ds, strict=True))
+            ds = zero
+    return dxs, tuple(a + b for a, b in zip(dstart, ds, strict=True))
+
+
+def forward(
+    cell: Cell, params: Params, xs: Array, start: tuple, *,
+    lengths: Array | None = None, resets: Array | None = None, reverse: bool = False, keep_order: bool = False,
+) -> Run:  # fmt: skip
+    """Runs the cell over xs (*batch, T, D) from start, a tuple of (*batch, H)."""
+    *batch, steps, _ = xs.shape
+    w = write_out(cell, params)
+    hidden = w.b.shape[1]
+    last = tuple(np.zeros_like(s) for s in start)
+    carries = tuple(np.zeros((*batch, steps, hidden)) for _ in start)
+    gates = tuple(np.zeros((*batch, steps, hidden)) for _ in cell.gates)
+    for e in np.ndindex(*batch):
+        length = steps if lengths is None else int(lengths[e])
+        order = order_of(steps, length, reverse)
+        reset = np.zeros(steps, bool) if resets is None else resets[e][order]
+        end, ss, gs, _ = one_forward(cell, w, xs[e][order], tuple(s[e] for s in start), length, reset)
+        for n, s in enumerate(end):
+            last[n][e] = s
+        for t, i in enumerate(order):
+            place = (*e, i if keep_order else t)
+            for n, s in enumerate(ss[t]):
+                carries[n][place] = s
+            for n, gate in enumerate(gs[t]):
+                gates[n][place] = gate
+    return Run(last, carries[-1], carries, gates)
+
+
+def gradients(
+    cell: Cell, params: Params, xs: Array, start: tuple, d_outputs: Array, d_last: tuple, *,
+    lengths: Array | None = None, resets: Array | None = None, reverse: bool = False, keep_order: bool = False,
+) -> tuple[Params, Array, tuple]:  # fmt: skip
+    """Gradients (params, xs, start) of sum(outputs * d_outputs) + sum(last * d_last)."""
+    *batch, steps, _ = xs.shape
+    w = write_out(cell, params)
+    dw = Weights(*(np.zeros_like(a) for a in w))
+    dxs, dstart = np.zeros_like(xs), tuple(np.zeros_like(s) for s in start)
+    for e in np.ndindex(*batch):
+        length = steps if lengths is None else int(lengths[e])
+        order = order_of(steps, length, reverse)
+        reset = np.zeros(steps, bool) if resets is None else resets[e][order]
+        tape = one_forward(cell, w, xs[e][order], tuple(s[e] for s in start), length, reset)[-1]
+        dy = d_outputs[e][order] if keep_order else d_outputs[e]
+        dx, ds = one_backward(cell, w, dw, tape, length, reset, dy, tuple(d[e] for d in d_last))
+        for t, i in enumerate(order):
+            dxs[(*e, i)] = dx[t]
+        for n, d in enumerate(ds):
+            dstart[n][e] = d
+    return read_back(cell, dw, params), dxs, dstart

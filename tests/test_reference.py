@@ -1,0 +1,79 @@
+"""Outputs, final carries and all gradients against the NumPy references."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from cases import Case, Mode
+
+from rnncore.backends import BACKENDS
+
+# Rounding errors add up over the T (D + H) products of a run; the worst seen is about a third of this.
+LOW_PRECISION_FACTOR = 2.0
+
+
+def test_the_table_has_every_backend():
+    assert set(cases.BACKENDS) == set(BACKENDS)
+
+
+HELD = [row for row in cases.rows(every_backend=True) if row.values[0].reference or row.values[1].backend != "autodiff"]
+"""All rows but those that would compare the autodiff backend with itself."""
+
+
+@pytest.mark.parametrize(("case", "mode"), HELD)
+def test_with_lengths_and_resets(case: Case, mode: Mode):
+    problem = cases.draw(case, lengths=True, resets=True)
+    cases.assert_expected(case, problem, *cases.pull(cases.runner(case, mode), problem))
+
+
+DRAWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "plain": ({}, {}),
+    "no_batch": ({"batch": (), "lengths": True, "resets": True}, {}),
+    "two_batch_axes": ({"batch": (2, 3), "lengths": True, "resets": True}, {}),
+    "square_batch": ({"batch": (5, 5), "lengths": True}, {}),
+    "only_resets": ({"resets": True}, {}),
+    "one_step": ({"steps": 1, "lengths": True, "resets": True}, {}),
+    "reverse": ({"lengths": True, "resets": True}, {"reverse": True}),
+    "reverse_keep_order": ({"lengths": True, "resets": True}, {"reverse": True, "keep_order": True}),
+    "reverse_keep_order_no_lengths": ({}, {"reverse": True, "keep_order": True}),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("lstm_both-dense", "reset_before_gru")))
+def test_batch_axes_and_options(case: Case, mode: Mode, draw: str):
+    drawn, options = DRAWS[draw]
+    problem = cases.draw(case, **drawn)
+    got = cases.pull(cases.runner(case, mode, **options), problem)
+    cases.assert_expected(case, problem, *got, **options)
+
+
+@pytest.mark.parametrize("case", [c for c in cases.CASES if c.reference], ids=lambda c: c.id)
+def test_carries_and_gates(case: Case):
+    problem = cases.draw(case, lengths=True, resets=True)
+    run = cases.runner(case, cases.modes(case)[0], return_states=True)
+    _, _, states = jax.jit(run, compiler_options=cases.QUICK)(*problem)
+    want = reference.forward(
+        case.reference, cases.as_reference(problem.params), np.asarray(problem.xs), tuple(problem.carry),
+        lengths=np.asarray(problem.lengths), resets=np.asarray(problem.resets),
+    )  # fmt: skip
+    assert states.gates._fields == case.reference.gates
+    cases.assert_close(states, (want.carries, want.gates), cases.FLOAT64)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
+@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=(*cases.ONE_OF_EACH, "lstm-dense", "gru-dense")))
+def test_low_precision(case: Case, mode: Mode, dtype: Any):
+    problem = cases.draw(case, lengths=True, resets=True, dtype=dtype)
+    results, gradients, d_results = cases.pull(cases.runner(case, mode), problem)
+    assert {a.dtype for a in jax.tree.leaves((results, gradients))} == {jnp.dtype(dtype)}
+    *_, steps, features = problem.xs.shape
+    reduction = steps * (features + case.cell.hidden_size)
+    tolerance = LOW_PRECISION_FACTOR * float(jnp.finfo(dtype).eps) * reduction**0.5
+    cases.assert_expected(case, problem, results, gradients, d_results, tolerance)
