@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ GATES = "ifgo"
 def flax_params(params: rnncore.CellParams) -> dict:
     """The same parameters in the tree of flax.linen.OptimizedLSTMCell."""
     tree = {}
+    assert params.bias is not None
     for g, name in enumerate(GATES):
         tree[f"i{name}"] = {"kernel": params.input_kernel[:, g]}
         tree[f"h{name}"] = {"kernel": params.recurrent_kernel[:, g], "bias": params.bias[g]}
@@ -54,13 +55,13 @@ def core_params(tree: dict) -> rnncore.CellParams:
     return rnncore.CellParams(stack("i"), stack("h"), bias, None, ())
 
 
-def gradient_step(contender: str, hidden: int) -> Callable:
+def gradient_step(contender: str, hidden: int) -> Any:
     """(params, xs, cotangent) -> (sum of outputs times cotangent, gradients of params and xs), jitted."""
     if contender == "flax":
         layer = nn.RNN(nn.OptimizedLSTMCell(hidden))
 
         def loss(params: Any, xs: Any, ct: Any) -> Any:
-            return jnp.vdot(layer.apply(params, xs), ct)
+            return jnp.vdot(layer.apply(params, xs), ct)  # type: ignore[arg-type]
     else:
         cell = rnncore.LSTM(hidden)
 
@@ -92,7 +93,8 @@ def measure(shape: tuple[int, int, int, int], contenders: tuple[str, ...], round
     """One record for each contender at a shape."""
     with jax.enable_x64(True):
         truth = jax.tree.map(np.asarray, gradient_step("any", shape[3])(*problem(shape, jnp.float64)))
-    calls, records = {}, {}
+    calls: dict[str, tuple] = {}
+    records: dict[str, dict] = {}
     for name in contenders:
         params, xs, ct = problem(shape, jnp.float32)
         arguments = (flax_params(params) if name == "flax" else params, xs, ct)
@@ -132,12 +134,11 @@ def measure(shape: tuple[int, int, int, int], contenders: tuple[str, ...], round
 def machine() -> dict:
     """What ran."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    model = next(
-        (line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.processor()
-    )
+    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    model = names[0] if names else platform.processor()
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({model})",
-        "cores": len(__import__("os").sched_getaffinity(0)) if hasattr(__import__("os"), "sched_getaffinity") else None,
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
         "rnncore": rnncore.__version__, "commit": commit.stdout.strip(), "dtype": "float32",
         "input_product": "included",

@@ -64,8 +64,18 @@ def _open_jits(closed: Any) -> Callable:
 def opened(fun: Callable, *args: PyTree) -> tuple[Any, Any]:
     """(jaxpr with nested jits opened, output tree) of a function at these arguments."""
     flat, tree = jax.tree.flatten(args)
-    closed, shapes = jax.make_jaxpr(lambda *xs: fun(*tree.unflatten(xs)), return_shape=True)(*flat)
+
+    def on_leaves(*leaves: Any) -> Any:
+        return fun(*jax.tree.unflatten(tree, leaves))
+
+    closed, shapes = jax.make_jaxpr(on_leaves, return_shape=True)(*flat)  # type: ignore[call-overload]
     return jax.make_jaxpr(_open_jits(closed))(*flat), jax.tree.structure(shapes)
+
+
+def same_structure(a: PyTree, b: PyTree) -> bool:
+    """Whether two pytrees are built alike."""
+    structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
+    return structures[0] == structures[1]
 
 
 @functools.lru_cache(maxsize=256)
@@ -84,7 +94,7 @@ def check_elementwise(cell: PointwiseCell) -> None:
         raise ValueError(
             f"{name} could not be traced on arrays of shape {shape}: {error} It must return (new carry, gates)."
         ) from error
-    if jax.tree.structure(new) != jax.tree.structure(carry):
+    if not same_structure(new, carry):
         raise ValueError(f"{name}: returned a carry {new}, expected the structure of {cell.Carry.__name__}.")
     for leaf in jax.tree.leaves(out):
         if leaf.shape != shape:
@@ -165,7 +175,7 @@ def linearize(fun: Callable, policy: Callable, *flat: Any) -> Linearized:
         leaves, made["tree"] = jax.tree.flatten(tangent)
         return tuple(out), tuple(leaves)
 
-    closed, (out, _) = jax.make_jaxpr(split, return_shape=True)(*flat)
+    closed, (out, _) = jax.make_jaxpr(split, return_shape=True)(*flat)  # type: ignore[call-overload]
     jaxpr, width = closed.jaxpr, len(out)
     position = {id(v): i for i, v in enumerate(jaxpr.invars)}
     needed = tuple(position.get(id(v)) for v in jaxpr.outvars[width:])

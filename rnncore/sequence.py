@@ -208,7 +208,8 @@ def _prepare(
 ) -> _Call:  # fmt: skip
     """All checks of a call, in one place."""
     if not isinstance(cell, Cell):
-        raise ValueError(f"`unroll(cell=<{type(cell).__name__}>)`: expected an rnncore cell, such as rnncore.LSTM(256).")
+        got = f"`unroll(cell=<{type(cell).__name__}>)`"
+        raise ValueError(f"{got}: expected an rnncore cell, such as rnncore.LSTM(256).")
     if not isinstance(xs, jax.ShapeDtypeStruct):
         xs = jnp.asarray(xs)
     if not jnp.issubdtype(xs.dtype, jnp.floating):
@@ -242,7 +243,8 @@ def _prepare(
         resets = _check_resets(resets, xs.shape[:-1])
     request = Request(
         cell=cell, steps=steps, batch_shape=batch_shape, input_size=xs.shape[-1], dtype=dtype.name,
-        platform=jax.default_backend(), devices=jax.device_count(), lengths=seq_lengths is not None, resets=resets is not None, states=states,
+        platform=jax.default_backend(), devices=jax.device_count(),
+        lengths=seq_lengths is not None, resets=resets is not None, states=states,
         differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
     )  # fmt: skip
     return _Call(request, layout, (params, xs, initial_carry, seq_lengths, resets))
@@ -262,7 +264,7 @@ def _project_shape(cell: Cell, params: PyTree, xs: Any) -> Any:
 
 def _check_carry(cell: Cell, carry: Any, batch_shape: tuple[int, ...], dtype: Any) -> None:
     expected = jax.eval_shape(functools.partial(cell.initial_carry, batch_shape, dtype))
-    if jax.tree.structure(carry) != jax.tree.structure(expected):
+    if not pointwise.same_structure(carry, expected):
         raise ValueError(
             f"`unroll(initial_carry=<{type(carry).__name__}>)`: expected {type(expected).__name__}"
             f"{getattr(expected, '_fields', '')}, as `cell.initial_carry(batch_shape)` makes it."
@@ -279,7 +281,7 @@ def _check_resets(resets: Any, shape: tuple[int, ...]) -> Array:
     resets = jnp.asarray(resets)
     if resets.dtype != np.bool_ or resets.shape != shape:
         raise ValueError(
-            f"`unroll(resets=<{resets.dtype} {resets.shape}>)`: expected bool {shape}, the shape of xs without features."
+            f"`unroll(resets=<{resets.dtype} {resets.shape}>)`: expected bool {shape}, the axes of xs but for features."
         )
     return resets
 
@@ -338,6 +340,7 @@ def _follow(xs: Array, lengths: Any, resets: Any, params: PyTree, carry: Any) ->
 
 def _empty(cell: Cell, params: PyTree, xs: Array, carry: Any) -> tuple[Array, States]:
     """Outputs and states of no steps at all."""
-    new, gates = jax.eval_shape(lambda: cell.update(params, carry, cell.project(params, jnp.zeros(xs.shape[1:], xs.dtype))))
+    x = jnp.zeros(xs.shape[1:], xs.dtype)
+    new, gates = jax.eval_shape(lambda: cell.update(params, carry, cell.project(params, x)))
     stack = functools.partial(jax.tree.map, lambda a: jnp.zeros((0, *a.shape), a.dtype))
     return jnp.zeros((0, *cell.output(carry).shape), cell.output(carry).dtype), States(stack(new), stack(gates))

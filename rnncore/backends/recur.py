@@ -106,7 +106,8 @@ def _advance(step: Step, rules: Rules, mixing: Any, p: Any, target: Any, x: Any,
 
 def _loop(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
     def body(carry: Any, now: Any) -> Any:
-        new, emitted = _advance(step, rules, inputs.mixing, inputs.p, inputs.target, *now, carry)
+        x, reset = now
+        new, emitted = _advance(step, rules, inputs.mixing, inputs.p, inputs.target, x, reset, carry)
         return new, (new.h, emitted)
 
     last, (hs, emitted) = lax.scan(body, inputs.start, (inputs.xs, inputs.resets))
