@@ -120,7 +120,7 @@ def measure(shape: tuple[int, int, int, int], contenders: tuple[str, ...], round
                 out = compiled(*arguments)
             jax.block_until_ready(out)
             records[name]["ms"].append((time.perf_counter() - begin) / count * 1e3)
-    for name, record in records.items():
+    for record in records.values():
         ratios = [f / m for f, m in zip(records["flax"]["ms"], record["ms"], strict=True)]
         record |= {
             "median_ms": statistics.median(record["ms"]),
@@ -156,8 +156,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=15, help="rounds of all contenders in turn")
     parser.add_argument("--seconds", type=float, default=0.2, help="time of one contender's turn in a round")
-    parser.add_argument("--shapes", type=int, nargs="*", default=list(range(len(SHAPES))), help="which shapes, by index")
-    parser.add_argument("--contenders", nargs="*", default=list(CONTENDERS), choices=CONTENDERS, help="flax must be one")
+    every = list(range(len(SHAPES)))
+    parser.add_argument("--shapes", type=int, nargs="*", default=every, choices=every, help="which shapes, by index")
+    parser.add_argument("--contenders", nargs="*", default=CONTENDERS, choices=CONTENDERS, help="flax must be one")
     parser.add_argument("--out", type=Path, help="JSON file; written after every shape")
     args = parser.parse_args(argv)
     if "flax" not in args.contenders:

@@ -68,7 +68,7 @@ def opened(fun: Callable, *args: PyTree) -> tuple[Any, Any]:
     def on_leaves(*leaves: Any) -> Any:
         return fun(*jax.tree.unflatten(tree, leaves))
 
-    closed, shapes = jax.make_jaxpr(on_leaves, return_shape=True)(*flat)  # type: ignore[call-overload]
+    closed, shapes = jax.make_jaxpr(on_leaves, return_shape=True)(*flat)
     return jax.make_jaxpr(_open_jits(closed))(*flat), jax.tree.structure(shapes)
 
 
@@ -175,7 +175,7 @@ def linearize(fun: Callable, policy: Callable, *flat: Any) -> Linearized:
         leaves, made["tree"] = jax.tree.flatten(tangent)
         return tuple(out), tuple(leaves)
 
-    closed, (out, _) = jax.make_jaxpr(split, return_shape=True)(*flat)  # type: ignore[call-overload]
+    closed, (out, _) = jax.make_jaxpr(split, return_shape=True)(*flat)
     jaxpr, width = closed.jaxpr, len(out)
     position = {id(v): i for i, v in enumerate(jaxpr.invars)}
     needed = tuple(position.get(id(v)) for v in jaxpr.outvars[width:])
