@@ -55,7 +55,9 @@ def per_gate(block: Initializer = orthogonal) -> Initializer:
         count = gates
         for size in lead:
             count *= size
-        blocks = [block(k, (rows, columns), dtype) for k in jax.random.split(key, count)]
+        # The QR behind an orthogonal block has no half-precision form: draw in float32 and round.
+        wide = jnp.promote_types(dtype, jnp.float32)
+        blocks = [block(k, (rows, columns), wide).astype(dtype) for k in jax.random.split(key, count)]
         stacked = jnp.stack(blocks).reshape(*lead, gates, rows, columns)
         return jnp.moveaxis(stacked, -3, -2)
 
