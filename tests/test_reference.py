@@ -14,9 +14,6 @@ from cases import Case, Mode
 
 from rnncore.backends import BACKENDS
 
-# Rounding errors add up over the T (D + H) products of a run; the worst seen is about a third of this.
-LOW_PRECISION_FACTOR = 2.0
-
 
 def test_the_table_has_every_backend():
     assert set(cases.BACKENDS) == set(BACKENDS)
@@ -54,7 +51,10 @@ def test_batch_axes_and_options(case: Case, mode: Mode, draw: str):
     cases.assert_expected(case, problem, *got, **options)
 
 
-@pytest.mark.parametrize("case", [c for c in cases.CASES if c.reference], ids=lambda c: c.id)
+STATES = ("elman-heads", "lstm-diagonal", "lstm_both-dense", "gru-dense", "mgu-heads", "reset_before_gru")
+
+
+@pytest.mark.parametrize("case", [cases.BY_ID[i] for i in STATES], ids=STATES)
 def test_carries_and_gates(case: Case):
     problem = cases.draw(case, lengths=True, resets=True)
     run = cases.runner(case, cases.modes(case)[0], return_states=True)
@@ -68,12 +68,14 @@ def test_carries_and_gates(case: Case):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=(*cases.ONE_OF_EACH, "lstm-dense", "gru-dense")))
+@pytest.mark.parametrize(
+    ("case", "mode"), cases.rows(ids=("elman_silu", "lstm_both-dense", "gru-heads", "reset_before_gru"))
+)
 def test_low_precision(case: Case, mode: Mode, dtype: Any):
     problem = cases.draw(case, lengths=True, resets=True, dtype=dtype)
     results, gradients, d_results = cases.pull(cases.runner(case, mode), problem)
     assert {a.dtype for a in jax.tree.leaves((results, gradients))} == {jnp.dtype(dtype)}
+    # Rounding adds up over the T (D + H) products of a run; the worst error seen is 0.4 of this.
     *_, steps, features = problem.xs.shape
-    reduction = steps * (features + case.cell.hidden_size)
-    tolerance = LOW_PRECISION_FACTOR * float(jnp.finfo(dtype).eps) * reduction**0.5
+    tolerance = float(jnp.finfo(dtype).eps) * (steps * (features + case.cell.hidden_size)) ** 0.5
     cases.assert_expected(case, problem, results, gradients, d_results, tolerance)

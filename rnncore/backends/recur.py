@@ -19,6 +19,7 @@ forward loop keeps: the results of the step's transcendental functions (`pointwi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -144,7 +145,7 @@ class _Derivative:
         pairs = zip(jax.tree.leaves(first), jax.tree.leaves(x), strict=True)
         self._roles += ["input" if a is b else "folded" for a, b in pairs]
         self._roles += ["folded"] * len(jax.tree.leaves(rest))
-        self._roles += ["h" if leaf is inputs.start.h else "state" for leaf in jax.tree.leaves(inputs.start)]
+        self._roles += jax.tree.leaves(jax.tree.map(lambda _: "state", inputs.start)._replace(h="h"))
         keep = ("state",) if rules.recompute else ("state", "folded")
         self._kept_inputs = [n for n in self._split.needed if n is not None and self._roles[n] in keep]
         self.forward = dataclasses.replace(step, run=self._run_forward)
@@ -265,7 +266,7 @@ def _dense(tangents: Any, primals: Any) -> Any:
 
 
 def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
-    made: dict[str, _Derivative] = {}
+    made: dict[str, _Derivative] = {}  # what `forward` works out when it is traced, for `backward`
 
     @jax.custom_vjp
     def recurrence(inputs: Inputs) -> Any:
@@ -303,10 +304,8 @@ def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, 
         (dstart, dtarget), stacked = lax.scan(
             body, (dlast, dtarget), (residuals, inputs.resets, dhs, demitted), reverse=True
         )
-        prepare = jax.linear_transpose(
-            lambda *a: derivative.prepare(before, *a), inputs.mixing, inputs.xs, inputs.p
-        )
-        dmixing, dxs, dp = prepare(stacked)
+        prepare = functools.partial(derivative.prepare, before)
+        dmixing, dxs, dp = jax.linear_transpose(prepare, inputs.mixing, inputs.xs, inputs.p)(stacked)
         return (Inputs(dmixing, dp, dxs, dstart, dtarget, None),)
 
     recurrence.defvjp(forward, backward)

@@ -36,7 +36,7 @@ class _Gate(nn.Module):
         return weights
 
 
-class _Cell(nn.RNNCellBase):
+class Cell(nn.RNNCellBase):
     """What all cells share: one step through the functional cell that `tree` describes."""
 
     tree: ClassVar[trees.Tree]
@@ -66,7 +66,7 @@ class _Cell(nn.RNNCellBase):
 
     @nn.nowrap
     def _kernel_inits(self) -> tuple[Initializer, Initializer]:
-        return self.kernel_init, self.recurrent_kernel_init  # type: ignore[attr-defined]
+        return self.kernel_init, self.recurrent_kernel_init
 
     @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Any:
@@ -76,7 +76,7 @@ class _Cell(nn.RNNCellBase):
           rng: key for `carry_init`.
           input_shape: (*batch, D), the shape of one step's input.
         """
-        return self.carry_init(rng, (*input_shape[:-1], self.features), self.param_dtype)  # type: ignore[attr-defined]
+        return self.carry_init(rng, (*input_shape[:-1], self.features), self.param_dtype)
 
     @property
     def num_feature_axes(self) -> int:
@@ -84,7 +84,7 @@ class _Cell(nn.RNNCellBase):
         return 1
 
 
-class _GatedCell(_Cell):
+class _GatedCell(Cell):
     """The fields that LSTMs and the GRU have, in Flax's order."""
 
     features: int
@@ -184,7 +184,7 @@ class GRUCell(_GatedCell):
     tree: ClassVar[trees.Tree] = trees.GRU_TREE
 
 
-class SimpleCell(_Cell):
+class SimpleCell(Cell):
     """Elman network: `rnncore.Elman` with the parameters of `flax.linen.SimpleCell`.
 
     h' = tanh(W_i x + b_i + W_h h),  with `residual` tanh(W_i x + b_i + W_h h + h);  carry h, output h'

@@ -34,17 +34,17 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> tuple[PointwiseCel
 
     Args:
       cell: a cell of `rnncore.linen` or of flax.linen: LSTMCell, OptimizedLSTMCell, GRUCell or
-        SimpleCell.  It needs not be bound; only its functions and `dtype` are read.
+        SimpleCell.  It need not be bound: only its functions and `dtype` are read.
       params: the parameters of that cell, {'ii': {'kernel': (D, H)}, 'hi': {'kernel': (H, H),
         'bias': (H,)}, ...}, boxed or not.  In the variables of a standalone `RNN(cell)` they lie at
         ['params']['cell'], in those of a compact parent at ['params']['LSTMCell_0'] or so.
 
     Returns:
       (functional cell, `CellParams`).  The gates stand in the functional cell's order: i, f, g, o of
-      an LSTM; r, z, n of a GRU.  The two biases of a gate that Flax has not, nothing is lost.  The
-      arrays have `cell.dtype`, or where that is None the dtype that Flax promotes the parameters to;
-      with a `cell.dtype` give inputs of that dtype, to which Flax casts them.  The carry of the
-      functional LSTM is the named tuple (c, h), that of the others the named tuple (h,).
+      an LSTM; r, z, n of a GRU.  The arrays have `cell.dtype`, or where that is None the dtype that
+      Flax promotes the parameters to; with a `cell.dtype` give inputs of that dtype, to which Flax
+      casts them.  The carry of the functional LSTM is the named tuple (c, h), that of the others the
+      named tuple (h,).
 
     Raises:
       ValueError: parameters that are not those of such a cell.

@@ -78,17 +78,17 @@ def assemble(
       inputs, h: what the cell will see: where `module.dtype` is None their dtypes take part in the
         promotion, as in `flax.linen.Dense`.  None: the parameters' own.
     """
-    one_side = [[jax.tree.leaves(dict(weights[n])) for n in names] for names in (tree.inputs, tree.recurrent)]
+    sides = [[jax.tree.leaves(dict(weights[n])) for n in names] for names in (tree.inputs, tree.recurrent)]
     input_dtype, recurrent_dtype = (
         canonicalize_dtype(seen, *jax.tree.leaves(side), dtype=module.dtype)
-        for seen, side in zip((inputs, h), one_side, strict=True)
+        for seen, side in zip((inputs, h), sides, strict=True)
     )
 
     def stack(names: tuple[str, ...], leaf: str, axis: int, dtype: Any) -> Array:
         return jnp.stack([weights[name][leaf] for name in names], axis).astype(dtype)
 
     # Each gate has one bias; where it has a second, that one stays with U h (the GRU's b_hn).
-    first = tuple(i if i in tree.biased else h for i, h in zip(tree.inputs, tree.recurrent, strict=True))
+    first = tuple(i if i in tree.biased else r for i, r in zip(tree.inputs, tree.recurrent, strict=True))
     second = tuple(n for n in tree.recurrent if n in tree.biased and n not in first)
     kernel = stack(tree.recurrent, "kernel", 1, recurrent_dtype)
     params = CellParams(

@@ -1,0 +1,111 @@
+"""Text for a character model: read, encode, split, and cut into batches."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+HELD_OUT = 0.1
+
+
+class Corpus(NamedTuple):
+    """A text as integers.
+
+    Fields:
+      source: where it comes from, in words.
+      characters: the distinct characters, sorted; tokens index this string.
+      train: int32 (N,), the first nine tenths of the text.
+      validation: int32 (M,), the rest.
+    """
+
+    source: str
+    characters: str
+    train: np.ndarray
+    validation: np.ndarray
+
+
+def load(path: str | None) -> Corpus:
+    """Reads a utf-8 file, or, without one, the Python language reference of the standard library.
+
+    Raises:
+      ValueError: the file cannot be read as text; the message is meant for a person.
+    """
+    if path is None:
+        topics = importlib.import_module("pydoc_data.topics").topics
+        return encode("\n\n".join(topics[name] for name in sorted(topics)), "pydoc_data.topics (standard library)")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not utf-8 text ({error.reason} at byte {error.start}); convert it first"
+        ) from error
+    if len(set(text)) < 2:
+        raise ValueError(f"{path} is empty or holds one character over and over; there is nothing to predict")
+    return encode(text, path)
+
+
+def encode(text: str, source: str) -> Corpus:
+    """The corpus of a text; its last tenth, in one piece, is held out."""
+    codes, tokens = np.unique(np.array([text]).view(np.uint32), return_inverse=True)
+    tokens = tokens.reshape(-1).astype(np.int32)
+    cut = len(tokens) - int(len(tokens) * HELD_OUT)
+    return Corpus(source, "".join(map(chr, codes)), tokens[:cut], tokens[cut:])
+
+
+def check_size(corpus: Corpus, batch: int, length: int, window: int) -> None:
+    """Refuses a text too short to train on and to measure on.
+
+    Raises:
+      ValueError: with the number of characters that would do.
+    """
+    # Training needs one window in every stream; the random start of a pass takes up to another.
+    train, validation = batch * (2 * length + 1), max(window + 1, 2 * batch)
+    if len(corpus.train) >= train and len(corpus.validation) >= validation:
+        return
+    size = len(corpus.train) + len(corpus.validation)
+    need = max(int(np.ceil(train / (1 - HELD_OUT))), int(np.ceil(validation / HELD_OUT)))
+    raise ValueError(
+        f"{corpus.source} has {size:,} characters; these settings need about {need:,} "
+        "(smaller --batch, --length, --lags or --burn-in need fewer)"
+    )
+
+
+def streams(tokens: np.ndarray, batch: int, start: int = 0) -> np.ndarray:
+    """(batch, n): the text from `start` on, cut into `batch` contiguous pieces of equal length."""
+    count = (len(tokens) - start) // batch
+    return tokens[start : start + batch * count].reshape(batch, count)
+
+
+class Windows:
+    """Training windows of `length` + 1 characters in text order, for truncated backpropagation.
+
+    Window n + 1 of every stream goes on where window n stopped, so that a state can be carried from
+    one to the next.  Each pass over the text starts at another random offset below `length`.
+    """
+
+    def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int):
+        self.tokens, self.batch, self.length = tokens, batch, length
+        self.random = np.random.default_rng(seed)
+        self.left = 0
+
+    def __next__(self) -> tuple[np.ndarray, bool]:
+        """((batch, length + 1) tokens, whether a pass begins here)."""
+        fresh = self.left == 0
+        if fresh:
+            self.text = streams(self.tokens, self.batch, int(self.random.integers(self.length)))
+            self.left, self.at = (self.text.shape[1] - 1) // self.length, 0
+        window = self.text[:, self.at : self.at + self.length + 1]
+        self.at += self.length
+        self.left -= 1
+        return window, fresh
+
+
+def spread(tokens: np.ndarray, count: int, window: int) -> tuple[np.ndarray, np.ndarray]:
+    """(starts, (count, window) tokens): pieces spread evenly over a text, overlapping where it is short."""
+    starts = np.linspace(0, len(tokens) - window, count).astype(int)
+    return starts, tokens[starts[:, None] + np.arange(window)]

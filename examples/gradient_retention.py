@@ -1,0 +1,273 @@
+"""How much of the gradient of one loss term survives 1 to 100 steps back?
+
+Trains a vanilla RNN and an LSTM as character language models on real text, and measures, at
+initialisation and after training, on held-out text,
+
+  R(k) = ||dl_T/ds_{T-k}|| / ||dl_T/ds_T||,   l_T = -log p(x_{T+1} | x_1 ... x_T)
+
+for the whole state s, which is (c, h) in the LSTM, and for the LSTM's cell state c with h = o tanh(c)
+following it.  One loss term, because the gradient of a sum over time is refreshed at every step and
+cannot decay.  Exact: the actual dl_T/ds_T is pulled back through the Jacobian of every step.  The
+curves are means of log R over positions.  Beside them stand the direct path, the product of forget
+gates that is often taken for R, and the bound, the product of bounds of the single steps.
+
+Training is truncated backpropagation: windows of --length steps in text order, each starting from the
+last state of the window before, with no gradient across the border.  Clipping scales all of a gradient
+alike, so it changes what is learned, but not R of the network that comes out.
+
+  python examples/gradient_retention.py
+  python examples/gradient_retention.py --cell lstm --forget-bias 1 --text ptb.train.txt --out ptb
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import math
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import _corpus
+import _options
+import _picture
+import _report
+import flax
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import rnncore
+from rnncore import analysis
+from rnncore import linen as nn
+
+CELLS: dict[str, Any] = {"rnn": nn.SimpleCell, "lstm": nn.OptimizedLSTMCell}
+CURVES: dict[str, dict[str, tuple[str, str]]] = {
+    "rnn": {"state": ("state", "adjoint"), "bound": ("state", "bound"), "weight bound": ("state", "a_priori_bound")},
+    "lstm": {
+        "state": ("state", "adjoint"), "cell": ("cell", "adjoint"), "direct": ("direct", "adjoint"),
+        "bound": ("state", "bound"),
+    },
+}  # fmt: skip
+BOUND_POSITIONS = 4  # the norms of whole Jacobians are dear, and hardly differ between positions
+SHOW_OVER = 20  # windows that the loss in the progress bar is averaged over, roughly
+
+
+class CharacterModel(nn.Module):
+    """Embedding, recurrent layer, readout: tokens (B, T) to (last carry, logits (B, T, vocabulary))."""
+
+    kind: str
+    vocabulary: int
+    embed: int
+    hidden: int
+
+    def setup(self) -> None:
+        self.embedding = nn.Embed(self.vocabulary, self.embed)
+        # Training takes first-order gradients only, and "reverse" is the faster rule for these.
+        self.rnn = nn.RNN(CELLS[self.kind](self.hidden), return_carry=True, differentiation="reverse")
+        self.readout = nn.Dense(self.vocabulary)
+
+    def __call__(self, tokens: jax.Array, carry: Any = None) -> tuple[Any, jax.Array]:
+        carry, hidden = self.rnn(self.embedding(tokens), initial_carry=carry)
+        return carry, self.readout(hidden)
+
+
+def initialise(model: CharacterModel, seed: int, forget_bias: float = 0.0) -> Any:
+    """The parameters at initialisation: Flax's own, plus the forget bias of an LSTM."""
+    params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    if model.kind == "lstm":
+        forget = params["rnn"]["cell"]["hf"]
+        forget["bias"] = forget["bias"] + jnp.asarray(forget_bias, forget["bias"].dtype)
+    return params
+
+
+def zero_carry(model: CharacterModel, batch: int) -> Any:
+    """The carry before any text."""
+    return CELLS[model.kind](model.hidden).initialize_carry(jax.random.key(0), (batch, model.embed))
+
+
+def window_loss(model: CharacterModel, params: Any, carry: Any, window: jax.Array) -> tuple[jax.Array, Any]:
+    """(nats per character of a window (B, T + 1), last carry)."""
+    carry, logits = model.apply({"params": params}, window[:, :-1], carry)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:]).mean(), carry
+
+
+# -------------------------------------------------------------------------------------- training
+
+
+def train(args: argparse.Namespace, model: CharacterModel, params: Any, text: np.ndarray, record: dict) -> Any:
+    """The parameters after `args.steps` windows; `record` is up to date at any moment."""
+    rate = optax.cosine_decay_schedule(args.learning_rate, max(args.steps, 1), alpha=0.1)
+    optimizer = optax.chain(optax.clip_by_global_norm(args.clip), optax.adam(rate))
+
+    @jax.jit
+    def step(params: Any, moments: Any, carry: Any, window: jax.Array) -> Any:
+        differentiate = jax.value_and_grad(functools.partial(window_loss, model), has_aux=True)
+        (loss, carry), gradient = differentiate(params, carry, window)
+        updates, moments = optimizer.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), moments, carry, loss
+
+    record.update(steps=0, seconds=0.0, characters_per_second=None, loss_nats=[])
+    windows = _corpus.Windows(text, args.batch, args.length, args.seed)
+    size, start, shown = args.batch * args.length, zero_carry(model, args.batch), None
+    moments, carry, begin = optimizer.init(params), start, time.perf_counter()
+    name = f"train {_report.NETWORKS[model.kind]}"
+    with tqdm(total=args.steps * size, desc=name, unit="char", unit_scale=True, dynamic_ncols=True) as bar:
+        for number in range(1, args.steps + 1):
+            window, fresh = next(windows)
+            params, moments, carry, value = step(params, moments, start if fresh else carry, window)
+            loss, seconds = float(value), time.perf_counter() - begin
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"training diverged at step {number}; try a smaller --learning-rate")
+            record["loss_nats"].append(loss)
+            record.update(steps=number, seconds=seconds, characters_per_second=number * size / seconds)
+            shown = loss if shown is None else shown + (loss - shown) / SHOW_OVER
+            bar.set_postfix_str(f"loss {shown:.3f} nats/char", refresh=False)
+            bar.update(size)
+    return params
+
+
+# ----------------------------------------------------------------------------------- measurement
+
+
+def validate(model: CharacterModel, params: Any, text: np.ndarray, batch: int) -> float:
+    """Nats per character over all of a text, in `batch` streams from a zero carry."""
+    loss, _ = jax.jit(functools.partial(window_loss, model))(
+        params, zero_carry(model, batch), _corpus.streams(text, batch)
+    )
+    return float(loss)
+
+
+def loss_adjoint(model: CharacterModel, params: Any, hidden: jax.Array, target: np.ndarray) -> jax.Array:
+    """dl_T/dh_T (B, H) of every position's own loss term, which sees the state through h_T alone."""
+
+    def total(hidden: jax.Array) -> jax.Array:
+        logits = model.apply({"params": params}, hidden, method=lambda m, h: m.readout(h))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, target).sum()
+
+    return jax.grad(total)(hidden)
+
+
+def measure(args: argparse.Namespace, model: CharacterModel, params: Any, text: np.ndarray) -> dict[str, Any]:
+    """Validation loss and all curves of a network as it stands."""
+    _, pieces = _corpus.spread(text, args.positions, args.burn_in + args.lags + 1)
+    tokens, target = pieces[:, :-1], pieces[:, -1]
+    xs = model.apply({"params": params}, tokens, method=lambda m, t: m.embedding(t))
+    cell, weights = nn.functional(CELLS[model.kind](model.hidden), params["rnn"]["cell"])
+    run = analysis.trajectory(cell, weights, xs)
+    slope = loss_adjoint(model, params, run.last.h, target)
+    # A character predicted with certainty has a gradient of exactly 0, of which there is no share.
+    kept = np.flatnonzero(np.asarray(jnp.abs(slope).max(-1) > 0))
+    if not len(kept):
+        raise FloatingPointError("the gradient of every loss term is exactly 0; there is nothing to retain")
+    if len(kept) < args.positions:
+        xs, slope = xs[kept], slope[kept]
+        run = analysis.trajectory(cell, weights, xs)
+    adjoint = jax.tree.map(jnp.zeros_like, run.last)._replace(h=slope)
+    few = analysis.trajectory(cell, weights, xs[:: math.ceil(len(kept) / BOUND_POSITIONS)])
+    lags = range(1, args.lags + 1)
+
+    curves = {}
+    for name, (path, kind) in CURVES[model.kind].items():
+        if kind == "adjoint":
+            curve = analysis.retention_curve(run, kind=kind, path=path, lags=lags, adjoint=adjoint)
+        else:
+            curve = analysis.retention_curve(few, kind=kind, path=path, lags=lags)
+        low, high = np.percentile(np.asarray(curve.log10), (10, 90), axis=0, method="nearest")
+        curves[name] = {**curve.to_dict(), "low_log10": low.tolist(), "high_log10": high.tolist()}
+    loss = validate(model, params, text, args.batch)
+    return {"validation_loss_nats": loss, "validation_loss_bits": loss / math.log(2), "curves": curves}
+
+
+# ------------------------------------------------------------------------------------ the whole job
+
+
+def describe(args: argparse.Namespace, corpus: _corpus.Corpus) -> dict[str, Any]:
+    """The results before anything is measured."""
+    packages = (jax, jaxlib, flax, optax, np, rnncore)
+    return {
+        "about": _report.ABOUT,
+        "interrupted": False,
+        "elapsed_seconds": 0.0,
+        "settings": vars(args),
+        "versions": {"python": platform.python_version(), **{p.__name__: p.__version__ for p in packages}},
+        "device": f"{jax.devices()[0].platform}, {os.cpu_count()} CPU cores",
+        "text": {
+            "source": corpus.source, "characters": len(corpus.train) + len(corpus.validation),
+            "distinct": len(corpus.characters), "train": len(corpus.train), "validation": len(corpus.validation),
+        },
+        "networks": {},
+    }  # fmt: skip
+
+
+def run_all(
+    args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Measures, trains and measures again; `results` is up to date at any moment, `save` called at every stage."""
+    networks, held_out = results["networks"], corpus.validation
+    models, params = {}, {}
+    for kind in CELLS if args.cell == "both" else (args.cell,):
+        models[kind] = CharacterModel(kind, len(corpus.characters), args.embed, args.hidden)
+        params[kind] = initialise(models[kind], args.seed, args.forget_bias)
+        entry = {"cell": CELLS[kind].__name__, "parameters": sum(a.size for a in jax.tree.leaves(params[kind]))}
+        entry["initialisation"] = measure(args, models[kind], params[kind], held_out)
+        networks[kind] = entry
+        save()
+    for kind, model in models.items():
+        networks[kind]["training"] = record = {}
+        trained = train(args, model, params[kind], corpus.train, record)
+        networks[kind]["trained"] = measure(args, model, trained, held_out)
+        save()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the job; returns the exit code: 0, or 130 after Ctrl-C."""
+    begin, command = time.perf_counter(), _options.parser(__doc__ or "", tuple(CELLS))
+    args = command.parse_args(argv)
+    data, picture = Path(f"{args.out}.json"), Path(f"{args.out}.png")
+    try:
+        corpus = _corpus.load(args.text)
+        _corpus.check_size(corpus, args.batch, args.length, args.burn_in + args.lags)
+        data.parent.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        command.error(str(error))
+    results = describe(args, corpus)
+
+    def save() -> None:
+        results["elapsed_seconds"] = time.perf_counter() - begin
+        _report.save(results, data)
+
+    def finish() -> None:
+        measured = bool(_report.stages(results))
+        if measured:
+            save()
+        print(_report.text(results))
+        if measured:
+            _picture.draw(results, picture)
+            print(f"\nwrote {data} and {picture} after {results['elapsed_seconds']:.0f} s")
+
+    try:
+        print(_report.opening(results))
+        run_all(args, corpus, results, save)
+        finish()
+    except KeyboardInterrupt:
+        results["interrupted"] = True
+        print("\ninterrupted; writing what was measured so far")
+        finish()
+        return 130
+    except FloatingPointError as error:
+        finish()
+        print(f"{command.prog}: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

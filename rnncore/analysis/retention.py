@@ -1,0 +1,184 @@
+"""Retention of the gradient over many steps: what the measured object is, and in which norm."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rnncore._types import Array
+from rnncore.analysis.bounds import gradient_bound
+from rnncore.analysis.curve import RetentionCurve
+from rnncore.analysis.lstm import lstm_of
+from rnncore.analysis.norms import log_retention
+from rnncore.analysis.trajectory import Trajectory, check_finite
+
+NORMS = {
+    "operator": "largest singular value",
+    "rms": "Frobenius norm over the root of n",
+    "adjoint": "Euclidean norm of the pulled-back adjoint over that at lag 0",
+    "bound": "product of the operator norms of the single steps",
+    "a_priori_bound": "power of max |phi'| times the operator norm of U",
+}
+PATHS = ("state", "cell", "direct")
+
+
+def retention_curve(
+    traj: Trajectory,
+    *,
+    kind: str = "rms",
+    path: str = "state",
+    lags: int | Sequence[int] | None = None,
+    anchor: str = "end",
+    adjoint: Any = None,
+    slope: float | None = None,
+) -> RetentionCurve:
+    """How much of a gradient survives k steps back, for every lag k.
+
+    path "state":  M_k = d s_T / d s_{T-k} = P_k = J_T J_{T-1} ... J_{T-k+1}
+    path "cell":   M_k = d c_T / d c_{T-k} = [I 0] P_k [I; Delta_{T-k}],   Delta_t = d h_t / d c_t
+    path "direct": M_k = diag(f_T f_{T-1} ... f_{T-k+1})
+
+    The cell path is the total derivative: h_{T-k} moves with c_{T-k}, at a fixed pre-activation of the
+    output gate (with peepholes Delta holds the gate's view of c too).  It is not the product of the
+    one-step derivatives d c_t / d c_{t-1}, because c_k also reaches c_{k+2} through the output gate of
+    step k + 1.  The direct path is what is left when every h is held fixed: see `direct_retention`.
+
+    Args:
+      traj: a trajectory of T steps.
+      kind:
+        "operator", the largest singular value of M_k.
+        "rms", ||M_k||_F / sqrt(n): the root of the mean over all directions.
+        "adjoint", ||M_k^T v|| / ||M_0^T v|| for the gradient v of one loss term in the last state.
+        "bound", the product of the operator norms of the single step Jacobians (of max f_t on the direct
+        path); on the cell path times sqrt(1 + max Delta^2), since ||[I 0] P [I; Delta]|| is at most that.
+        "a_priori_bound", `gradient_bound`^k, for Elman networks, path "state" only.
+      path: "state", all of the carry; "cell" and "direct", LSTM only.
+      lags: increasing integers; an integer K for 0 to K; None for all.  At most T; at most T - 1 on the
+        cell path, because no output gate belongs to the initial carry.
+      anchor: "end", the last state in terms of earlier ones, as in backpropagation; "start", later states
+        in terms of the first, s_k in terms of s_0.  The cell path starts at c_1.
+      adjoint: v = dl / ds_T in the structure of the carry, arrays (*batch, H): `jax.grad` of the loss
+        at `traj.last`.  On the cell and direct paths its cell part, with h_T tied to c_T, counts.
+      slope: of "a_priori_bound", as in `gradient_bound`.
+
+    Returns:
+      `RetentionCurve` with log_retention (*batch, L).
+
+    Raises:
+      ValueError: unknown options, lags the trajectory is too short for, a cell without a cell state, an
+        adjoint of another structure or of zeros.  Inside jit a zero adjoint gives NaN.
+      NotImplementedError: paths that are known for the LSTM only, bounds for Elman networks only.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.Elman(4, activation_fn=jax.nn.identity)  # its initial U is orthogonal
+      >>> run = analysis.trajectory(cell, cell.init(jax.random.key(0), 3), jnp.ones((2, 50, 3)))
+      >>> curve = analysis.retention_curve(run, lags=(0, 10, 50))
+      >>> curve.log_retention.shape, bool(jnp.abs(curve.log10).max() < 1e-4)
+      ((2, 3), True)
+
+    Source: Pascanu, Mikolov and Bengio (2013), arXiv:1211.5063; Hochreiter and Schmidhuber (1997).
+    """
+    chosen = _check(traj, kind, path, lags, anchor, adjoint)
+    if kind == "a_priori_bound":
+        logs = jnp.log(gradient_bound(traj.cell, traj.params, slope=slope)) * np.asarray(chosen)
+        # 0 steps of a bound of 0: -inf * 0.
+        logs = jnp.broadcast_to(jnp.where(np.asarray(chosen) == 0, 0.0, logs), (*traj.batch_shape, len(chosen)))
+    else:
+        logs = log_retention(traj, adjoint, kind, path, anchor, chosen)
+    _check_result(traj, kind, logs)
+    states = jax.tree.leaves(traj.carries)
+    n = sum(math.prod(a.shape[len(traj.batch_shape) + 1 :]) for a in states)
+    return RetentionCurve(
+        lags=jnp.asarray(chosen, jnp.int32),
+        log_retention=logs,
+        kind=kind,
+        path=path,
+        anchor=anchor,
+        norm=NORMS[kind],
+        n=n if path == "state" else traj.cell.hidden_size,
+        dtype=jnp.result_type(*states).name,
+    )
+
+
+def _check(traj: Trajectory, kind: str, path: str, lags: Any, anchor: str, adjoint: Any) -> tuple[int, ...]:
+    """All checks of a call; returns the lags."""
+    for name, value, allowed in (("kind", kind, NORMS), ("path", path, PATHS), ("anchor", anchor, ("end", "start"))):
+        if value not in allowed:
+            raise ValueError(f"`retention_curve({name}={value!r})`: expected one of {', '.join(map(repr, allowed))}.")
+    if path != "state":
+        lstm_of(traj, f"retention_curve(path={path!r})")
+        if kind == "a_priori_bound":
+            raise NotImplementedError(
+                f"`retention_curve(kind='a_priori_bound', path={path!r})`: a bound from the weights alone is known for "
+                "Elman networks; use kind='bound'."
+            )
+    most = traj.steps - (path == "cell")
+    chosen = _lags(most if lags is None else lags)
+    if chosen[-1] > most:
+        why = ", the first carry has no output gate" if path == "cell" else ""
+        raise ValueError(
+            f"`retention_curve(path={path!r}, lags up to {chosen[-1]})`: a trajectory of T = {traj.steps} steps has "
+            f"lags 0 to {most}{why}; run at least {chosen[-1] + traj.steps - most} steps or ask for fewer lags."
+        )
+    if (adjoint is None) == (kind == "adjoint"):
+        need = "needs adjoint=, the gradient of the loss at `traj.last`" if adjoint is None else "takes no adjoint"
+        raise ValueError(f"`retention_curve(kind={kind!r})` {need}.")
+    if adjoint is not None:
+        _check_adjoint(traj, adjoint, anchor)
+    return chosen
+
+
+def _lags(lags: Any) -> tuple[int, ...]:
+    """An integer K as 0 to K; a sequence as it is."""
+    try:
+        chosen = tuple(map(operator.index, lags)) if np.ndim(lags) else tuple(range(operator.index(lags) + 1))
+    except TypeError:
+        chosen = ()
+    if not chosen or chosen[0] < 0 or any(b <= a for a, b in itertools.pairwise(chosen)):
+        raise ValueError(
+            f"`retention_curve(lags={lags!r})`: expected increasing integers of at least 0, or the last of 0 to K."
+        )
+    return chosen
+
+
+def _check_adjoint(traj: Trajectory, adjoint: Any, anchor: str) -> None:
+    if anchor != "end":
+        raise ValueError(
+            "`retention_curve(kind='adjoint', anchor='start')`: an adjoint lies at the end; use anchor='end'."
+        )
+    last = jax.eval_shape(lambda: traj.last)
+    structures: list[Any] = [jax.tree.structure(adjoint), jax.tree.structure(last)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"`retention_curve(adjoint=<{type(adjoint).__name__}>)`: expected {type(last).__name__}{traj.fields}, "
+            "as `jax.grad` of a loss at `traj.last` gives it."
+        )
+    for got, want in zip(jax.tree.leaves(adjoint), jax.tree.leaves(last), strict=True):
+        if jnp.shape(got) != want.shape or not jnp.issubdtype(jnp.result_type(got), jnp.floating):
+            raise ValueError(
+                f"`retention_curve(adjoint=<{jnp.result_type(got)} {jnp.shape(got)}>)`: expected floating point "
+                f"{want.shape}, the shape of `traj.last`."
+            )
+    check_finite("retention_curve(adjoint=...)", adjoint, "no gradient follows from it")
+
+
+def _check_result(traj: Trajectory, kind: str, logs: Array) -> None:
+    if isinstance(logs, jax.core.Tracer) or not np.any(np.isnan(np.asarray(logs))):
+        return
+    if kind == "adjoint":
+        raise ValueError(
+            "`retention_curve(adjoint=...)`: the gradient at lag 0 is zero for some sequence, or a Jacobian overflows; "
+            "there is nothing to retain, leave such sequences out."
+        )
+    raise ValueError(
+        f"`retention_curve(kind={kind!r})`: a single step Jacobian leaves the range of {logs.dtype}; use float64."
+    )

@@ -1,0 +1,119 @@
+"""Bidirectional: one RNN forward, one backward, outputs merged."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from rnncore._types import Array
+
+
+def _concatenate(a: Array, b: Array) -> Array:
+    return jnp.concatenate([a, b], axis=-1)
+
+
+class Bidirectional(nn.Module):
+    """Reads a sequence in both directions: flax.linen.Bidirectional.
+
+    y_t = merge_fn(forward_rnn(x)_t, backward_rnn(x)_t), both in the order of the inputs
+
+    The layout of time is that of this module: its `time_major`, or that of the call, goes to both
+    children.  A child with `time_major=True` in a layer that is not would read the batch as time, so
+    that is refused.  A child's own `reverse` and `keep_order` do not matter: its place decides.
+
+    Args:
+      forward_rnn, backward_rnn: an `RNN` each, of rnncore, of Flax, or anything with its call.
+      merge_fn: (forward outputs, backward outputs) to outputs; joins the features by default.
+      time_major: inputs and outputs are (T, *batch, ...) and not (*batch, T, ...).
+      return_carry: return ((forward carry, backward carry), outputs) and not outputs alone.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rnncore import linen as nn
+      >>> layer = nn.Bidirectional(nn.RNN(nn.GRUCell(4)), nn.RNN(nn.GRUCell(4)))
+      >>> layer.init_with_output(jax.random.key(0), jnp.ones((2, 5, 3)))[0].shape
+      (2, 5, 8)
+
+    Source: Schuster and Paliwal (1997); fields, tree and results of flax.linen.Bidirectional, which
+    overrides a child's `time_major` and ignores `reverse` and `keep_order` without a word.
+    """
+
+    forward_rnn: Any
+    backward_rnn: Any
+    merge_fn: Callable[[Array, Array], Array] = _concatenate
+    time_major: bool = False
+    return_carry: bool = False
+
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        initial_carry: Any = None,
+        init_key: Array | None = None,
+        seq_lengths: Any = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+    ) -> Any:
+        """Runs both directions; None takes the field of that name.
+
+        Args:
+          inputs: (*batch, T, D), or (T, *batch, D) with `time_major`.
+          initial_carry: (forward carry, backward carry).
+          init_key: key for the initial carries, split in two: forward, then backward.
+          seq_lengths: integers (*batch); the backward direction starts at the last valid step.
+          return_carry, time_major: in place of the fields.
+          reverse: False or None; to read backwards swap the children.
+          keep_order: outputs are always in the order of the inputs, so either value says the same.
+
+        Returns:
+          outputs, or ((forward carry, backward carry), outputs).
+
+        Raises:
+          ValueError: a child with `time_major=True` in a layer without.
+          NotImplementedError: `reverse=True`.
+        """
+        del keep_order
+        if reverse:
+            raise NotImplementedError(
+                "`Bidirectional(...)(inputs, reverse=True)`: both directions are read already; flip the inputs, or "
+                "swap forward_rnn and backward_rnn."
+            )
+        return_carry = self.return_carry if return_carry is None else return_carry
+        if time_major is None:
+            time_major = self.time_major
+            self._check_children(time_major)
+        if self.forward_rnn is self.backward_rnn:
+            warnings.warn(
+                "`Bidirectional(forward_rnn, backward_rnn)`: both are the same object, so they share parameters.",
+                stacklevel=2,
+            )
+        keys = (None, None) if init_key is None else tuple(jax.random.split(init_key))
+        starts = (None, None) if initial_carry is None else initial_carry
+        (carry_forward, forward), (carry_backward, backward) = (
+            rnn(
+                inputs, initial_carry=start, init_key=key, seq_lengths=seq_lengths, return_carry=True,
+                time_major=time_major, **order,
+            )
+            for rnn, start, key, order in (
+                (self.forward_rnn, starts[0], keys[0], {"reverse": False}),
+                (self.backward_rnn, starts[1], keys[1], {"reverse": True, "keep_order": True}),
+            )
+        )  # fmt: skip
+        outputs = jax.tree.map(self.merge_fn, forward, backward)
+        return ((carry_forward, carry_backward), outputs) if return_carry else outputs
+
+    @nn.nowrap
+    def _check_children(self, time_major: bool) -> None:
+        for name in ("forward_rnn", "backward_rnn"):
+            if getattr(getattr(self, name), "time_major", False) and not time_major:
+                raise ValueError(
+                    f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would hand its "
+                    "batch axis to this child as time; give Bidirectional time_major=True as well."
+                )

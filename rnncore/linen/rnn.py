@@ -1,0 +1,230 @@
+"""RNN: a Flax cell over a sequence, through `rnncore.unroll` where the cell is one of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from flax.core.scope import in_filter
+from flax.linen import module as flax_module
+
+from rnncore import pointwise, sequence
+from rnncore._types import Array, Differentiation
+from rnncore.linen import cells, trees
+from rnncore.linen.scan import scan_cell
+
+DIFFERENTIATION: Differentiation = "any"
+"""What an RNN is prepared for where the user says nothing."""
+
+_OWN = (cells.LSTMCell, cells.OptimizedLSTMCell, cells.GRUCell, cells.SimpleCell)
+
+
+class RNN(nn.Module):
+    """Applies a cell over a sequence: flax.linen.RNN, faster, with lengths done right.
+
+    carry_t, y_t = cell(carry_{t-1}, x_t)
+
+    A cell of `rnncore.linen` with elementwise functions runs through `rnncore.unroll`.  Every other
+    one, a cell of flax.linen, a subclass, a cell under nn.remat, runs under nn.scan as in Flax, and
+    so does a cell whose parameters differ from step to step by `variable_axes` or the like.
+
+    Args:
+      cell: the cell.
+      time_major: inputs and outputs are (T, *batch, ...) and not (*batch, T, ...).
+      return_carry: return (carry, outputs) and not outputs alone.
+      reverse: run from the last step, with lengths the last valid one, to the first.
+      keep_order: with `reverse`, outputs in the order of the inputs.
+      unroll, variable_axes, variable_broadcast, variable_carry, split_rngs: for nn.scan.
+      differentiation, checkpoint_every, recompute, backend: as in `rnncore.unroll`.  They mean
+        something there only: under nn.scan the last three are refused, and every mode of
+        differentiation is open.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rnncore import linen as nn
+      >>> layer, xs = nn.RNN(nn.LSTMCell(4), return_carry=True), jnp.ones((2, 5, 3))
+      >>> variables = layer.init(jax.random.key(0), xs)
+      >>> (c, h), ys = layer.apply(variables, xs, seq_lengths=jnp.array([5, 0]))
+      >>> ys.shape, h.shape, float(jnp.abs(h[1]).max())
+      ((2, 5, 4), (2, 4), 0.0)
+
+    Source: fields, tree, initial values and results of flax.linen.RNN.  Mended: any number of batch
+    axes with lengths; length 0 gives the initial carry; lengths of a wrong shape or out of range are
+    an error; NaN and inf in the padding count as 0; a step whose carry comes out in another dtype
+    than it went in with (Flax fails) keeps the initial carry's dtype.
+    """
+
+    cell: nn.RNNCellBase
+    time_major: bool = False
+    return_carry: bool = False
+    reverse: bool = False
+    keep_order: bool = False
+    unroll: int = 1
+    variable_axes: Mapping[Any, Any] = FrozenDict()
+    variable_broadcast: Any = "params"
+    variable_carry: Any = False
+    split_rngs: Mapping[Any, bool] = FrozenDict({"params": False})
+    differentiation: Differentiation = field(default=DIFFERENTIATION, kw_only=True)
+    checkpoint_every: int | None = field(default=None, kw_only=True)
+    recompute: str = field(default="nothing", kw_only=True)
+    backend: str | None = field(default=None, kw_only=True)
+
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        initial_carry: Any = None,
+        init_key: Array | None = None,
+        seq_lengths: Any = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+        resets: Any = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Runs the cell over the inputs; None takes the field of that name.
+
+        Args:
+          inputs: (*batch, T, D), or (T, *batch, D) with `time_major`; any number of batch axes.  A
+            cell with more feature axes has more of them in D's place.
+          initial_carry: the carry before the first step, as `cell.initialize_carry` makes it, which
+            is called where there is none.
+          init_key: key for that; `jax.random.key(0)` by default, so a random carry is the same in
+            every call.
+          seq_lengths: integers (*batch).  The carry returned is the one after the last valid step;
+            outputs past it go on from the padding.
+          resets: booleans of the inputs' shape without features.  Where True the carry returns to
+            the initial one before that step.
+          return_states: return `rnncore.States` as the last element: every carry, in the structure
+            of the cell's, and every gate (None under nn.scan, where a cell shows none).
+
+        Returns:
+          outputs, (carry, outputs), (outputs, states) or (carry, outputs, states).
+
+        Raises:
+          ValueError: shapes, lengths or options that make no sense.
+          NotImplementedError: an option that this cell cannot take; the message says why.
+        """
+        return_carry = self.return_carry if return_carry is None else return_carry
+        time_major = self.time_major if time_major is None else time_major
+        reverse = self.reverse if reverse is None else reverse
+        keep_order = self.keep_order if keep_order is None else keep_order
+        time_axis = _time_axis(inputs, self.cell.num_feature_axes, time_major)
+        step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
+        carry = initial_carry
+        if carry is None:
+            carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, step_shape)
+
+        why = self._why_scan(carry)
+        if why is None:
+            result = self._fast(
+                inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
+                keep_order=keep_order, time_major=time_major, return_states=return_states,
+            )  # fmt: skip
+        else:
+            self._refuse_options(why)
+            result = scan_cell(
+                self, inputs, carry, time_axis, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
+                keep_order=keep_order, return_carry=return_carry, return_states=return_states,
+            )  # fmt: skip
+        result = result if return_carry else result[1:]
+        return result[0] if len(result) == 1 else result
+
+    @nn.nowrap
+    def _fast(
+        self, inputs: Array, carry: Any, step_shape: tuple[int, ...], *, return_states: bool, **options: Any
+    ) -> tuple[Any, ...]:
+        """The run through `rnncore.unroll`."""
+        cell = self.cell
+        assert isinstance(cell, cells.Cell)
+        if not trees.is_complete(cell.tree, cell.variables.get("params", {})):
+            # One step makes the parameters; where it may not, it raises Flax's own error.
+            cell(carry, jnp.zeros(step_shape, inputs.dtype))
+        weights = nn.meta.unbox(cell.variables["params"])
+        h = jax.tree.leaves(carry)[-1]
+        core, params = trees.assemble(cell.tree, cell, weights, inputs, h)
+        xs = jnp.asarray(inputs, params.input_kernel.dtype)
+        start = trees.to_core(core, carry)
+        last, outputs, *more = sequence.unroll(
+            core, params, xs, initial_carry=start, return_states=return_states,
+            differentiation=self.differentiation, checkpoint_every=self.checkpoint_every, recompute=self.recompute,
+            backend=self.backend, **options,
+        )  # fmt: skip
+        # The outputs have the dtype of a step's output, also where the carry has another one.
+        step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(step_shape, xs.dtype)))
+        outputs = outputs.astype(step[1].dtype)
+        if return_states:
+            (states,) = more
+            more = [states._replace(carries=trees.from_core(states.carries))]
+        return (trees.from_core(last), outputs, *more)
+
+    @nn.nowrap
+    def _why_scan(self, carry: Any) -> str | None:
+        """Reason why the cell has to run under nn.scan, or None."""
+        cell = self.cell
+        if type(cell) not in _OWN:
+            return f"{type(cell).__name__} is not exactly a cell of rnncore.linen"
+        if (
+            not in_filter(self.variable_broadcast, "params")
+            or in_filter(self.variable_carry, "params")
+            or any(in_filter(name, "params") for name in self.variable_axes)
+            or any(split and in_filter(name, "params") for name, split in self.split_rngs.items())
+        ):
+            return "its parameters are not simply the same at every step"
+        if getattr(flax_module, "_global_interceptor_stack", ()):
+            return "an interceptor (nn.intercept_methods) wants to see its calls"
+        assert isinstance(cell, cells.Cell)
+        core = cell.tree.make(cell, jnp.shape(jax.tree.leaves(carry)[-1])[-1])
+        functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]
+        return next((why for why in map(_why_not_static, functions) if why), None) or _why_not_pointwise(core)
+
+    @nn.nowrap
+    def _refuse_options(self, why: str) -> None:
+        for name, default in (("checkpoint_every", None), ("recompute", "nothing"), ("backend", None)):
+            if getattr(self, name) != default:
+                raise NotImplementedError(
+                    f"`RNN({type(self.cell).__name__}(...), {name}={getattr(self, name)!r})`: this cell runs under "
+                    f"nn.scan, where {name} means nothing, because {why}. Leave it out, or use a cell of rnncore.linen."
+                )
+
+
+def _time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
+    if not hasattr(inputs, "ndim"):
+        raise ValueError(
+            f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
+            "give episode boundaries as `resets`."
+        )
+    if inputs.ndim < feature_axes + 1:
+        raise ValueError(
+            f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {feature_axes + 1} axes, time and "
+            "features."
+        )
+    return 0 if time_major else inputs.ndim - feature_axes - 1
+
+
+def _why_not_static(fun: Callable) -> str | None:
+    """Reason why a function cannot be part of a static description of the cell, or None."""
+    if isinstance(fun, nn.Module):
+        return f"its function {type(fun).__name__} is a module"
+    try:
+        hash(fun)
+    except TypeError:
+        return f"its function {fun!r} cannot be hashed"
+    consts = jax.make_jaxpr(fun)(jnp.zeros((1, 1))).consts
+    if any(isinstance(const, jax.core.Tracer) for const in consts):
+        return f"its function {fun!r} has caught a value that is being differentiated or compiled"
+    return None
+
+
+def _why_not_pointwise(core: Any) -> str | None:
+    try:
+        pointwise.check_elementwise(core)
+    except ValueError as error:
+        return str(error)
+    return None

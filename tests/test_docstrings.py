@@ -1,0 +1,88 @@
+"""Docstrings: every example runs, and every public name says what it takes and shows its use."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import importlib
+import inspect
+import pkgutil
+import types
+from typing import Any
+
+import pytest
+
+import rnncore
+
+MODULES = sorted(m.name for m in pkgutil.walk_packages(rnncore.__path__, "rnncore."))
+PUBLIC = {name: value for name, value in vars(rnncore).items() if not name.startswith("_")}
+# What a caller gets and never makes needs no example; its fields are what it has to say.
+RESULTS = ("CellParams", "HiddenCarry", "LSTMCarry", "States", "BackendChoice")
+INITIALIZERS = ("per_gate", "forget_bias", "chrono", "uniform_gate")
+FUNCTIONS = ("unroll", "explain_backend")
+CELLS = ("Elman", "IndRNN", "LSTM", "GRU", "MGU", "ResetBeforeGRU")
+
+
+@pytest.mark.parametrize("name", ["rnncore", *MODULES])
+def test_examples_run(name: str):
+    module = importlib.import_module(name)
+    failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert failed == 0, "doctest has printed which"
+    assert tried > 0 or name not in ("rnncore.sequence", "rnncore.initializers", "rnncore.cells.lstm")
+
+
+def documented() -> list[Any]:
+    names = [pytest.param(value, id=name) for name, value in PUBLIC.items() if not isinstance(value, types.ModuleType)]
+    return names + [pytest.param(getattr(rnncore.initializers, name), id=name) for name in INITIALIZERS]
+
+
+@pytest.mark.parametrize("value", documented())
+def test_public_names_have_a_docstring(value: Any):
+    text = inspect.cleandoc(value.__doc__ or "")
+    first = text.partition("\n")[0]
+    # NamedTuples and dataclasses without a docstring are given "Name(field, ...)" by Python.
+    assert first and not first.startswith(f"{value.__name__}("), "a line that says what it is"
+
+
+@pytest.mark.parametrize("name", [*FUNCTIONS, *INITIALIZERS, *CELLS])
+def test_what_a_user_calls_says_what_it_takes_and_shows_its_use(name: str):
+    value = PUBLIC.get(name) or getattr(rnncore.initializers, name)
+    text = value.__doc__
+    for section in ("Args:", "Example:"):
+        assert f"    {section}\n" in text, f"{name} has no {section}"
+    assert ">>> " in text.partition("Example:")[2]
+    if inspect.isfunction(value):
+        assert "    Returns:\n" in text and "    Raises:\n" in text
+        described = text.partition("Args:")[2].partition("Returns:")[0]
+        if "As in `unroll`" not in described:
+            missing = [p for p in inspect.signature(value).parameters if f"      {p}" not in described]
+            assert not missing, f"not under Args: {missing}"
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_name_their_equation_their_fields_and_their_source(name: str):
+    cell = PUBLIC[name]
+    assert "h_t = " in cell.__doc__ and "    Source: " in cell.__doc__
+    described = cell.__doc__.partition("Args:")[2].partition("Example:")[0]
+    assert not [field.name for field in dataclasses.fields(cell) if field.name not in described]
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_results_name_their_fields(name: str):
+    value = PUBLIC[name]
+    assert value.__doc__.strip()
+    missing = [f for f in value._fields if f not in value.__doc__]
+    assert not missing or name == "BackendChoice"
+
+
+def test_explain_backend_takes_what_unroll_takes():
+    assert (
+        inspect.signature(rnncore.explain_backend).parameters.keys()
+        == inspect.signature(rnncore.unroll).parameters.keys()
+    )
+
+
+def test_every_public_name_is_in_one_of_the_lists():
+    others = {"Cell", "PointwiseCell", "Recurrence", "Dense", "Heads", "Diagonal"}
+    modules = {name for name, value in PUBLIC.items() if isinstance(value, types.ModuleType)}
+    assert set(PUBLIC) - modules == {*RESULTS, *FUNCTIONS, *CELLS, *others}
