@@ -81,7 +81,7 @@ class CharacterModel(nn.Module):
 
 def initialise(model: CharacterModel, seed: int, forget_bias: float = 0.0) -> Any:
     """The parameters at initialisation: Flax's own, plus the forget bias of an LSTM."""
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
     if model.kind == "lstm":
         forget = params["rnn"]["cell"]["hf"]
         forget["bias"] = forget["bias"] + jnp.asarray(forget_bias, forget["bias"].dtype)
@@ -139,13 +139,14 @@ def train(args: argparse.Namespace, model: CharacterModel, params: Any, text: np
 
 def validate(model: CharacterModel, params: Any, text: np.ndarray, batch: int) -> float:
     """Nats per character over all of a text, in `batch` streams from a zero carry."""
-    loss, _ = jax.jit(functools.partial(window_loss, model))(
-        params, zero_carry(model, batch), _corpus.streams(text, batch)
+    loss, _ = jax.jit(window_loss, static_argnums=0)(
+        model, params, zero_carry(model, batch), _corpus.streams(text, batch)
     )
     return float(loss)
 
 
-def loss_adjoint(model: CharacterModel, params: Any, hidden: jax.Array, target: np.ndarray) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=0)
+def loss_adjoint(model: CharacterModel, params: Any, hidden: jax.Array, target: jax.Array) -> jax.Array:
     """dl_T/dh_T (B, H) of every position's own loss term, which sees the state through h_T alone."""
 
     def total(hidden: jax.Array) -> jax.Array:
@@ -221,7 +222,8 @@ def run_all(
         networks[kind] = entry
         save()
     for kind, model in models.items():
-        networks[kind]["training"] = record = {}
+        record: dict[str, Any] = {}
+        networks[kind]["training"] = record
         trained = train(args, model, params[kind], corpus.train, record)
         networks[kind]["trained"] = measure(args, model, trained, held_out)
         save()

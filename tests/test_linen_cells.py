@@ -195,8 +195,10 @@ def test_step_in_bfloat16(name: str) -> None:
     assert off > 1e-4  # it did compute in bfloat16
 
 
-@pytest.mark.parametrize("inputs,params,carries", [("float64", "float32", "float32"), ("bfloat16", "float32", "float64"),
-                                                   ("int32", "float32", "float32")])  # fmt: skip
+@pytest.mark.parametrize(
+    "inputs,params,carries",
+    [("float64", "float32", "float32"), ("bfloat16", "float32", "float64"), ("int32", "float32", "float32")],
+)
 @pytest.mark.parametrize("name", CELLS)
 def test_dtypes_are_promoted_as_in_flax(name: str, inputs: str, params: str, carries: str) -> None:
     mine, flaxen = both(name, H, param_dtype=params)

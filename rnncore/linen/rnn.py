@@ -180,9 +180,10 @@ class RNN(nn.Module):
         if getattr(flax_module, "_global_interceptor_stack", ()):
             return "an interceptor (nn.intercept_methods) wants to see its calls"
         assert isinstance(cell, cells.Cell)
-        core = cell.tree.make(cell, jnp.shape(jax.tree.leaves(carry)[-1])[-1])
+        size = jnp.shape(jax.tree.leaves(carry)[-1])[-1]
         functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]
-        return next((why for why in map(_why_not_static, functions) if why), None) or _why_not_pointwise(core)
+        reasons = (_why_not_static(function, size) for function in functions)
+        return next((why for why in reasons if why), None) or _why_not_pointwise(cell.tree.make(cell, size))
 
     @nn.nowrap
     def _refuse_options(self, why: str) -> None:
@@ -208,7 +209,7 @@ def _time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
     return 0 if time_major else inputs.ndim - feature_axes - 1
 
 
-def _why_not_static(fun: Callable) -> str | None:
+def _why_not_static(fun: Callable, size: int) -> str | None:
     """Reason why a function cannot be part of a static description of the cell, or None."""
     if isinstance(fun, nn.Module):
         return f"its function {type(fun).__name__} is a module"
@@ -216,7 +217,7 @@ def _why_not_static(fun: Callable) -> str | None:
         hash(fun)
     except TypeError:
         return f"its function {fun!r} cannot be hashed"
-    consts = jax.make_jaxpr(fun)(jnp.zeros((1, 1))).consts
+    consts = jax.make_jaxpr(fun)(jax.ShapeDtypeStruct((1, size), jnp.float32)).consts
     if any(isinstance(const, jax.core.Tracer) for const in consts):
         return f"its function {fun!r} has caught a value that is being differentiated or compiled"
     return None

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rnncore import _lengths
+from rnncore import _lengths, pointwise
 from rnncore._types import Array, PyTree
 from rnncore.sequence import States
 
@@ -72,7 +72,7 @@ def _expand(mask: Array, like: Array) -> Array:
 
 def _in_dtypes_of(before: PyTree, new: PyTree) -> PyTree:
     """The new carry in the dtypes of the old one, where both are floating; other faults are for nn.scan to tell."""
-    if jax.tree.structure(before) != jax.tree.structure(new):
+    if not pointwise.same_structure(before, new):
         return new
 
     def cast(b: Any, n: Any) -> Any:
