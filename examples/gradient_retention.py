@@ -81,7 +81,8 @@ class CharacterModel(nn.Module):
 
 def initialise(model: CharacterModel, seed: int, forget_bias: float = 0.0) -> Any:
     """The parameters at initialisation: Flax's own, plus the forget bias of an LSTM."""
-    params = jax.jit(model.init)(jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))["params"]
+    params = jax.jit(CharacterModel.init, static_argnums=0)(model, jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
+    params = params["params"]
     if model.kind == "lstm":
         forget = params["rnn"]["cell"]["hf"]
         forget["bias"] = forget["bias"] + jnp.asarray(forget_bias, forget["bias"].dtype)

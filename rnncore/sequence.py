@@ -106,9 +106,11 @@ def unroll(
         first order, which costs less.
       checkpoint_every: K, steps to a chunk of the outer of two levels of scan.  A chunk projects its
         inputs, runs, and sums its weight gradients.  None: the backend chooses.
-      recompute: what reverse mode keeps for T steps of a pointwise cell: "nothing" is recomputed (all
-        carries and gates are kept); "gates" (only carries are kept, gates formed again, one product
-        more); "chunk" (only the carry of every K-th step is kept, the chunk runs again).
+      recompute: what reverse mode forms again: "nothing", all carries and gates are kept; "gates",
+        carries and projected inputs are kept, the rest is one product more; "chunk", only the carry
+        of every K-th step is kept and the chunk runs again.  For an LSTM with B = 8, T = 512, D = H = 32 on
+        a CPU a gradient step takes, in arrays of T x B x H: 20 with neither option, 10.5 with K = 16, then
+        9.4 with "gates" and 3.1 with "chunk".
       backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.
 
     Returns:

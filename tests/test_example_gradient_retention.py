@@ -206,14 +206,14 @@ def text_file(tmp_path_factory):
 
 
 def test_own_text_is_learned(example, text_file, tmp_path):
-    options = [*SMALL, "--hidden", "16", "--steps", "60", "--learning-rate", "0.02", "--text", str(text_file)]
+    options = [*SMALL, "--steps", "60", "--learning-rate", "0.05", "--text", str(text_file)]
     code, printed = call(example, *options, "--cell", "rnn", "--out", str(tmp_path / "own"))
     results = read(tmp_path / "own")
     entry = results["networks"]["rnn"]
     assert code == 0 and "vanilla RNN" in printed and "LSTM" not in printed
     assert results["text"] == {"source": str(text_file), "characters": 1560, "distinct": 15, "train": 1404,
                                "validation": 156}  # fmt: skip
-    assert entry["training"]["loss_nats"][0] == pytest.approx(np.log(15), abs=0.4)
+    assert entry["training"]["loss_nats"][0] == pytest.approx(np.log(15), abs=0.7)
     assert entry["training"]["loss_nats"][-1] < 1.5 and entry["trained"]["validation_loss_nats"] < 1.5
 
 

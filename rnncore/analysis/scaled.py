@@ -54,6 +54,7 @@ class ScaledMatrix(NamedTuple):
         return self.matrix * jnp.exp(self.log_scale)[..., None, None]
 
 
+@jax.jit
 def log_operator_norm(matrix: Array) -> Array:
     """ln of the largest singular value of (..., m, n), from above and to rounding.
 
@@ -78,6 +79,7 @@ def log_operator_norm(matrix: Array) -> Array:
     return log + log_frobenius_norm(power) * 0.5 ** (squarings + 1)
 
 
+@jax.jit
 def log_frobenius_norm(matrix: Array) -> Array:
     """ln of the root of the sum of squares of (..., m, n)."""
     scaled, exponent = renormalise(matrix, jnp.zeros(matrix.shape[:-2], jnp.int32))
