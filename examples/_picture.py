@@ -86,7 +86,7 @@ def panel(axis: Any, network: str, entry: dict[str, Any], bottom: int) -> None:
     powers = [f"$10^{{{v:.0f}}}$" for v in away if v is not None and v > TOP]
     if powers:
         note = f"off the scale {_report.STAGES[done[-1]]}: {' and '.join(powers)} at lag {lags[-1]}"
-        axis.text(0.27, 0.955, note, transform=axis.transAxes, fontsize=8.5, color="#444444",
+        axis.text(0.99, 0.955, note, transform=axis.transAxes, ha="right", fontsize=8.5, color="#444444",
                   bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
 
 

@@ -24,7 +24,8 @@ def check_lengths(seq_lengths: Any, batch_shape: tuple[int, ...], steps: int) ->
     if lengths.shape != batch_shape:
         raise ValueError(f"{got}: expected the batch shape {batch_shape}; broadcast the lengths if all are equal.")
     if not isinstance(lengths, jax.core.Tracer) and lengths.size:
-        low, high = int(np.min(lengths)), int(np.max(lengths))
+        values = np.asarray(lengths)  # jnp would trace these where the lengths are constants inside jit
+        low, high = int(values.min()), int(values.max())
         if low < 0 or high > steps:
             raise ValueError(f"{got}: values from {low} to {high}; expected 0 to T = {steps}.")
     return lengths

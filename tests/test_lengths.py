@@ -172,6 +172,13 @@ def test_lengths_known_inside_jit(lengths: Any):
     cases.assert_close(jax.jit(run)(problem.xs), run(problem.xs), TOLERANCE)
 
 
+def test_lengths_known_inside_jit_are_checked_there():
+    cell, problem = small()
+    for lengths in (np.array([1, 6]), [1, 6]):
+        with pytest.raises(ValueError, match="values from 1 to 6; expected 0 to T = 5"):
+            jax.jit(lambda xs, n=lengths: rnncore.unroll(cell, problem.params, xs, seq_lengths=n))(problem.xs)
+
+
 @pytest.mark.parametrize("backend", ["scan", "autodiff"])
 @pytest.mark.parametrize(
     "options", [{}, {"reverse": True}, {"reverse": True, "keep_order": True}, {"checkpoint_every": 2}], ids=str

@@ -1,0 +1,489 @@
+"""Retention curves against independent derivatives, closed forms and each other."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rnncore
+from rnncore import analysis
+from rnncore.analysis import RetentionCurve
+
+EXACT = 1e-11
+STEPS = 6
+LSTMS = {
+    "plain": rnncore.LSTM(4),
+    "peepholes": rnncore.LSTM(4, peepholes=True, activation_fn=jax.nn.silu),
+    "coupled-heads": rnncore.LSTM(4, coupled=True, recurrence=rnncore.Heads(2)),
+    "both": rnncore.LSTM(4, peepholes=True, coupled=True),
+}
+
+
+def close(got, want, tolerance=EXACT):
+    np.testing.assert_allclose(np.asarray(got), np.asarray(want), rtol=tolerance, atol=tolerance)
+
+
+@functools.cache
+def run_of(cell, batch=(2,), steps=STEPS):
+    """A trajectory of random parameters, inputs and initial carry."""
+    rng = np.random.default_rng(0)
+
+    def normal(leaf, scale=0.6):
+        return jnp.asarray(rng.normal(0, scale, leaf.shape))
+
+    params = jax.tree.map(normal, cell.init(jax.random.key(0), 3, jnp.float64))
+    carry = jax.tree.map(normal, cell.initial_carry(batch, jnp.float64))
+    return analysis.trajectory(cell, params, jnp.asarray(rng.normal(0, 1, (*batch, steps, 3))), carry)
+
+
+def linear(matrix, steps, dtype=jnp.float64):
+    """A trajectory of h_t = W h_{t-1}: every step Jacobian is W."""
+    matrix = jnp.asarray(matrix, dtype)
+    cell = rnncore.Elman(len(matrix), activation_fn=jax.nn.identity)
+    params = cell.init(jax.random.key(0), 1, dtype)._replace(recurrent_kernel=matrix.T[:, None, :])
+    return analysis.trajectory(cell, params, jnp.zeros((steps, 1), dtype))
+
+
+def carry_at(run, t, example=0):
+    return jax.tree.map(lambda a: a[example, t], run.carries)
+
+
+def onwards(run, carry, first, end, example=0):
+    """The carry after step `end` from the one after step `first`."""
+    for t in range(first, end):
+        carry, _ = run.cell.update(run.params, carry, run.zs[example, t])
+    return carry
+
+
+def tied(run, t, c, example=0):
+    """The carry after step t with h following c: h = o(c) phi(c), the inputs of the output gate held fixed."""
+    cell, params, before = run.cell, run.params, run.carries.h[example, t - 1]
+    o = cell.gates.index("o")
+    a = run.xs[example, t - 1] @ params.input_kernel[:, o] + params.bias[o]
+    a = a + cell.recurrence.gate_matrices(params.recurrent_kernel)[o] @ before
+    if cell.peepholes:
+        a = a + params.units.o * c
+    return rnncore.LSTMCarry(c, jax.nn.sigmoid(a) * cell.activation_fn(c))
+
+
+# ----------------------------------------------------------------------------- what is measured
+
+
+@pytest.mark.parametrize("anchor", ["end", "start"])
+@pytest.mark.parametrize("cell", [LSTMS["both"], rnncore.ResetBeforeGRU(4)], ids=["lstm", "reset_before_gru"])
+def test_state_path_is_the_product_of_the_step_jacobians(cell, anchor):
+    run = run_of(cell)
+    dense = np.asarray(analysis.jacobian_product(analysis.step_jacobians(run), anchor).to_dense())
+    n = dense.shape[-1]
+    curve = analysis.retention_curve(run, kind="operator", anchor=anchor)
+    assert curve.log_retention.shape == (2, STEPS + 1)
+    close(np.exp(curve.log_retention), np.linalg.norm(dense, 2, (-2, -1)))
+    curve = analysis.retention_curve(run, kind="rms", anchor=anchor)
+    close(np.exp(curve.log_retention), np.linalg.norm(dense, axis=(-2, -1)) / np.sqrt(n))
+    assert (curve.n, curve.kind, curve.path, curve.anchor, curve.dtype) == (n, "rms", "state", anchor, "float64")
+
+
+@pytest.mark.parametrize("name", LSTMS)
+def test_cell_path_is_the_total_derivative(name):
+    run = run_of(LSTMS[name])
+    close(tied(run, 2, run.carries.c[0, 2]).h, run.carries.h[0, 2])  # the reference is the cell itself
+
+    @functools.partial(jax.jit, static_argnums=(0, 1))
+    def total(first, end):
+        return jax.jacrev(lambda c: onwards(run, tied(run, first, c), first, end).c)(run.carries.c[0, first])
+
+    lags = (0, 1, 3, STEPS - 1)
+    for anchor, ends in (("end", [(STEPS - k, STEPS) for k in lags]), ("start", [(1, 1 + k) for k in lags])):
+        want = np.stack([total(*pair) for pair in ends])
+        got = analysis.retention_curve(run, kind="operator", path="cell", anchor=anchor, lags=lags)
+        close(np.exp(got.log_retention[0]), np.linalg.norm(want, 2, (-2, -1)))
+        got = analysis.retention_curve(run, kind="rms", path="cell", anchor=anchor, lags=lags)
+        close(np.exp(got.log_retention[0]), np.linalg.norm(want, axis=(-2, -1)) / 2)
+        assert got.n == 4
+
+
+def test_the_product_of_one_step_totals_is_not_the_cell_path():
+    """c_k also reaches c_{k+2} through o_{k+1}; the difference is exactly K_{k+2} G_{k+1} Delta_k."""
+    run, k = run_of(LSTMS["plain"]), 2
+    jacobians = np.asarray(analysis.step_jacobians(run))[0]
+    delta = {t: np.diag(jax.jacrev(lambda c, t=t: tied(run, t, c).h)(run.carries.c[0, t])) for t in (k, k + 1)}
+
+    def total(t):
+        return jacobians[t - 1, :4, :4] + jacobians[t - 1, :4, 4:] * delta[t - 1]
+
+    product = jacobians[k + 1] @ jacobians[k]
+    exact = product[:4, :4] + product[:4, 4:] * delta[k]
+    measured = analysis.retention_curve(run_of(LSTMS["plain"], (2,), k + 2), path="cell", lags=(2,))
+    close(np.exp(measured.log_retention[0, 0]), np.linalg.norm(exact) / 2)
+
+    o = run.gates.o[0, k]
+    g = (np.tanh(run.carries.c[0, k + 1]) * o * (1 - o))[:, None] * np.asarray(
+        run.cell.recurrence.gate_matrices(run.params.recurrent_kernel)[3]
+    )
+    residual = exact - total(k + 2) @ total(k + 1)
+    close(residual, jacobians[k + 1, :4, 4:] @ g * delta[k])
+    assert np.linalg.norm(residual) > 0.01 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("anchor", ["end", "start"])
+def test_direct_path_is_the_product_of_the_forget_gates(anchor):
+    run = run_of(LSTMS["plain"])
+    f = np.asarray(run.gates.f)
+    f = f[:, ::-1] if anchor == "end" else f
+    want = np.cumprod(np.concatenate([np.ones_like(f[:, :1]), f], 1), 1)
+    close(np.exp(analysis.direct_retention(run, anchor)), want)
+    curve = analysis.retention_curve(run, path="direct", anchor=anchor)
+    close(np.exp(curve.log_retention), np.sqrt((want**2).mean(-1)))
+    curve = analysis.retention_curve(run, path="direct", kind="operator", anchor=anchor, lags=(2, 5))
+    close(np.exp(curve.log_retention), want.max(-1)[:, [2, 5]])
+    assert curve.n == 4
+
+
+def test_direct_path_is_the_derivative_with_h_held_fixed():
+    run = run_of(LSTMS["plain"])
+
+    def last(c):
+        for t in range(2, STEPS):
+            carry = rnncore.LSTMCarry(c, run.carries.h[0, t])
+            c = run.cell.update(run.params, carry, run.zs[0, t])[0].c
+        return c
+
+    want = jax.jit(jax.jacrev(last))(run.carries.c[0, 2])
+    close(np.diag(np.exp(analysis.direct_retention(run)[0, STEPS - 2])), want)
+
+
+@pytest.mark.parametrize("cell", [*LSTMS.values(), rnncore.GRU(4)], ids=[*LSTMS, "gru"])
+def test_adjoint_curve_is_the_gradient_of_the_loss_in_earlier_states(cell):
+    run = run_of(cell)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=4))
+
+    def loss(carry):
+        return jnp.sum(jnp.sin(jnp.stack(carry)) * weights)
+
+    v = jax.vmap(jax.grad(loss))(run.last)
+    lags = (1, 2, STEPS - 1)
+    gradient = jax.jit(
+        lambda t, carry: jax.grad(lambda s: loss(onwards(run, s, t, STEPS)))(carry), static_argnums=0
+    )
+    size = {k: np.linalg.norm(np.stack(gradient(STEPS - k, carry_at(run, STEPS - k)))) for k in (0, *lags)}
+    curve = analysis.retention_curve(run, kind="adjoint", adjoint=v, lags=lags)
+    close(np.exp(curve.log_retention[0]), [size[k] / size[0] for k in lags])
+    if "c" not in run.fields:
+        return
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def in_c(t, c):
+        return jax.grad(lambda c: loss(onwards(run, tied(run, t, c), t, STEPS)))(c)
+
+    size = {k: np.linalg.norm(in_c(STEPS - k, run.carries.c[0, STEPS - k])) for k in (0, *lags)}
+    curve = analysis.retention_curve(run, kind="adjoint", path="cell", adjoint=v, lags=lags)
+    close(np.exp(curve.log_retention[0]), [size[k] / size[0] for k in lags])
+    # On the direct path the same gradient is scaled by the forget gates alone.
+    start = np.asarray(in_c(STEPS, run.carries.c[0, STEPS]))
+    scale = np.exp(analysis.direct_retention(run)[0])[list(lags)]
+    curve = analysis.retention_curve(run, kind="adjoint", path="direct", adjoint=v, lags=lags)
+    close(np.exp(curve.log_retention[0]), np.linalg.norm(scale * start, axis=-1) / np.linalg.norm(start))
+
+
+def test_adjoint_curve_forms_no_jacobian():
+    """At H = 37 no array of the program has the 74 x 74 entries of a Jacobian, which rms does have."""
+    run = run_of(rnncore.LSTM(37), (), 3)
+
+    def largest(**options):
+        jaxpr = jax.make_jaxpr(lambda run: analysis.retention_curve(run, **options).log_retention)(run)
+        return "74,74" in str(jaxpr)
+
+    for path in ("state", "cell", "direct"):
+        assert not largest(kind="adjoint", path=path, adjoint=run.last)
+    assert largest(kind="rms")
+
+
+@pytest.mark.parametrize("options", [{"path": "cell"}, {"kind": "bound", "path": "cell"}, {"anchor": "start"}])
+def test_chosen_lags_are_those_of_the_whole_curve(options):
+    run = run_of(LSTMS["peepholes"])
+    whole = analysis.retention_curve(run, **options)
+    some = analysis.retention_curve(run, lags=np.array([1, 3]), **options)
+    close(some.log_retention, whole.log_retention[:, [1, 3]], 1e-13)
+    assert some.lags.tolist() == [1, 3]
+    first = analysis.retention_curve(run, lags=2, **options)
+    assert first.lags.tolist() == [0, 1, 2]
+    close(first.log_retention, whole.log_retention[:, :3], 1e-13)
+
+
+def test_runs_inside_jit_and_any_batch():
+    run = run_of(LSTMS["plain"])
+    curve = jax.jit(lambda run: analysis.retention_curve(run, path="cell"))(run)
+    close(curve.log_retention, analysis.retention_curve(run, path="cell").log_retention, 1e-13)
+    alone = analysis.trajectory(run.cell, run.params, run.xs[1], carry_at(run, 0, 1))
+    close(analysis.retention_curve(alone, path="cell").log_retention, curve.log_retention[1], 1e-13)
+    several = jax.tree.map(lambda a: a[None, :, None], (run.xs, carry_at(run, 0, slice(None))))
+    several = analysis.trajectory(run.cell, run.params, *several)
+    close(analysis.retention_curve(several, path="cell").log_retention, curve.log_retention[None, :, None], 1e-13)
+
+
+# -------------------------------------------------------------------------------------- bounds
+
+
+@pytest.mark.parametrize("anchor", ["end", "start"])
+def test_bounds_bound_and_multiply_the_norms_of_the_steps(anchor):
+    run = run_of(LSTMS["peepholes"])
+    steps = np.linalg.norm(np.asarray(analysis.step_jacobians(run)), 2, (-2, -1))
+    steps = steps[:, ::-1] if anchor == "end" else steps
+    curve = analysis.retention_curve(run, kind="bound", anchor=anchor)
+    close(np.exp(curve.log_retention), np.cumprod(np.concatenate([np.ones((2, 1)), steps], 1), 1))
+    for path in ("state", "cell", "direct"):
+        bound = analysis.retention_curve(run, kind="bound", path=path, anchor=anchor)
+        exact = analysis.retention_curve(run, kind="operator", path=path, anchor=anchor)
+        assert np.all(bound.log_retention >= exact.log_retention - 1e-12)
+        # Neither vacuous nor the curve itself.
+        assert np.all(bound.log_retention[:, -1] > exact.log_retention[:, -1] + 1e-3)
+        assert np.all(bound.log_retention[:, -1] < exact.log_retention[:, -1] + 20)
+
+
+@pytest.mark.parametrize(
+    ("cell", "slope"),
+    [
+        (rnncore.Elman(4), 1.0),
+        (rnncore.Elman(4, activation_fn=jax.nn.sigmoid, residual=True), 0.25),
+        (rnncore.IndRNN(4), 1.0),
+    ],
+    ids=["tanh", "sigmoid-residual", "indrnn"],
+)
+def test_a_priori_bound_of_elman_networks(cell, slope):
+    run = run_of(cell)
+    matrix = np.asarray(cell.recurrence.gate_matrices(run.params.recurrent_kernel)[0]) + cell.residual * np.eye(4)
+    factor = slope * np.linalg.norm(matrix, 2)
+    close(analysis.gradient_bound(cell, run.params), factor)
+    close(analysis.gradient_bound(cell, run.params, slope=3.0), 3 * factor / slope)
+    curve = analysis.retention_curve(run, kind="a_priori_bound")
+    close(curve.log_retention, np.broadcast_to(np.arange(STEPS + 1) * np.log(factor), (2, STEPS + 1)))
+    bound = analysis.retention_curve(run, kind="bound").log_retention
+    assert np.all(curve.log_retention >= bound - 1e-12)
+    assert np.all(bound >= analysis.retention_curve(run, kind="operator").log_retention - 1e-12)
+
+
+@pytest.mark.parametrize(("activation", "slope"), [(jnp.tanh, 1.0), (jax.nn.sigmoid, 0.25)])
+def test_a_priori_bound_is_reached_at_the_origin(activation, slope):
+    """Orthogonal U: tanh has its largest slope at pre-activation 0, and the sigmoid with h_0 = 0 in step 1."""
+    cell = rnncore.Elman(5, activation_fn=activation)
+    run = analysis.trajectory(cell, cell.init(jax.random.key(1), 2, jnp.float64), jnp.zeros((8, 2)))
+    reached = 8 if activation is jnp.tanh else 1
+    curve = analysis.retention_curve(run, kind="operator", anchor="start", lags=reached)
+    close(curve.log_retention, np.arange(reached + 1) * np.log(slope))
+    bound = analysis.retention_curve(run, kind="a_priori_bound", anchor="start", lags=reached)
+    close(bound.log_retention, curve.log_retention)
+
+
+# -------------------------------------------------------------------------------- closed forms
+
+
+def test_scalar_linear_network():
+    curve = analysis.retention_curve(linear([[0.9]], 100))
+    assert curve.decay_rate().rate == pytest.approx(0.105361, abs=1e-6)
+    assert curve.decay_rate().r_squared == pytest.approx(1.0, abs=1e-12)
+    assert curve.decay_rate().window == (20, 100)
+    assert curve.half_life() == pytest.approx((6.5788, 6.5788), abs=1e-4)
+    assert 10 ** float(curve.log10[100]) == pytest.approx(2.656e-5, rel=1e-3)
+
+
+def test_orthogonal_linear_network_keeps_everything():
+    rotation, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(6, 6)))
+    run = linear(rotation, 50)
+    for kind in ("operator", "rms", "bound", "a_priori_bound"):
+        curve = analysis.retention_curve(run, kind=kind)
+        assert np.abs(curve.log_retention).max() < 1e-12
+        assert curve.decay_rate().rate == pytest.approx(0, abs=1e-12)
+        assert curve.half_life().crossing == math.inf
+
+
+def test_shear_grows_before_it_decays():
+    run = linear([[0.9, 1.0], [0.0, 0.9]], 100)
+    curve = analysis.retention_curve(run, kind="operator", lags=(1, 5, 10, 20, 50, 100))
+    want = [1.5296, 3.3836, 3.9053, 2.7072, 0.2864, 0.0030]
+    np.testing.assert_allclose(np.exp(curve.log_retention), want, atol=5e-5)
+    bound = analysis.retention_curve(run, kind="bound", lags=(100,))
+    assert float(bound.log10[0]) == pytest.approx(math.log10(2.9e18), abs=0.01)
+
+
+@pytest.mark.parametrize("anchor", ["end", "start"])
+@pytest.mark.parametrize("kind", ["operator", "rms"])
+def test_nothing_left_is_minus_infinity(kind, anchor):
+    curve = analysis.retention_curve(linear([[0.0, 5.0], [0.0, 0.0]], 4), kind=kind, anchor=anchor)
+    size = 5 if kind == "operator" else 5 / math.sqrt(2)
+    close(curve.log_retention[:2], [0, math.log(size)])
+    assert np.all(curve.log_retention[2:] == -np.inf)
+    assert np.all(curve.log_mean()[2:] == -np.inf) and np.all(curve.mean_log()[2:] == -np.inf)
+    with pytest.raises(ValueError, match=r"at lag 2 the retention of some sequence is exactly 0.*ends before it"):
+        curve.decay_rate()
+    summary = curve.to_dict()
+    assert summary["mean_log10"][2:] == [None] * 3 and summary["decay_rate"] is None
+    assert summary["half_life"] == {"exponential": None, "crossing": 2.0}
+
+
+def test_forget_bias_sets_the_half_life_of_the_direct_path():
+    cell = rnncore.LSTM(3)
+    zeros = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0), 2, jnp.float64))
+    table = {0: (7.89e-31, 1), 1: (2.48e-14, 2.213), 2: (3.07e-6, 5.461), 3: (7.76e-3, 14.27), 4: (0.163, 38.19)}
+    table |= {3.0549: (1e-2, 15.05), 4.6002: (math.exp(-1), 69.3)}
+    for bias, (left, half_life) in table.items():
+        params = zeros._replace(bias=zeros.bias.at[1].set(bias))
+        curve = analysis.retention_curve(analysis.trajectory(cell, params, jnp.ones((100, 2))), path="direct")
+        assert 10 ** float(curve.log10[100]) == pytest.approx(left, rel=4e-3)
+        assert curve.half_life() == pytest.approx((half_life, half_life), rel=1e-3)
+
+
+def test_ten_thousand_steps_back_in_float32():
+    run = linear([[0.0, 0.5], [-0.5, 0.0]], 10_000, jnp.float32)
+    v = rnncore.HiddenCarry(jnp.array([1.0, 2.0], jnp.float32))
+    for options in ({"kind": "rms"}, {"kind": "rms", "anchor": "start"}, {"kind": "adjoint", "adjoint": v}):
+        curve = analysis.retention_curve(run, lags=(1, 300, 10_000), **options)
+        assert curve.dtype == "float32" and curve.log_retention.dtype == jnp.float32
+        np.testing.assert_allclose(curve.log_retention, math.log(0.5) * np.array([1, 300, 10_000]), rtol=1e-6)
+
+
+# --------------------------------------------------------------------------- reading the curve
+
+
+def curve_of(logs, lags=None):
+    logs = jnp.asarray(logs, jnp.float64)
+    lags = jnp.arange(logs.shape[-1]) if lags is None else jnp.asarray(lags)
+    return RetentionCurve(lags, logs, "rms", "state", "end", "", 1, "float64")
+
+
+def test_mean_of_logs_and_log_of_mean():
+    curve = curve_of(np.log([[1.0, 0.01], [1.0, 0.81]]))
+    close(np.exp(curve.mean_log()), [1.0, 0.09])
+    close(np.exp(curve.log_mean()), [1.0, 0.41])
+    close(curve.log10[0], [0.0, -2.0])
+    alone = curve_of(np.log([1.0, 0.25]))
+    close(alone.mean_log(), alone.log_mean())
+
+
+def test_decay_rate_is_the_line_of_least_squares():
+    rng = np.random.default_rng(0)
+    logs = rng.normal(size=(3, 41)) - 0.2 * np.arange(41)
+    for window, first, last in ((None, 8, 40), ((3, 20), 3, 20)):
+        slope, offset = np.polyfit(np.arange(first, last + 1), logs.mean(0)[first : last + 1], 1)
+        fit = curve_of(logs).decay_rate(window)
+        assert fit.rate == pytest.approx(-slope, rel=1e-10) and fit.window == (first, last)
+        correlation = np.corrcoef(np.arange(first, last + 1), logs.mean(0)[first : last + 1])[0, 1]
+        assert fit.r_squared == pytest.approx(correlation**2, rel=1e-10)
+    with pytest.raises(ValueError, match=r"`decay_rate\(window=\(40, 60\)\)`: 1 of the lags 0 to 40 lie in it"):
+        curve_of(logs).decay_rate((40, 60))
+
+
+def test_half_life_by_fit_and_by_crossing():
+    # Grows to 2 first: the crossing is on the curve, the fit on its tail.
+    curve = curve_of(np.log([1.0, 2.0, 1.0, 0.75, 0.25, 0.125]))
+    crossing = 3 + math.log(1.5) / math.log(3.0)
+    assert curve.half_life((3, 5)).crossing == pytest.approx(crossing)
+    assert curve.half_life((4, 5)).exponential == pytest.approx(1.0)
+    assert curve_of([0.0, 0.1, 0.2]).half_life() == (math.inf, math.inf)
+    assert curve_of([-4.0, -8.0], lags=[4, 8]).half_life().crossing == pytest.approx(math.log(2.0))
+
+
+def test_to_dict_is_json():
+    run = run_of(LSTMS["plain"])
+    curve = analysis.retention_curve(run, path="cell")
+    text = json.dumps(curve.to_dict(window=(1, 4)), allow_nan=False)
+    summary = json.loads(text)
+    assert summary["kind"] == "rms" and summary["path"] == "cell" and summary["n"] == 4
+    assert summary["sequences"] == 2 and summary["lags"] == list(range(STEPS))
+    assert summary["decay_rate"]["rate"] == curve.decay_rate((1, 4)).rate
+    assert summary["decay_rate"]["window"] == [1, 4]
+    close(summary["mean_log10"], np.asarray(curve.mean_log()) / math.log(10))
+    growing = curve_of([0.0, 0.1, 0.2, 0.3]).to_dict()
+    assert growing["half_life"] == {"exponential": None, "crossing": None}
+    assert growing["decay_rate"]["rate"] == pytest.approx(-0.1)
+
+
+def test_curve_is_a_pytree_that_keeps_what_it_is():
+    curve = curve_of([0.0, -1.0])
+    doubled = jax.tree.map(lambda a: 2 * a, curve)
+    assert doubled.kind == "rms" and doubled.log_retention.tolist() == [0.0, -2.0]
+
+
+# -------------------------------------------------------------------------------------- errors
+
+
+ADJOINT = rnncore.LSTMCarry(jnp.ones((2, 4)), jnp.ones((2, 4)))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "mean"}, r"`retention_curve\(kind='mean'\)`: expected one of 'operator', 'rms'"),
+        ({"path": "gates"}, r"`retention_curve\(path='gates'\)`: expected one of 'state', 'cell', 'direct'"),
+        ({"anchor": "middle"}, r"`retention_curve\(anchor='middle'\)`: expected one of 'end', 'start'"),
+        ({"lags": 9}, r"lags up to 9\)`: a trajectory of T = 6 steps has lags 0 to 6; run at least 9 steps"),
+        ({"lags": 6, "path": "cell"}, r"has lags 0 to 5, the first carry has no output gate; run at least 7 steps"),
+        ({"lags": (3, 1)}, r"`retention_curve\(lags=\(3, 1\)\)`: expected increasing integers"),
+        ({"lags": (1.5,)}, "expected increasing integers"),
+        ({"lags": -1}, "expected increasing integers of at least 0"),
+        ({"lags": ()}, "expected increasing integers"),
+        ({"kind": "adjoint"}, r"`retention_curve\(kind='adjoint'\)` needs adjoint=, the gradient of the loss"),
+        ({"adjoint": ADJOINT}, r"`retention_curve\(kind='rms'\)` takes no adjoint"),
+        ({"kind": "adjoint", "adjoint": ADJOINT, "anchor": "start"}, "an adjoint lies at the end; use anchor='end'"),
+        ({"kind": "adjoint", "adjoint": ADJOINT.h}, r"expected LSTMCarry\('c', 'h'\), as `jax.grad` of a loss"),
+        ({"kind": "adjoint", "adjoint": ADJOINT._replace(c=jnp.ones(4))}, r"<float64 \(4,\)>.*\(2, 4\)"),
+        ({"kind": "adjoint", "adjoint": ADJOINT._replace(c=jnp.ones((2, 4), int))}, "expected floating point"),
+        ({"kind": "adjoint", "adjoint": ADJOINT._replace(c=jnp.full((2, 4), jnp.nan))}, ".c of shape .* holds 8 NaN"),
+        ({"kind": "adjoint", "adjoint": jax.tree.map(jnp.zeros_like, ADJOINT)}, "the gradient at lag 0 is zero"),
+    ],
+)  # fmt: skip
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        analysis.retention_curve(run_of(LSTMS["plain"]), **options)
+
+
+class Accumulator(rnncore.PointwiseCell):
+    """A user's cell with a c of its own."""
+
+    gates = ("f",)
+    Carry = rnncore.LSTMCarry
+
+    def pointwise(self, p, z, r, carry):
+        f = jax.nn.sigmoid(z.f + r.f)
+        return rnncore.LSTMCarry(f * carry.c + z.f, jnp.tanh(carry.c)), self.Gates(f)
+
+
+@pytest.mark.parametrize("path", ["cell", "direct"])
+def test_a_cell_without_the_path(path):
+    with pytest.raises(ValueError, match=rf"path='{path}'\)`: GRU carries h and has no cell state c; use path='state'"):
+        analysis.retention_curve(run_of(rnncore.GRU(4)), path=path)
+    with pytest.raises(NotImplementedError, match="known for rnncore.LSTM, not for Accumulator; use path='state'"):
+        analysis.retention_curve(run_of(Accumulator(4)), path=path)
+    with pytest.raises(NotImplementedError, match="a bound from the weights alone is known for Elman"):
+        analysis.retention_curve(run_of(LSTMS["plain"]), path=path, kind="a_priori_bound")
+
+
+def test_direct_retention_has_the_same_errors():
+    with pytest.raises(ValueError, match=r"`direct_retention\(...\)`: GRU carries h and has no cell state"):
+        analysis.direct_retention(run_of(rnncore.GRU(4)))
+    with pytest.raises(ValueError, match=r"`direct_retention\(anchor='last'\)`: expected 'end' or 'start'"):
+        analysis.direct_retention(run_of(LSTMS["plain"]), "last")
+
+
+def test_bounds_that_are_not_known():
+    run = run_of(LSTMS["plain"])
+    with pytest.raises(NotImplementedError, match=r"`gradient_bound\(LSTM\)`: .*retention_curve\(kind='bound'\)"):
+        analysis.retention_curve(run, kind="a_priori_bound")
+    cell = rnncore.Elman(4, activation_fn=jax.nn.softplus)
+    params = cell.init(jax.random.key(0), 3)
+    with pytest.raises(ValueError, match="activation_fn=softplus: its largest slope is not known here; pass it as"):
+        analysis.gradient_bound(cell, params)
+    assert float(analysis.gradient_bound(cell, params, slope=1.0)) == pytest.approx(1.0, abs=1e-5)
+    with pytest.raises(ValueError, match=r"`gradient_bound\(slope=-1\)`: expected max .* at least 0"):
+        analysis.gradient_bound(cell, params, slope=-1)
+    with pytest.raises(ValueError, match=r".recurrent_kernel of shape \(4, 1, 4\) holds 1 NaN"):
+        broken = params._replace(recurrent_kernel=params.recurrent_kernel.at[0, 0, 0].set(jnp.nan))
+        analysis.gradient_bound(cell, broken, slope=1.0)
+
+
+def test_overflow_of_a_single_step_is_said():
+    with pytest.raises(ValueError, match="a single step Jacobian leaves the range of float32; use float64"):
+        analysis.retention_curve(linear(np.full((4, 4), 3e38), 3, jnp.float32))
