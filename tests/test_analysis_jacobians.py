@@ -106,11 +106,7 @@ def lstm_blocks(run):
     i, f, g, o = map(np.asarray, run.gates)
     before, after = np.asarray(run.carries.c[..., :-1, :]), np.asarray(run.carries.c[..., 1:, :])
     u_i, u_f, u_g, u_o = np.asarray(run.cell.recurrence.gate_matrices(run.params.recurrent_kernel))
-    k = (
-        (before * f * (1 - f))[..., None] * u_f
-        + (g * i * (1 - i))[..., None] * u_i
-        + (i * (1 - g**2))[..., None] * u_g
-    )
+    k = (before * f * (1 - f))[..., None] * u_f + (g * i * (1 - i))[..., None] * u_i + (i * (1 - g**2))[..., None] * u_g
     return f, k, o * (1 - np.tanh(after) ** 2), (np.tanh(after) * o * (1 - o))[..., None] * u_o
 
 

@@ -52,11 +52,15 @@ def carry_at(run, t, example=0):
     return jax.tree.map(lambda a: a[example, t], run.carries)
 
 
-def onwards(run, carry, first, end, example=0):
-    """The carry after step `end` from the one after step `first`."""
-    for t in range(first, end):
-        carry, _ = run.cell.update(run.params, carry, run.zs[example, t])
-    return carry
+def onwards(run, carry, first, example=0):
+    """All carries from step `first` to the last, the given one first."""
+
+    def step(carry, z):
+        new, _ = run.cell.update(run.params, carry, z)
+        return new, new
+
+    _, rest = jax.lax.scan(step, carry, run.zs[example, first:])
+    return jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), carry, rest)
 
 
 def tied(run, t, c, example=0):
@@ -92,13 +96,16 @@ def test_cell_path_is_the_total_derivative(name):
     run = run_of(LSTMS[name])
     close(tied(run, 2, run.carries.c[0, 2]).h, run.carries.h[0, 2])  # the reference is the cell itself
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def total(first, end):
-        return jax.jacrev(lambda c: onwards(run, tied(run, first, c), first, end).c)(run.carries.c[0, first])
+    @functools.partial(jax.jit, static_argnums=0)
+    def totals(first):
+        """d c_t / d c_first for t = first .. T."""
+        return jax.jacrev(lambda c: onwards(run, tied(run, first, c), first).c)(run.carries.c[0, first])
 
-    lags = (0, 1, 3, STEPS - 1)
-    for anchor, ends in (("end", [(STEPS - k, STEPS) for k in lags]), ("start", [(1, 1 + k) for k in lags])):
-        want = np.stack([total(*pair) for pair in ends])
+    from_first, from_late = np.asarray(totals(1)), np.asarray(totals(STEPS - 2))
+    for anchor, lags, want in (
+        ("start", tuple(range(STEPS)), from_first),
+        ("end", (0, 2, STEPS - 1), np.stack([np.eye(4), from_late[-1], from_first[-1]])),
+    ):
         got = analysis.retention_curve(run, kind="operator", path="cell", anchor=anchor, lags=lags)
         close(np.exp(got.log_retention[0]), np.linalg.norm(want, 2, (-2, -1)))
         got = analysis.retention_curve(run, kind="rms", path="cell", anchor=anchor, lags=lags)
@@ -156,37 +163,54 @@ def test_direct_path_is_the_derivative_with_h_held_fixed():
     close(np.diag(np.exp(analysis.direct_retention(run)[0, STEPS - 2])), want)
 
 
-@pytest.mark.parametrize("cell", [*LSTMS.values(), rnncore.GRU(4)], ids=[*LSTMS, "gru"])
+WEIGHTS = jnp.asarray(np.random.default_rng(1).normal(size=4))
+
+
+def loss(carry):
+    """One loss term of the last carry."""
+    return jnp.sum(jnp.sin(jnp.stack(carry)) * WEIGHTS)
+
+
+@pytest.mark.parametrize("cell", [LSTMS["both"], rnncore.GRU(4)], ids=["lstm", "gru"])
 def test_adjoint_curve_is_the_gradient_of_the_loss_in_earlier_states(cell):
     run = run_of(cell)
-    weights = jnp.asarray(np.random.default_rng(1).normal(size=4))
 
-    def loss(carry):
-        return jnp.sum(jnp.sin(jnp.stack(carry)) * weights)
+    def of_moved(moves):
+        """The loss when every state is moved; moves has T + 1 entries."""
 
-    v = jax.vmap(jax.grad(loss))(run.last)
-    lags = (1, 2, STEPS - 1)
-    gradient = jax.jit(
-        lambda t, carry: jax.grad(lambda s: loss(onwards(run, s, t, STEPS)))(carry), static_argnums=0
-    )
-    size = {k: np.linalg.norm(np.stack(gradient(STEPS - k, carry_at(run, STEPS - k)))) for k in (0, *lags)}
-    curve = analysis.retention_curve(run, kind="adjoint", adjoint=v, lags=lags)
-    close(np.exp(curve.log_retention[0]), [size[k] / size[0] for k in lags])
-    if "c" not in run.fields:
-        return
+        def step(carry, now):
+            z, move = now
+            carry, _ = cell.update(run.params, carry, z)
+            return jax.tree.map(jnp.add, carry, move), None
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def in_c(t, c):
-        return jax.grad(lambda c: loss(onwards(run, tied(run, t, c), t, STEPS)))(c)
+        start = jax.tree.map(lambda a, b: a + b[0], carry_at(run, 0), moves)
+        last, _ = jax.lax.scan(step, start, (run.zs[0], jax.tree.map(lambda a: a[1:], moves)))
+        return loss(last)
 
-    size = {k: np.linalg.norm(in_c(STEPS - k, run.carries.c[0, STEPS - k])) for k in (0, *lags)}
+    gradients = jax.jit(jax.grad(of_moved))(jax.tree.map(lambda a: jnp.zeros_like(a[0]), run.carries))
+    sizes = np.linalg.norm(np.concatenate(gradients, -1), axis=-1)[::-1]
+    curve = analysis.retention_curve(run, kind="adjoint", adjoint=jax.vmap(jax.grad(loss))(run.last))
+    close(np.exp(curve.log_retention[0]), sizes / sizes[0])
+
+
+@pytest.mark.parametrize("name", ["plain", "peepholes", "coupled-heads"])
+def test_adjoint_curve_of_the_cell_path_moves_h_with_c(name):
+    run = run_of(LSTMS[name])
+
+    def in_c(t):
+        def of_cell(c):
+            return loss(jax.tree.map(lambda a: a[-1], onwards(run, tied(run, t, c), t)))
+
+        return np.asarray(jax.jit(jax.grad(of_cell))(run.carries.c[0, t]))
+
+    now, earlier = in_c(STEPS), in_c(2)
+    v, lags = jax.vmap(jax.grad(loss))(run.last), (STEPS - 2,)
     curve = analysis.retention_curve(run, kind="adjoint", path="cell", adjoint=v, lags=lags)
-    close(np.exp(curve.log_retention[0]), [size[k] / size[0] for k in lags])
+    close(np.exp(curve.log_retention[0, 0]), np.linalg.norm(earlier) / np.linalg.norm(now))
     # On the direct path the same gradient is scaled by the forget gates alone.
-    start = np.asarray(in_c(STEPS, run.carries.c[0, STEPS]))
-    scale = np.exp(analysis.direct_retention(run)[0])[list(lags)]
+    scale = np.exp(analysis.direct_retention(run)[0, STEPS - 2])
     curve = analysis.retention_curve(run, kind="adjoint", path="direct", adjoint=v, lags=lags)
-    close(np.exp(curve.log_retention[0]), np.linalg.norm(scale * start, axis=-1) / np.linalg.norm(start))
+    close(np.exp(curve.log_retention[0, 0]), np.linalg.norm(scale * now) / np.linalg.norm(now))
 
 
 def test_adjoint_curve_forms_no_jacobian():
@@ -383,7 +407,7 @@ def test_half_life_by_fit_and_by_crossing():
     assert curve.half_life((3, 5)).crossing == pytest.approx(crossing)
     assert curve.half_life((4, 5)).exponential == pytest.approx(1.0)
     assert curve_of([0.0, 0.1, 0.2]).half_life() == (math.inf, math.inf)
-    assert curve_of([-4.0, -8.0], lags=[4, 8]).half_life().crossing == pytest.approx(math.log(2.0))
+    assert curve_of([-4.0, -8.0, -12.0], lags=[4, 8, 12]).half_life().crossing == pytest.approx(math.log(2.0))
 
 
 def test_to_dict_is_json():

@@ -94,7 +94,7 @@ def retention_curve(
         logs = jnp.broadcast_to(jnp.where(np.asarray(chosen) == 0, 0.0, logs), (*traj.batch_shape, len(chosen)))
     else:
         logs = log_retention(traj, adjoint, kind, path, anchor, chosen)
-    _check_result(traj, kind, logs)
+    _check_result(kind, logs)
     states = jax.tree.leaves(traj.carries)
     n = sum(math.prod(a.shape[len(traj.batch_shape) + 1 :]) for a in states)
     return RetentionCurve(
@@ -171,8 +171,9 @@ def _check_adjoint(traj: Trajectory, adjoint: Any, anchor: str) -> None:
     check_finite("retention_curve(adjoint=...)", adjoint, "no gradient follows from it")
 
 
-def _check_result(traj: Trajectory, kind: str, logs: Array) -> None:
-    if isinstance(logs, jax.core.Tracer) or not np.any(np.isnan(np.asarray(logs))):
+def _check_result(kind: str, logs: Array) -> None:
+    """Refuses NaN and +inf where they can be seen; -inf is a result."""
+    if isinstance(logs, jax.core.Tracer) or np.all(np.asarray(logs) < np.inf):
         return
     if kind == "adjoint":
         raise ValueError(
