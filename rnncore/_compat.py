@@ -27,10 +27,10 @@ def vary_over(x: Any, axes: frozenset) -> Any:
 
 
 def source_line(eqn: Any) -> str:
-    """Where in the user's code an equation of a jaxpr comes from."""
+    """Where in the user's code an equation of a jaxpr comes from; empty where that is not known."""
     try:
         from jax._src import source_info_util  # no public route exists
 
         return source_info_util.summarize(eqn.source_info)
     except (ImportError, AttributeError):
-        return "unknown line"
+        return ""

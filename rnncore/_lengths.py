@@ -16,19 +16,24 @@ from rnncore._types import Array, PyTree
 
 
 def check_lengths(seq_lengths: Any, batch_shape: tuple[int, ...], steps: int) -> Array:
-    """The lengths as an integer array, or ValueError; values are checked outside jit only."""
-    lengths = jnp.asarray(seq_lengths)
+    """The lengths as int32 within 0 to T, or ValueError.
+
+    Values that are known, also as constants inside jit, are checked; those that are not are clipped.
+    """
+    lengths = seq_lengths if isinstance(seq_lengths, jax.Array) else np.asarray(seq_lengths)
     got = f"`unroll(seq_lengths=<{lengths.dtype} {lengths.shape}>)`"
     if not jnp.issubdtype(lengths.dtype, jnp.integer):
         raise ValueError(f"{got}: expected integers, the number of valid steps of each sequence.")
     if lengths.shape != batch_shape:
         raise ValueError(f"{got}: expected the batch shape {batch_shape}; broadcast the lengths if all are equal.")
     if not isinstance(lengths, jax.core.Tracer) and lengths.size:
-        values = np.asarray(lengths)  # jnp would trace these where the lengths are constants inside jit
+        values = np.asarray(lengths)  # inside jit jnp.min would be traced even of a constant
         low, high = int(values.min()), int(values.max())
         if low < 0 or high > steps:
             raise ValueError(f"{got}: values from {low} to {high}; expected 0 to T = {steps}.")
-    return lengths
+    # Wide first: T may not fit the lengths' own dtype, nor length - 1 in an unsigned one.
+    wide = lengths.astype(np.int32) if lengths.dtype.itemsize < 4 else lengths
+    return jnp.clip(wide, 0, steps).astype(jnp.int32)
 
 
 def valid_mask(lengths: Array, steps: int, start: Array | int = 0) -> Array:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from rnncore import _compat
 from rnncore._types import PyTree
-from rnncore.cells.base import PointwiseCell
+from rnncore.cells.base import PointwiseCell, named
 
 TRANSCENDENTAL = frozenset(
     "tanh logistic exp exp2 expm1 log log1p erf erfc erf_inv sin cos tan sinh cosh asin acos atan asinh "
@@ -84,13 +84,22 @@ def check_elementwise(cell: PointwiseCell) -> None:
     shape = (3, cell.hidden_size)
     values = jnp.zeros(shape)
     name = f"`{type(cell).__name__}.pointwise`"
-    units = jax.tree.map(lambda _: values, cell.init(jax.random.key(0), 1).units)
+    if "h" not in cell.Carry._fields:
+        raise ValueError(
+            f"`{type(cell).__name__}.Carry`: {cell.Carry.__name__}{cell.Carry._fields} has no field `h`, the output of "
+            "the cell; name it so."
+        )
+    unknown = [gate for gate in cell.recurrent_bias if gate not in cell.gates]
+    if unknown:
+        names = ", ".join(map(repr, unknown))
+        raise ValueError(f"`{type(cell).__name__}.recurrent_bias`: {names} not among the gates {tuple(cell.gates)}.")
+    units = named("Units", tuple(cell.units))(*(values for _ in cell.units))
     carry = cell.Carry(*(values for _ in cell.Carry._fields))
     gates = cell.Gates(*(values for _ in cell.gates))
     try:
         out = jax.eval_shape(cell.pointwise, units, gates, gates, carry)
         new, _ = out
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{name} could not be traced on arrays of shape {shape}: {error} It must return (new carry, gates)."
         ) from error
@@ -99,10 +108,10 @@ def check_elementwise(cell: PointwiseCell) -> None:
     for leaf in jax.tree.leaves(out):
         if leaf.shape != shape:
             raise ValueError(f"{name}: returned an array of shape {leaf.shape} for inputs of shape {shape}.")
-    _check_jaxpr(jax.make_jaxpr(cell.pointwise)(units, gates, gates, carry), shape, name)
+    _check_jaxpr(jax.make_jaxpr(cell.pointwise)(units, gates, gates, carry), shape, name, "unknown line")
 
 
-def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str) -> None:
+def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> None:
     jaxpr = getattr(closed, "jaxpr", closed)
     hint = (
         "A cell may mix units only through its recurrent kernel; write the update elementwise, "
@@ -116,9 +125,10 @@ def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str) -> None:
             )
     for eqn in jaxpr.eqns:
         primitive = eqn.primitive.name
+        here = _compat.source_line(eqn) or line  # what JAX's own jitted functions do has no line of the user's
         inner = _inner_jaxpr(eqn)
         if inner is not None and primitive in _CALLS:
-            _check_jaxpr(inner, shape, name)
+            _check_jaxpr(inner, shape, name, here)
             continue
         scalars = all(not v.aval.shape for v in eqn.invars)
         same = all(v.aval.shape in ((), shape) for v in (*eqn.invars, *eqn.outvars))
@@ -128,7 +138,7 @@ def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str) -> None:
             shapes = ", ".join(str(v.aval.shape) for v in (*eqn.invars, *eqn.outvars))
             raise ValueError(
                 f"{name} is not elementwise: it applies `{primitive}` (shapes {shapes}) "
-                f"at {_compat.source_line(eqn)}. {hint}"
+                f"at {here}. {hint}"
             )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from rnncore import _compat, _lengths, pointwise
 from rnncore._types import Array, Differentiation, PyTree
 from rnncore.backends import BACKENDS, Request
-from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.cells.base import Cell, CellParams, PointwiseCell
 
 RECOMPUTE = ("nothing", "gates", "chunk")
 
@@ -93,8 +93,8 @@ def unroll(
       seq_lengths: integers (*batch), 0 to T.  The returned carry is the one after step length - 1,
         the initial one where the length is 0.  Outputs past the length go on from the padding, as in
         Flax; NaN and inf in the padding count as 0.  Outside jit values out of range are an error;
-        inside jit they cannot be seen: a negative length then acts as 0, one above T as "no valid
-        last step", which returns the initial carry.
+        inside jit they cannot be seen: a negative length then acts as 0, one above T as T.  Finite
+        padding is run as it is: if it overflows the state, gradients can still become NaN.
       resets: booleans of the shape of xs without D.  Where True the carry returns to the initial
         carry before that step (the first of an episode); in the order of processing.
       reverse: run from the last step to the first; with lengths, from the last valid one.
@@ -211,7 +211,7 @@ def _prepare(
     """All checks of a call, in one place."""
     if not isinstance(cell, Cell):
         got = f"`unroll(cell=<{type(cell).__name__}>)`"
-        raise ValueError(f"{got}: expected an rnncore cell, such as rnncore.LSTM(256).")
+        raise ValueError(f"{got}: expected an rnncore cell, such as rnncore.LSTM(256), made and not its class.")
     if not isinstance(xs, jax.ShapeDtypeStruct):
         xs = jnp.asarray(xs)
     if not jnp.issubdtype(xs.dtype, jnp.floating):
@@ -226,8 +226,10 @@ def _prepare(
     ):
         if value not in allowed:
             raise ValueError(f"`unroll({name}={value!r})`: expected one of {', '.join(map(repr, allowed))}.")
-    if checkpoint_every is not None and checkpoint_every < 1:
-        raise ValueError(f"`unroll(checkpoint_every={checkpoint_every})`: expected at least 1 step, or None.")
+    if checkpoint_every is not None and (not isinstance(checkpoint_every, int | np.integer) or checkpoint_every < 1):
+        raise ValueError(f"`unroll(checkpoint_every={checkpoint_every!r})`: expected at least 1 step, or None.")
+    if layout.include_initial and not states:
+        raise ValueError("`unroll(include_initial=True)`: means something with return_states=True only.")
     if layout.keep_order and layout.include_initial and layout.reverse and seq_lengths is not None:
         raise ValueError(
             "`unroll(include_initial=True, keep_order=True, reverse=True, seq_lengths=...)`: the initial carry has no "
@@ -235,7 +237,8 @@ def _prepare(
         )
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
-    z = _project_shape(cell, params, xs)
+    _check_params(cell, params, xs)
+    z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
     dtype = jax.tree.leaves(z)[0].dtype
     if initial_carry is not None:
         _check_carry(cell, initial_carry, batch_shape, dtype)
@@ -252,16 +255,36 @@ def _prepare(
     return _Call(request, layout, (params, xs, initial_carry, seq_lengths, resets))
 
 
-def _project_shape(cell: Cell, params: PyTree, xs: Any) -> Any:
-    try:
-        return jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
-    except (TypeError, ValueError, AttributeError) as error:
-        kernel = getattr(params, "input_kernel", None)
-        expected = f"D = {kernel.shape[0]}" if kernel is not None else "the parameters that `cell.init` makes"
+@functools.lru_cache(maxsize=256)
+def _expected_params(cell: Cell, input_size: int) -> PyTree:
+    """Shapes of the parameters that `cell.init` makes."""
+    return jax.eval_shape(lambda: cell.init(jax.random.key(0), input_size))
+
+
+def _check_params(cell: Cell, params: PyTree, xs: Any) -> None:
+    """Structure and shapes of the parameters; a bias may be None."""
+    got = f"`unroll({type(cell).__name__}, params, xs=<{xs.dtype} {xs.shape}>)`"
+    want = _expected_params(cell, xs.shape[-1])
+    if isinstance(cell, PointwiseCell) and isinstance(params, CellParams):
+        want = want._replace(**{name: None for name in ("bias", "recurrent_bias") if getattr(params, name) is None})
+    advice = f"make them by `cell.init(key, {xs.shape[-1]})`"
+    if not pointwise.same_structure(params, want):
         raise ValueError(
-            f"`unroll({type(cell).__name__}, params, xs=<{xs.dtype} {xs.shape}>)`: the inputs have D = {xs.shape[-1]} "
-            f"features, the parameters expect {expected}."
-        ) from error
+            f"{got}: the parameters are a {type(params).__name__} of {len(jax.tree.leaves(params))} arrays, expected "
+            f"a {type(want).__name__} of {len(jax.tree.leaves(want))}; {advice}."
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    wrong = [(p, jnp.shape(a), w.shape) for (p, a), w in zip(leaves, jax.tree.leaves(want), strict=True)]
+    wrong = [(path, have, shape) for path, have, shape in wrong if have != shape]
+    if [jax.tree_util.keystr(path) for path, _, _ in wrong] == [".input_kernel"] and wrong[0][1][1:] == wrong[0][2][1:]:
+        raise ValueError(
+            f"{got}: the inputs have D = {xs.shape[-1]} features, the parameters expect D = {wrong[0][1][0]}."
+        )
+    for path, have, shape in wrong:
+        raise ValueError(
+            f"{got}: params{jax.tree_util.keystr(path)} has shape {have}, expected {shape} for D = {xs.shape[-1]} and "
+            f"hidden_size = {cell.hidden_size}; {advice}."
+        )
 
 
 def _check_carry(cell: Cell, carry: Any, batch_shape: tuple[int, ...], dtype: Any) -> None:

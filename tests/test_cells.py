@@ -130,7 +130,11 @@ def test_mgu(reset_gate: bool):
     assert carry.h == pytest.approx((1 - f) * n + f * H, abs=1e-15)
 
 
-@pytest.mark.parametrize("cell", [rnncore.LSTM(1), rnncore.GRU(1), rnncore.MGU(1), rnncore.ResetBeforeGRU(1)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "cell",
+    [rnncore.LSTM(1), rnncore.GRU(1), rnncore.MGU(1), rnncore.ResetBeforeGRU(1)],
+    ids=lambda c: type(c).__name__,
+)
 def test_gate_and_activation_functions_are_used(cell: Any):
     count = len(cell.gates)
     changed = dataclasses.replace(cell, gate_fn=jax.nn.hard_sigmoid, activation_fn=jnp.sin)
@@ -208,7 +212,11 @@ def test_initialisers_of_the_user_are_called_with_the_shapes_of_the_docstring():
     assert all((leaf == 0.5).all() for leaf in (params.input_kernel, params.recurrent_kernel, params.bias))
 
 
-@pytest.mark.parametrize("cell", [rnncore.GRU(4), rnncore.LSTM(4, peepholes=True), rnncore.ResetBeforeGRU(4)], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize(
+    "cell",
+    [rnncore.GRU(4), rnncore.LSTM(4, peepholes=True), rnncore.ResetBeforeGRU(4)],
+    ids=lambda c: type(c).__name__,
+)
 def test_step_is_update_and_output(cell: Any):
     params = cell.init(KEY, 3)
     carry = jax.tree.map(lambda a: a + 0.3, cell.initial_carry((2,)))
