@@ -1,0 +1,37 @@
+"""Every Python block of the README runs, in order, on names that its text introduces."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from rnncore import linen
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+
+def test_python_blocks_run(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    flax_cell = linen.LSTMCell(6)
+    xs = jnp.ones((2, 101, 3))
+    before = {
+        2: {"xs": jnp.ones((3, 7, 32)), "lengths": jnp.array([7, 0, 3]), "episode_starts": jnp.zeros((3, 7), bool)},
+        3: {
+            "xs": xs,
+            "flax_cell": flax_cell,
+            "trained_params": linen.RNN(flax_cell).init(jax.random.key(0), xs)["params"],
+        },
+    }
+    names: dict = {}
+    for index, block in enumerate(blocks):
+        names |= before.get(index, {})
+        exec(compile(block, f"README block {index}", "exec"), names)
+    assert "backend 'scan'" in capsys.readouterr().out
+    assert names["curve"].log10.shape == (2, 100)
+
+
+def test_the_picture_is_there():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README.read_text()):
+        assert (README.parent / path).stat().st_size > 10_000
