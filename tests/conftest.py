@@ -6,6 +6,25 @@ import os
 # optimisations that takes half the time.  What XLA itself does to a program stays as it is.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
+from typing import Any  # noqa: E402
+
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+import rnncore.sequence  # noqa: E402
 
 jax.config.update("jax_enable_x64", True)
+
+
+@pytest.fixture
+def unrolled(monkeypatch: pytest.MonkeyPatch) -> list:
+    """The functional cells that `rnncore.unroll` was called with."""
+    calls: list = []
+    original = rnncore.sequence.unroll
+
+    def counted(cell: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(cell)
+        return original(cell, *args, **kwargs)
+
+    monkeypatch.setattr(rnncore.sequence, "unroll", counted)
+    return calls

@@ -1,0 +1,125 @@
+"""Fields, parameter trees and initial values of rnncore.linen layers are those of flax.linen."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as theirs
+import jax
+import jax.numpy as jnp
+import pytest
+from linen_cases import B, D, H, T, close, f32, f64, normal, same_bits, some_variables, with_gradients
+
+from rnncore import linen as ours
+
+
+@pytest.mark.parametrize("name,own", [("RNN", 4), ("Bidirectional", 0)])
+def test_fields_are_those_of_flax_and_our_own_come_after(name: str, own: int) -> None:
+    def described(library: Any) -> list:
+        fields = [f for f in dataclasses.fields(getattr(library, name)) if f.name not in ("parent", "name")]
+        return [(f.name, getattr(f.default, "__name__", f.default), f.kw_only) for f in fields]
+
+    mine, flaxen = described(ours), described(theirs)
+    assert mine[: len(flaxen)] == flaxen
+    assert (
+        mine[len(flaxen) :]
+        == [
+            ("differentiation", "any", True),
+            ("checkpoint_every", None, True),
+            ("recompute", "nothing", True),
+            ("backend", None, True),
+        ][:own]
+    )
+
+
+def test_positional_construction() -> None:
+    xs, options = normal(1, (T, B, D)), (True, True, True, True, 2)
+    mine, flaxen = (nn.RNN(nn.GRUCell(H, param_dtype=f64), *options) for nn in (ours, theirs))
+    variables = some_variables(flaxen, xs)
+    close(mine.apply(variables, xs), flaxen.apply(variables, xs))
+    mine, flaxen = (
+        nn.Bidirectional(*(nn.RNN(nn.GRUCell(H, param_dtype=f64)) for _ in range(2)), jnp.add, True, True)
+        for nn in (ours, theirs)
+    )
+    variables = some_variables(flaxen, xs)
+    close(mine.apply(variables, xs), flaxen.apply(variables, xs))
+
+
+def in_setup(nn: Any) -> Any:
+    class Model(theirs.Module):
+        def setup(self) -> None:
+            self.r = nn.RNN(nn.LSTMCell(H))
+            self.cell = nn.GRUCell(H)
+            self.shared = [nn.RNN(self.cell), nn.RNN(self.cell, reverse=True)]
+            self.head = theirs.Dense(2)
+
+        def __call__(self, xs: Any) -> Any:
+            return self.head(self.r(xs) + sum(r(xs) for r in self.shared))
+
+    return Model()
+
+
+def in_compact(nn: Any) -> Any:
+    class Model(theirs.Module):
+        @theirs.compact
+        def __call__(self, xs: Any) -> Any:
+            xs = theirs.Dense(D)(xs)
+            xs = nn.RNN(nn.LSTMCell(H), name="lost")(xs)
+            xs = theirs.Dropout(0.5, deterministic=False)(xs)
+            xs = nn.RNN(nn.OptimizedLSTMCell(H))(xs)
+            xs = nn.RNN(nn.GRUCell(H, name="mine"))(xs)
+            xs = nn.Bidirectional(nn.RNN(nn.LSTMCell(H)), nn.RNN(nn.SimpleCell(H)))(xs)
+            noise = jax.random.normal(self.make_rng("noise"), xs.shape, xs.dtype)
+            return theirs.Dense(2)(theirs.Dropout(0.5, deterministic=False)(xs) + noise)
+
+    return Model()
+
+
+def standalone(nn: Any) -> Any:
+    return nn.RNN(nn.OptimizedLSTMCell(H), return_carry=True)
+
+
+def bidirectional(nn: Any) -> Any:
+    return nn.Bidirectional(nn.RNN(nn.GRUCell(H)), nn.RNN(nn.LSTMCell(H)), return_carry=True)
+
+
+def rematerialised(nn: Any) -> Any:
+    class Model(theirs.Module):
+        @theirs.compact
+        def __call__(self, xs: Any) -> Any:
+            xs = nn.RNN(theirs.remat(nn.LSTMCell)(H))(xs)
+            return theirs.remat(nn.RNN)(nn.GRUCell(H))(xs)
+
+    return Model()
+
+
+def layers(nn: Any) -> Any:
+    """Three networks at once, with their own parameters."""
+    return theirs.vmap(nn.RNN, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=None, axis_size=3)(
+        nn.SimpleCell(H)
+    )
+
+
+@pytest.mark.parametrize(
+    "model", [standalone, in_setup, in_compact, bidirectional, rematerialised, layers], ids=lambda f: f.__name__
+)
+def test_trees_and_initial_values_bit_for_bit_and_results(model: Callable) -> None:
+    xs = normal(1, (B, T, D), f32)
+    rngs = {"params": jax.random.key(3), "dropout": jax.random.key(4), "noise": jax.random.key(5)}
+    (got_y, got), (want_y, want) = (model(nn).init_with_output(rngs, xs) for nn in (ours, theirs))
+    same_bits(got, want)
+    close(got_y, want_y, 2e-6)
+    variables = jax.tree.map(lambda a: a + 0.3 * normal(7, a.shape, a.dtype), want)
+    close(model(ours).apply(variables, xs, rngs=rngs), model(theirs).apply(variables, xs, rngs=rngs), 3e-6)
+
+
+def test_partitioned_initialisers_keep_their_boxes() -> None:
+    init = theirs.with_partitioning(theirs.initializers.lecun_normal(), (None, "model"))
+    xs = normal(1, (B, T, D), f32)
+    mine, flaxen = (nn.RNN(nn.GRUCell(H, kernel_init=init)) for nn in (ours, theirs))
+    variables = mine.init(jax.random.key(0), xs)
+    same_bits(variables, flaxen.init(jax.random.key(0), xs))
+    assert isinstance(variables["params"]["cell"]["ir"]["kernel"], theirs.Partitioned)
+    close(with_gradients(mine, variables, xs), with_gradients(flaxen, variables, xs), 3e-6)
