@@ -267,7 +267,8 @@ def _check_params(cell: Cell, params: PyTree, xs: Any) -> None:
     want = _expected_params(cell, xs.shape[-1])
     if isinstance(cell, PointwiseCell) and isinstance(params, CellParams):
         want = want._replace(**{name: None for name in ("bias", "recurrent_bias") if getattr(params, name) is None})
-        want = want if cell.units or params.units != () else want._replace(units=())
+        # Without per-unit parameters any empty tuple will do.
+        want = want if cell.units or params.units else want._replace(units=params.units)
     advice = f"make them by `cell.init(key, {xs.shape[-1]})`"
     if not pointwise.same_structure(params, want):
         raise ValueError(
