@@ -103,7 +103,7 @@ def unroll(
       return_states: also return every carry and every gate.
       include_initial: with `return_states`, the carries start with the initial one.
       differentiation: "any", every mode and order of differentiation; or "reverse", reverse mode of
-        first order, which costs less.
+        first order only, which leaves room for backends that have no other; on a CPU both cost the same.
       checkpoint_every: K, steps to a chunk of the outer of two levels of scan.  A chunk projects its
         inputs, runs, and sums its weight gradients.  None: the backend chooses.
       recompute: what reverse mode forms again: "nothing", all carries and gates are kept; "gates",
