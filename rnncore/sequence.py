@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnncore import _compat, _lengths, pointwise
+from rnncore import _checks, _compat, _lengths, pointwise
 from rnncore._types import Array, Differentiation, PyTree
-from rnncore.backends import BACKENDS, Request
-from rnncore.cells.base import Cell, CellParams, PointwiseCell
+from rnncore.backends import BACKENDS, Operands, Request
+from rnncore.cells.base import Cell, PointwiseCell
 
 RECOMPUTE = ("nothing", "gates", "chunk")
 
@@ -69,6 +69,9 @@ def unroll(
     initial_carry: Any = None,
     seq_lengths: Any = None,
     resets: Any = None,
+    reset_carry: Any = None,
+    recurrent_mask: Any = None,
+    zoneout: Any = None,
     reverse: bool = False,
     keep_order: bool = False,
     time_major: bool = False,
@@ -95,8 +98,16 @@ def unroll(
         Flax; NaN and inf in the padding count as 0.  Outside jit values out of range are an error;
         inside jit they cannot be seen: a negative length then acts as 0, one above T as T.  Finite
         padding is run as it is: if it overflows the state, gradients can still become NaN.
-      resets: booleans of the shape of xs without D.  Where True the carry returns to the initial
-        carry before that step (the first of an episode); in the order of processing.
+      resets: booleans of the shape of xs without D.  Where True the carry returns to `reset_carry`
+        before that step (the first of an episode); in the order of processing.
+      reset_carry: the carry that resets return to; the initial carry by default.  Give it where the
+        initial carry is what an earlier piece of the same stream ended with.
+      recurrent_mask: (*batch, H), multiplies h_{t-1} where it enters the recurrent product, the same at
+        every step: a scaled dropout mask gives variational dropout.  A constant to derivatives.
+      zoneout: what of the old carry stays: the carry's named tuple with, for each field, None, a number
+        (the share that stays, s = share s_{t-1} + (1 - share) update), or an array of xs's shape with H
+        in D's place, of shares or of booleans (where True the unit keeps its value).  A constant to
+        derivatives.  For an LSTM h is formed from the new c before zoneout, as in its paper.
       reverse: run from the last step to the first; with lengths, from the last valid one.
       keep_order: with `reverse`, outputs and states in the order of the inputs and not of processing.
       time_major: the time axis is the first one, of inputs, resets, outputs and states.
@@ -129,12 +140,13 @@ def unroll(
       >>> ys.shape, carry.c.shape, float(jnp.abs(carry.h[1]).max())
       ((2, 5, 8), (2, 8), 0.0)
 
-    Source: the two-level scan is that of Chen et al. (2016), arXiv:1604.06174.  flax.linen.RNN takes
+    Source: the two-level scan is that of Chen et al. (2016), arXiv:1604.06174; variational dropout Gal
+    and Ghahramani (2016), arXiv:1512.05287; zoneout Krueger et al. (2017), arXiv:1606.01305.  flax.linen.RNN takes
     one batch axis with lengths and returns a padded step's carry for length 0; torch.nn.LSTM returns
     (outputs, (h, c)) and wants packed sequences.
     """
     call = _prepare(
-        cell, params, xs, initial_carry, seq_lengths, resets,
+        cell, params, xs, initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout,
         _Layout(time_major, reverse, keep_order, include_initial),
         return_states, differentiation, checkpoint_every, recompute,
     )  # fmt: skip
@@ -151,6 +163,9 @@ def explain_backend(
     initial_carry: Any = None,
     seq_lengths: Any = None,
     resets: Any = None,
+    reset_carry: Any = None,
+    recurrent_mask: Any = None,
+    zoneout: Any = None,
     reverse: bool = False,
     keep_order: bool = False,
     time_major: bool = False,
@@ -180,7 +195,7 @@ def explain_backend(
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
     """
     call = _prepare(
-        cell, params, xs, initial_carry, seq_lengths, resets,
+        cell, params, xs, initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout,
         _Layout(time_major, reverse, keep_order, include_initial),
         return_states, differentiation, checkpoint_every, recompute,
     )  # fmt: skip
@@ -192,6 +207,9 @@ def _choose(request: Request, backend: str | None) -> BackendChoice:
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
     reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
+    if all(reasons.values()):
+        every = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        raise NotImplementedError(f"`unroll({type(request.cell).__name__}, ...)`: no backend can do this: {every}.")
     if backend is not None:
         if reasons[backend] is not None:
             raise NotImplementedError(
@@ -205,8 +223,9 @@ def _choose(request: Request, backend: str | None) -> BackendChoice:
 
 
 def _prepare(
-    cell: Cell, params: PyTree, xs: Any, initial_carry: Any, seq_lengths: Any, resets: Any, layout: _Layout,
-    states: bool, differentiation: Differentiation, checkpoint_every: int | None, recompute: str,
+    cell: Cell, params: PyTree, xs: Any, initial_carry: Any, seq_lengths: Any, resets: Any, reset_carry: Any,
+    mask: Any, zoneout: Any, layout: _Layout, states: bool, differentiation: Differentiation,
+    checkpoint_every: int | None, recompute: str,
 ) -> _Call:  # fmt: skip
     """All checks of a call, in one place."""
     if not isinstance(cell, Cell):
@@ -237,92 +256,47 @@ def _prepare(
         )
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
-    _check_params(cell, params, xs)
+    _checks.check_params(cell, params, xs)
     z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
     dtype = jax.tree.leaves(z)[0].dtype
-    if initial_carry is not None:
-        _check_carry(cell, initial_carry, batch_shape, dtype)
+    for name, carry in (("initial_carry", initial_carry), ("reset_carry", reset_carry)):
+        if carry is not None:
+            _checks.check_carry(name, cell, carry, batch_shape, dtype)
+    if reset_carry is not None and resets is None:
+        raise ValueError("`unroll(reset_carry=...)`: means something with resets only.")
     if seq_lengths is not None:
         seq_lengths = _lengths.check_lengths(seq_lengths, batch_shape, steps)
     if resets is not None:
-        resets = _check_resets(resets, xs.shape[:-1])
+        resets = _checks.check_resets(resets, xs.shape[:-1])
+    if mask is not None:
+        mask = _checks.check_mask(mask, (*batch_shape, cell.hidden_size))
+    if zoneout is not None:
+        zoneout = _checks.check_zoneout(cell, zoneout, (*xs.shape[:-1], cell.hidden_size))
     request = Request(
         cell=cell, steps=steps, batch_shape=batch_shape, input_size=xs.shape[-1], dtype=dtype.name,
         platform=jax.default_backend(), devices=jax.device_count(),
-        lengths=seq_lengths is not None, resets=resets is not None, states=states,
+        lengths=seq_lengths is not None, resets=resets is not None, mask=mask is not None,
+        stay=zoneout is not None, states=states,
         differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
     )  # fmt: skip
-    return _Call(request, layout, (params, xs, initial_carry, seq_lengths, resets))
-
-
-@functools.lru_cache(maxsize=256)
-def _expected_params(cell: Cell, input_size: int) -> PyTree:
-    """Shapes of the parameters that `cell.init` makes."""
-    return jax.eval_shape(lambda: cell.init(jax.random.key(0), input_size))
-
-
-def _check_params(cell: Cell, params: PyTree, xs: Any) -> None:
-    """Structure and shapes of the parameters; a bias may be None."""
-    got = f"`unroll({type(cell).__name__}, params, xs=<{xs.dtype} {xs.shape}>)`"
-    want = _expected_params(cell, xs.shape[-1])
-    if isinstance(cell, PointwiseCell) and isinstance(params, CellParams):
-        want = want._replace(**{name: None for name in ("bias", "recurrent_bias") if getattr(params, name) is None})
-        # Without per-unit parameters any empty tuple will do.
-        want = want if cell.units or params.units else want._replace(units=params.units)
-    advice = f"make them by `cell.init(key, {xs.shape[-1]})`"
-    if not pointwise.same_structure(params, want):
-        raise ValueError(
-            f"{got}: the parameters are a {type(params).__name__} of {len(jax.tree.leaves(params))} arrays, expected "
-            f"a {type(want).__name__} of {len(jax.tree.leaves(want))}; {advice}."
-        )
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    wrong = [(p, jnp.shape(a), w.shape) for (p, a), w in zip(leaves, jax.tree.leaves(want), strict=True)]
-    wrong = [(path, have, shape) for path, have, shape in wrong if have != shape]
-    if [jax.tree_util.keystr(path) for path, _, _ in wrong] == [".input_kernel"] and wrong[0][1][1:] == wrong[0][2][1:]:
-        raise ValueError(
-            f"{got}: the inputs have D = {xs.shape[-1]} features, the parameters expect D = {wrong[0][1][0]}."
-        )
-    for path, have, shape in wrong:
-        raise ValueError(
-            f"{got}: params{jax.tree_util.keystr(path)} has shape {have}, expected {shape} for D = {xs.shape[-1]} and "
-            f"hidden_size = {cell.hidden_size}; {advice}."
-        )
-
-
-def _check_carry(cell: Cell, carry: Any, batch_shape: tuple[int, ...], dtype: Any) -> None:
-    expected = jax.eval_shape(functools.partial(cell.initial_carry, batch_shape, dtype))
-    if not pointwise.same_structure(carry, expected):
-        raise ValueError(
-            f"`unroll(initial_carry=<{type(carry).__name__}>)`: expected {type(expected).__name__}"
-            f"{getattr(expected, '_fields', '')}, as `cell.initial_carry(batch_shape)` makes it."
-        )
-    for got, want in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
-        if jnp.shape(got) != want.shape or not jnp.issubdtype(jnp.result_type(got), jnp.floating):
-            raise ValueError(
-                f"`unroll(initial_carry=<{jnp.result_type(got)} {jnp.shape(got)}>)`: expected floating point "
-                f"{want.shape}, the batch axes of xs and the hidden size."
-            )
-
-
-def _check_resets(resets: Any, shape: tuple[int, ...]) -> Array:
-    resets = jnp.asarray(resets)
-    if resets.dtype != np.bool_ or resets.shape != shape:
-        raise ValueError(
-            f"`unroll(resets=<{resets.dtype} {resets.shape}>)`: expected bool {shape}, the axes of xs but for features."
-        )
-    return resets
+    operands = Operands(xs, initial_carry, reset_carry, seq_lengths, resets, mask, zoneout)
+    return _Call(request, layout, (params, operands))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
-    request: Request, layout: _Layout, backend: str, params: PyTree, xs: Array, carry: Any,
-    lengths: Array | None, resets: Array | None,
-) -> tuple[Any, Array, States | None]:  # fmt: skip
+    request: Request, layout: _Layout, backend: str, params: PyTree, given: Operands
+) -> tuple[Any, Array, States | None]:
     """The run itself, time-major and in processing order inside."""
     cell = request.cell
+    xs, carry, target, lengths, resets, mask, stay = given
+    steps = (request.steps,) + (1,) * (len(request.batch_shape) + 1)
+    full = jax.tree.map(jnp.ndim, stay)  # a share for all steps has no axes
     if not layout.time_major:
         xs = jnp.moveaxis(xs, -2, 0)
         resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
+        stay = jax.tree.map(lambda a, n: jnp.moveaxis(a, -2, 0) if n else a, stay, full)
+    stay = jax.tree.map(lambda a, n: a if n else jnp.broadcast_to(a, steps), stay, full)
     if carry is None:
         carry = cell.initial_carry(request.batch_shape, request.dtype)
     if lengths is not None:
@@ -330,19 +304,23 @@ def _run(
     resets = None if resets is None else resets[..., None]
     if layout.reverse:
         xs, resets = _lengths.reverse_time((xs, resets), lengths)
-    params, carry = _follow(xs, lengths, resets, params, carry)
+        stay = jax.tree.map(lambda a, n: _lengths.reverse_time(a, lengths) if n else a, stay, full)
+    target = carry if target is None else jax.tree.map(lambda a, c: jnp.asarray(a, c.dtype), target, carry)
+    mask, stay = jax.lax.stop_gradient((mask, stay))
+    operands = Operands(xs, carry, target, lengths, resets, mask, stay)
+    params, operands = _follow(params, operands)
 
     if request.steps == 0:
-        outputs, states = _empty(cell, params, xs, carry)
-        last = carry
+        outputs, states = _empty(cell, params, xs, operands.carry)
+        last = operands.carry
     else:
-        last, outputs, *rest = BACKENDS[backend].run(request, params, xs, carry, lengths, resets)
+        last, outputs, *rest = BACKENDS[backend].run(request, params, operands)
         states = States(*rest)
 
     if layout.reverse and layout.keep_order:
         outputs, states = _lengths.reverse_time((outputs, states), lengths)
     if request.states and layout.include_initial:
-        first = jax.tree.map(lambda a: a[None], carry)
+        first = jax.tree.map(lambda a: a[None], operands.carry)
         pair = (states.carries, first) if layout.reverse and layout.keep_order else (first, states.carries)
         states = states._replace(carries=jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair))
     if not layout.time_major:
@@ -350,19 +328,19 @@ def _run(
     return last, outputs, states if request.states else None
 
 
-def _follow(xs: Array, lengths: Any, resets: Any, params: PyTree, carry: Any) -> tuple[PyTree, Any]:
-    """Parameters and carry made to differ over the devices that the data differs over.
+def _follow(params: PyTree, operands: Operands) -> tuple[PyTree, Operands]:
+    """Parameters and carries made to differ over the devices that the data differs over.
 
     Inside shard_map this puts the sum of the parameters' gradients over devices outside the loop.
     """
-    axes = frozenset().union(*map(_compat.varying_axes, jax.tree.leaves((xs, lengths, resets, carry))))
-    params = jax.tree.map(lambda a: _compat.vary_over(a, axes), params)
-    carry = jax.tree.map(lambda a: _compat.vary_over(a, axes), carry)
+    axes = frozenset().union(*map(_compat.varying_axes, jax.tree.leaves(operands)))
+    params, operands = jax.tree.map(lambda a: _compat.vary_over(a, axes), (params, operands))
+    xs, carry, target = operands.xs, operands.carry, operands.target
     if xs.shape[0]:
-        # With an explicit mesh zeros of the data's sharding bring the carry to it.
+        # With an explicit mesh zeros of the data's sharding bring the carries to it.
         like = jnp.zeros_like(xs[0, ..., :1])
-        carry = jax.tree.map(lambda a: a + like.astype(a.dtype), carry)
-    return params, carry
+        carry, target = jax.tree.map(lambda a: a + like.astype(a.dtype), (carry, target))
+    return params, operands._replace(carry=carry, target=target)
 
 
 def _empty(cell: Cell, params: PyTree, xs: Array, carry: Any) -> tuple[Array, States]:

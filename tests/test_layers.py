@@ -17,12 +17,12 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("_types", "_compat", "_lengths", "_products", "initializers"),
     ("recurrence", "cells", "pointwise"),
     ("backends",),
-    ("sequence", "compose"),
+    ("_checks", "sequence", "compose"),
     ("linen", "nnx", "analysis"),
 )
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
 # What may be shared on one floor: (who, what).
-ALLOWED = {("cells", "recurrence"), ("pointwise", "cells"), ("compose", "sequence")}
+ALLOWED = {("cells", "recurrence"), ("pointwise", "cells"), ("compose", "sequence"), ("sequence", "_checks")}
 SHARED_BY_BACKENDS = ("chunks", "request", "recur")
 FLAX = ("linen", "nnx")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 from rnncore.backends import autodiff, scan
+from rnncore.backends.request import Operands as Operands
 from rnncore.backends.request import Request as Request
 from rnncore.backends.request import Result as Result
 

@@ -14,39 +14,44 @@ import jax.numpy as jnp
 from jax import lax
 
 from rnncore import _lengths
-from rnncore._types import Array, PyTree
+from rnncore._types import PyTree
 from rnncore.backends.chunks import run_chunks
-from rnncore.backends.request import Request, Result
+from rnncore.backends.recur import keep
+from rnncore.backends.request import Operands, Request, Result
+from rnncore.cells.base import PointwiseCell
 
 
 def unsupported(request: Request) -> str | None:
-    """Reason why this backend cannot serve the request; there is none."""
-    del request
+    """Reason why this backend cannot serve the request, or None."""
+    if request.mask and not isinstance(request.cell, PointwiseCell):
+        return (
+            f"{type(request.cell).__name__} is not a PointwiseCell, so it does not show where h enters its recurrent "
+            "product, which recurrent_mask masks"
+        )
     return None
 
 
-def run(
-    request: Request, params: PyTree, xs: Array, carry: Any, lengths: Array | None, resets: Array | None
-) -> Result:
-    """Runs the cell; everything time-major, see `Result`."""
-    cell, start = request.cell, carry
+def run(request: Request, params: PyTree, operands: Operands) -> Result:
+    """Runs the cell, see `Operands` and `Result`."""
+    cell = request.cell
+    xs, carry, target, lengths, resets, mask, stay = operands
 
     def step(carry: Any, now: Any) -> Any:
-        z, reset = now
+        z, reset, stay = now
         if reset is not None:
-            carry = jax.tree.map(lambda a, b: jnp.where(reset, a, b), start, carry)
-        new, gates = cell.update(params, carry, z)
-        new = jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry)
+            carry = jax.tree.map(lambda a, b: jnp.where(reset, a, b), target, carry)
+        new, gates = cell.update(params, carry, z, **({} if mask is None else {"mask": mask}))
+        new = keep(stay, carry, jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry))
         carries = new if request.states or lengths is not None else None
         return new, (cell.output(new), carries, gates if request.states else None)
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
-        (carry, last), (xs, resets) = carry, now
-        carry, (outputs, carries, gates) = lax.scan(step, carry, (cell.project(params, xs), resets))
+        (carry, last), (xs, resets, stay) = carry, now
+        carry, (outputs, carries, gates) = lax.scan(step, carry, (cell.project(params, xs), resets, stay))
         last = carry if lengths is None else _lengths.last_valid(last, carries, lengths, first)
         return (carry, last), (outputs, carries if request.states else None, gates)
 
     every = request.checkpoint_every or request.steps
     again = request.recompute != "nothing"
-    (_, last), ys = run_chunks(chunk, (carry, carry), (xs, resets), request.steps, every, again)
+    (_, last), ys = run_chunks(chunk, (carry, carry), (xs, resets, stay), request.steps, every, again)
     return Result(last, *ys)

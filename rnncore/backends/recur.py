@@ -42,6 +42,9 @@ class Inputs(NamedTuple):
       start: the carry before the first step.
       target: the carry that a reset returns to; None without resets.
       resets: (T, *batch, 1) booleans; None without resets.
+      mask: (*batch, H), multiplies h where it enters the product; a constant; None for none.
+      stay: what of the old carry stays at each step, a constant: a carry of (T, *batch, H) booleans
+        (which units stay), or shares, or None; None for none at all.
     """
 
     mixing: PyTree
@@ -50,6 +53,12 @@ class Inputs(NamedTuple):
     start: Any
     target: Any
     resets: Array | None
+    mask: Array | None = None
+    stay: Any = None
+
+    def entering(self, h: Array) -> Array:
+        """h as it enters the product."""
+        return h if self.mask is None else h * self.mask.astype(h.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,10 +70,12 @@ class Step:
         one array stands for both; `rest` is the part that stays apart, None where there is none.
         Linear, and the same for one step and for all steps at once.
       run: (p, x_t, rest_t, s_{t-1}) -> (s_t, emitted), elementwise, on a folded x.
+      carries: whether every carry is emitted too, and not its h alone.
     """
 
     run: Callable
     fold: Callable
+    carries: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,26 +103,43 @@ class Rules:
 
 
 def run(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
-    """(last carry, h of every step (T, *batch, H), emitted of every step)."""
+    """(last carry, h of every step (T, *batch, H), (carries or None, emitted) of every step)."""
     return (_run_reverse if rules.differentiation == "reverse" else _run_any)(step, rules, inputs)
 
 
-def _advance(step: Step, rules: Rules, mixing: Any, p: Any, target: Any, x: Any, reset: Any, carry: Any) -> Any:
-    """One step with its reset and its product: (s_t, emitted)."""
-    if reset is not None:
-        carry = jax.tree.map(lambda a, b: jnp.where(reset, a, b), target, carry)
-    x, rest = step.fold(x, rules.mix(mixing, carry.h))
-    new, emitted = step.run(p, x, rest, carry)
-    return jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry), emitted
+def _advance(step: Step, rules: Rules, now: Inputs, carry: Any) -> Any:
+    """One step with its reset, its product and what stays: (s_t, emitted)."""
+    if now.resets is not None:
+        carry = jax.tree.map(lambda a, b: jnp.where(now.resets, a, b), now.target, carry)
+    x, rest = step.fold(now.xs, rules.mix(now.mixing, now.entering(carry.h)))
+    new, emitted = step.run(now.p, x, rest, carry)
+    new = jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry)
+    return keep(now.stay, carry, new), emitted
+
+
+def keep(stay: Any, old: Any, new: Any) -> Any:
+    """The new carry, with the old one where or as far as it stays; linear in both."""
+    if stay is None:
+        return new
+
+    def one(k: Any, o: Array, n: Array) -> Array:
+        if k is None:
+            return n
+        if k.dtype == jnp.bool_:
+            return jnp.where(k, o, n)
+        k = k.astype(n.dtype)
+        return k * o + (1 - k) * n
+
+    return type(new)(*map(one, stay, old, new))
 
 
 def _loop(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
     def body(carry: Any, now: Any) -> Any:
-        x, reset = now
-        new, emitted = _advance(step, rules, inputs.mixing, inputs.p, inputs.target, x, reset, carry)
-        return new, (new.h, emitted)
+        x, reset, stay = now
+        new, emitted = _advance(step, rules, inputs._replace(xs=x, resets=reset, stay=stay), carry)
+        return new, (new.h, (new if step.carries else None, emitted))
 
-    last, (hs, emitted) = lax.scan(body, inputs.start, (inputs.xs, inputs.resets))
+    last, (hs, emitted) = lax.scan(body, inputs.start, (inputs.xs, inputs.resets, inputs.stay))
     return last, hs, emitted
 
 
@@ -167,7 +195,7 @@ class _Derivative:
         held = dict(zip(self._kept_inputs, kept_inputs, strict=True))
         xs, rest = inputs.xs, None
         if "folded" in self._roles and self.rules.recompute:
-            xs, rest = self.step.fold(xs, self.rules.mix(inputs.mixing, before))
+            xs, rest = self.step.fold(xs, self.rules.mix(inputs.mixing, inputs.entering(before)))
         stacks = [*jax.tree.leaves(inputs.p), *jax.tree.leaves(xs), *jax.tree.leaves(rest)]
         next_saved = iter(saved)
         residuals = []
@@ -182,13 +210,13 @@ class _Derivative:
                 residuals.append(stacks[n])
         return tuple(residuals)
 
-    def prepare(self, before: Array, dmixing: Any, dxs: Any, dp: Any) -> tuple[Any, Any, Any]:
+    def prepare(self, entering: Array, dmixing: Any, dxs: Any, dp: Any) -> tuple[Any, Any, Any]:
         """What of the tangent needs no loop: (dx with the sums of mix(dU, h) in it, their rest, dp per step)."""
         rest = None
         if dmixing is not None:
-            dxs, rest = self.step.fold(dxs, self.rules.mix(dmixing, before))
+            dxs, rest = self.step.fold(dxs, self.rules.mix(dmixing, entering))
         # A per-unit tangent enters once a step, so that its gradient is summed outside the loop.
-        return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (before.shape[0], *a.shape)), dp)
+        return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (entering.shape[0], *a.shape)), dp)
 
     @property
     def tangent(self) -> Step:
@@ -212,7 +240,7 @@ class _Derivative:
             return (residuals, dx, rest + more, dp), None
 
         # Checkpointed so that the coefficients of L are formed inside the loop, never stacked.
-        return Step(jax.checkpoint(linear, prevent_cse=False), fold)
+        return Step(jax.checkpoint(linear, prevent_cse=False), fold, self.step.carries)
 
 
 # ---------------------------------------------------------------------- differentiation="any"
@@ -226,7 +254,7 @@ def _run_any(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTr
     def rule(primals: Any, tangents: Any) -> Any:
         (inputs,), (moved,) = primals, tangents
         derivative = _Derivative(step, rules, inputs)
-        last, hs, (emitted, kept) = _run_any(derivative.forward, rules, inputs)
+        last, hs, (carries, (emitted, kept)) = _run_any(derivative.forward, rules, inputs)
         dmixing = _dense(moved.mixing, inputs.mixing) if _moves(moved.mixing) else None
         dp = _dense(moved.p, inputs.p) if _moves(moved.p) else None
         dxs, dstart, dtarget = (_dense(m, i) for m, i in zip(moved[2:5], inputs[2:5], strict=True))
@@ -234,14 +262,14 @@ def _run_any(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTr
         def tangent(inputs: Any, hs: Any, kept: Any, dmixing: Any, dxs: Any, dp: Any, dstart: Any, dtarget: Any) -> Any:
             before = derivative.previous(inputs, hs)
             residuals = derivative.residuals(inputs, before, kept)
-            xs = (residuals, *derivative.prepare(before, dmixing, dxs, dp))
+            xs = (residuals, *derivative.prepare(inputs.entering(before), dmixing, dxs, dp))
             mixing = rules.tangent_mixing(inputs.mixing)
-            moved = Inputs(mixing, inputs.p, xs, dstart, dtarget, inputs.resets)
+            moved = inputs._replace(mixing=mixing, xs=xs, start=dstart, target=dtarget)
             return _run_any(derivative.tangent, rules.tangent, moved)
 
         if rules.recompute:
             tangent = jax.checkpoint(tangent)
-        return (last, hs, emitted), tangent(inputs, hs, kept, dmixing, dxs, dp, dstart, dtarget)
+        return (last, hs, (carries, emitted)), tangent(inputs, hs, kept, dmixing, dxs, dp, dstart, dtarget)
 
     recurrence.defjvp(rule, symbolic_zeros=True)
     return recurrence(inputs)
@@ -274,8 +302,8 @@ def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, 
 
     def forward(inputs: Inputs) -> Any:
         made["derivative"] = derivative = _Derivative(step, rules, inputs)
-        last, hs, (emitted, kept) = _loop(derivative.forward, rules, inputs)
-        return (last, hs, emitted), (inputs, hs, kept)
+        last, hs, (carries, (emitted, kept)) = _loop(derivative.forward, rules, inputs)
+        return (last, hs, (carries, emitted)), (inputs, hs, kept)
 
     def backward(held: Any, cotangents: Any) -> Any:
         inputs, hs, kept = held
@@ -288,12 +316,15 @@ def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, 
 
         def body(carry: Any, now: Any) -> Any:
             ds, dtarget = carry
-            residual, reset, dh, demitted = now
+            residual, reset, stay, dh, (dcarry, demitted) = now
+            if step.carries:
+                ds = jax.tree.map(jnp.add, ds, dcarry)
             ds = ds._replace(h=ds.h + dh)
 
             def forward(ds: Any, dtarget: Any, dx: Any, rest: Any, dp: Any) -> Any:
                 x = (residual, dx, rest, dp)
-                return _advance(derivative.tangent, rules.tangent, mixing, inputs.p, dtarget, x, reset, ds)
+                one = inputs._replace(mixing=mixing, xs=x, target=dtarget, resets=reset, stay=stay)
+                return _advance(derivative.tangent, rules.tangent, one, ds)
 
             back = jax.linear_transpose(forward, inputs.start, inputs.target, *shapes)
             ds, more, *stacked = back((ds, demitted))
@@ -302,12 +333,11 @@ def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, 
         dlast, dhs, demitted = cotangents
         dtarget = jax.tree.map(jnp.zeros_like, inputs.target)
         (dstart, dtarget), stacked = lax.scan(
-            body, (dlast, dtarget), (residuals, inputs.resets, dhs, demitted), reverse=True
+            body, (dlast, dtarget), (residuals, inputs.resets, inputs.stay, dhs, demitted), reverse=True
         )
-        prepare = functools.partial(derivative.prepare, before)
+        prepare = functools.partial(derivative.prepare, inputs.entering(before))
         dmixing, dxs, dp = jax.linear_transpose(prepare, inputs.mixing, inputs.xs, inputs.p)(stacked)
         return (Inputs(dmixing, dp, dxs, dstart, dtarget, None),)
 
     recurrence.defvjp(forward, backward)
     return recurrence(inputs)
-

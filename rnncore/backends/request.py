@@ -18,7 +18,8 @@ class Request:
       steps, batch_shape, input_size: T, the batch axes, D.
       dtype: name of the dtype of the projected inputs.
       platform, devices: "cpu", "gpu" or "tpu", and how many of them this process sees.
-      lengths, resets, states: whether the run has lengths, has resets, must return states.
+      lengths, resets, mask, stay: whether the run has lengths, resets, a recurrent mask, zoneout.
+      states: whether it must return the states.
       differentiation: "any" or "reverse".
       checkpoint_every: steps to a chunk; None lets the backend choose.
       recompute: "nothing", "gates" or "chunk".
@@ -33,10 +34,35 @@ class Request:
     devices: int
     lengths: bool
     resets: bool
+    mask: bool
+    stay: bool
     states: bool
     differentiation: Differentiation
     checkpoint_every: int | None
     recompute: str
+
+
+class Operands(NamedTuple):
+    """The arrays of a run besides the parameters, all time-major and in the order of processing.
+
+    Fields:
+      xs: (T, *batch, D).
+      carry: the carry before the first step.
+      target: the carry that a reset returns to.
+      lengths: (*batch), or None.
+      resets: (T, *batch, 1) booleans, or None.
+      mask: (*batch, H), multiplies h_{t-1} where it enters the recurrent product; or None.
+      stay: a carry whose fields are (T, *batch, H) booleans or shares, or None; or None: see
+        `zoneout` in `rnncore.unroll`.
+    """
+
+    xs: Array
+    carry: Any
+    target: Any
+    lengths: Array | None
+    resets: Array | None
+    mask: Array | None
+    stay: Any
 
 
 class Result(NamedTuple):

@@ -20,7 +20,7 @@ from rnncore import _lengths, pointwise
 from rnncore._types import Array
 from rnncore.backends import recur
 from rnncore.backends.chunks import run_chunks
-from rnncore.backends.request import Request, Result
+from rnncore.backends.request import Operands, Request, Result
 from rnncore.cells.base import CellParams, PointwiseCell
 
 
@@ -31,11 +31,10 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def run(
-    request: Request, params: CellParams, xs: Array, carry: Any, lengths: Array | None, resets: Array | None
-) -> Result:
-    """Runs the cell; everything time-major, see `Result`."""
-    cell, start = request.cell, carry
+def run(request: Request, params: CellParams, operands: Operands) -> Result:
+    """Runs the cell, see `Operands` and `Result`."""
+    cell = request.cell
+    xs, carry, target, lengths, resets, mask, stay = operands
     assert isinstance(cell, PointwiseCell)
     mixing = CellParams(None, params.recurrent_kernel, None, params.recurrent_bias, ())  # type: ignore[arg-type]
     p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
@@ -49,14 +48,16 @@ def run(
     )
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
-        (carry, last), (xs, resets) = carry, now
-        inputs = recur.Inputs(mixing, p, cell.project(params, xs), carry, None if resets is None else start, resets)
+        (carry, last), (xs, resets, stay) = carry, now
+        back = None if resets is None else target
+        inputs = recur.Inputs(mixing, p, cell.project(params, xs), carry, back, resets, mask, stay)
         carry, outputs, (carries, gates) = recur.run(step, rules, inputs)
         last = carry if lengths is None else _lengths.last_valid(last, carries, lengths, first)
         return (carry, last), (outputs, carries if request.states else None, gates)
 
     every = request.checkpoint_every or default_chunk(request)
-    (_, last), ys = run_chunks(chunk, (carry, carry), (xs, resets), request.steps, every, request.recompute == "chunk")
+    again = request.recompute == "chunk"
+    (_, last), ys = run_chunks(chunk, (carry, carry), (xs, resets, stay), request.steps, every, again)
     return Result(last, *ys)
 
 
@@ -86,9 +87,9 @@ def _step(cell: PointwiseCell, p: Any, carry: Any, z: Array, mixing: Any, states
         pieces = iter(() if rest is None else jax.lax.split(rest, [cell.hidden_size] * count, rest.ndim - 1))
         rs = cell.Gates(*(jnp.zeros_like(zg) if a else next(pieces) for zg, a in zip(zs, additive, strict=True)))
         new, gates = cell.pointwise(p, zs, rs, carry)
-        return new, (new if states or carries else None, gates if states else None)
+        return new, gates if states else None
 
-    return recur.Step(update, functools.partial(_fold, cell, additive))
+    return recur.Step(update, functools.partial(_fold, cell, additive), states or carries)
 
 
 def _fold(cell: PointwiseCell, additive: Sequence[bool], z: Array, r: Array) -> tuple[Array, Array | None]:

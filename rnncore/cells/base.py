@@ -203,7 +203,8 @@ class PointwiseCell(Cell):
         # lax.split, not slices: it transposes to one concatenation, slices to a sum of padded arrays.
         return self.Gates(*jax.lax.split(slab, [self.hidden_size] * len(self.gates), slab.ndim - 1))
 
-    def update(self, params: CellParams, carry: Any, z: Array) -> tuple[Any, PyTree]:
-        """One step: (carry, z slab) to (new carry, gates)."""
+    def update(self, params: CellParams, carry: Any, z: Array, mask: Array | None = None) -> tuple[Any, PyTree]:
+        """One step: (carry, z slab) to (new carry, gates); `mask` multiplies h where it enters the product."""
         p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
-        return self.pointwise(p, self.split(z), self.split(self.mix(params, carry.h)), carry)
+        h = carry.h if mask is None else carry.h * mask.astype(carry.h.dtype)
+        return self.pointwise(p, self.split(z), self.split(self.mix(params, h)), carry)
