@@ -12,6 +12,9 @@ from rnncore.cells import IndRNN as IndRNN
 from rnncore.cells import LSTMCarry as LSTMCarry
 from rnncore.cells import PointwiseCell as PointwiseCell
 from rnncore.cells import ResetBeforeGRU as ResetBeforeGRU
+from rnncore.compose import Stack as Stack
+from rnncore.compose import StackParams as StackParams
+from rnncore.compose import unroll_stack as unroll_stack
 from rnncore.recurrence import Dense as Dense
 from rnncore.recurrence import Diagonal as Diagonal
 from rnncore.recurrence import Heads as Heads
