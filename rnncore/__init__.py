@@ -12,8 +12,6 @@ from rnncore.cells import IndRNN as IndRNN
 from rnncore.cells import LSTMCarry as LSTMCarry
 from rnncore.cells import PointwiseCell as PointwiseCell
 from rnncore.cells import ResetBeforeGRU as ResetBeforeGRU
-from rnncore.compose import Stack as Stack
-from rnncore.compose import StackParams as StackParams
 from rnncore.compose import unroll_stack as unroll_stack
 from rnncore.recurrence import Dense as Dense
 from rnncore.recurrence import Diagonal as Diagonal
@@ -23,5 +21,9 @@ from rnncore.sequence import BackendChoice as BackendChoice
 from rnncore.sequence import States as States
 from rnncore.sequence import explain_backend as explain_backend
 from rnncore.sequence import unroll as unroll
+from rnncore.stack import Stack as Stack
+from rnncore.stack import StackParams as StackParams
+from rnncore.torch_weights import from_torch as from_torch
+from rnncore.torch_weights import to_torch as to_torch
 
 __version__ = "0.1.0"

@@ -16,13 +16,17 @@ ROOT = Path(rnncore.__file__).parent
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_types", "_compat", "_lengths", "_products", "initializers"),
     ("recurrence", "cells", "pointwise"),
+    ("stack", "torch_weights"),
     ("backends",),
     ("_checks", "sequence", "compose"),
-    ("linen", "nnx", "analysis"),
+    ("linen", "nnx", "analysis", "training"),
 )
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
 # What may be shared on one floor: (who, what).
-ALLOWED = {("cells", "recurrence"), ("pointwise", "cells"), ("compose", "sequence"), ("sequence", "_checks")}
+ALLOWED = {
+    ("cells", "recurrence"), ("pointwise", "cells"), ("torch_weights", "stack"), ("compose", "sequence"),
+    ("sequence", "_checks"),
+}  # fmt: skip
 SHARED_BY_BACKENDS = ("chunks", "request", "recur")
 FLAX = ("linen", "nnx")
 

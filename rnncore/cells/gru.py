@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rnncore._types import Activation
-from rnncore.cells.base import PointwiseCell
+from rnncore._types import Activation, Array
+from rnncore.cells.base import CellParams, PointwiseCell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +23,7 @@ class GRU(PointwiseCell):
 
     Args:
       hidden_size: H.
+      forget_bias: added to b_z once, at initialisation: z is the gate that keeps the old state.
       gate_fn, activation_fn: in place of sigmoid and tanh.
       recurrence, kernel_init, recurrent_init, bias_init: as in `PointwiseCell`.
 
@@ -36,6 +37,7 @@ class GRU(PointwiseCell):
     the roles of z and 1 - z.
     """
 
+    forget_bias: float = dataclasses.field(default=0.0, kw_only=True)
     gate_fn: Activation = dataclasses.field(default=jax.nn.sigmoid, kw_only=True)
     activation_fn: Activation = dataclasses.field(default=jnp.tanh, kw_only=True)
 
@@ -46,6 +48,13 @@ class GRU(PointwiseCell):
     @property
     def recurrent_bias(self) -> tuple[str, ...]:
         return ("n",)
+
+    def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> CellParams:
+        """Draws parameters in `dtype`; `forget_bias` is added to what `bias_init` gives."""
+        params = super().init(key, input_size, dtype)
+        if not self.forget_bias or params.bias is None:
+            return params
+        return params._replace(bias=params.bias.at[self.gates.index("z")].add(self.forget_bias))
 
     def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
         del p
