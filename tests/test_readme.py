@@ -1,4 +1,4 @@
-"""Every Python block of the README runs, in order, on names that its text introduces."""
+"""Every Python block of the README and of the migration guide runs, in order, on names that the text introduces."""
 
 import re
 from pathlib import Path
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from rnncore import linen
 
 README = Path(__file__).resolve().parent.parent / "README.md"
+MIGRATION = README.parent / "docs" / "migration.md"
 
 
 def test_python_blocks_run(capsys):
@@ -30,6 +31,16 @@ def test_python_blocks_run(capsys):
         exec(compile(block, f"README block {index}", "exec"), names)
     assert "backend 'scan'" in capsys.readouterr().out
     assert names["curve"].log10.shape == (2, 100)
+
+
+def test_python_blocks_of_the_migration_guide_run():
+    blocks = re.findall(r"```python\n(.*?)```", MIGRATION.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    with jax.enable_x64(False):
+        for index, block in enumerate(blocks):
+            exec(compile(block, f"migration block {index}", "exec"), names)
+    assert names["ys"].shape == (4, 20, 16)
 
 
 def test_the_picture_is_there():
