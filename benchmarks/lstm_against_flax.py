@@ -13,24 +13,19 @@ float64 run of the same step, so that no time stands for a wrong answer.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
-import platform
-import statistics
-import subprocess
+import functools
 import sys
-import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import rnncore
+from benchmarks import timing
 
 SHAPES = ((32, 128, 128, 256), (16, 1000, 64, 128), (64, 100, 512, 512), (8, 256, 64, 64), (1, 512, 64, 64))
 CONTENDERS = ("flax", "reverse", "any")
@@ -81,72 +76,25 @@ def problem(shape: tuple[int, int, int, int], dtype: Any) -> tuple[rnncore.CellP
     return jax.tree.map(lambda a: a.astype(dtype), (params, xs, ct))
 
 
-def relative_error(got: Any, want: Any) -> float:
-    """Largest relative Frobenius-norm error over the leaves."""
-    return max(
-        float(np.linalg.norm(np.asarray(g, np.float64) - np.asarray(w)) / np.linalg.norm(np.asarray(w)))
-        for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)
-    )
-
-
 def measure(shape: tuple[int, int, int, int], contenders: tuple[str, ...], rounds: int, seconds: float) -> list[dict]:
     """One record for each contender at a shape."""
     with jax.enable_x64(True):
         truth = jax.tree.map(np.asarray, gradient_step("any", shape[3])(*problem(shape, jnp.float64)))
-    calls: dict[str, tuple] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     records: dict[str, dict] = {}
     for name in contenders:
         params, xs, ct = problem(shape, jnp.float32)
         arguments = (flax_params(params) if name == "flax" else params, xs, ct)
-        begin = time.perf_counter()
-        compiled = gradient_step(name, shape[3]).lower(*arguments).compile()
-        compile_seconds = time.perf_counter() - begin
+        compiled, cost = timing.compile_step(gradient_step(name, shape[3]), arguments)
         value, (grads, dxs) = jax.block_until_ready(compiled(*arguments))
         grads = core_params(grads) if name == "flax" else grads
-        error = relative_error((value, (grads, dxs)), truth)
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        count = max(1, math.ceil(seconds / (time.perf_counter() - begin)))
-        calls[name] = (compiled, arguments, count)
-        analysis = compiled.memory_analysis()
-        records[name] = {
-            "shape_BTDH": shape, "contender": name, "relative_error": error, "compile_seconds": compile_seconds,
-            "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None), "calls_a_round": count, "ms": [],
-        }  # fmt: skip
-    for _ in range(rounds):
-        for name, (compiled, arguments, count) in calls.items():
-            begin = time.perf_counter()
-            for _ in range(count):
-                out = compiled(*arguments)
-            jax.block_until_ready(out)
-            records[name]["ms"].append((time.perf_counter() - begin) / count * 1e3)
-    for record in records.values():
-        ratios = [f / m for f, m in zip(records["flax"]["ms"], record["ms"], strict=True)]
-        record |= {
-            "median_ms": statistics.median(record["ms"]),
-            "min_ms": min(record["ms"]),
-            "max_ms": max(record["ms"]),
-            "speed_against_flax": statistics.median(ratios),
-        }
+        error = timing.relative_error((value, (grads, dxs)), truth)
+        calls[name] = functools.partial(compiled, *arguments)
+        records[name] = {"shape_BTDH": shape, "contender": name, "relative_error": error, **cost}
+    turns = timing.take_turns(calls, rounds, seconds)
+    for name, record in records.items():
+        record |= turns[name] | timing.summary(turns[name]["ms"], turns["flax"]["ms"])
     return list(records.values())
-
-
-def machine() -> dict:
-    """What ran."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    model = names[0] if names else platform.processor()
-    return {
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({model})",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
-        "rnncore": rnncore.__version__, "commit": commit.stdout.strip(), "dtype": "float32",
-        "input_product": "included",
-    }  # fmt: skip
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -163,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if "flax" not in args.contenders:
         parser.error("--contenders: flax is what the others are compared with")
-    result: dict[str, Any] = {"machine": machine(), "records": [], "interrupted": False}
+    result: dict[str, Any] = {"machine": timing.machine(), "records": [], "interrupted": False}
     print(f"{'(B, T, D, H)':>22} {'contender':>10} {'median ms':>10} {'min':>8} {'max':>8} {'speed':>6} {'error':>8}")
     try:
         for index in args.shapes:
@@ -175,22 +123,16 @@ def main(argv: list[str] | None = None) -> int:
                     f"{record['relative_error']:8.1e}",
                     flush=True,
                 )
-            _write(args.out, result)
+            timing.write(args.out, result)
     except KeyboardInterrupt:
         result["interrupted"] = True
-        _write(args.out, result)
+        timing.write(args.out, result)
         return 130
     for name in args.contenders:
         speeds = [r["speed_against_flax"] for r in result["records"] if r["contender"] == name]
-        mean = math.exp(statistics.fmean(map(math.log, speeds)))
+        mean = timing.geometric_mean(speeds)
         print(f"{name:>10}: geometric mean {mean:.2f}, least {min(speeds):.2f} times Flax's speed")
     return 0
-
-
-def _write(path: Path | None, result: dict) -> None:
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

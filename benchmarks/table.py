@@ -1,24 +1,26 @@
-"""Writes the README's table from the results of `lstm_against_flax`: no number is typed by hand.
+"""Writes the tables of the documents from the results of the benchmarks: no number is typed by hand.
 
-    python -m benchmarks.table benchmarks/results/lstm_against_flax_cpu_jax0.10.json
+  python -m benchmarks.table benchmarks/results/lstm_against_flax_cpu_jax0.10.json    to README.md
+  python -m benchmarks.table benchmarks/results/migration_cpu.json                    to docs/migration.md
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
-import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-README = Path(__file__).resolve().parent.parent / "README.md"
-BEGIN, END = "<!-- table: benchmarks -->", "<!-- end of table -->"
+from benchmarks import timing
+
+ROOT = Path(__file__).resolve().parent.parent
+END = "<!-- end of table -->"
 
 
-def table(result: dict) -> str:
-    """The Markdown table of one run."""
-    machine = result["machine"]
+def lstm_against_flax(result: dict[str, Any]) -> str:
+    """One row for each shape: Flax, and both modes of differentiation."""
     rows = ["| (B, T, D, H) | flax.linen ms | `any` ms | times as fast | `reverse` ms | times as fast |"]
     rows.append("|---|---|---|---|---|---|")
     shapes: dict[tuple, dict] = {}
@@ -30,27 +32,93 @@ def table(result: dict) -> str:
             cells += [f"{by[mode]['median_ms']:.1f}", f"{by[mode]['speed_against_flax']:.2f}"]
         rows.append("| " + " | ".join(cells) + " |")
     means = [
-        math.exp(statistics.fmean(math.log(by[mode]["speed_against_flax"]) for by in shapes.values()))
-        for mode in ("any", "reverse")
+        timing.geometric_mean([by[mode]["speed_against_flax"] for by in shapes.values()]) for mode in ("any", "reverse")
     ]
     rows.append(f"| geometric mean | | | {means[0]:.2f} | | {means[1]:.2f} |")
     rows.append("")
+    rows.append(f"{_run(result)}; `any` and `reverse` are rnncore's modes of differentiation. {NOISE}")
+    return "\n".join(rows)
+
+
+def migration(result: dict[str, Any]) -> str:
+    """One row for each layer and shape, before and after the change of the import."""
+    rows = [
+        "| layer | (B, T, D, H) | ms before | after | times as fast | MiB before | after | compile s before | after "
+        "| error before | after |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    pairs = list(zip(result["records"][::2], result["records"][1::2], strict=True))
+    for before, after in pairs:
+        if (before["side"], after["side"]) != ("flax", "rnncore") or before["layer"] != after["layer"]:
+            raise ValueError(f"records out of order at {before['layer']}, {before['shape_BTDH']}")
+        cells = [f"`{before['layer']}`", str(tuple(before["shape_BTDH"]))]
+        cells += [f"{r['median_ms']:.3g}" for r in (before, after)] + [f"{after['speed_against_flax']:.2f}"]
+        cells += [_mebibytes(r["temporary_bytes"]) for r in (before, after)]
+        cells += [f"{r['compile_seconds']:.2f}" for r in (before, after)]
+        cells += [f"{r['relative_error']:.0e}" for r in (before, after)]
+        rows.append("| " + " | ".join(cells) + " |")
+    mean = timing.geometric_mean([after["speed_against_flax"] for _, after in pairs])
+    rows.append(f"| geometric mean | | | | {mean:.2f} | | | | | | |")
+    rows.append("")
+    furthest = max(after["largest_relative_difference"] for _, after in pairs)
     rows.append(
-        f"Medians of one interleaved run on {machine['cores']} cores of {machine['device'].split('(')[1].rstrip(')')}, "
-        f"JAX {machine['jax']}, Flax {machine['flax']}; `any` and `reverse` are rnncore's modes of differentiation. "
-        "The machine is shared: read differences below 5 % as nothing."
+        f"A gradient step of a mean of squares in float32. {_run(result)}. MiB: temporary memory of the compiled step. "
+        "Error: of the loss and all gradients against Flax in float64, the largest of any array in terms of its norm; "
+        f"before and after differ by at most {furthest:.0e} of the largest number in an array. {NOISE}"
     )
     return "\n".join(rows)
 
 
+NOISE = "The machine is shared: read differences below 5 % as nothing."
+# By the name in the result: the name in the document's marker, the document, what writes the table.
+TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
+    "lstm_against_flax": ("benchmarks", "README.md", lstm_against_flax),
+    "migration": ("migration", "docs/migration.md", migration),
+}
+
+
+def _run(result: dict[str, Any]) -> str:
+    machine = result["machine"]
+    return (
+        f"Medians of one interleaved run on {machine['cores']} cores of {machine['device'].split('(')[1].rstrip(')')}, "
+        f"JAX {machine['jax']}, Flax {machine['flax']}"
+    )
+
+
+def _mebibytes(size: int | None) -> str:
+    return "-" if size is None else f"{size / 2**20:.3g}"
+
+
+def put(text: str, marker: str, table: str) -> str:
+    """The text with the table in place of what stands between its markers.
+
+    Raises:
+      ValueError: the markers are not there.
+    """
+    begin = f"<!-- table: {marker} -->"
+    before, found, rest = text.partition(begin)
+    _, closed, after = rest.partition(END)
+    if not found or not closed:
+        raise ValueError(f"expected the lines {begin} and {END} where the table is to stand")
+    return f"{before}{begin}\n{table}\n{END}{after}"
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Replaces the table in the README."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("result", type=Path, help="JSON file that benchmarks.lstm_against_flax wrote")
-    args = parser.parse_args(argv)
-    text = README.read_text()
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    README.write_text(text[:start] + "\n" + table(json.loads(args.result.read_text())) + "\n" + text[end:])
+    """Replaces the tables in their documents."""
+    summary, _, details = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files that the benchmarks wrote")
+    for path in parser.parse_args(argv).results:
+        result = json.loads(path.read_text())
+        # Results of the first benchmark do not name it.
+        marker, document, table = TABLES[result.get("benchmark", "lstm_against_flax")]
+        try:
+            text = (ROOT / document).read_text()
+            (ROOT / document).write_text(put(text, marker, table(result)))
+        except (OSError, ValueError) as error:
+            parser.error(f"{document}: {error}")
     return 0
 
 

@@ -57,8 +57,10 @@ def encode(text: str, source: str) -> Corpus:
     return Corpus(source, "".join(map(chr, codes)), tokens[:cut], tokens[cut:])
 
 
-def check_size(corpus: Corpus, batch: int, length: int, window: int) -> None:
-    """Refuses a text too short to train on and to measure on.
+def check_size(
+    corpus: Corpus, batch: int, length: int, window: int, options: str = "--batch, --length, --lags or --burn-in"
+) -> None:
+    """Refuses a text too short to train on and to measure on; `options` are those that would ask for less.
 
     Raises:
       ValueError: with the number of characters that would do.
@@ -71,7 +73,7 @@ def check_size(corpus: Corpus, batch: int, length: int, window: int) -> None:
     need = max(int(np.ceil(train / (1 - HELD_OUT))), int(np.ceil(validation / HELD_OUT)))
     raise ValueError(
         f"{corpus.source} has {size:,} characters; these settings need about {need:,} "
-        "(smaller --batch, --length, --lags or --burn-in need fewer)"
+        f"(smaller {options} need fewer)"
     )
 
 

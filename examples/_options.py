@@ -1,4 +1,4 @@
-"""The command line of the example."""
+"""The command line of the retention example, and types of options for all."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 
-class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows the defaults that there are, and the description as it is written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -15,8 +15,7 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 def parser(document: str, cells: Sequence[str]) -> argparse.ArgumentParser:
     """The options; `document` is the help text, a summary and then the details."""
-    summary, _, details = document.partition("\n\n")
-    p = argparse.ArgumentParser(description=summary, epilog=details, formatter_class=_Formatter)
+    p = bare(document)
 
     def add(group: argparse._ArgumentGroup, name: str, kind: Callable, default: float, text: str) -> None:
         group.add_argument(name, type=kind, default=default, help=text)
@@ -45,6 +44,12 @@ def parser(document: str, cells: Sequence[str]) -> argparse.ArgumentParser:
                        "standard library; its last tenth is held out")  # fmt: skip
     group.add_argument("--out", metavar="PREFIX", default="retention", help="writes PREFIX.json and PREFIX.png")
     return p
+
+
+def bare(document: str) -> argparse.ArgumentParser:
+    """A parser without options, with the help text in its place."""
+    summary, _, details = document.partition("\n\n")
+    return argparse.ArgumentParser(description=summary, epilog=details, formatter_class=Formatter)
 
 
 def at_least(smallest: int) -> Callable[[str], int]:

@@ -42,6 +42,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure.legend(
         handles=handles, loc="outside lower center", ncols=min(2 * len(networks), 4), frameon=False, fontsize=9
     )
+    write(figure, path)
+
+
+def write(figure: Any, path: Path) -> None:
+    """Saves a figure whole or not at all, and closes it."""
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=150, format="png")
     part.replace(path)

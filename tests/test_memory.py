@@ -24,7 +24,12 @@ def test_chunks_save_memory_and_recomputing_them_saves_more(mode):
     chunks = temporaries(differentiation=mode, checkpoint_every=16)
     gates = temporaries(differentiation=mode, checkpoint_every=16, recompute="gates")
     again = temporaries(differentiation=mode, checkpoint_every=16, recompute="chunk")
-    # Measured 20, 10.5, 9.4 and 3.1 on JAX 0.10.
+    # Measured 19, 10.5, 5.1 and 3.1 on JAX 0.10.
     assert chunks < 0.6 * whole
-    assert gates < chunks
+    assert gates < 0.3 * whole
     assert again < 0.2 * whole
+
+
+@pytest.mark.parametrize("recompute", ["gates", "chunk"])
+def test_recomputing_saves_without_a_chunk_length_too(recompute):
+    assert temporaries(recompute=recompute) < 0.4 * temporaries()

@@ -14,17 +14,12 @@ MIGRATION = README.parent / "docs" / "migration.md"
 
 def test_python_blocks_run(capsys):
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     flax_cell = linen.LSTMCell(6)
     xs = jnp.ones((2, 101, 3))
-    before = {
-        2: {"xs": jnp.ones((3, 7, 32)), "lengths": jnp.array([7, 0, 3]), "episode_starts": jnp.zeros((3, 7), bool)},
-        3: {
-            "xs": xs,
-            "flax_cell": flax_cell,
-            "trained_params": linen.RNN(flax_cell).init(jax.random.key(0), xs)["params"],
-        },
-    }
+    sequence = {"xs": jnp.ones((3, 7, 32)), "lengths": jnp.array([7, 0, 3]), "episode_starts": jnp.zeros((3, 7), bool)}
+    trained = linen.RNN(flax_cell).init(jax.random.key(0), xs)["params"]
+    before = {1: sequence, 3: sequence, 4: {"xs": xs, "flax_cell": flax_cell, "trained_params": trained}}
     names: dict = {}
     for index, block in enumerate(blocks):
         names |= before.get(index, {})

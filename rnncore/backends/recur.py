@@ -26,10 +26,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from rnncore import _compat, pointwise
 from rnncore._types import Array, Differentiation, PyTree
+
+
+CARRIES = "rnncore_carries"
+"""Name, for checkpoint policies, of what a recurrence with `recompute` keeps."""
 
 
 class Inputs(NamedTuple):
@@ -87,7 +92,8 @@ class Rules:
       tangent_mix: (tangent mixing, dh) -> dr, bilinear: what `mix` does to a change of h.
       tangent_mixing: mixing -> tangent mixing, linear.
       differentiation: "any" or "reverse".
-      recompute: keep only the carries and form r and the gates again where derivatives need them.
+      recompute: keep only the carries and form r and the gates again where derivatives need them.  They
+        are named CARRIES; a checkpoint policy around the recurrence can leave out all else, its inputs too.
     """
 
     mix: Callable
@@ -255,6 +261,8 @@ def _run_any(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTr
         (inputs,), (moved,) = primals, tangents
         derivative = _Derivative(step, rules, inputs)
         last, hs, (carries, (emitted, kept)) = _run_any(derivative.forward, rules, inputs)
+        if rules.recompute:
+            hs, kept = checkpoint_name((hs, kept), CARRIES)
         dmixing = _dense(moved.mixing, inputs.mixing) if _moves(moved.mixing) else None
         dp = _dense(moved.p, inputs.p) if _moves(moved.p) else None
         dxs, dstart, dtarget = (_dense(m, i) for m, i in zip(moved[2:5], inputs[2:5], strict=True))
@@ -267,8 +275,6 @@ def _run_any(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTr
             moved = inputs._replace(mixing=mixing, xs=xs, start=dstart, target=dtarget)
             return _run_any(derivative.tangent, rules.tangent, moved)
 
-        if rules.recompute:
-            tangent = jax.checkpoint(tangent)
         return (last, hs, (carries, emitted)), tangent(inputs, hs, kept, dmixing, dxs, dp, dstart, dtarget)
 
     recurrence.defjvp(rule, symbolic_zeros=True)
@@ -303,6 +309,8 @@ def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, 
     def forward(inputs: Inputs) -> Any:
         made["derivative"] = derivative = _Derivative(step, rules, inputs)
         last, hs, (carries, (emitted, kept)) = _loop(derivative.forward, rules, inputs)
+        if rules.recompute:
+            hs, kept = checkpoint_name((hs, kept), CARRIES)
         return (last, hs, (carries, emitted)), (inputs, hs, kept)
 
     def backward(held: Any, cotangents: Any) -> Any:

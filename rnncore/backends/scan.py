@@ -56,22 +56,32 @@ def run(request: Request, params: CellParams, operands: Operands) -> Result:
         return (carry, last), (outputs, carries if request.states else None, gates)
 
     every = request.checkpoint_every or default_chunk(request)
+    if request.recompute == "gates":
+        # The projected inputs are formed again too: they are four times the carries.
+        policy = jax.checkpoint_policies.save_only_these_names(recur.CARRIES)
+        # Inside a scan XLA cannot merge both forms; of a single chunk it would.
+        chunk = jax.checkpoint(chunk, policy=policy, prevent_cse=every >= request.steps)
     again = request.recompute == "chunk"
     (_, last), ys = run_chunks(chunk, (carry, carry), (xs, resets, stay), request.steps, every, again)
     return Result(last, *ys)
 
 
 def default_chunk(request: Request) -> int:
-    """Steps to a chunk where the caller names none: T, except on one CPU.
+    """Steps to a chunk where the caller names none.
 
-    There a slab of all steps that outgrows the caches costs page faults and memory traffic: above
-    4 MiB it is cut into chunks of about 2 MiB, at least 8 steps, and a divisor of T if one is near.
+    With `recompute` about sqrt(T), which keeps least of a run that is formed again chunk by chunk.
+    Else T, except on one CPU.  There a slab of all steps that outgrows the caches costs page faults
+    and memory traffic: above 4 MiB it is cut into chunks of about 2 MiB, at least 8 steps.  Either way
+    a divisor of T, if one is near.
     """
-    size = len(request.cell.gates) * request.cell.hidden_size  # type: ignore[attr-defined]
-    step_bytes = math.prod(request.batch_shape) * size * jnp.dtype(request.dtype).itemsize
-    if request.platform != "cpu" or request.devices > 1 or step_bytes * request.steps <= 4 * 2**20:
-        return request.steps
-    wanted = max(8, 2 * 2**20 // step_bytes)
+    if request.recompute != "nothing":
+        wanted = max(8, math.isqrt(request.steps))
+    else:
+        size = len(request.cell.gates) * request.cell.hidden_size  # type: ignore[attr-defined]
+        step_bytes = math.prod(request.batch_shape) * size * jnp.dtype(request.dtype).itemsize
+        if request.platform != "cpu" or request.devices > 1 or step_bytes * request.steps <= 4 * 2**20:
+            return request.steps
+        wanted = max(8, 2 * 2**20 // step_bytes)
     near = [k for k in range(wanted // 2 + 1, 2 * wanted) if request.steps % k == 0]
     return min(near, key=lambda k: abs(k - wanted), default=wanted)
 

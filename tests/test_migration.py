@@ -1,0 +1,119 @@
+"""The migration benchmark and the tables of the documents; no time is asserted on."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rnncore
+from benchmarks import migration, table, timing
+
+FIELDS = {
+    "layer", "side", "shape_BTDH", "relative_error", "compile_seconds", "temporary_bytes", "calls_a_round", "ms",
+    "median_ms", "min_ms", "max_ms", "speed_against_flax", "largest_relative_difference",
+}  # fmt: skip
+FEW = ["linen.MGUCell", "nnx.GRUCell"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    path = tmp_path_factory.mktemp("migration") / "new" / "quick.json"
+    code = migration.main(["--quick", "--rounds", "2", "--seconds", "1e-4", "--layers", *FEW, "--out", str(path)])
+    assert code == 0
+    return json.loads(path.read_text())
+
+
+def test_a_quick_run_has_all_fields(quick):
+    assert quick["benchmark"] == "migration" and quick["quick"] is True and quick["interrupted"] is False
+    assert quick["machine"]["jax"] == jax.__version__ and quick["machine"]["rnncore"] == rnncore.__version__
+    assert [(r["layer"], r["side"]) for r in quick["records"]] == [(n, s) for n in FEW for s in migration.SIDES]
+    for record in quick["records"]:
+        assert set(record) == FIELDS and record["shape_BTDH"] == list(migration.QUICK[0])
+        assert len(record["ms"]) == 2 and record["min_ms"] <= record["median_ms"] <= record["max_ms"]
+        assert record["min_ms"] > 0 and record["compile_seconds"] > 0 and record["temporary_bytes"] > 0
+        assert 0 < record["relative_error"] < 2e-6 and record["largest_relative_difference"] < 2e-6
+    assert [r["speed_against_flax"] for r in quick["records"][::2]] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("layer", migration.LAYERS)
+def test_both_sides_are_the_same_model(layer):
+    """Parameters in the same tree with the same shapes, and so the gradients."""
+    # The values of the initial parameters, but of the step only the shapes: nothing is compiled.
+    with jax.enable_x64(False):
+        steps = {side: migration.build(layer, side, (2, 3, 5, 4), jnp.float32) for side in migration.SIDES}
+        xs = jax.ShapeDtypeStruct((2, 3, 5), jnp.float32)
+        shapes = {side: jax.eval_shape(step, steps["flax"][1], xs) for side, (step, _) in steps.items()}
+    jax.tree.map(np.testing.assert_array_equal, steps["flax"][1], steps["rnncore"][1])
+    assert jax.tree.structure(shapes["flax"]) == jax.tree.structure(shapes["rnncore"])
+    got, want = ([(a.shape, a.dtype) for a in jax.tree.leaves(shapes[side])] for side in migration.SIDES)
+    assert got == want
+
+
+def test_stopped_on_the_way_it_keeps_what_was_done(tmp_path, monkeypatch, capsys):
+    def measure(layer, shape, *_):
+        if layer == FEW[1]:
+            raise KeyboardInterrupt
+        rest = {"temporary_bytes": None, "compile_seconds": 1.0, "relative_error": 1e-7}
+        both = {"layer": layer, "shape_BTDH": shape, "median_ms": 2.0, "largest_relative_difference": 1e-7, **rest}
+        return [both | {"side": s, "speed_against_flax": speed} for s, speed in (("flax", 1.0), ("rnncore", 1.25))]
+
+    monkeypatch.setattr(migration, "measure", measure)
+    path = tmp_path / "cut.json"
+    assert migration.main(["--quick", "--layers", *FEW, "--out", str(path)]) == 130
+    result = json.loads(path.read_text())
+    assert result["interrupted"] is True and [r["layer"] for r in result["records"]] == [FEW[0]] * 2
+    printed = capsys.readouterr()
+    assert "geometric mean 1.25" in printed.out and "interrupted" in printed.err
+    assert "| - | - |" in table.migration(result)
+
+
+def test_wrong_options_are_refused(capsys):
+    for options, message in ((["--rounds", "0"], "at least 1 round"), (["--layers", "linen.RNN"], "invalid choice")):
+        with pytest.raises(SystemExit):
+            migration.main(options)
+        assert message in capsys.readouterr().err
+
+
+def test_the_table_stands_between_its_markers(quick, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(table, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "result.json").write_text(json.dumps(quick))
+    page = tmp_path / "docs" / "migration.md"
+    for text in ("before\n<!-- table: migration -->\nold\n<!-- end of table -->\nafter\n",) * 2:
+        page.write_text(text)
+        assert table.main([str(tmp_path / "result.json")]) == 0
+    lines = page.read_text().splitlines()
+    assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
+    rows = [line for line in lines if line.startswith("| `")]
+    assert [row.split("|")[1].strip(" `") for row in rows] == FEW
+    assert {row.count("|") for row in lines if row.startswith("|")} == {12}
+    for row, (before, after) in zip(rows, zip(*[iter(quick["records"])] * 2, strict=True), strict=True):
+        cells = [cell.strip() for cell in row.split("|")]
+        assert cells[2] == "(2, 6, 3, 4)"
+        assert cells[3:6] == [f"{before['median_ms']:.3g}", f"{after['median_ms']:.3g}",
+                              f"{after['speed_against_flax']:.2f}"]  # fmt: skip
+    page.write_text("no markers")
+    with pytest.raises(SystemExit):
+        table.main([str(tmp_path / "result.json")])
+    assert "docs/migration.md: expected the lines <!-- table: migration -->" in capsys.readouterr().err
+
+
+def test_the_readme_says_what_a_result_says():
+    readme = (table.ROOT / "README.md").read_text()
+    results = [json.loads(p.read_text()) for p in (table.ROOT / "benchmarks" / "results").glob("lstm_against_flax*")]
+    assert readme in [table.put(readme, "benchmarks", table.lstm_against_flax(result)) for result in results]
+
+
+def test_turns_are_taken_one_by_one():
+    order: list[str] = []
+    calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}
+    turns = timing.take_turns(calls, rounds=3, seconds=1e-12)
+    assert order == ["a", "b"] * 4 and [turn["calls_a_round"] for turn in turns.values()] == [1, 1]
+    assert [len(turn["ms"]) for turn in turns.values()] == [3, 3]
+    assert timing.summary([1.0, 2.0, 4.0], [2.0, 2.0, 2.0]) == {
+        "median_ms": 2.0, "min_ms": 1.0, "max_ms": 4.0, "speed_against_flax": 1.0,
+    }  # fmt: skip
