@@ -85,7 +85,7 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
     expected = type(jax.eval_shape(cell.initial_carry))
     if type(zoneout) is not expected:
         raise ValueError(
-            f"`unroll(zoneout=<{type(zoneout).__name__}>)`: expected {expected.__name__}{expected._fields} with None, "  # type: ignore[attr-defined]
+            f"`unroll(zoneout=<{type(zoneout).__name__}>)`: expected {expected.__name__}{expected._fields} with None, "
             "a share or an array for each."
         )
     for name, stay in zip(zoneout._fields, zoneout, strict=True):

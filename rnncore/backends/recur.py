@@ -32,7 +32,6 @@ from jax.custom_derivatives import SymbolicZero
 from rnncore import _compat, pointwise
 from rnncore._types import Array, Differentiation, PyTree
 
-
 CARRIES = "rnncore_carries"
 """Name, for checkpoint policies, of what a recurrence with `recompute` keeps."""
 
@@ -115,8 +114,9 @@ def run(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
 
 def _advance(step: Step, rules: Rules, now: Inputs, carry: Any) -> Any:
     """One step with its reset, its product and what stays: (s_t, emitted)."""
-    if now.resets is not None:
-        carry = jax.tree.map(lambda a, b: jnp.where(now.resets, a, b), now.target, carry)
+    reset = now.resets
+    if reset is not None:
+        carry = jax.tree.map(lambda a, b: jnp.where(reset, a, b), now.target, carry)
     x, rest = step.fold(now.xs, rules.mix(now.mixing, now.entering(carry.h)))
     new, emitted = step.run(now.p, x, rest, carry)
     new = jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry)

@@ -18,9 +18,9 @@ from rnncore.recurrence import Dense, Recurrence
 
 
 class HiddenCarry(NamedTuple):
-    """Carry of a cell whose only state is its output h (..., H)."""
+    """Carry of a cell whose only state is its output h (..., H); or something for it, such as a rate."""
 
-    h: Array
+    h: Any
 
 
 class CellParams(NamedTuple):

@@ -13,10 +13,10 @@ from rnncore.cells.base import CellParams, PointwiseCell
 
 
 class LSTMCarry(NamedTuple):
-    """Carry of an LSTM: cell state c and output h, both (..., H), in Flax's order."""
+    """Carry of an LSTM: cell state c and output h, both (..., H), in Flax's order; or something for each."""
 
-    c: Array
-    h: Array
+    c: Any
+    h: Any
 
 
 @dataclasses.dataclass(frozen=True)
