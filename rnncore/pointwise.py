@@ -9,7 +9,7 @@ A pointwise function is traced to a jaxpr, nested jit calls are opened, and from
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -109,6 +109,28 @@ def check_elementwise(cell: PointwiseCell) -> None:
         if leaf.shape != shape:
             raise ValueError(f"{name}: returned an array of shape {leaf.shape} for inputs of shape {shape}.")
     _check_jaxpr(jax.make_jaxpr(cell.pointwise)(units, gates, gates, carry), shape, name, "unknown line")
+
+
+def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
+    """Reason why functions of units cannot be part of a static description of a cell, or None."""
+    for fun in functions:
+        try:
+            hash(fun)
+        except TypeError:
+            return f"its function {fun!r} cannot be hashed"
+        consts = jax.make_jaxpr(fun)(jax.ShapeDtypeStruct((1, size), jnp.float32)).consts
+        if any(isinstance(const, jax.core.Tracer) for const in consts):
+            return f"its function {fun!r} has caught a value that is being differentiated or compiled"
+    return None
+
+
+def why_not_elementwise(cell: PointwiseCell) -> str | None:
+    """What `check_elementwise` says, or None."""
+    try:
+        check_elementwise(cell)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> None:

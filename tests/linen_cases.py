@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as theirs
@@ -12,8 +13,14 @@ import numpy as np
 from rnncore import linen as ours
 
 B, T, D, H = 2, 5, 3, 4
-CELLS = ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell")
+CELLS = ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "MGUCell", "SimpleCell")
 f32, f64 = jnp.float32, jnp.float64
+
+
+@functools.cache
+def foreign(name: str) -> Any:
+    """A cell that computes what Flax's does, of a class that nothing is known of: it runs under nn.scan."""
+    return type(name, (getattr(theirs, name),), {})
 
 
 def normal(seed: int, shape: tuple[int, ...], dtype: Any = f64) -> jax.Array:

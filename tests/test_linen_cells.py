@@ -16,8 +16,8 @@ import rnncore
 from rnncore import linen as ours
 
 D, H = 3, 4
-CELLS = ("LSTMCell", "OptimizedLSTMCell", "GRUCell", "SimpleCell")
-GATED = CELLS[:3]
+GATED = ("LSTMCell", "OptimizedLSTMCell", "GRUCell")
+CELLS = (*GATED, "MGUCell", "SimpleCell")
 ATOL = {jnp.dtype("float32"): 1e-6, jnp.dtype("float64"): 1e-12}
 
 
@@ -91,7 +91,9 @@ def test_fields_have_flax_names_order_and_defaults(name: str) -> None:
 @pytest.mark.parametrize("param_dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("name", CELLS)
 def test_initial_values_bit_for_bit(name: str, param_dtype: Any) -> None:
-    mine, flaxen = both(name, H, param_dtype=param_dtype, bias_init=theirs.initializers.normal())
+    biases = ("forget_bias_init", "activation_bias_init") if name == "MGUCell" else ("bias_init",)
+    spread = {field: theirs.initializers.normal(i + 1.0) for i, field in enumerate(biases)}
+    mine, flaxen = both(name, H, param_dtype=param_dtype, **spread)
     x = jnp.ones((2, D), jnp.float32)
     carry = mine.initialize_carry(jax.random.key(0), x.shape)
     got, want = (cell.init(jax.random.key(5), carry, x) for cell in (mine, flaxen))
@@ -118,6 +120,41 @@ def test_positional_construction_of_the_simple_cell() -> None:
     init = theirs.initializers
     fields = (H, jax.nn.soft_sign, init.normal(), init.normal(0.5), init.ones, None, jnp.float64, init.normal(), True)
     check_step(*both("SimpleCell", *fields), (2,), jnp.float64, 1e-12)
+
+
+def test_positional_construction_of_the_minimal_cell() -> None:
+    init = theirs.initializers
+    functions = (H, jax.nn.hard_sigmoid, jax.nn.soft_sign)
+    inits = (init.normal(), init.normal(0.5), init.constant(2.0), init.constant(-1.0))
+    cells = both("MGUCell", *functions, *inits, None, jnp.float64, init.normal(), False)
+    check_step(*cells, (2,), jnp.float64, 1e-12)
+    carry, x = jnp.zeros((2, H)), jnp.ones((2, D))
+    same_bits(*(cell.init(jax.random.key(0), carry, x) for cell in cells))
+
+
+@pytest.mark.parametrize("reset_gate", [True, False])
+def test_the_bias_of_the_minimal_cell_that_a_reset_gate_needs(reset_gate: bool) -> None:
+    mine, flaxen = both("MGUCell", H, reset_gate=reset_gate, param_dtype=jnp.float64)
+    carry, x = jnp.zeros((2, H)), jnp.ones((2, D))
+    got, want = (cell.init(jax.random.key(0), carry, x) for cell in (mine, flaxen))
+    same_bits(got, want)
+    assert ("bias" in got["params"]["hn"]) == reset_gate and "bias" not in got["params"]["hf"]
+    cell, params = ours.functional(flaxen, want["params"])
+    assert cell == rnncore.MGU(H, reset_gate=reset_gate, gate_fn=mine.gate_fn, activation_fn=mine.activation_fn)
+    assert (params.recurrent_bias is not None) == reset_gate
+    if reset_gate:
+        with pytest.raises(ValueError, match="pick the cell's own entry"):
+            ours.functional(mine, got["params"] | {"hn": {"kernel": jnp.ones((H, H))}})
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_the_hidden_size_is_that_of_the_carry(name: str) -> None:
+    cells = both(name, H + 3, param_dtype=jnp.float64)
+    x, h = normal(1, (2, D), jnp.float64), normal(2, (2, H), jnp.float64)
+    carry = (h, h) if "LSTM" in name else h
+    variables = some_variables(cells[1], carry, x)
+    close(*(cell.apply(variables, carry, x) for cell in cells), 1e-12)
+    assert jax.tree.leaves(cells[0].initialize_carry(jax.random.key(0), x.shape))[0].shape == (2, H + 3)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -236,7 +273,7 @@ def test_functional_is_the_same_network(library: Any, name: str) -> None:
 
 def test_functional_shapes_and_kinds() -> None:
     expected = {"LSTMCell": (rnncore.LSTM, 4), "OptimizedLSTMCell": (rnncore.LSTM, 4), "GRUCell": (rnncore.GRU, 3),
-                "SimpleCell": (rnncore.Elman, 1)}  # fmt: skip
+                "MGUCell": (rnncore.MGU, 2), "SimpleCell": (rnncore.Elman, 1)}  # fmt: skip
     for name, (kind, gates) in expected.items():
         module = getattr(ours, name)(H)
         carry = module.initialize_carry(jax.random.key(0), (D,))
@@ -270,7 +307,7 @@ def test_functional_refuses_what_it_cannot_know() -> None:
     class Mine(ours.LSTMCell):
         pass
 
-    for module in (Mine(H), theirs.remat(ours.LSTMCell)(H), theirs.MGUCell(H), theirs.Dense(H)):
+    for module in (Mine(H), theirs.remat(ours.LSTMCell)(H), theirs.ConvLSTMCell(H, (3,)), theirs.Dense(H)):
         with pytest.raises(NotImplementedError, match="expected exactly an LSTMCell"):
             ours.functional(module, {})
 
@@ -295,7 +332,7 @@ def test_functional_refuses_parameters_of_something_else() -> None:
 
 
 def test_other_names_are_those_of_flax() -> None:
-    assert ours.Dense is theirs.Dense and ours.MGUCell is theirs.MGUCell and ours.Module is theirs.Module
+    assert ours.Dense is theirs.Dense and ours.Conv is theirs.Conv and ours.Module is theirs.Module
     assert ours.LSTMCell is not theirs.LSTMCell and ours.RNN is not theirs.RNN
     with pytest.raises(AttributeError, match="flax.linen has none either"):
         _ = ours.NoSuchThing

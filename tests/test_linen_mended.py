@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as theirs
 import jax
 import jax.numpy as jnp
 import pytest
@@ -17,6 +16,7 @@ from linen_cases import (
     close,
     f32,
     f64,
+    foreign,
     normal,
     projected,
     same_bits,
@@ -30,7 +30,7 @@ from rnncore import linen as ours
 
 
 def test_lengths_of_zero_give_the_initial_carry(unrolled: list) -> None:
-    for cell in (ours.GRUCell(H, param_dtype=f64), theirs.GRUCell(H, param_dtype=f64)):
+    for cell in (ours.GRUCell(H, param_dtype=f64), foreign("GRUCell")(H, param_dtype=f64)):
         layer, carry = ours.RNN(cell, return_carry=True), start("GRUCell", (3,))
         xs = normal(1, (3, T, D))
         variables = layer.init(jax.random.key(0), xs)
@@ -39,7 +39,7 @@ def test_lengths_of_zero_give_the_initial_carry(unrolled: list) -> None:
     assert len(unrolled) == 2
 
 
-@pytest.mark.parametrize("cell", [ours.LSTMCell, theirs.LSTMCell], ids=["ours", "Flax's"])
+@pytest.mark.parametrize("cell", [ours.LSTMCell, foreign("LSTMCell")], ids=["ours", "foreign"])
 def test_square_batch_axes_with_lengths(cell: type) -> None:
     xs, lengths = normal(1, (3, 3, T, D)), jnp.array([[0, 1, 2], [3, 4, 5], [5, 2, 0]])
     layer, carry = ours.RNN(cell(H, param_dtype=f64), return_carry=True, reverse=True), start("LSTMCell", (3, 3))
@@ -52,7 +52,7 @@ def test_square_batch_axes_with_lengths(cell: type) -> None:
 
 
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
-@pytest.mark.parametrize("cell", [ours.LSTMCell, theirs.LSTMCell], ids=["ours", "Flax's"])
+@pytest.mark.parametrize("cell", [ours.LSTMCell, foreign("LSTMCell")], ids=["ours", "foreign"])
 def test_padding_that_is_not_finite_reaches_nothing(cell: type, bad: float) -> None:
     lengths, inside = jnp.array([0, 2, T]), (jnp.arange(T) < jnp.array([0, 2, T])[:, None])[..., None]
     layer, carry = ours.RNN(cell(H, param_dtype=f64), reverse=True), start("LSTMCell", (3,))
@@ -73,7 +73,7 @@ def test_padding_that_is_not_finite_reaches_nothing(cell: type, bad: float) -> N
 
 
 def test_no_steps_at_all() -> None:
-    for cell in (ours.LSTMCell(H), theirs.LSTMCell(H)):
+    for cell in (ours.LSTMCell(H), foreign("LSTMCell")(H)):
         layer, carry = ours.RNN(cell, return_carry=True), start("LSTMCell", dtype=f32)
         variables = layer.init(jax.random.key(0), jnp.ones((B, T, D), f32))
         for lengths in (None, jnp.zeros(B, int)):
@@ -86,7 +86,7 @@ def test_no_steps_at_all() -> None:
     )
 
 
-@pytest.mark.parametrize("cell", [ours.LSTMCell, theirs.LSTMCell], ids=["ours", "Flax's"])
+@pytest.mark.parametrize("cell", [ours.LSTMCell, foreign("LSTMCell")], ids=["ours", "foreign"])
 @pytest.mark.parametrize("time_major", [False, True])
 def test_resets_start_again_from_the_initial_carry(cell: type, time_major: bool) -> None:
     xs, carry = normal(1, (B, T, D)), start("LSTMCell")
@@ -108,7 +108,7 @@ def test_resets_start_again_from_the_initial_carry(cell: type, time_major: bool)
 def test_states_are_the_last_element(cell: str, options: str) -> None:
     kwargs, carry = OPTIONS[options], start(cell, (3,))
     xs = normal(1, (T, 3, D) if kwargs.get("time_major") else (3, T, D))
-    fast, slow = (ours.RNN(getattr(nn, cell)(H, param_dtype=f64)) for nn in (ours, theirs))
+    fast, slow = (ours.RNN(kind(H, param_dtype=f64)) for kind in (getattr(ours, cell), foreign(cell)))
     variables = fast.init(jax.random.key(0), xs, time_major=kwargs.get("time_major"))
     kwargs = kwargs | dict(initial_carry=carry, return_states=True)
     ys, states = fast.apply(variables, xs, **kwargs)
@@ -149,7 +149,7 @@ def test_fields_of_unroll_reach_it_and_change_no_number(fields: Any, monkeypatch
 def test_fields_of_unroll_are_refused_under_nn_scan(fields: dict[str, Any]) -> None:
     name = next(iter(fields))
     with pytest.raises(NotImplementedError, match=f"{name} means nothing, because LSTMCell is not exactly"):
-        ours.RNN(theirs.LSTMCell(H), **fields).init(jax.random.key(0), jnp.ones((B, T, D)))
+        ours.RNN(foreign("LSTMCell")(H), **fields).init(jax.random.key(0), jnp.ones((B, T, D)))
     with pytest.raises(NotImplementedError, match=r"`softmax`|not elementwise"):
         ours.RNN(ours.GRUCell(H, gate_fn=jax.nn.softmax), **fields).init(jax.random.key(0), jnp.ones((B, T, D)))
 
@@ -157,7 +157,7 @@ def test_fields_of_unroll_are_refused_under_nn_scan(fields: dict[str, Any]) -> N
 # ---------------------------------------------------------------------------------------- bad input
 
 
-@pytest.mark.parametrize("cell", [ours.GRUCell, theirs.GRUCell], ids=["ours", "Flax's"])
+@pytest.mark.parametrize("cell", [ours.GRUCell, foreign("GRUCell")], ids=["ours", "foreign"])
 @pytest.mark.parametrize(
     "kwargs,message",
     [

@@ -18,6 +18,7 @@ from linen_cases import (
     close,
     f32,
     f64,
+    foreign,
     normal,
     projected,
     same_bits,
@@ -98,7 +99,7 @@ def test_bfloat16(name: str) -> None:
         assert jnp.linalg.norm(a - b) < 0.03 * jnp.linalg.norm(b)
 
 
-@pytest.mark.parametrize("cell", [ours.SimpleCell, theirs.SimpleCell, theirs.remat(ours.SimpleCell)])
+@pytest.mark.parametrize("cell", [ours.SimpleCell, foreign("SimpleCell"), theirs.remat(ours.SimpleCell)])
 def test_simple_cell_in_bfloat16_runs_where_flax_fails(cell: type) -> None:
     xs = normal(1, (B, T, D), f32)
     with pytest.raises(TypeError, match="carry"):

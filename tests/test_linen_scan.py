@@ -21,6 +21,7 @@ from linen_cases import (
     close,
     f32,
     f64,
+    foreign,
     normal,
     projected,
     same_bits,
@@ -58,7 +59,8 @@ class SoftSlope(theirs.Module):
 
 WIDE: dict[str, Any] = dict(param_dtype=f64)
 SCANNED: dict[str, tuple[Callable, Callable]] = {
-    "Flax's cell": (lambda: theirs.LSTMCell(H, **WIDE), lambda: theirs.LSTMCell(H, **WIDE)),
+    "subclass of Flax's": (lambda: foreign("LSTMCell")(H, **WIDE), lambda: theirs.LSTMCell(H, **WIDE)),
+    "remat of Flax's": (lambda: theirs.remat(theirs.GRUCell)(H, **WIDE), lambda: theirs.GRUCell(H, **WIDE)),
     "remat": (lambda: theirs.remat(ours.LSTMCell)(H, **WIDE), lambda: theirs.LSTMCell(H, **WIDE)),
     "subclass": (lambda: Doubled(H, **WIDE), lambda: DoubledInFlax(H, **WIDE)),
     "not elementwise": (
@@ -73,7 +75,7 @@ SCANNED: dict[str, tuple[Callable, Callable]] = {
 
 
 @pytest.mark.parametrize("kind", SCANNED)
-def test_what_is_not_exactly_ours_goes_through_nn_scan(kind: str, unrolled: list) -> None:
+def test_what_is_not_exactly_a_known_cell_goes_through_nn_scan(kind: str, unrolled: list) -> None:
     mine, flaxen = (nn.RNN(make(), return_carry=True) for nn, make in zip((ours, theirs), SCANNED[kind], strict=True))
     xs, options = normal(1, (3, T, D)), OPTIONS["lengths, reverse, keep order"]
     carry = start("LSTM" if "LSTM" in type(mine.cell).__name__ else "", (3,))
@@ -81,6 +83,38 @@ def test_what_is_not_exactly_ours_goes_through_nn_scan(kind: str, unrolled: list
     assert jax.tree.structure(variables) == jax.tree.structure(some_variables(mine, xs, initial_carry=carry))
     close(*(with_gradients(layer, variables, xs, carry, **options) for layer in (mine, flaxen)))
     assert not unrolled
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_cells_of_flax_take_the_fast_way(name: str, unrolled: list) -> None:
+    mine, flaxen = (nn.RNN(getattr(theirs, name)(H, **WIDE), return_carry=True) for nn in (ours, theirs))
+    xs, carry = normal(1, (3, T, D)), start(name, (3,))
+    variables = flaxen.init(jax.random.key(0), xs)
+    same_bits(mine.init(jax.random.key(0), xs), variables)
+    assert len(unrolled) == 1
+    args = some_variables(flaxen, xs), xs, carry
+    close(*(with_gradients(layer, *args, **OPTIONS["lengths, reverse"]) for layer in (mine, flaxen)))
+    assert len(unrolled) == 2
+
+
+def test_captured_intermediates_of_every_step(unrolled: list) -> None:
+    """They are kept where `variable_axes` says so, as in Flax; else only the layer's own output is."""
+    xs = normal(1, (T, B, D), f32)
+    for axes in ({"intermediates": 0}, {}):
+        mine, flaxen = (nn.RNN(nn.SimpleCell(H), variable_axes=axes, time_major=True) for nn in (ours, theirs))
+        variables = some_variables(flaxen, xs)
+        unrolled.clear()
+
+        def run(layer: Any, variables: Any = variables) -> Any:
+            def seen(module: Any, method: str) -> bool:
+                return type(module).__name__ in ("RNN", "SimpleCell") and method == "__call__"
+
+            return layer.apply(variables, xs, capture_intermediates=seen)
+
+        got, want = run(mine), run(flaxen)
+        close(got, want, 1e-6)
+        assert ("cell" in got[1]["intermediates"]) == bool(axes)
+        assert len(unrolled) == (0 if axes else 1)
 
 
 def test_a_function_that_has_caught_a_traced_value_goes_through_nn_scan(unrolled: list) -> None:
@@ -151,16 +185,6 @@ def test_parameters_of_every_step_go_through_nn_scan(unrolled: list) -> None:
     assert not unrolled
 
 
-def test_scan_fields_that_do_not_touch_the_parameters_keep_the_fast_way(unrolled: list) -> None:
-    xs = normal(1, (B, T, D), f32)
-    fields = dict(variable_axes={"intermediates": 0}, variable_carry="batch_stats", unroll=T)
-    fields |= dict(split_rngs={"params": False, "dropout": True})
-    mine, flaxen = (nn.RNN(nn.GRUCell(H), **fields) for nn in (ours, theirs))
-    variables = mine.init(jax.random.key(0), xs)
-    close(mine.apply(variables, xs), flaxen.apply(variables, xs), 1e-6)
-    assert len(unrolled) == 2
-
-
 def test_an_interceptor_sees_the_cell(unrolled: list) -> None:
     xs = normal(1, (B, T, D), f32)
     mine, flaxen = (nn.RNN(nn.SimpleCell(H)) for nn in (ours, theirs))
@@ -177,28 +201,6 @@ def test_an_interceptor_sees_the_cell(unrolled: list) -> None:
     close(got, want, 1e-6)
     assert not unrolled
     assert jnp.abs(got - mine.apply(variables, xs)).max() > 1e-2
-
-
-def test_dropout_in_a_foreign_cell() -> None:
-    class Dropping(theirs.RNNCellBase):
-        @theirs.compact
-        def __call__(self, carry: Any, inputs: Any) -> Any:
-            inputs = theirs.Dropout(0.5, deterministic=False)(inputs)
-            return theirs.GRUCell(H)(carry, inputs)
-
-        @theirs.nowrap
-        def initialize_carry(self, rng: Any, input_shape: Any) -> Any:
-            return jnp.zeros((*input_shape[:-1], H), f32)
-
-        @property
-        def num_feature_axes(self) -> int:
-            return 1
-
-    xs, rngs = normal(1, (B, T, D), f32), {"params": jax.random.key(1), "dropout": jax.random.key(2)}
-    mine, flaxen = (nn.RNN(Dropping(), split_rngs={"params": False, "dropout": True}) for nn in (ours, theirs))
-    variables = flaxen.init(rngs, xs)
-    same_bits(mine.init(rngs, xs), variables)
-    close(mine.apply(variables, xs, rngs=rngs), flaxen.apply(variables, xs, rngs=rngs), 1e-6)
 
 
 @pytest.mark.parametrize("options", ["lengths", "all"])

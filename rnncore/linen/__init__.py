@@ -2,8 +2,8 @@
 
 The recurrent classes here have the fields, parameter trees, initial values, call signatures and
 results of their flax.linen namesakes, so a model and its checkpoints carry over.  Every other name
-is flax.linen's own.  `functional` turns a trained Flax cell into the functional cell and its
-parameters, for `rnncore.unroll` and the analysis.
+is flax.linen's own.  `LSTM`, `GRU` and `Elman` are layers that Flax has not.  `functional` turns a
+trained Flax cell into the functional cell and its parameters, for `rnncore.unroll` and the analysis.
 """
 
 from __future__ import annotations
@@ -15,9 +15,14 @@ import flax.linen as _flax
 from rnncore.linen.bidirectional import Bidirectional as Bidirectional
 from rnncore.linen.cells import GRUCell as GRUCell
 from rnncore.linen.cells import LSTMCell as LSTMCell
+from rnncore.linen.cells import MGUCell as MGUCell
 from rnncore.linen.cells import OptimizedLSTMCell as OptimizedLSTMCell
 from rnncore.linen.cells import SimpleCell as SimpleCell
+from rnncore.linen.conv import ConvLSTMCell as ConvLSTMCell
 from rnncore.linen.convert import functional as functional
+from rnncore.linen.layers import GRU as GRU
+from rnncore.linen.layers import LSTM as LSTM
+from rnncore.linen.layers import Elman as Elman
 from rnncore.linen.rnn import RNN as RNN
 
 

@@ -6,7 +6,8 @@ parameters), the carry in its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -16,6 +17,23 @@ from flax.linen.linear import default_kernel_init
 
 from rnncore._types import Array, Initializer
 from rnncore.linen import trees
+
+_ORTHOGONAL = inspect.unwrap(nn.initializers.orthogonal()).__code__
+
+
+def _drawable(init: Initializer, dtype: Any) -> Initializer:
+    """The initialiser, or where it is orthogonal and `dtype` half precision, one that draws float32 and rounds.
+
+    There is no QR in half precision, so Flax's cells fail there.  Wrappers as of `nn.with_partitioning` stay.
+    """
+    wide = jnp.promote_types(dtype, jnp.float32)
+    if wide == dtype or getattr(inspect.unwrap(init), "__code__", None) is not _ORTHOGONAL:
+        return init
+
+    def rounded(key: Array, shape: Sequence[int], dtype: Any) -> Any:
+        return jax.tree.map(lambda a: a.astype(dtype), init(key, shape, wide))
+
+    return rounded
 
 
 class _Gate(nn.Module):
@@ -53,20 +71,23 @@ class Cell(nn.RNNCellBase):
           (new carry, outputs (*batch, H)).
         """
         h = jax.tree.leaves(carry)[-1]
-        weights = {}
-        for pair in zip(self.tree.inputs, self.tree.recurrent, strict=True):
-            for name, seen, init in zip(pair, (inputs, h), self._kernel_inits(), strict=True):
-                weights[name] = _Gate(
-                    h.shape[-1], name in self.tree.biased, self.param_dtype, init, self.bias_init, name=name
-                )(seen)
+        weights, biased = {}, self.tree.biased(self)
+        for name in self.tree.names:
+            seen, init = (inputs, self.kernel_init) if name in self.tree.inputs else (h, self.recurrent_kernel_init)
+            weights[name] = _Gate(
+                h.shape[-1], name in biased, self.param_dtype, _drawable(init, self.param_dtype),
+                self._bias_init(name), name=name,
+            )(seen)  # fmt: skip
         core, params = trees.assemble(self.tree, self, weights, inputs, h)
         zs = core.project(params, jnp.asarray(inputs, params.input_kernel.dtype))
         new, y = core.step(params, trees.to_core(core, carry), zs)
         return trees.from_core(new), y
 
     @nn.nowrap
-    def _kernel_inits(self) -> tuple[Initializer, Initializer]:
-        return self.kernel_init, self.recurrent_kernel_init
+    def _bias_init(self, name: str) -> Initializer:
+        """The initialiser of the bias of this name in `tree`."""
+        del name
+        return self.bias_init
 
     @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Any:
@@ -182,6 +203,54 @@ class GRUCell(_GatedCell):
     """
 
     tree: ClassVar[trees.Tree] = trees.GRU_TREE
+
+
+class MGUCell(Cell):
+    """Minimal gated unit: `rnncore.MGU` with the parameters of `flax.linen.MGUCell`.
+
+    f = sigmoid(W_if x + b_if + W_hf h)
+    n = tanh(W_in x + b_in + f (W_hn h + b_hn))     (reset_gate=False: f and b_hn left out)
+    h' = (1 - f) n + f h,   carry h, output h'
+
+    Args:
+      features: H.
+      gate_fn, activation_fn: in place of sigmoid and tanh.
+      kernel_init, recurrent_kernel_init: initialisers of W_i* and W_h*.
+      forget_bias_init: initialiser of b_if; ones by default.
+      activation_bias_init: initialiser of b_in and b_hn.
+      dtype: dtype of the products; None promotes inputs and parameters.
+      param_dtype: dtype of the parameters and of the initial carry.
+      carry_init: initialiser of h.
+      reset_gate: whether f also gates the recurrent part of n.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rnncore import linen as nn
+      >>> layer = nn.RNN(nn.MGUCell(features=4, reset_gate=False))
+      >>> ys, variables = layer.init_with_output(jax.random.key(0), jnp.ones((2, 5, 3)))
+      >>> ys.shape, sorted(variables["params"]["cell"]), sorted(variables["params"]["cell"]["hn"])
+      ((2, 5, 4), ['hf', 'hn', 'if', 'in'], ['kernel'])
+
+    Source: see `rnncore.MGU`.  flax.nnx has no such cell.
+    """
+
+    features: int
+    gate_fn: Callable[..., Any] = nn.sigmoid
+    activation_fn: Callable[..., Any] = nn.tanh
+    kernel_init: Initializer = default_kernel_init
+    recurrent_kernel_init: Initializer = nn.initializers.orthogonal()
+    forget_bias_init: Initializer = nn.initializers.ones_init()
+    activation_bias_init: Initializer = nn.initializers.zeros_init()
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    carry_init: Initializer = nn.initializers.zeros_init()
+    reset_gate: bool = True
+
+    tree: ClassVar[trees.Tree] = trees.MGU_TREE
+
+    @nn.nowrap
+    def _bias_init(self, name: str) -> Initializer:
+        return self.forget_bias_init if name == "if" else self.activation_bias_init
 
 
 class SimpleCell(Cell):

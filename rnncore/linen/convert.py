@@ -11,29 +11,32 @@ import jax.numpy as jnp
 from rnncore.cells import CellParams, PointwiseCell
 from rnncore.linen import cells, trees
 
-KNOWN: dict[type, trees.Tree] = {
+TREES: dict[type, trees.Tree] = {
     cells.LSTMCell: trees.LSTM_TREE,
     cells.OptimizedLSTMCell: trees.LSTM_TREE,
     cells.GRUCell: trees.GRU_TREE,
+    cells.MGUCell: trees.MGU_TREE,
     cells.SimpleCell: trees.SIMPLE_TREE,
     nn.LSTMCell: trees.LSTM_TREE,
     nn.OptimizedLSTMCell: trees.LSTM_TREE,
     nn.GRUCell: trees.GRU_TREE,
+    nn.MGUCell: trees.MGU_TREE,
     nn.SimpleCell: trees.SIMPLE_TREE,
 }
+"""The tree of every class whose equations are known, Flax's too; a subclass may compute something else."""
 
 
 def functional(cell: nn.Module, params: Mapping[str, Any]) -> tuple[PointwiseCell, CellParams]:
     """The functional cell that a Flax cell is, and the functional parameters that its own are.
 
-    (rnncore.LSTM | GRU | Elman)(H), CellParams((D, G, H), (H, G, H), (G, H), ...)
+    (rnncore.LSTM | GRU | MGU | Elman)(H), CellParams((D, G, H), (H, G, H), (G, H), ...)
 
     With the pair, whatever takes a functional cell takes a trained Flax model: `rnncore.unroll` with
     its states, gates, resets and checkpoints, and every function of the analysis.  The result is
     differentiable in `params`.
 
     Args:
-      cell: a cell of `rnncore.linen` or of flax.linen: LSTMCell, OptimizedLSTMCell, GRUCell or
+      cell: a cell of `rnncore.linen` or of flax.linen: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or
         SimpleCell.  It need not be bound: only its functions and `dtype` are read.
       params: the parameters of that cell, {'ii': {'kernel': (D, H)}, 'hi': {'kernel': (H, H),
         'bias': (H,)}, ...}, boxed or not.  In the variables of a standalone `RNN(cell)` they lie at
@@ -41,7 +44,7 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> tuple[PointwiseCel
 
     Returns:
       (functional cell, `CellParams`).  The gates stand in the functional cell's order: i, f, g, o of
-      an LSTM; r, z, n of a GRU.  The arrays have `cell.dtype`, or where that is None the dtype that
+      an LSTM; r, z, n of a GRU; f, n of an MGU.  The arrays have `cell.dtype`, or where that is None the dtype that
       Flax promotes the parameters to; with a `cell.dtype` give inputs of that dtype, to which Flax
       casts them.  The carry of the functional LSTM is the named tuple (c, h), that of the others the
       named tuple (h,).
@@ -64,15 +67,15 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> tuple[PointwiseCel
     Source: trees and dtype promotion as in flax.linen.  flax.nnx keeps other trees.
     """
     name = type(cell).__name__
-    tree = KNOWN.get(type(cell))
+    tree = TREES.get(type(cell))
     if tree is None:
         raise NotImplementedError(
-            f"`functional({name}, params)`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell or SimpleCell of "
-            "rnncore.linen or flax.linen; a subclass or a transformed class may compute something else. If it does "
-            "not, pass the plain cell with the same fields."
+            f"`functional({name}, params)`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or "
+            "SimpleCell of rnncore.linen or flax.linen; a subclass or a transformed class may compute something else. "
+            "If it does not, pass the plain cell with the same fields."
         )
     weights = nn.meta.unbox(params)
-    if not isinstance(weights, Mapping) or not trees.is_complete(tree, weights):
+    if not isinstance(weights, Mapping) or not trees.is_complete(tree, cell, weights):
         got = sorted(weights) if isinstance(weights, Mapping) else type(weights).__name__
         raise ValueError(
             f"`functional({name}, params=<{got}>)`: expected the parameters of the cell itself, with the names "

@@ -1,4 +1,4 @@
-"""RNN: a Flax cell over a sequence, through `rnncore.unroll` where the cell is one of ours."""
+"""RNN: a Flax cell over a sequence, through `rnncore.unroll` where the cell's equations are known."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from flax.linen import module as flax_module
 
 from rnncore import pointwise, sequence
 from rnncore._types import Array, Differentiation
-from rnncore.linen import cells, trees
-from rnncore.linen.scan import scan_cell
+from rnncore.linen import trees
+from rnncore.linen.convert import TREES
+from rnncore.linen.scan import has_plain_parameters, scan_cell
 
 DIFFERENTIATION: Differentiation = "any"
 """What an RNN is prepared for where the user says nothing."""
-
-_OWN = (cells.LSTMCell, cells.OptimizedLSTMCell, cells.GRUCell, cells.SimpleCell)
 
 
 class RNN(nn.Module):
@@ -29,9 +28,15 @@ class RNN(nn.Module):
 
     carry_t, y_t = cell(carry_{t-1}, x_t)
 
-    A cell of `rnncore.linen` with elementwise functions runs through `rnncore.unroll`.  Every other
-    one, a cell of flax.linen, a subclass, a cell under nn.remat, runs under nn.scan as in Flax, and
-    so does a cell whose parameters differ from step to step by `variable_axes` or the like.
+    A cell of `rnncore.linen` or flax.linen with elementwise functions runs through `rnncore.unroll`.
+    Every other one, a ConvLSTMCell, a subclass, a cell under nn.remat, runs under nn.scan as in Flax,
+    and so does a cell whose parameters differ from step to step by `variable_axes` or the like.
+
+    Dtypes: the carry keeps the dtype it starts with, `carry_dtype` or else that of `initial_carry` or of
+    `cell.initialize_carry`.  The outputs have the dtype of the cell's output for that carry, or
+    `output_dtype`.  A step computes in the cell's `dtype` as in Flax; a carry of less precision rounds
+    it, and through `rnncore.unroll` the outputs with it.  Flax has neither field, and fails where a step
+    gives back another dtype than the carry's.
 
     Args:
       cell: the cell.
@@ -43,6 +48,7 @@ class RNN(nn.Module):
       differentiation, checkpoint_every, recompute, backend: as in `rnncore.unroll`.  They mean
         something there only: under nn.scan the last three are refused, and every mode of
         differentiation is open.
+      carry_dtype, output_dtype: floating dtypes of the carry and the outputs; None as above.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,8 +61,7 @@ class RNN(nn.Module):
 
     Source: fields, tree, initial values and results of flax.linen.RNN.  Mended: any number of batch
     axes with lengths; length 0 gives the initial carry; lengths of a wrong shape or out of range are
-    an error; NaN and inf in the padding count as 0; a step whose carry comes out in another dtype
-    than it went in with (Flax fails) keeps the initial carry's dtype.
+    an error; NaN and inf in the padding count as 0; `init` makes the collections of `variable_carry`.
     """
 
     cell: nn.RNNCellBase
@@ -73,6 +78,8 @@ class RNN(nn.Module):
     checkpoint_every: int | None = field(default=None, kw_only=True)
     recompute: str = field(default="nothing", kw_only=True)
     backend: str | None = field(default=None, kw_only=True)
+    carry_dtype: Any = field(default=None, kw_only=True)
+    output_dtype: Any = field(default=None, kw_only=True)
 
     def __call__(
         self,
@@ -120,6 +127,7 @@ class RNN(nn.Module):
         carry = initial_carry
         if carry is None:
             carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, step_shape)
+        carry = _cast(carry, self.carry_dtype)
 
         why = self._why_scan(carry)
         if why is None:
@@ -133,6 +141,7 @@ class RNN(nn.Module):
                 self, inputs, carry, time_axis, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
                 keep_order=keep_order, return_carry=return_carry, return_states=return_states,
             )  # fmt: skip
+        result = (result[0], _cast(result[1], self.output_dtype), *result[2:])
         result = result if return_carry else result[1:]
         return result[0] if len(result) == 1 else result
 
@@ -141,14 +150,14 @@ class RNN(nn.Module):
         self, inputs: Array, carry: Any, step_shape: tuple[int, ...], *, return_states: bool, **options: Any
     ) -> tuple[Any, ...]:
         """The run through `rnncore.unroll`."""
-        cell = self.cell
-        assert isinstance(cell, cells.Cell)
-        if not trees.is_complete(cell.tree, cell.variables.get("params", {})):
+        cell: Any = self.cell
+        tree = TREES[type(cell)]
+        if not trees.is_complete(tree, cell, cell.variables.get("params", {})):
             # One step makes the parameters; where it may not, it raises Flax's own error.
             cell(carry, jnp.zeros(step_shape, inputs.dtype))
         weights = nn.meta.unbox(cell.variables["params"])
         h = jax.tree.leaves(carry)[-1]
-        core, params = trees.assemble(cell.tree, cell, weights, inputs, h)
+        core, params = trees.assemble(tree, cell, weights, inputs, h)
         xs = jnp.asarray(inputs, params.input_kernel.dtype)
         start = trees.to_core(core, carry)
         last, outputs, *more = sequence.unroll(
@@ -168,22 +177,19 @@ class RNN(nn.Module):
     def _why_scan(self, carry: Any) -> str | None:
         """Reason why the cell has to run under nn.scan, or None."""
         cell = self.cell
-        if type(cell) not in _OWN:
-            return f"{type(cell).__name__} is not exactly a cell of rnncore.linen"
-        if (
-            not in_filter(self.variable_broadcast, "params")
-            or in_filter(self.variable_carry, "params")
-            or any(in_filter(name, "params") for name in self.variable_axes)
-            or any(split and in_filter(name, "params") for name, split in self.split_rngs.items())
-        ):
+        if type(cell) not in TREES:
+            return f"{type(cell).__name__} is not exactly one of the pointwise cells of rnncore.linen or flax.linen"
+        if not has_plain_parameters(self):
             return "its parameters are not simply the same at every step"
         if getattr(flax_module, "_global_interceptor_stack", ()):
             return "an interceptor (nn.intercept_methods) wants to see its calls"
-        assert isinstance(cell, cells.Cell)
+        kept = (self.variable_broadcast, self.variable_carry, *self.variable_axes)
+        if any(flax_module._context.capture_stack[-1:]) and any(in_filter(name, "intermediates") for name in kept):
+            return "`capture_intermediates` wants what it returns at every step"
         size = jnp.shape(jax.tree.leaves(carry)[-1])[-1]
         functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]
         reasons = (_why_not_static(function, size) for function in functions)
-        return next((why for why in reasons if why), None) or _why_not_pointwise(cell.tree.make(cell, size))
+        return next((why for why in reasons if why), None) or _why_not_pointwise(TREES[type(cell)].make(cell, size))
 
     @nn.nowrap
     def _refuse_options(self, why: str) -> None:
@@ -193,6 +199,17 @@ class RNN(nn.Module):
                     f"`RNN({type(self.cell).__name__}(...), {name}={getattr(self, name)!r})`: this cell runs under "
                     f"nn.scan, where {name} means nothing, because {why}. Leave it out, or use a cell of rnncore.linen."
                 )
+
+
+def _cast(tree: Any, dtype: Any) -> Any:
+    """The floating point arrays of a tree in this dtype, where there is one."""
+    if dtype is None:
+        return tree
+
+    def cast(a: Any) -> Any:
+        return jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a
+
+    return jax.tree.map(cast, tree)
 
 
 def _time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import in_filter
 
 from rnncore import _lengths, pointwise
 from rnncore._types import Array, PyTree
@@ -50,6 +51,10 @@ def scan_cell(
             last = _lengths.last_valid(last, jax.tree.map(lambda a: a[None], new), lengths, t)
         return (new, last), (y, new if return_states else None)
 
+    simple = has_plain_parameters(rnn) and set(rnn.variable_axes) <= {"intermediates"}
+    if rnn.is_initializing() and rnn.variable_carry and simple:
+        # nn.scan cannot create what it carries; one step outside of it can.
+        rnn.cell(carry, jnp.zeros(xs.shape[1:], xs.dtype))
     scan = nn.scan(
         step,
         unroll=rnn.unroll,
@@ -64,6 +69,16 @@ def scan_cell(
     outputs, carries = jax.tree.map(lambda a: jnp.moveaxis(a, 0, time_axis), ys)
     states = (States(carries, None),) if return_states else ()
     return (end if last is None else last, outputs, *states)
+
+
+def has_plain_parameters(rnn: Any) -> bool:
+    """Whether the scan fields of an RNN module say that its parameters are the same at every step."""
+    return (
+        in_filter(rnn.variable_broadcast, "params")
+        and not in_filter(rnn.variable_carry, "params")
+        and not any(in_filter(name, "params") for name in rnn.variable_axes)
+        and not any(split and in_filter(name, "params") for name, split in rnn.split_rngs.items())
+    )
 
 
 def _expand(mask: Array, like: Array) -> Array:

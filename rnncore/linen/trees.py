@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
 from rnncore._types import Array
-from rnncore.cells import GRU, LSTM, CellParams, Elman, PointwiseCell
+from rnncore.cells import GRU, LSTM, MGU, CellParams, Elman, PointwiseCell
 from rnncore.cells.base import named
 
 Weights = Mapping[str, Mapping[str, Array]]
@@ -28,41 +28,55 @@ class Tree(NamedTuple):
     Fields:
       inputs: names of the input side, one for each gate in the order of the functional cell.
       recurrent: names of the recurrent side, likewise.
-      biased: the names that have a bias.
+      biased: Flax cell -> the names that have a bias.
       make: (Flax cell, H) -> functional cell.
+      created: all names in the order in which Flax creates them; () for gate by gate, input side first.
     """
 
     inputs: tuple[str, ...]
     recurrent: tuple[str, ...]
-    biased: frozenset[str]
+    biased: Callable[[Any], frozenset[str]]
     make: Callable[[Any, int], PointwiseCell]
+    created: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All names, as created."""
+        return self.created or tuple(name for pair in zip(self.inputs, self.recurrent, strict=True) for name in pair)
 
 
 LSTM_TREE = Tree(
     inputs=("ii", "if", "ig", "io"),
     recurrent=("hi", "hf", "hg", "ho"),
-    biased=frozenset(("hi", "hf", "hg", "ho")),
+    biased=lambda m: frozenset(("hi", "hf", "hg", "ho")),
     make=lambda m, size: LSTM(size, gate_fn=m.gate_fn, activation_fn=m.activation_fn),
 )
 GRU_TREE = Tree(
     inputs=("ir", "iz", "in"),
     recurrent=("hr", "hz", "hn"),
-    biased=frozenset(("ir", "iz", "in", "hn")),
+    biased=lambda m: frozenset(("ir", "iz", "in", "hn")),
     make=lambda m, size: GRU(size, gate_fn=m.gate_fn, activation_fn=m.activation_fn),
+)
+MGU_TREE = Tree(
+    inputs=("if", "in"),
+    recurrent=("hf", "hn"),
+    biased=lambda m: frozenset(("if", "in", "hn") if m.reset_gate else ("if", "in")),
+    make=lambda m, size: MGU(size, gate_fn=m.gate_fn, activation_fn=m.activation_fn, reset_gate=m.reset_gate),
+    created=("if", "hf", "hn", "in"),
 )
 SIMPLE_TREE = Tree(
     inputs=("i",),
     recurrent=("h",),
-    biased=frozenset(("i",)),
+    biased=lambda m: frozenset(("i",)),
     make=lambda m, size: Elman(size, activation_fn=m.activation_fn, residual=m.residual),
 )
 
 
-def is_complete(tree: Tree, weights: Mapping[str, Any]) -> bool:
-    """Whether every kernel and bias of the tree is there."""
+def is_complete(tree: Tree, module: Any, weights: Mapping[str, Any]) -> bool:
+    """Whether every kernel and bias of the Flax cell's tree is there."""
+    biased = tree.biased(module)
     return all(
-        "kernel" in weights.get(name, ()) and (name not in tree.biased or "bias" in weights[name])
-        for name in tree.inputs + tree.recurrent
+        "kernel" in weights.get(name, ()) and (name not in biased or "bias" in weights[name]) for name in tree.names
     )
 
 
@@ -88,8 +102,9 @@ def assemble(
         return jnp.stack([weights[name][leaf] for name in names], axis).astype(dtype)
 
     # Each gate has one bias; where it has a second, that one stays with U h (the GRU's b_hn).
-    first = tuple(i if i in tree.biased else r for i, r in zip(tree.inputs, tree.recurrent, strict=True))
-    second = tuple(n for n in tree.recurrent if n in tree.biased and n not in first)
+    biased = tree.biased(module)
+    first = tuple(i if i in biased else r for i, r in zip(tree.inputs, tree.recurrent, strict=True))
+    second = tuple(n for n in tree.recurrent if n in biased and n not in first)
     kernel = stack(tree.recurrent, "kernel", 1, recurrent_dtype)
     params = CellParams(
         input_kernel=stack(tree.inputs, "kernel", 1, input_dtype),
