@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
 
@@ -188,8 +188,11 @@ class RNN(nn.Module):
             return "`capture_intermediates` wants what it returns at every step"
         size = jnp.shape(jax.tree.leaves(carry)[-1])[-1]
         functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]
-        reasons = (_why_not_static(function, size) for function in functions)
-        return next((why for why in reasons if why), None) or _why_not_pointwise(TREES[type(cell)].make(cell, size))
+        modules = [type(function).__name__ for function in functions if isinstance(function, nn.Module)]
+        if modules:
+            return f"its function {modules[0]} is a module"
+        why = pointwise.why_not_static(functions, size)
+        return why or pointwise.why_not_elementwise(TREES[type(cell)].make(cell, size))
 
     @nn.nowrap
     def _refuse_options(self, why: str) -> None:
@@ -224,25 +227,3 @@ def _time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
             "features."
         )
     return 0 if time_major else inputs.ndim - feature_axes - 1
-
-
-def _why_not_static(fun: Callable, size: int) -> str | None:
-    """Reason why a function cannot be part of a static description of the cell, or None."""
-    if isinstance(fun, nn.Module):
-        return f"its function {type(fun).__name__} is a module"
-    try:
-        hash(fun)
-    except TypeError:
-        return f"its function {fun!r} cannot be hashed"
-    consts = jax.make_jaxpr(fun)(jax.ShapeDtypeStruct((1, size), jnp.float32)).consts
-    if any(isinstance(const, jax.core.Tracer) for const in consts):
-        return f"its function {fun!r} has caught a value that is being differentiated or compiled"
-    return None
-
-
-def _why_not_pointwise(core: Any) -> str | None:
-    try:
-        pointwise.check_elementwise(core)
-    except ValueError as error:
-        return str(error)
-    return None

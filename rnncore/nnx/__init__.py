@@ -1,0 +1,34 @@
+"""Flax NNX modules: `from rnncore import nnx` in place of Flax's.
+
+The recurrent classes here have the constructors, state trees, initial values, call signatures and
+results of their flax.nnx namesakes, so a model and its checkpoints carry over; `MGUCell`,
+`IndRNNCell` and the layers `LSTM`, `GRU` and `Elman` are new.  Every other name is flax.nnx's own.
+`functional` turns a trained cell into the functional cell and its parameters, for `rnncore.unroll`
+and the analysis.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from flax import nnx as _flax
+
+from rnncore.nnx.bidirectional import Bidirectional as Bidirectional
+from rnncore.nnx.convert import functional as functional
+from rnncore.nnx.gated import GRUCell as GRUCell
+from rnncore.nnx.gated import MGUCell as MGUCell
+from rnncore.nnx.layers import GRU as GRU
+from rnncore.nnx.layers import LSTM as LSTM
+from rnncore.nnx.layers import Elman as Elman
+from rnncore.nnx.lstm import LSTMCell as LSTMCell
+from rnncore.nnx.lstm import OptimizedLSTMCell as OptimizedLSTMCell
+from rnncore.nnx.rnn import RNN as RNN
+from rnncore.nnx.simple import IndRNNCell as IndRNNCell
+from rnncore.nnx.simple import SimpleCell as SimpleCell
+
+
+def __getattr__(name: str) -> Any:
+    """What is not recurrent comes from flax.nnx."""
+    if name.startswith("__") or not hasattr(_flax, name):
+        raise AttributeError(f"module 'rnncore.nnx' has no attribute {name!r}, and flax.nnx has none either")
+    return getattr(_flax, name)

@@ -1,0 +1,149 @@
+"""Bidirectional: one RNN forward, one backward, outputs merged."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rnncore._types import Array
+from rnncore.nnx import initial
+from rnncore.nnx.rnn import RNN
+
+
+def _concatenate(a: Array, b: Array) -> Array:
+    return jnp.concatenate([a, b], axis=-1)
+
+
+class Bidirectional(nnx.Bidirectional):
+    """Reads a sequence in both directions: flax.nnx.Bidirectional.
+
+    y_t = merge_fn(forward_rnn(x)_t, backward_rnn(x)_t), both in the order of the inputs
+
+    The layout of time is that of this module: its `time_major`, or that of the call, goes to both
+    children.  A child with `time_major=True` in a layer that is not would read the batch as time, so
+    that is refused.  A child's own `reverse` and `keep_order` do not matter: its place decides.
+
+    Args:
+      forward_rnn, backward_rnn: an `RNN` each, of rnncore, of Flax, or anything with its call.  Give
+        each its own random numbers, or one `nnx.Rngs` in turn: built from `nnx.Rngs(0)` each, as in
+        the example of Flax, both directions start from the same parameters.
+      merge_fn: (forward outputs, backward outputs) to outputs; joins the features by default.
+      time_major: inputs and outputs are (T, *batch, ...) and not (*batch, T, ...).
+      return_carry: return ((forward carry, backward carry), outputs) and not outputs alone.
+      rngs: for random initial carries of the children, as in `RNN`: True keeps a stream where a child
+        needs one and no state elsewhere.  An `nnx.RngStream` is kept as it is.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from rnncore import nnx
+      >>> rngs = nnx.Rngs(0)
+      >>> layer = nnx.Bidirectional(*(nnx.RNN(nnx.GRUCell(3, 4, rngs=rngs)) for _ in range(2)))
+      >>> layer(jnp.ones((2, 5, 3))).shape
+      (2, 5, 8)
+
+    Source: Schuster and Paliwal (1997); arguments, tree and results of flax.nnx.Bidirectional, which
+    holds rng state always and overrides a child's `time_major` without a word.
+    """
+
+    def __init__(
+        self,
+        forward_rnn: Any,
+        backward_rnn: Any,
+        *,
+        merge_fn: Callable[[Array, Array], Array] = _concatenate,
+        time_major: bool = False,
+        return_carry: bool = False,
+        rngs: nnx.Rngs | nnx.RngStream | bool = True,
+    ):
+        self.forward_rnn = forward_rnn
+        self.backward_rnn = backward_rnn
+        self.merge_fn = merge_fn
+        self.time_major = time_major
+        self.return_carry = return_carry
+        random = any(_is_random(rnn) for rnn in (forward_rnn, backward_rnn))
+        if isinstance(rngs, nnx.RngStream):
+            self.rngs = rngs  # shared with its owner, as in Flax
+        else:
+            self.rngs = initial.carry_stream(rngs, random, "Bidirectional")
+
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        initial_carry: Any = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        seq_lengths: Any = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+    ) -> Any:
+        """Runs both directions; None takes the argument of the constructor.
+
+        Args:
+          inputs: (*batch, T, D), or (T, *batch, D) with `time_major`.
+          initial_carry: (forward carry, backward carry).
+          rngs: for random initial carries, forward first.
+          seq_lengths: integers (*batch); the backward direction starts at the last valid step.
+          return_carry, time_major: in place of the constructor's.
+          reverse: False or None; to read backwards swap the children.
+          keep_order: outputs are always in the order of the inputs, so either value says the same.
+
+        Returns:
+          outputs, or ((forward carry, backward carry), outputs).
+
+        Raises:
+          ValueError: a child with `time_major=True` in a layer without.
+          NotImplementedError: `reverse=True`.
+        """
+        del keep_order
+        if reverse:
+            raise NotImplementedError(
+                "`Bidirectional(...)(inputs, reverse=True)`: both directions are read already; flip the inputs, or "
+                "swap forward_rnn and backward_rnn."
+            )
+        return_carry = self.return_carry if return_carry is None else return_carry
+        if time_major is None:
+            time_major = self.time_major
+            self._check_children(time_major)
+        if self.forward_rnn is self.backward_rnn:
+            warnings.warn(
+                "`Bidirectional(forward_rnn, backward_rnn)`: both are the same object, so they share parameters.",
+                stacklevel=2,
+            )
+        rngs = self.rngs if rngs is None else rngs
+        rngs = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
+        starts = (None, None) if initial_carry is None else initial_carry
+        (carry_forward, forward), (carry_backward, backward) = (
+            rnn(
+                inputs, initial_carry=start, rngs=rngs, seq_lengths=seq_lengths, return_carry=True,
+                time_major=time_major, **order,
+            )
+            for rnn, start, order in (
+                (self.forward_rnn, starts[0], {"reverse": False}),
+                (self.backward_rnn, starts[1], {"reverse": True, "keep_order": True}),
+            )
+        )  # fmt: skip
+        outputs = jax.tree.map(self.merge_fn, forward, backward)
+        return ((carry_forward, carry_backward), outputs) if return_carry else outputs
+
+    def _check_children(self, time_major: bool) -> None:
+        for name in ("forward_rnn", "backward_rnn"):
+            if getattr(getattr(self, name), "time_major", False) and not time_major:
+                raise ValueError(
+                    f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would hand its "
+                    "batch axis to this child as time; give Bidirectional time_major=True as well."
+                )
+
+
+def _is_random(rnn: Any) -> bool:
+    """Whether a child may ask this layer for random numbers."""
+    if isinstance(rnn, nnx.RNN) and not initial.is_random(rnn.cell):
+        # Flax's own RNN wants a key for zeros too, and has one unless it was told not to.
+        return rnn.rngs is None and not isinstance(rnn, RNN)
+    return True

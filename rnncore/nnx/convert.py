@@ -1,0 +1,51 @@
+"""From a trained nnx cell to the functional cell and its parameters."""
+
+from __future__ import annotations
+
+from flax import nnx
+
+from rnncore.cells import CellParams, PointwiseCell
+from rnncore.nnx import trees
+
+
+def functional(cell: nnx.Module) -> tuple[PointwiseCell, CellParams]:
+    """The functional cell that an nnx cell is, and the functional parameters that its own are.
+
+    (rnncore.LSTM | GRU | MGU | Elman | IndRNN)(H), CellParams((D, G, H), (H, G, H), (G, H), ...)
+
+    With the pair, whatever takes a functional cell takes a trained Flax model: `rnncore.unroll` with
+    its states, gates, resets and checkpoints, and every function of the analysis.  The result is
+    differentiable in the cell's parameters: call it inside the function that `nnx.grad` takes.
+
+    Args:
+      cell: a cell of `rnncore.nnx` or of flax.nnx, such as `rnn.cell` of an `RNN`.
+
+    Returns:
+      (functional cell, `CellParams`).  The gates stand in the functional cell's order: i, f, g, o of
+      an LSTM; r, z, n of a GRU; f, n of an MGU.  The arrays have `cell.dtype`, or where that is None
+      the dtype that Flax promotes the parameters to; with a `cell.dtype` give inputs of that dtype, to
+      which Flax casts them.  The carry of the functional LSTM is the named tuple (c, h), that of the
+      others the named tuple (h,).
+
+    Raises:
+      NotImplementedError: another cell, also a subclass, or one with a part exchanged (a LoRA layer,
+        say), whose equations cannot be known; a function that is not elementwise.
+
+    Example:
+      >>> import jax.numpy as jnp, rnncore
+      >>> from rnncore import nnx
+      >>> layer, xs = nnx.RNN(nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0))), jnp.ones((2, 5, 3))
+      >>> cell, params = nnx.functional(layer.cell)
+      >>> _, ys, states = rnncore.unroll(cell, params, xs, return_states=True)
+      >>> bool(jnp.allclose(ys, layer(xs), atol=1e-6)), states.gates.f.shape
+      (True, (2, 5, 4))
+
+    Source: trees and dtype promotion as in flax.nnx.  flax.linen keeps other trees.
+    """
+    why = trees.why_unknown(cell)
+    if why is not None:
+        raise NotImplementedError(
+            f"`functional({type(cell).__name__})`: {why}; it may compute something else. If it does not, copy its "
+            "parameters into the plain cell: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell, SimpleCell or IndRNNCell."
+        )
+    return trees.assemble(cell)

@@ -1,0 +1,116 @@
+"""Initial values of kernels and carries, and who needs randomness for them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import jax.numpy as jnp
+from flax import nnx
+
+from rnncore import initializers
+from rnncore._types import Array, Initializer
+
+CONSTANT = (None, nnx.initializers.zeros, nnx.initializers.ones)
+"""The carry initialisers that are known to ignore their key; None stands for zeros."""
+
+
+def orthogonal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Flax's orthogonal matrix, also in half precision, where it is drawn in float32 and rounded."""
+    # The QR behind it has no half-precision form.
+    return initializers.orthogonal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+
+def gate_blocks(block: Initializer, gates: int) -> Initializer:
+    """Initialiser of a (rows, G*H) kernel that draws the (rows, H) block of every gate on its own."""
+    draw = initializers.per_gate(block)
+
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        rows, columns = shape
+        return draw(key, (rows, gates, columns // gates), dtype).reshape(shape)
+
+    return init
+
+
+class Cell(nnx.RNNCellBase):
+    """What all cells share: a carry that asks for randomness only where it needs some."""
+
+    hidden_features: int
+    param_dtype: Any
+    carry_init: Initializer | None
+    rngs: nnx.RngStream | None
+
+    carries: ClassVar[int] = 1
+    """How many arrays the carry has; one stands by itself, more are a tuple."""
+
+    def initialize_carry(
+        self,
+        input_shape: tuple[int, ...],
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        carry_init: Initializer | None = None,
+    ) -> Any:
+        """The carry before the first step.
+
+        Args:
+          input_shape: (*batch, D), the shape of one step's input.
+          rngs: one key is drawn from it for each array; not needed, and nothing drawn, where the
+            carry is zeros or ones.
+          carry_init: in place of the cell's own.
+
+        Returns:
+          (c, h) of an LSTM, h of the others: arrays (*batch, H) in `param_dtype`.
+
+        Raises:
+          ValueError: a random carry without `rngs`.
+        """
+        init = self.carry_init if carry_init is None else carry_init
+        if init in CONSTANT:
+            keys: list[Any] = [None] * self.carries
+        else:
+            stream = self.rngs if rngs is None else rngs
+            stream = stream.carry if isinstance(stream, nnx.Rngs) else stream
+            if stream is None:
+                raise ValueError(
+                    f"`{type(self).__name__}(...).initialize_carry({input_shape})`: this carry is random and needs "
+                    "`rngs`; RNN takes them at construction and at each call."
+                )
+            keys = [stream() for _ in range(self.carries)]
+        draw = nnx.initializers.zeros if init is None else init
+        arrays = tuple(draw(key, (*input_shape[:-1], self.hidden_features), self.param_dtype) for key in keys)
+        return arrays if len(arrays) > 1 else arrays[0]
+
+    @property
+    def num_feature_axes(self) -> int:
+        """How many of the last axes of an input are not batch: 1."""
+        return 1
+
+
+_KNOWN = (
+    Cell.initialize_carry,
+    nnx.LSTMCell.initialize_carry,
+    nnx.OptimizedLSTMCell.initialize_carry,
+    nnx.GRUCell.initialize_carry,
+    nnx.SimpleCell.initialize_carry,
+)
+
+
+def is_random(cell: Any) -> bool:
+    """Whether the cell's initial carry is random, or cannot be known not to be."""
+    known = getattr(type(cell), "initialize_carry", None) in _KNOWN
+    return not known or cell.carry_init not in CONSTANT
+
+
+def carry_stream(rngs: Any, random: bool, call: str) -> nnx.RngStream | None:
+    """The stream that a layer keeps for its initial carries, by its argument `rngs`.
+
+    True keeps one only where it is needed; Rngs and RngStream are forked as Flax forks Rngs.
+    """
+    if rngs is True:
+        return nnx.RngStream(0, tag="carry") if random else nnx.data(None)
+    if rngs is False:
+        return nnx.data(None)
+    if isinstance(rngs, nnx.Rngs):
+        rngs = rngs.carry
+    if not isinstance(rngs, nnx.RngStream):
+        raise ValueError(f"`{call}(rngs=<{type(rngs).__name__}>)`: expected nnx.Rngs, an nnx.RngStream, True or False.")
+    return rngs.fork()

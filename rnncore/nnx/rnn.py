@@ -1,0 +1,232 @@
+"""RNN: an nnx cell over a sequence, through `rnncore.unroll` where its equations are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rnncore import sequence
+from rnncore._types import Array, Differentiation
+from rnncore.nnx import initial, trees
+from rnncore.nnx.scan import scan_cell
+
+DIFFERENTIATION: Differentiation = "any"
+"""What an RNN is prepared for where the user says nothing."""
+
+_AXES: Any = {...: nnx.Carry}
+"""All state goes from step to step: what Flax takes where the user says nothing."""
+
+
+class RNN(nnx.RNN):
+    """Applies a cell over a sequence: flax.nnx.RNN, faster, with lengths done right.
+
+    carry_t, y_t = cell(carry_{t-1}, x_t)
+
+    A cell of `rnncore.nnx` or flax.nnx with elementwise functions runs through `rnncore.unroll`.
+    Every other one, a subclass, a cell with a layer exchanged or of your own, runs under nnx.scan as
+    in Flax, and so does a cell whose state differs from step to step by `state_axes`.  There, as in
+    Flax, a module that `jax.jit` or `jax.vmap` has closed over is an error; `nnx.jit`, and modules
+    merged inside, are fine.
+
+    Dtypes: the carry keeps the dtype it starts with, `carry_dtype` or else that of `initial_carry` or of
+    `cell.initialize_carry`.  The outputs have the dtype of the cell's output for that carry, or
+    `output_dtype`.  A step computes in the cell's `dtype` as in Flax; a carry of less precision rounds
+    it, and through `rnncore.unroll` the outputs with it.
+
+    Args:
+      cell: the cell.
+      time_major: inputs and outputs are (T, *batch, ...) and not (*batch, T, ...).
+      return_carry: return (carry, outputs) and not outputs alone.
+      reverse: run from the last step, with lengths the last valid one, to the first.
+      keep_order: with `reverse`, outputs in the order of the inputs.
+      unroll, state_axes, broadcast_rngs: for nnx.scan.
+      rngs: for a random initial carry.  True keeps a stream where the cell's carry is random (its
+        `carry_init` is neither zeros nor ones) or made by a method that is not known, and no state at
+        all elsewhere.  False keeps none; `nnx.Rngs` and `nnx.RngStream` are forked and kept.
+      differentiation, checkpoint_every, recompute, backend: as in `rnncore.unroll`.  They mean
+        something there only: under nnx.scan the last three are refused, and every mode of
+        differentiation is open.
+      carry_dtype, output_dtype: floating dtypes of the carry and the outputs; None as above.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rnncore import nnx
+      >>> layer, xs = nnx.RNN(nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0)), return_carry=True), jnp.ones((2, 5, 3))
+      >>> (c, h), ys = jax.jit(layer)(xs, seq_lengths=jnp.array([5, 0]))
+      >>> ys.shape, h.shape, float(jnp.abs(h[1]).max())
+      ((2, 5, 4), (2, 4), 0.0)
+      >>> graph, params = nnx.split(layer, nnx.Param)  # there is nothing but parameters
+
+    Source: arguments, state tree and results of flax.nnx.RNN.  Mended: no rng state where nothing is
+    random (Flax's makes `nnx.split(rnn, nnx.Param)`, `jax.jit` and `jax.vmap` fail); any number of
+    batch axes with lengths; length 0 gives the initial carry; lengths of a wrong shape or out of range
+    are an error; NaN and inf in the padding count as 0; a step whose carry comes out in another dtype
+    than it went in with (Flax fails) keeps the initial carry's dtype.
+    """
+
+    def __init__(
+        self,
+        cell: Any,
+        *,
+        time_major: bool = False,
+        return_carry: bool = False,
+        reverse: bool = False,
+        keep_order: bool = False,
+        unroll: int = 1,
+        state_axes: Mapping[Any, Any] | None = None,
+        broadcast_rngs: Any = None,
+        rngs: nnx.Rngs | nnx.RngStream | bool = True,
+        differentiation: Differentiation = DIFFERENTIATION,
+        checkpoint_every: int | None = None,
+        recompute: str = "nothing",
+        backend: str | None = None,
+        carry_dtype: Any = None,
+        output_dtype: Any = None,
+    ):
+        for name, dtype in (("carry_dtype", carry_dtype), ("output_dtype", output_dtype)):
+            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+                raise ValueError(f"`RNN({name}={dtype!r})`: expected a floating dtype, or None for the cell's own.")
+        self.cell = cell
+        self.time_major = time_major
+        self.return_carry = return_carry
+        self.reverse = reverse
+        self.keep_order = keep_order
+        self.unroll = unroll
+        self.state_axes = state_axes or nnx.StateAxes(_AXES)  # type: ignore[assignment]
+        self.broadcast_rngs = broadcast_rngs
+        self.rngs = initial.carry_stream(rngs, initial.is_random(cell), "RNN")
+        self.differentiation = differentiation
+        self.checkpoint_every = checkpoint_every
+        self.recompute = recompute
+        self.backend = backend
+        self.carry_dtype = carry_dtype
+        self.output_dtype = output_dtype
+
+    def __call__(
+        self,
+        inputs: Array,
+        *,
+        initial_carry: Any = None,
+        seq_lengths: Any = None,
+        return_carry: bool | None = None,
+        time_major: bool | None = None,
+        reverse: bool | None = None,
+        keep_order: bool | None = None,
+        rngs: nnx.Rngs | nnx.RngStream | None = None,
+        resets: Any = None,
+        return_states: bool = False,
+    ) -> Any:
+        """Runs the cell over the inputs; None takes the argument of the constructor.
+
+        Args:
+          inputs: (*batch, T, D), or (T, *batch, D) with `time_major`; any number of batch axes.  A
+            cell with more feature axes has more of them in D's place.
+          initial_carry: the carry before the first step, as `cell.initialize_carry` makes it, which
+            is called where there is none.
+          seq_lengths: integers (*batch).  The carry returned is the one after the last valid step;
+            outputs past it go on from the padding.
+          rngs: for a random initial carry, in place of the layer's own stream.
+          resets: booleans of the inputs' shape without features.  Where True the carry returns to
+            the initial one before that step.
+          return_states: return `rnncore.States` as the last element: every carry, in the structure
+            of the cell's, and every gate (None under nnx.scan, where a cell shows none).
+
+        Returns:
+          outputs, (carry, outputs), (outputs, states) or (carry, outputs, states).
+
+        Raises:
+          ValueError: shapes, lengths or options that make no sense; a random carry without rngs.
+          NotImplementedError: an option that this cell cannot take; the message says why.
+        """
+        return_carry = self.return_carry if return_carry is None else return_carry
+        time_major = self.time_major if time_major is None else time_major
+        reverse = self.reverse if reverse is None else reverse
+        keep_order = self.keep_order if keep_order is None else keep_order
+        time_axis = _time_axis(inputs, self.cell.num_feature_axes, time_major)
+        step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
+        carry = self._initial_carry(step_shape, rngs) if initial_carry is None else initial_carry
+        carry = jax.tree.map(lambda a: _as_dtype(a, self.carry_dtype), carry)
+
+        why = self._why_scan()
+        if why is None:
+            result = self._fast(
+                inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
+                keep_order=keep_order, time_major=time_major, return_states=return_states,
+            )  # fmt: skip
+        else:
+            self._refuse_options(why)
+            result = scan_cell(
+                self, inputs, carry, time_axis, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
+                keep_order=keep_order, return_carry=return_carry, return_states=return_states,
+            )  # fmt: skip
+        last, outputs, *more = result
+        outputs = jax.tree.map(lambda a: _as_dtype(a, self.output_dtype), outputs)
+        result = (last, outputs, *more) if return_carry else (outputs, *more)
+        return result[0] if len(result) == 1 else result
+
+    def _initial_carry(self, step_shape: tuple[int, ...], rngs: Any) -> Any:
+        """The cell's own initial carry."""
+        if not initial.is_random(self.cell):
+            # A cell of Flax asks for a key for its zeros too: it gets one that nobody keeps.
+            spare = None if isinstance(self.cell, initial.Cell) else nnx.RngStream(0, tag="carry")
+            return self.cell.initialize_carry(step_shape, spare)
+        rngs = self.rngs if rngs is None else rngs
+        # Flax forks what is given as Rngs and draws from what is given as a stream.
+        return self.cell.initialize_carry(step_shape, rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs)
+
+    def _fast(
+        self, inputs: Array, carry: Any, step_shape: tuple[int, ...], *, return_states: bool, **options: Any
+    ) -> tuple[Any, ...]:
+        """The run through `rnncore.unroll`."""
+        core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
+        xs = jnp.asarray(inputs, params.input_kernel.dtype)
+        start = trees.to_core(core, carry)
+        last, outputs, *more = sequence.unroll(
+            core, params, xs, initial_carry=start, return_states=return_states,
+            differentiation=self.differentiation, checkpoint_every=self.checkpoint_every, recompute=self.recompute,
+            backend=self.backend, **options,
+        )  # fmt: skip
+        # The outputs have the dtype of a step's output, also where the carry has another one.
+        step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(step_shape, xs.dtype)))
+        outputs = outputs.astype(step[1].dtype)
+        if return_states:
+            (states,) = more
+            more = [states._replace(carries=trees.from_core(states.carries))]
+        return (trees.from_core(last), outputs, *more)
+
+    def _why_scan(self) -> str | None:
+        """Reason why the cell has to run under nnx.scan, or None."""
+        if self.state_axes != nnx.StateAxes(_AXES) or self.broadcast_rngs is not None:
+            return "state_axes or broadcast_rngs say how its state goes through the steps"
+        return trees.why_unknown(self.cell)
+
+    def _refuse_options(self, why: str) -> None:
+        for name, default in (("checkpoint_every", None), ("recompute", "nothing"), ("backend", None)):
+            if getattr(self, name) != default:
+                raise NotImplementedError(
+                    f"`RNN({type(self.cell).__name__}(...), {name}={getattr(self, name)!r})`: this cell runs under "
+                    f"nnx.scan, where {name} means nothing, because {why}. Leave it out, or use a cell of rnncore.nnx."
+                )
+
+
+def _time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
+    if not hasattr(inputs, "ndim"):
+        raise ValueError(
+            f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
+            "give episode boundaries as `resets`."
+        )
+    if inputs.ndim < feature_axes + 1:
+        raise ValueError(
+            f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {feature_axes + 1} axes, time and "
+            "features."
+        )
+    return 0 if time_major else inputs.ndim - feature_axes - 1
+
+
+def _as_dtype(a: Any, dtype: Any) -> Any:
+    """A floating array in the dtype; all else, and all where that is None, as it is."""
+    return a if dtype is None or not jnp.issubdtype(jnp.result_type(a), jnp.floating) else jnp.asarray(a, dtype)

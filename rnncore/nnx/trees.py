@@ -1,0 +1,181 @@
+"""The state trees of flax.nnx's cells, and how they become the parameters of a functional cell.
+
+An nnx cell keeps `nnx.Linear`s: one for each gate and side (LSTMCell), or one for each side with the
+gates next to each other in its columns.  A functional cell has one array for all gates of a side.
+The table below is the only place that knows the names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jax import lax
+
+from rnncore import pointwise
+from rnncore._types import Array
+from rnncore.cells import GRU, LSTM, MGU, CellParams, Elman, IndRNN, PointwiseCell
+from rnncore.cells.base import named
+from rnncore.nnx import gated, lstm, simple
+
+
+class Tree(NamedTuple):
+    """The state tree of one kind of cell.
+
+    Fields:
+      inputs: names of the input side's Linears, gates in the order of the functional cell.
+      recurrent: names of the recurrent side's; none for a diagonal kernel, the (H,) Param `u`.
+      gates: how many gates.
+      biased: the side whose Linears have a bias.
+      functions: names of the cell's functions of units.
+      make: (cell, H) -> functional cell.
+    """
+
+    inputs: tuple[str, ...]
+    recurrent: tuple[str, ...]
+    gates: int
+    biased: tuple[str, ...]
+    functions: tuple[str, ...]
+    make: Callable[[Any, int], PointwiseCell]
+
+
+_GATED = ("gate_fn", "activation_fn")
+_INPUT, _RECURRENT = ("dense_i",), ("dense_h",)
+
+
+def _lstm(cell: Any, size: int) -> PointwiseCell:
+    return LSTM(size, gate_fn=cell.gate_fn, activation_fn=cell.activation_fn)
+
+
+LSTM_TREE = Tree(("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"), 4, ("hi", "hf", "hg", "ho"), _GATED, _lstm)
+OPTIMIZED_LSTM_TREE = Tree(_INPUT, _RECURRENT, 4, _RECURRENT, _GATED, _lstm)
+GRU_TREE = Tree(
+    _INPUT, _RECURRENT, 3, _INPUT, _GATED,
+    lambda cell, size: GRU(size, gate_fn=cell.gate_fn, activation_fn=cell.activation_fn),
+)  # fmt: skip
+MGU_TREE = Tree(
+    _INPUT, _RECURRENT, 2, _INPUT, _GATED,
+    lambda cell, size: MGU(
+        size, gate_fn=cell.gate_fn, activation_fn=cell.activation_fn, reset_gate=cell.reset_gate
+    ),
+)  # fmt: skip
+SIMPLE_TREE = Tree(
+    _INPUT, _RECURRENT, 1, _INPUT, _GATED[1:],
+    lambda cell, size: Elman(size, activation_fn=cell.activation_fn, residual=cell.residual),
+)  # fmt: skip
+INDRNN_TREE = Tree(_INPUT, (), 1, _INPUT, _GATED[1:], lambda cell, size: IndRNN(size, activation_fn=cell.activation_fn))
+
+KNOWN: dict[type, Tree] = {
+    lstm.LSTMCell: LSTM_TREE,
+    lstm.OptimizedLSTMCell: OPTIMIZED_LSTM_TREE,
+    gated.GRUCell: GRU_TREE,
+    gated.MGUCell: MGU_TREE,
+    simple.SimpleCell: SIMPLE_TREE,
+    simple.IndRNNCell: INDRNN_TREE,
+    nnx.LSTMCell: LSTM_TREE,
+    nnx.OptimizedLSTMCell: OPTIMIZED_LSTM_TREE,
+    nnx.GRUCell: GRU_TREE,
+    nnx.SimpleCell: SIMPLE_TREE,
+}
+"""The exact classes whose equations are known; a subclass may compute something else."""
+
+
+def why_unknown(cell: Any) -> str | None:
+    """Reason why a cell is not simply its functional cell, or None."""
+    tree = KNOWN.get(type(cell))
+    if tree is None:
+        return f"{type(cell).__name__} is not exactly a cell of rnncore.nnx or flax.nnx"
+    for name in tree.inputs + tree.recurrent:
+        part = getattr(cell, name)
+        if type(part) is not nnx.Linear:
+            return f"its {name} is a {type(part).__name__} and not exactly an nnx.Linear"
+        usual = {
+            "dtype": cell.dtype, "promote_dtype": dtypes.promote_dtype, "dot_general": lax.dot_general,
+            "precision": None, "preferred_element_type": None,
+        }  # fmt: skip
+        for field, value in usual.items():
+            if getattr(part, field) != value:
+                return f"its {name} has {field}={getattr(part, field)!r}"
+        if (part.bias is None) == (name in tree.biased):
+            return f"its {name} has {'no' if part.bias is None else 'a'} bias"
+    if not tree.recurrent and cell.promote_dtype is not dtypes.promote_dtype:
+        return f"it has promote_dtype={cell.promote_dtype!r}"
+    if wrong := wrong_shape(cell):
+        return f"its {wrong}"
+    functions = [getattr(cell, name) for name in tree.functions]
+    for function in functions:
+        if isinstance(function, nnx.Module):
+            return f"its function {type(function).__name__} is a module"
+    size = cell.hidden_features
+    why = pointwise.why_not_static(functions, size)
+    return why or pointwise.why_not_elementwise(tree.make(cell, size))
+
+
+def wrong_shape(cell: Any) -> str | None:
+    """Which parameter of a known cell has a shape that does not fit its sizes, or None."""
+    tree, size = KNOWN[type(cell)], cell.hidden_features
+    expected: list[tuple[str, Any, tuple[int, ...]]] = []
+    for names, rows in ((tree.inputs, cell.in_features), (tree.recurrent, size)):
+        columns = tree.gates * size // max(len(names), 1)
+        for name in names:
+            part = getattr(cell, name)
+            expected += [(f"{name}.kernel", part.kernel, (rows, columns)), (f"{name}.bias", part.bias, (columns,))]
+    expected += [(name, getattr(cell, name, None), (size,)) for name in ("u", "b_hn")]
+    for name, param, shape in expected:
+        if param is not None and jnp.shape(param[...]) != shape:
+            return f"{name} has shape {jnp.shape(param[...])}, expected {shape}"
+    return None
+
+
+def assemble(cell: Any, inputs: Any = None, h: Any = None) -> tuple[PointwiseCell, CellParams]:
+    """The functional cell and its parameters, in the dtypes in which Flax computes.
+
+    Args:
+      cell: a cell of `KNOWN` of which `why_unknown` says nothing.
+      inputs, h: what the cell will see: where `cell.dtype` is None their dtypes take part in the
+        promotion, as in `nnx.Linear`.  None: the parameters' own.
+    """
+    tree, size = KNOWN[type(cell)], cell.hidden_features
+
+    def side(names: tuple[str, ...], leaf: str) -> list[Array]:
+        return [getattr(getattr(cell, name), leaf)[...] for name in names]
+
+    def joined(arrays: list[Array], dtype: Any) -> Array:
+        wide = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, -1)
+        return wide.reshape(*wide.shape[:-1], tree.gates, size).astype(dtype)
+
+    input_kernels, biases = side(tree.inputs, "kernel"), side(tree.biased, "bias")
+    recurrent_kernels = side(tree.recurrent, "kernel") if tree.recurrent else [cell.u[...]]
+    on_inputs = tree.biased == tree.inputs
+    input_dtype = dtypes.canonicalize_dtype(inputs, *input_kernels, *(biases if on_inputs else ()), dtype=cell.dtype)
+    recurrent_dtype = dtypes.canonicalize_dtype(h, *recurrent_kernels, *(() if on_inputs else biases), dtype=cell.dtype)
+    b_hn = getattr(cell, "b_hn", None)
+    params = CellParams(
+        input_kernel=joined(input_kernels, input_dtype),
+        recurrent_kernel=joined(recurrent_kernels, recurrent_dtype),
+        bias=joined(biases, input_dtype if on_inputs else recurrent_dtype),
+        recurrent_bias=None if b_hn is None else b_hn[...].astype(recurrent_dtype)[None],
+        units=named("Units", ())(),
+    )
+    return tree.make(cell, size), params
+
+
+def to_core(cell: PointwiseCell, carry: Any) -> Any:
+    """Flax's carry, (c, h) or h, as the functional cell's named tuple."""
+    fields = cell.Carry._fields
+    if len(fields) == 1:
+        return cell.Carry(carry)
+    if not isinstance(carry, tuple | list) or len(carry) != len(fields):
+        raise ValueError(
+            f"`cell(carry=<{type(carry).__name__}>, ...)`: expected the tuple ({', '.join(fields)}), as "
+            "`cell.initialize_carry` makes it."
+        )
+    return cell.Carry(*carry)
+
+
+def from_core(carry: Any) -> Any:
+    """The functional cell's named tuple as Flax's carry, (c, h) or h."""
+    return carry[0] if len(carry) == 1 else tuple(carry)
