@@ -18,14 +18,14 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("recurrence", "cells", "pointwise"),
     ("stack", "torch_weights"),
     ("backends",),
-    ("_checks", "sequence", "compose"),
+    ("_checks", "sequence", "compose", "modules"),
     ("linen", "nnx", "analysis", "training"),
 )
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
 # What may be shared on one floor: (who, what).
 ALLOWED = {
     ("cells", "recurrence"), ("pointwise", "cells"), ("torch_weights", "stack"), ("compose", "sequence"),
-    ("sequence", "_checks"),
+    ("modules", "sequence"), ("sequence", "_checks"),
 }  # fmt: skip
 SHARED_BY_BACKENDS = ("chunks", "request", "recur")
 FLAX = ("linen", "nnx")

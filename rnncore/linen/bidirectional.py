@@ -8,13 +8,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
+from rnncore import modules
 from rnncore._types import Array
-
-
-def _concatenate(a: Array, b: Array) -> Array:
-    return jnp.concatenate([a, b], axis=-1)
 
 
 class Bidirectional(nn.Module):
@@ -45,7 +41,7 @@ class Bidirectional(nn.Module):
 
     forward_rnn: Any
     backward_rnn: Any
-    merge_fn: Callable[[Array, Array], Array] = _concatenate
+    merge_fn: Callable[[Array, Array], Array] = modules.concatenate
     time_major: bool = False
     return_carry: bool = False
 
@@ -80,15 +76,11 @@ class Bidirectional(nn.Module):
           NotImplementedError: `reverse=True`.
         """
         del keep_order
-        if reverse:
-            raise NotImplementedError(
-                "`Bidirectional(...)(inputs, reverse=True)`: both directions are read already; flip the inputs, or "
-                "swap forward_rnn and backward_rnn."
-            )
+        modules.refuse_reverse(reverse)
         return_carry = self.return_carry if return_carry is None else return_carry
         if time_major is None:
             time_major = self.time_major
-            self._check_children(time_major)
+            modules.check_children(self, time_major)
         if self.forward_rnn is self.backward_rnn:
             warnings.warn(
                 "`Bidirectional(forward_rnn, backward_rnn)`: both are the same object, so they share parameters.",
@@ -108,12 +100,3 @@ class Bidirectional(nn.Module):
         )  # fmt: skip
         outputs = jax.tree.map(self.merge_fn, forward, backward)
         return ((carry_forward, carry_backward), outputs) if return_carry else outputs
-
-    @nn.nowrap
-    def _check_children(self, time_major: bool) -> None:
-        for name in ("forward_rnn", "backward_rnn"):
-            if getattr(getattr(self, name), "time_major", False) and not time_major:
-                raise ValueError(
-                    f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would hand its "
-                    "batch axis to this child as time; give Bidirectional time_major=True as well."
-                )

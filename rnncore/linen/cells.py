@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.linear import default_kernel_init
 
+from rnncore import modules
 from rnncore._types import Array, Initializer
 from rnncore.linen import trees
 
@@ -80,8 +81,8 @@ class Cell(nn.RNNCellBase):
             )(seen)  # fmt: skip
         core, params = trees.assemble(self.tree, self, weights, inputs, h)
         zs = core.project(params, jnp.asarray(inputs, params.input_kernel.dtype))
-        new, y = core.step(params, trees.to_core(core, carry), zs)
-        return trees.from_core(new), y
+        new, y = core.step(params, modules.to_core(core, carry), zs)
+        return modules.from_core(new), y
 
     @nn.nowrap
     def _bias_init(self, name: str) -> Initializer:

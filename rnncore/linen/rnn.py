@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import field
 from typing import Any
@@ -13,11 +14,11 @@ from flax.core import FrozenDict
 from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
-from rnncore import pointwise, sequence
+from rnncore import modules, pointwise
 from rnncore._types import Array, Differentiation
 from rnncore.linen import trees
 from rnncore.linen.convert import TREES
-from rnncore.linen.scan import has_plain_parameters, scan_cell
+from rnncore.linen.scan import has_plain_parameters, scan_over
 
 DIFFERENTIATION: Differentiation = "any"
 """What an RNN is prepared for where the user says nothing."""
@@ -122,12 +123,12 @@ class RNN(nn.Module):
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
         keep_order = self.keep_order if keep_order is None else keep_order
-        time_axis = _time_axis(inputs, self.cell.num_feature_axes, time_major)
+        time_axis = modules.time_axis(inputs, self.cell.num_feature_axes, time_major)
         step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
         carry = initial_carry
         if carry is None:
             carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, step_shape)
-        carry = _cast(carry, self.carry_dtype)
+        carry = modules.cast(carry, self.carry_dtype)
 
         why = self._why_scan(carry)
         if why is None:
@@ -136,19 +137,16 @@ class RNN(nn.Module):
                 keep_order=keep_order, time_major=time_major, return_states=return_states,
             )  # fmt: skip
         else:
-            self._refuse_options(why)
-            result = scan_cell(
-                self, inputs, carry, time_axis, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
-                keep_order=keep_order, return_carry=return_carry, return_states=return_states,
+            modules.refuse_options(self, "nn.scan", why)
+            result = modules.scan_cell(
+                functools.partial(scan_over, self), self, inputs, carry, time_axis, seq_lengths=seq_lengths,
+                resets=resets, reverse=reverse, keep_order=keep_order, return_carry=return_carry,
+                return_states=return_states,
             )  # fmt: skip
-        result = (result[0], _cast(result[1], self.output_dtype), *result[2:])
-        result = result if return_carry else result[1:]
-        return result[0] if len(result) == 1 else result
+        return modules.result_of(self, result, return_carry)
 
     @nn.nowrap
-    def _fast(
-        self, inputs: Array, carry: Any, step_shape: tuple[int, ...], *, return_states: bool, **options: Any
-    ) -> tuple[Any, ...]:
+    def _fast(self, inputs: Array, carry: Any, step_shape: tuple[int, ...], **options: Any) -> tuple[Any, ...]:
         """The run through `rnncore.unroll`."""
         cell: Any = self.cell
         tree = TREES[type(cell)]
@@ -156,22 +154,8 @@ class RNN(nn.Module):
             # One step makes the parameters; where it may not, it raises Flax's own error.
             cell(carry, jnp.zeros(step_shape, inputs.dtype))
         weights = nn.meta.unbox(cell.variables["params"])
-        h = jax.tree.leaves(carry)[-1]
-        core, params = trees.assemble(tree, cell, weights, inputs, h)
-        xs = jnp.asarray(inputs, params.input_kernel.dtype)
-        start = trees.to_core(core, carry)
-        last, outputs, *more = sequence.unroll(
-            core, params, xs, initial_carry=start, return_states=return_states,
-            differentiation=self.differentiation, checkpoint_every=self.checkpoint_every, recompute=self.recompute,
-            backend=self.backend, **options,
-        )  # fmt: skip
-        # The outputs have the dtype of a step's output, also where the carry has another one.
-        step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(step_shape, xs.dtype)))
-        outputs = outputs.astype(step[1].dtype)
-        if return_states:
-            (states,) = more
-            more = [states._replace(carries=trees.from_core(states.carries))]
-        return (trees.from_core(last), outputs, *more)
+        core, params = trees.assemble(tree, cell, weights, inputs, jax.tree.leaves(carry)[-1])
+        return modules.unroll(self, core, params, inputs, carry, step_shape, **options)
 
     @nn.nowrap
     def _why_scan(self, carry: Any) -> str | None:
@@ -188,42 +172,8 @@ class RNN(nn.Module):
             return "`capture_intermediates` wants what it returns at every step"
         size = jnp.shape(jax.tree.leaves(carry)[-1])[-1]
         functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]
-        modules = [type(function).__name__ for function in functions if isinstance(function, nn.Module)]
-        if modules:
-            return f"its function {modules[0]} is a module"
+        inner = [type(function).__name__ for function in functions if isinstance(function, nn.Module)]
+        if inner:
+            return f"its function {inner[0]} is a module"
         why = pointwise.why_not_static(functions, size)
         return why or pointwise.why_not_elementwise(TREES[type(cell)].make(cell, size))
-
-    @nn.nowrap
-    def _refuse_options(self, why: str) -> None:
-        for name, default in (("checkpoint_every", None), ("recompute", "nothing"), ("backend", None)):
-            if getattr(self, name) != default:
-                raise NotImplementedError(
-                    f"`RNN({type(self.cell).__name__}(...), {name}={getattr(self, name)!r})`: this cell runs under "
-                    f"nn.scan, where {name} means nothing, because {why}. Leave it out, or use a cell of rnncore.linen."
-                )
-
-
-def _cast(tree: Any, dtype: Any) -> Any:
-    """The floating point arrays of a tree in this dtype, where there is one."""
-    if dtype is None:
-        return tree
-
-    def cast(a: Any) -> Any:
-        return jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a
-
-    return jax.tree.map(cast, tree)
-
-
-def _time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
-    if not hasattr(inputs, "ndim"):
-        raise ValueError(
-            f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
-            "give episode boundaries as `resets`."
-        )
-    if inputs.ndim < feature_axes + 1:
-        raise ValueError(
-            f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {feature_axes + 1} axes, time and "
-            "features."
-        )
-    return 0 if time_major else inputs.ndim - feature_axes - 1

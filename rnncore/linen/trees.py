@@ -114,21 +114,3 @@ def assemble(
         units=named("Units", ())(),
     )
     return tree.make(module, kernel.shape[0]), params
-
-
-def to_core(cell: PointwiseCell, carry: Any) -> Any:
-    """Flax's carry, (c, h) or h, as the functional cell's named tuple."""
-    fields = cell.Carry._fields
-    if len(fields) == 1:
-        return cell.Carry(carry)
-    if not isinstance(carry, tuple | list) or len(carry) != len(fields):
-        raise ValueError(
-            f"`cell(carry=<{type(carry).__name__}>, ...)`: expected the tuple ({', '.join(fields)}), as "
-            "`cell.initialize_carry` makes it."
-        )
-    return cell.Carry(*carry)
-
-
-def from_core(carry: Any) -> Any:
-    """The functional cell's named tuple as Flax's carry, (c, h) or h."""
-    return carry[0] if len(carry) == 1 else tuple(carry)

@@ -7,16 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from rnncore import modules
 from rnncore._types import Array
 from rnncore.nnx import initial
 from rnncore.nnx.rnn import RNN
-
-
-def _concatenate(a: Array, b: Array) -> Array:
-    return jnp.concatenate([a, b], axis=-1)
 
 
 class Bidirectional(nnx.Bidirectional):
@@ -55,7 +51,7 @@ class Bidirectional(nnx.Bidirectional):
         forward_rnn: Any,
         backward_rnn: Any,
         *,
-        merge_fn: Callable[[Array, Array], Array] = _concatenate,
+        merge_fn: Callable[[Array, Array], Array] = modules.concatenate,
         time_major: bool = False,
         return_carry: bool = False,
         rngs: nnx.Rngs | nnx.RngStream | bool = True,
@@ -102,15 +98,11 @@ class Bidirectional(nnx.Bidirectional):
           NotImplementedError: `reverse=True`.
         """
         del keep_order
-        if reverse:
-            raise NotImplementedError(
-                "`Bidirectional(...)(inputs, reverse=True)`: both directions are read already; flip the inputs, or "
-                "swap forward_rnn and backward_rnn."
-            )
+        modules.refuse_reverse(reverse)
         return_carry = self.return_carry if return_carry is None else return_carry
         if time_major is None:
             time_major = self.time_major
-            self._check_children(time_major)
+            modules.check_children(self, time_major)
         if self.forward_rnn is self.backward_rnn:
             warnings.warn(
                 "`Bidirectional(forward_rnn, backward_rnn)`: both are the same object, so they share parameters.",
@@ -131,14 +123,6 @@ class Bidirectional(nnx.Bidirectional):
         )  # fmt: skip
         outputs = jax.tree.map(self.merge_fn, forward, backward)
         return ((carry_forward, carry_backward), outputs) if return_carry else outputs
-
-    def _check_children(self, time_major: bool) -> None:
-        for name in ("forward_rnn", "backward_rnn"):
-            if getattr(getattr(self, name), "time_major", False) and not time_major:
-                raise ValueError(
-                    f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would hand its "
-                    "batch axis to this child as time; give Bidirectional time_major=True as well."
-                )
 
 
 def _is_random(rnn: Any) -> bool:

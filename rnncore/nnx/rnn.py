@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rnncore import sequence
+from rnncore import modules
 from rnncore._types import Array, Differentiation
 from rnncore.nnx import initial, trees
-from rnncore.nnx.scan import scan_cell
+from rnncore.nnx.scan import scan_over
 
 DIFFERENTIATION: Differentiation = "any"
 """What an RNN is prepared for where the user says nothing."""
@@ -146,10 +147,10 @@ class RNN(nnx.RNN):
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
         keep_order = self.keep_order if keep_order is None else keep_order
-        time_axis = _time_axis(inputs, self.cell.num_feature_axes, time_major)
+        time_axis = modules.time_axis(inputs, self.cell.num_feature_axes, time_major)
         step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
         carry = self._initial_carry(step_shape, rngs) if initial_carry is None else initial_carry
-        carry = jax.tree.map(lambda a: _as_dtype(a, self.carry_dtype), carry)
+        carry = modules.cast(carry, self.carry_dtype)
 
         why = self._why_scan()
         if why is None:
@@ -158,15 +159,13 @@ class RNN(nnx.RNN):
                 keep_order=keep_order, time_major=time_major, return_states=return_states,
             )  # fmt: skip
         else:
-            self._refuse_options(why)
-            result = scan_cell(
-                self, inputs, carry, time_axis, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
-                keep_order=keep_order, return_carry=return_carry, return_states=return_states,
+            modules.refuse_options(self, "nnx.scan", why)
+            result = modules.scan_cell(
+                functools.partial(scan_over, self), self, inputs, carry, time_axis, seq_lengths=seq_lengths,
+                resets=resets, reverse=reverse, keep_order=keep_order, return_carry=return_carry,
+                return_states=return_states,
             )  # fmt: skip
-        last, outputs, *more = result
-        outputs = jax.tree.map(lambda a: _as_dtype(a, self.output_dtype), outputs)
-        result = (last, outputs, *more) if return_carry else (outputs, *more)
-        return result[0] if len(result) == 1 else result
+        return modules.result_of(self, result, return_carry)
 
     def _initial_carry(self, step_shape: tuple[int, ...], rngs: Any) -> Any:
         """The cell's own initial carry."""
@@ -178,55 +177,13 @@ class RNN(nnx.RNN):
         # Flax forks what is given as Rngs and draws from what is given as a stream.
         return self.cell.initialize_carry(step_shape, rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs)
 
-    def _fast(
-        self, inputs: Array, carry: Any, step_shape: tuple[int, ...], *, return_states: bool, **options: Any
-    ) -> tuple[Any, ...]:
+    def _fast(self, inputs: Array, carry: Any, step_shape: tuple[int, ...], **options: Any) -> tuple[Any, ...]:
         """The run through `rnncore.unroll`."""
         core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
-        xs = jnp.asarray(inputs, params.input_kernel.dtype)
-        start = trees.to_core(core, carry)
-        last, outputs, *more = sequence.unroll(
-            core, params, xs, initial_carry=start, return_states=return_states,
-            differentiation=self.differentiation, checkpoint_every=self.checkpoint_every, recompute=self.recompute,
-            backend=self.backend, **options,
-        )  # fmt: skip
-        # The outputs have the dtype of a step's output, also where the carry has another one.
-        step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(step_shape, xs.dtype)))
-        outputs = outputs.astype(step[1].dtype)
-        if return_states:
-            (states,) = more
-            more = [states._replace(carries=trees.from_core(states.carries))]
-        return (trees.from_core(last), outputs, *more)
+        return modules.unroll(self, core, params, inputs, carry, step_shape, **options)
 
     def _why_scan(self) -> str | None:
         """Reason why the cell has to run under nnx.scan, or None."""
         if self.state_axes != nnx.StateAxes(_AXES) or self.broadcast_rngs is not None:
             return "state_axes or broadcast_rngs say how its state goes through the steps"
         return trees.why_unknown(self.cell)
-
-    def _refuse_options(self, why: str) -> None:
-        for name, default in (("checkpoint_every", None), ("recompute", "nothing"), ("backend", None)):
-            if getattr(self, name) != default:
-                raise NotImplementedError(
-                    f"`RNN({type(self.cell).__name__}(...), {name}={getattr(self, name)!r})`: this cell runs under "
-                    f"nnx.scan, where {name} means nothing, because {why}. Leave it out, or use a cell of rnncore.nnx."
-                )
-
-
-def _time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
-    if not hasattr(inputs, "ndim"):
-        raise ValueError(
-            f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
-            "give episode boundaries as `resets`."
-        )
-    if inputs.ndim < feature_axes + 1:
-        raise ValueError(
-            f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {feature_axes + 1} axes, time and "
-            "features."
-        )
-    return 0 if time_major else inputs.ndim - feature_axes - 1
-
-
-def _as_dtype(a: Any, dtype: Any) -> Any:
-    """A floating array in the dtype; all else, and all where that is None, as it is."""
-    return a if dtype is None or not jnp.issubdtype(jnp.result_type(a), jnp.floating) else jnp.asarray(a, dtype)
