@@ -109,8 +109,8 @@ def unroll_stack(
         states.append(tuple(more[0] for _, _, *more in results if more))
         if key is not None and stack.dropout and not last:
             keep = 1 - stack.dropout
-            mask = jax.random.bernoulli(keys[level][stack.directions], keep, xs.shape)
-            xs = jnp.where(mask, xs / keep, 0)
+            # A product, not a selection: with an explicit mesh it takes on the sharding of the data.
+            xs = xs * (jax.random.bernoulli(keys[level][stack.directions], keep, xs.shape) / keep).astype(dtype)
     return (tuple(ends), xs, tuple(states)) if return_states else (tuple(ends), xs)
 
 

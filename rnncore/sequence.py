@@ -336,12 +336,13 @@ def _follow(params: PyTree, operands: Operands) -> tuple[PyTree, Operands]:
     """
     axes = frozenset().union(*map(_compat.varying_axes, jax.tree.leaves(operands)))
     params, operands = jax.tree.map(lambda a: _compat.vary_over(a, axes), (params, operands))
-    xs, carry, target = operands.xs, operands.carry, operands.target
+    xs, carry, target, stay = operands.xs, operands.carry, operands.target, operands.stay
     if xs.shape[0]:
-        # With an explicit mesh zeros of the data's sharding bring the carries to it.
-        like = jnp.zeros_like(xs[0, ..., :1])
-        carry, target = jax.tree.map(lambda a: a + like.astype(a.dtype), (carry, target))
-    return params, operands._replace(carry=carry, target=target)
+        # With an explicit mesh zeros of the data's sharding bring the carries and selections to it.
+        like = jnp.zeros_like(xs[..., :1])
+        carry, target = jax.tree.map(lambda a: a + like[0].astype(a.dtype), (carry, target))
+        stay = jax.tree.map(lambda a: a | like.astype(bool) if a.dtype == jnp.bool_ else a, stay)
+    return params, operands._replace(carry=carry, target=target, stay=stay)
 
 
 def _empty(cell: Cell, params: PyTree, xs: Array, carry: Any) -> tuple[Array, States]:

@@ -1,6 +1,6 @@
 """Checks on eight virtual devices; `test_sharding.py` runs each in a process of its own.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharding_checks.py shard_map any
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharding_checks.py shard_map
 """
 
 import re
@@ -21,7 +21,18 @@ CELLS = (
     rnncore.GRU(HIDDEN),
     rnncore.IndRNN(HIDDEN),
     rnncore.LSTM(HIDDEN, recurrence=rnncore.Heads(2)),
-)
+    rnncore.Stack(
+        rnncore.Elman(HIDDEN), num_layers=2, dropout=0.2, recurrent_dropout=0.3, zoneout=rnncore.HiddenCarry(0.2),
+        learned_carry=True,
+    ),
+)  # fmt: skip
+
+
+def run(cell, params, xs, key=None, **options):
+    """A cell or a stack over a sequence; a key draws a stack's masks."""
+    if isinstance(cell, rnncore.Stack):
+        return rnncore.unroll_stack(cell, params, xs, key=key, **options)
+    return rnncore.unroll(cell, params, xs, **options)
 
 
 def problem(cell):
@@ -33,12 +44,12 @@ def problem(cell):
     return params, xs, lengths, resets
 
 
-def loss_of(cell, mode, options):
-    """Sum over the batch of a function of outputs and final carry; options name the extra arguments."""
+def loss_of(cell, mode, options, key=None):
+    """Sum over the batch of a function of outputs and final carry, with lengths and resets or without."""
 
     def loss(params, xs, lengths, resets):
         extra = {"seq_lengths": lengths, "resets": resets} if options else {}
-        carry, ys = rnncore.unroll(cell, params, xs, differentiation=mode, **extra)
+        carry, ys = run(cell, params, xs, key, differentiation=mode, **extra)
         return jnp.sum(jnp.sin(ys)) + sum(jnp.sum(jnp.cos(leaf)) for leaf in jax.tree.leaves(carry))
 
     return loss
@@ -96,10 +107,10 @@ def assert_reduced_outside_loops(step, arguments, what):
 def check_shard_map(mode):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
     for cell in CELLS:
-        for options in (False, True):
+        for options in (True,) if isinstance(cell, rnncore.Stack) else (False, True):
             loss = loss_of(cell, mode, options)
             arguments = problem(cell)
-            want = jax.value_and_grad(loss, (0, 1))(*arguments)
+            want = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
 
             def local(params, *data, loss=loss):
                 return jax.lax.psum(loss(params, *data), "data")
@@ -119,10 +130,10 @@ def check_shard_map(mode):
 def check_mesh(mode, axis_type):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axis_type,))
     for cell in CELLS:
-        for options in (False, True):
-            loss = loss_of(cell, mode, options)
+        for options in (True,) if isinstance(cell, rnncore.Stack) else (False, True):
+            loss = loss_of(cell, mode, options, jax.random.key(5))
             arguments = problem(cell)
-            want = jax.value_and_grad(loss, (0, 1))(*arguments)
+            want = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
             with jax.set_mesh(mesh):
                 split = NamedSharding(mesh, P("data"))
                 params = jax.device_put(arguments[0], NamedSharding(mesh, P()))
@@ -133,10 +144,10 @@ def check_mesh(mode, axis_type):
                 assert_reduced_outside_loops(step, placed, what)
                 # A carry that the caller made without thinking of devices.
                 given = cell.initial_carry((BATCH,), jnp.float64)
-                carry, _ = jax.jit(lambda p, x, c, cell=cell: rnncore.unroll(cell, p, x, initial_carry=c))(
+                carry, _ = jax.jit(lambda p, x, c, cell=cell: run(cell, p, x, initial_carry=c))(
                     placed[0], placed[1], given
                 )
-            assert_equal(carry, rnncore.unroll(cell, *arguments[:2])[0], what)
+            assert_equal(carry, run(cell, *arguments[:2], initial_carry=given)[0], what)
 
 
 CHECKS = {
@@ -147,5 +158,6 @@ CHECKS = {
 
 if __name__ == "__main__":
     assert jax.device_count() == 8, jax.devices()
-    CHECKS[sys.argv[1]](sys.argv[2])
+    for mode in ("any", "reverse"):
+        CHECKS[sys.argv[1]](mode)
     print("ok")

@@ -8,13 +8,10 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("mode", ["any", "reverse"])
 @pytest.mark.parametrize("kind", ["shard_map", "auto", "explicit"])
-def test_sharded_batch(kind, mode):
+def test_sharded_batch(kind):
     script = Path(__file__).with_name("sharding_checks.py")
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, str(script), kind, mode], env=environment, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run([sys.executable, str(script), kind], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "ok", done.stdout + done.stderr
