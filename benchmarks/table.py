@@ -1,7 +1,8 @@
 """Writes the tables of the documents from the results of the benchmarks: no number is typed by hand.
 
-  python -m benchmarks.table benchmarks/results/lstm_against_flax_cpu_jax0.10.json    to README.md
-  python -m benchmarks.table benchmarks/results/migration_cpu.json                    to docs/migration.md
+python -m benchmarks.table benchmarks/results/lstm_against_flax_cpu_jax0.10.json    to README.md
+python -m benchmarks.table benchmarks/results/migration_cpu.json                    to docs/migration.md
+python -m benchmarks.table benchmarks/results/analysis_cpu.json                     to README.md
 """
 
 from __future__ import annotations
@@ -69,11 +70,45 @@ def migration(result: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def analysis(result: dict[str, Any]) -> str:
+    """One row for each measurement of the analysis."""
+    records = result["records"]
+    rows = ["| what | time | beside |", "|---|---|---|"]
+    for record in (r for r in records if "contender" in r and r["contender"] != "vmap(jacrev)"):
+        batch, steps, _, hidden = record["shape_BTDH"]
+        rows.append(
+            f"| {record['part']}, LSTM, B={batch}, T={steps}, H={hidden}: `{record['contender']}` "
+            f"| {record['median_ms']:.3g} ms | {record['speed_against_jacrev']:.3g} times as fast as `vmap(jacrev)` |"
+        )
+    for record in (r for r in records if r["part"] == "retention"):
+        batch, steps, _, hidden = record["shape_BTDH"]
+        spent = ", ".join(f"{s:.2f} s at T={t}" for t, s in record["compile_seconds_by_T"].items())
+        rows.append(
+            f"| five retention curves of {record['lags']} lags, LSTM, B={batch}, T={steps}, H={hidden} "
+            f"| {record['median_seconds']:.3g} s | compilation {spent} |"
+        )
+    for record in (r for r in records if r["part"] == "lyapunov"):
+        used, explicit = (_mebibytes(record[n]) for n in ("temporary_bytes", "bytes_of_all_U_sized_jacobians"))
+        rows.append(
+            f"| {record['exponents']} leading Lyapunov exponents, {record['cell']}, T={record['steps']}, "
+            f"H={record['hidden']} | {record['seconds']:.3g} s | {used} MiB; T matrices of H x H: {explicit} MiB |"
+        )
+    for record in (r for r in records if r["part"] == "monitor"):
+        batch, steps, hidden = record["shape_BTH"]
+        rows.append(
+            f"| one record of the monitor, {record['layers']} LSTM layers, B={batch}, T={steps}, H={hidden} "
+            f"| {record['record_seconds']:.2g} s | {100 * record['share_of_100_steps']:.1f} % of 100 training steps |"
+        )
+    rows += ["", f"{_run(result)}. {NOISE}"]
+    return "\n".join(rows)
+
+
 NOISE = "The machine is shared: read differences below 5 % as nothing."
 # By the name in the result: the name in the document's marker, the document, what writes the table.
 TABLES: dict[str, tuple[str, str, Callable[[dict[str, Any]], str]]] = {
     "lstm_against_flax": ("benchmarks", "README.md", lstm_against_flax),
     "migration": ("migration", "docs/migration.md", migration),
+    "analysis": ("analysis", "README.md", analysis),
 }
 
 
@@ -86,7 +121,7 @@ def _run(result: dict[str, Any]) -> str:
 
 
 def _mebibytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.3g}"
+    return "-" if size is None else f"{size / 2**20:.0f}" if size > 2**30 else f"{size / 2**20:.3g}"
 
 
 def put(text: str, marker: str, table: str) -> str:

@@ -26,10 +26,7 @@ def compile_step(step: Any, arguments: tuple) -> tuple[Any, dict[str, Any]]:
     compiled = step.lower(*arguments).compile()
     seconds = time.perf_counter() - begin
     analysis = compiled.memory_analysis()
-    return compiled, {
-        "compile_seconds": seconds,
-        "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None),
-    }
+    return compiled, {"compile_seconds": seconds, "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None)}
 
 
 def repetitions(call: Callable[[], Any], seconds: float) -> int:

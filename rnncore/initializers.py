@@ -6,6 +6,7 @@ Bias initialisers draw the (G, H) bias of a cell and are told the order of its g
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -173,6 +174,43 @@ def uniform_gate(
         return _opposed(shape, dtype, forget_index, input_index, jnp.log(u) - jnp.log1p(-u))
 
     return init
+
+
+def critical_forget_bias(radius: float = 1.0, i: float = 0.5, o: float = 0.5) -> float:
+    """The forget bias at which an LSTM's Jacobian at the origin has a given spectral radius.
+
+    f + i o = radius,   b_f = ln(f / (1 - f))
+
+    With x = h = c = b_g = 0 the eigenvalues of d s_t / d s_{t-1} that are not 0 are f + i o lambda(U_g); an
+    orthogonal U_g has |lambda| = 1, and the largest is reached where one of them is 1.  Above the bias for
+    radius 1, ln 3 = 1.0986 with i = o = 1/2, small states and gradients grow.
+
+    Args:
+      radius: the spectral radius that is wanted.
+      i: input gate at the origin, sigmoid(b_i).
+      o: output gate at the origin, sigmoid(b_o).
+
+    Returns:
+      The bias, a number for `forget_bias` or `LSTM(forget_bias=...)`.
+
+    Raises:
+      ValueError: gates outside 0 to 1, or a radius that no f between 0 and 1 gives.
+
+    Example:
+      >>> round(critical_forget_bias(), 4), round(critical_forget_bias(0.75), 4)
+      (1.0986, 0.0)
+
+    Source: derived here.  The mean-field counterpart is that of Can, Krishnamurthy and Schwab (2020), arXiv:2002.00025.
+    """
+    if not (0 <= i <= 1 and 0 <= o <= 1):
+        raise ValueError(f"`critical_forget_bias(i={i}, o={o})`: expected gates from 0 to 1.")
+    f = radius - i * o
+    if not 0 < f < 1:
+        raise ValueError(
+            f"`critical_forget_bias(radius={radius}, i={i}, o={o})`: needs a forget gate of {f:.6g}, and a gate lies "
+            f"between 0 and 1; expected a radius between {i * o:.6g} and {1 + i * o:.6g}."
+        )
+    return math.log(f) - math.log1p(-f)
 
 
 def _opposed(shape, dtype, forget_index, input_index, values):

@@ -6,6 +6,9 @@ import os
 # optimisations that takes half the time.  What XLA itself does to a program stays as it is.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
+# The matrices are small, and the tests run in as many processes as there are cores.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402

@@ -65,6 +65,8 @@ def test_analytic_jacobians_are_those_of_vjp(name):
         want = analysis.step_jacobians(run, wrt=part)
         assert float(jnp.abs(want).max()) > 0.01
         close(analysis.step_jacobians(run, wrt=part, method="analytic"), want)
+        if name in parts:
+            close(analysis.step_jacobians(run, wrt=part, method="jvp"), want)
 
 
 @pytest.mark.parametrize("name", SMOOTH_WITH_REFERENCE)
@@ -88,7 +90,8 @@ def test_chunks_and_batch_axes_change_nothing(batch):
     run = run_of("gru-dense", batch, steps=5)
     whole = analysis.step_jacobians(run)
     assert whole.shape == (*batch, 5, 4, 4)
-    close(analysis.step_jacobians(run, chunk=2), whole, 1e-15)
+    for method in ("vjp", "jvp", "analytic") if batch else ("vjp",):
+        close(analysis.step_jacobians(run, method=method, chunk=2), whole, 1e-14)
     if batch:
         one = analysis.trajectory(run.cell, run.params, run.xs[1, 2], rnncore.HiddenCarry(run.carries.h[1, 2, 0]))
         close(analysis.step_jacobians(one), whole[1, 2], 1e-14)
@@ -195,6 +198,43 @@ def test_products_are_the_exact_derivatives_over_many_steps(name):
     assert np.abs(analysis.jacobian_product(jacobians[::-1]).to_dense()[-1] - backward[-1]).max() > 1e-3
 
 
+def test_jvp_of_a_cell_that_is_not_pointwise():
+    run = run_of("reset_before_gru")
+    close(analysis.step_jacobians(run, method="jvp"), analysis.step_jacobians(run))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-13), (jnp.float32, 1e-5)])
+@pytest.mark.parametrize("anchor", ["end", "start"])
+def test_products_in_log_depth_keep_the_order(anchor, dtype, tolerance):
+    """Factors that do not commute, some of them far from 1, an odd number of them, over a batch."""
+    rng = np.random.default_rng(0)
+    dense = rng.normal(size=(2, 7, 3, 3)) * 10.0 ** rng.integers(-9, 3, (2, 7, 1, 1))
+    factors = jnp.asarray(dense, dtype)
+    fast = analysis.jacobian_product(factors, anchor, associative=True)
+    slow = analysis.jacobian_product(factors, anchor)
+    assert fast.matrix.shape == (2, 8, 3, 3) and fast.matrix.dtype == fast.log_scale.dtype == dtype
+    for product in (fast, slow):
+        for example in range(2):
+            chain = dense[example][::-1] if anchor == "end" else dense[example]
+            want = np.eye(3)
+            for lag in range(8):
+                scale = np.exp(float(product.log_scale[example, lag]))
+                got = np.asarray(product.matrix[example, lag], np.float64) * scale
+                close(got / np.abs(want).max(), want / np.abs(want).max(), 10 * tolerance)
+                if lag < 7:
+                    want = want @ chain[lag] if anchor == "end" else chain[lag] @ want
+    other = analysis.jacobian_product(factors[:, ::-1], anchor, associative=True)
+    assert np.abs(other.matrix[:, -1] - fast.matrix[:, -1]).max() > 0.1
+
+
+def test_products_in_log_depth_are_no_chain():
+    """The only loop over steps would be a scan, and there is none."""
+    factors = jnp.ones((64, 2, 2))
+    for associative in (False, True):
+        text = str(jax.make_jaxpr(lambda a, f=associative: analysis.jacobian_product(a, associative=f))(factors))
+        assert ("scan[" in text) is not associative and "while[" not in text
+
+
 def test_product_over_batch_axes():
     run = run_of("lstm-dense", (2, 3))
     jacobians = analysis.step_jacobians(run)
@@ -242,8 +282,8 @@ def test_ten_thousand_steps_in_float32():
         exact = jacobian @ exact
         size = np.abs(exact).max()
         exact, want = exact / size, want + np.log(size)
-    for anchor in ("start", "end"):
-        product = analysis.jacobian_product(jnp.asarray(jacobians), anchor)
+    for anchor, associative in (("start", False), ("end", False), ("end", True)):
+        product = analysis.jacobian_product(jnp.asarray(jacobians), anchor, associative=associative)
         assert product.matrix.dtype == product.log_scale.dtype == jnp.float32
         got = float(product.log_operator_norm()[-1])
         assert want < -20_000 and got == pytest.approx(want + np.log(np.linalg.norm(exact, 2)), rel=1e-6)
@@ -277,7 +317,7 @@ def test_a_cell_that_is_not_pointwise_has_no_analytic_route():
     ("options", "message"),
     [
         ({"wrt": "c"}, r"`step_jacobians\(wrt='c'\)`: expected 'state', 'hidden' or 'cell'"),
-        ({"method": "jvp"}, r"`step_jacobians\(method='jvp'\)`: expected 'vjp' or 'analytic'"),
+        ({"method": "fd"}, r"`step_jacobians\(method='fd'\)`: expected one of 'vjp', 'jvp', 'analytic'"),
         ({"chunk": 0}, r"`step_jacobians\(chunk=0\)`: expected at least 1 step"),
         ({"wrt": "cell"}, r"the carry of GRU has no 'c', only h; use wrt='state'"),
     ],
@@ -295,6 +335,7 @@ def test_options_of_step_jacobians(options, message):
         (np.ones((5, 3, 3), int), {}, "expected floating point"),
         (np.full((5, 3, 3), np.nan), {}, "holds 45 NaN or infinite numbers"),
         (np.ones((5, 3, 3)), {"anchor": "middle"}, "expected 'end' or 'start'"),
+        (np.ones((2, 5, 3, 3)), {"seq_lengths": [5, 6]}, "values from 5 to 6; expected 0 to T = 5"),
     ],
 )
 def test_bad_jacobians(jacobians, options, message):

@@ -16,10 +16,12 @@ import numpy as np
 
 from rnncore._types import Array
 from rnncore.analysis.scaled import LN2, renormalise
-from rnncore.analysis.trajectory import Trajectory, flat_step, time_major, time_major_states
+from rnncore.analysis.trajectory import Trajectory, flat_step, flatten_carry, time_major
 
 Measure = Callable[[Array, Any], Array]
 """(block (B, m, n), what belongs to this step) to the ln of a norm, (B,)."""
+Through = Callable[..., Array]
+"""(state (n,), `inputs` of the step, block (m, n)) to the block on the other side of the step."""
 
 
 def pull_back(traj: Trajectory, rows: Array, measure: Measure, beside: Any, lags: Sequence[int]) -> Array:
@@ -34,17 +36,10 @@ def pull_back(traj: Trajectory, rows: Array, measure: Measure, beside: Any, lags
     Returns:
       (len(lags), B), natural logarithms.
     """
-    step = flat_step(traj)
-
-    def through(state: Array, z: Any, rows: Array) -> Array:
-        _, pull = jax.vjp(lambda s: step(s, z), state)
-        return jax.vmap(pull)(rows)[0]
-
-    top, last = lags[-1], traj.steps
-    states, zs = _before(traj)
-    backwards = slice(last - top, last)
-    now = jax.tree.map(lambda a: jnp.flip(a[backwards], 0), (states, zs, beside))
-    return _measured(through, rows, measure, jax.tree.map(lambda a: a[last], beside), now, lags)
+    last, states = traj.steps, states_before(traj)
+    backwards = slice(last - lags[-1], last)
+    now = jax.tree.map(lambda a: jnp.flip(a[backwards], 0), (*states, beside))
+    return _measured(backward(traj), rows, measure, jax.tree.map(lambda a: a[last], beside), now, lags)
 
 
 def push_forward(traj: Trajectory, columns: Array, measure: Measure, lags: Sequence[int], start: int = 0) -> Array:
@@ -59,19 +54,46 @@ def push_forward(traj: Trajectory, columns: Array, measure: Measure, lags: Seque
     Returns:
       (len(lags), B), natural logarithms.
     """
+    forwards = slice(start, start + lags[-1])
+    now = jax.tree.map(lambda a: a[forwards], (*states_before(traj), None))
+    return _measured(forward(traj), columns, measure, None, now, lags)
+
+
+def backward(traj: Trajectory) -> Through:
+    """Rows times the Jacobian of one step of one example."""
     step = flat_step(traj)
 
-    def through(state: Array, z: Any, columns: Array) -> Array:
-        _, push = jax.linearize(lambda s: step(s, z), state)
+    def through(state: Array, now: Any, rows: Array) -> Array:
+        _, pull = jax.vjp(lambda s: step(s, now), state)
+        return jax.vmap(pull)(rows)[0]
+
+    return through
+
+
+def forward(traj: Trajectory) -> Through:
+    """The Jacobian of one step of one example times columns, which stand as rows."""
+    step = flat_step(traj)
+
+    def through(state: Array, now: Any, columns: Array) -> Array:
+        _, push = jax.linearize(lambda s: step(s, now), state)
         return jax.vmap(push)(columns)
 
-    states, zs = _before(traj)
-    forwards = slice(start, start + lags[-1])
-    now = jax.tree.map(lambda a: a[forwards], (states, zs, None))
-    return _measured(through, columns, measure, None, now, lags)
+    return through
 
 
-def _measured(through: Callable, block: Array, measure: Measure, beside: Any, now: Any, lags: Sequence[int]) -> Array:
+def carry_block(through: Through, block: Array, now: Any) -> tuple[Array, Array]:
+    """A block (B, m, n) after all of the steps (state, inputs), and the power of two (B,) that was taken out of it."""
+
+    def step(carry: Any, now: Any) -> Any:
+        block, exponent = carry
+        return renormalise(jax.vmap(through)(*now, block), exponent), None
+
+    with jax.default_matmul_precision("highest"):
+        carry, _ = jax.lax.scan(step, renormalise(block, jnp.zeros(block.shape[:1], jnp.int32)), now)
+    return carry
+
+
+def _measured(through: Through, block: Array, measure: Measure, beside: Any, now: Any, lags: Sequence[int]) -> Array:
     """The loop over steps; norms are taken at the wanted lags only, some of them are dear."""
     wanted = np.isin(np.arange(1, lags[-1] + 1), lags)
 
@@ -80,8 +102,8 @@ def _measured(through: Callable, block: Array, measure: Measure, beside: Any, no
 
     def step(carry: Any, now: Any) -> Any:
         block, exponent = carry
-        (state, z, beside), want = now
-        block, exponent = renormalise(jax.vmap(through)(state, z, block), exponent)
+        (state, inputs, beside), want = now
+        block, exponent = renormalise(jax.vmap(through)(state, inputs, block), exponent)
         nothing = jnp.zeros(exponent.shape, block.dtype)
         value = jax.lax.cond(want, lambda: log_norm(block, exponent, beside), lambda: nothing)
         return (block, exponent), value
@@ -93,6 +115,6 @@ def _measured(through: Callable, block: Array, measure: Measure, beside: Any, no
     return jnp.concatenate([first[None], rest])[np.asarray(lags)]
 
 
-def _before(traj: Trajectory) -> tuple[Array, Any]:
-    """(state before every step (T, B, n), its projected input), time-major."""
-    return time_major_states(traj)[:-1], time_major(traj, traj.zs)
+def states_before(traj: Trajectory) -> tuple[Array, Any]:
+    """(state before every step (T, B, n), what else the step takes), time-major."""
+    return flatten_carry(time_major(traj, traj.before), 2), time_major(traj, traj.inputs)

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array
-from rnncore.analysis.trajectory import Trajectory, batch_major, flat_step, flatten_carry, time_major
+from rnncore.analysis.trajectory import Trajectory, batch_major, flat_step, flatten_carry, time_major, trailing
 from rnncore.cells.base import Cell, PointwiseCell
 
 _FIELD = {"hidden": "h", "cell": "c"}
+METHODS = ("vjp", "jvp", "analytic")
 
 
 class StepCoefficients(NamedTuple):
@@ -32,7 +33,8 @@ def step_coefficients(traj: Trajectory) -> StepCoefficients:
 
     d s_t / d s_{t-1} = diag(state) + sum_g diag(recurrent_g) U_g
 
-    For an LSTM without peepholes state.c.c is f_t and recurrent.h.o is tanh(c_t) o_t (1 - o_t).
+    For an LSTM without peepholes state.c.c is f_t and recurrent.h.o is tanh(c_t) o_t (1 - o_t).  At a reset all
+    are 0; past the length of a sequence the state's own diagonals are 1, all others 0.
 
     Args:
       traj: a trajectory of T steps.
@@ -60,13 +62,15 @@ def step_jacobians(traj: Trajectory, *, wrt: str = "state", method: str = "vjp",
 
     J_t = d s_t / d s_{t-1},   s = the fields of the carry side by side, [c; h] for an LSTM
 
+    Exactly 0 at a reset; the identity past the length of a sequence, where the carry stays.
+
     Args:
       traj: a trajectory of T steps.
       wrt: "state", all of s (n entries); "hidden", d h_t / d h_{t-1} with the other fields held fixed;
         "cell", d c_t / d c_{t-1} with h_{t-1} held fixed.
-      method: "vjp", `jax.vjp` of one step for every unit cotangent, any cell; "analytic", the
-        `step_coefficients` times U, pointwise cells only.
-      chunk: with "vjp", how many steps run at once; None for all T, which takes the most memory.
+      method: "vjp", `jax.vjp` of one step for every unit cotangent, any cell; "jvp", `jax.linearize` for
+        every unit tangent, any cell; "analytic", the `step_coefficients` times U, pointwise cells only.
+      chunk: how many steps run at once; None for all T, which takes the most memory.
 
     Returns:
       Array (*batch, T, n, n); [..., t, :, :] is the Jacobian of step t + 1.
@@ -83,8 +87,8 @@ def step_jacobians(traj: Trajectory, *, wrt: str = "state", method: str = "vjp",
       >>> analysis.step_jacobians(run).shape, analysis.step_jacobians(run, wrt="hidden").shape
       ((2, 5, 8, 8), (2, 5, 4, 4))
     """
-    if method not in ("vjp", "analytic"):
-        raise ValueError(f"`step_jacobians(method={method!r})`: expected 'vjp' or 'analytic'.")
+    if method not in METHODS:
+        raise ValueError(f"`step_jacobians(method={method!r})`: expected one of {', '.join(map(repr, METHODS))}.")
     if wrt != "state" and wrt not in _FIELD:
         raise ValueError(f"`step_jacobians(wrt={wrt!r})`: expected 'state', 'hidden' or 'cell'.")
     field = _FIELD.get(wrt)
@@ -97,8 +101,8 @@ def step_jacobians(traj: Trajectory, *, wrt: str = "state", method: str = "vjp",
         raise ValueError(f"`step_jacobians(chunk={chunk})`: expected at least 1 step, or None for all.")
     if method == "analytic":
         _pointwise_cell(traj.cell, "step_jacobians(method='analytic')")
-        return _analytic(traj, field)
-    return _by_vjp(traj, field, chunk)
+        return _analytic(traj, field, chunk)
+    return _by_autodiff(traj, field, method, chunk)
 
 
 def _pointwise_cell(cell: Cell, call: str) -> None:
@@ -109,51 +113,67 @@ def _pointwise_cell(cell: Cell, call: str) -> None:
         )
 
 
-@functools.partial(jax.jit, static_argnames=("field", "chunk"))
-def _by_vjp(traj: Trajectory, field: str | None, chunk: int | None) -> Array:
+@functools.partial(jax.jit, static_argnames=("field", "method", "chunk"))
+def _by_autodiff(traj: Trajectory, field: str | None, method: str, chunk: int | None) -> Array:
     """Every step on its own, given the stored carries."""
     step = flat_step(traj)
-    before = time_major(traj, _before(traj))
+    before = time_major(traj, traj.before)
     sizes = {name: flatten_carry(a, 2).shape[-1] for name, a in zip(traj.fields, before, strict=True)}
     start = sum(sizes[name] for name in traj.fields[: traj.fields.index(field)]) if field else 0
     size = sizes[field] if field else sum(sizes.values())
 
-    def jacobian(state: Array, z: Any) -> Array:
+    def jacobian(state: Array, now: Any) -> Array:
         def moving(part: Array) -> Array:
             whole = state.at[start : start + size].set(part)
-            return step(whole, z)[start : start + size]
+            return step(whole, now)[start : start + size]
 
+        eye = jnp.eye(size, dtype=state.dtype)
+        if method == "jvp":
+            _, push = jax.linearize(moving, state[start : start + size])
+            return jax.vmap(push)(eye).T
         _, pull = jax.vjp(moving, state[start : start + size])
-        (rows,) = jax.vmap(pull)(jnp.eye(size, dtype=state.dtype))
+        (rows,) = jax.vmap(pull)(eye)
         return rows
 
-    states, zs = flatten_carry(before, 2), time_major(traj, traj.zs)
+    now = flatten_carry(before, 2), time_major(traj, traj.inputs)
     with jax.default_matmul_precision("highest"):
-        over_batch = jax.vmap(jacobian)
-        if chunk is None:
-            return batch_major(traj, jax.vmap(over_batch)(states, zs))
-        return batch_major(traj, jax.lax.map(lambda now: over_batch(*now), (states, zs), batch_size=chunk))
+        return batch_major(traj, _over_steps(lambda now: jax.vmap(jacobian)(*now), now, chunk))
 
 
-@functools.partial(jax.jit, static_argnames=("field",))
-def _analytic(traj: Trajectory, field: str | None) -> Array:
-    """diag(state) + sum_g diag(recurrent_g) U_g, block by block."""
+@functools.partial(jax.jit, static_argnames=("field", "chunk"))
+def _analytic(traj: Trajectory, field: str | None, chunk: int | None) -> Array:
+    """diag(state) + sum_g diag(recurrent_g) U_g."""
     cell = traj.cell
     assert isinstance(cell, PointwiseCell)
     matrices = cell.recurrence.gate_matrices(traj.params.recurrent_kernel)
-    eye = jnp.eye(cell.hidden_size, dtype=matrices.dtype)
-    coefficients = _coefficients(traj)
     names = (field,) if field else traj.fields
+    make = functools.partial(_assemble, matrices, names)
+    if chunk is None:
+        return make(_coefficients(traj))
+    return batch_major(traj, _over_steps(make, time_major(traj, _coefficients(traj)), chunk))
 
-    def block(to: str, source: str) -> Array:
-        direct = getattr(getattr(coefficients.state, to), source)[..., None] * eye
-        if source != "h":
-            return direct
-        gates = jnp.stack(getattr(coefficients.recurrent, to), -1)  # (*batch, T, H, G)
-        return direct + jnp.einsum("...ig,gij->...ij", gates, matrices, precision="highest")
 
-    rows = [jnp.concatenate([block(to, source) for source in names], -1) for to in names]
-    return jnp.concatenate(rows, -2)
+def _over_steps(make: Any, now: Any, chunk: int | None) -> Array:
+    """`make` over arrays (T, B, ...), all steps at once or `chunk` of them."""
+    return jax.vmap(make)(now) if chunk is None else jax.lax.map(make, now, batch_size=chunk)
+
+
+def _assemble(matrices: Array, names: tuple[str, ...], coefficients: StepCoefficients) -> Array:
+    """The Jacobian from coefficients (..., H), as one elementwise expression over (..., to, i, source, j).
+
+    U_g with zeros for all sources but h makes it one: the result is written once and nothing beside it.
+    """
+    size = matrices.shape[-1]
+    none = jnp.zeros_like(matrices)
+    wide = jnp.stack([matrices if source == "h" else none for source in names], -2)  # (G, i, source, j)
+    direct = jnp.stack(
+        [jnp.stack([getattr(getattr(coefficients.state, to), source) for source in names], -2) for to in names], -3
+    )  # (..., to, source, i)
+    jacobian = jnp.swapaxes(direct, -1, -2)[..., None] * jnp.eye(size, dtype=matrices.dtype)[:, None]
+    for g, matrix in enumerate(wide):
+        gate = jnp.stack([getattr(coefficients.recurrent, to)[g] for to in names], -2)  # (..., to, i)
+        jacobian = jacobian + gate[..., None, None] * matrix
+    return jacobian.reshape(*jacobian.shape[:-4], len(names) * size, len(names) * size)
 
 
 @jax.jit
@@ -161,7 +181,7 @@ def _coefficients(traj: Trajectory) -> StepCoefficients:
     """One tangent of ones for each elementwise input: for such a function that reads off the diagonal."""
     cell, params = traj.cell, traj.params
     assert isinstance(cell, PointwiseCell)
-    before = _before(traj)
+    before = traj.before
     with jax.default_matmul_precision("highest"):
         r = cell.split(cell.mix(params, before.h))
     z = cell.split(traj.zs)
@@ -179,10 +199,23 @@ def _coefficients(traj: Trajectory) -> StepCoefficients:
             columns.append(push(*tangents))
         return type(before)(*(type(zeros[which])(*row) for row in zip(*columns, strict=True)))
 
-    return StepCoefficients(state=by_input(1), recurrent=by_input(0))
+    coefficients = StepCoefficients(state=by_input(1), recurrent=by_input(0))
+    return _cut(traj, coefficients)
 
 
-def _before(traj: Trajectory) -> Any:
-    """The carry before every step: (*batch, T, ...)."""
-    axis = len(traj.batch_shape)
-    return jax.tree.map(lambda a: jax.lax.slice_in_dim(a, 0, traj.steps, axis=axis), traj.carries)
+def _cut(traj: Trajectory, coefficients: StepCoefficients) -> StepCoefficients:
+    """0 at resets, the identity in the padding."""
+    for mask, stays in ((traj.resets, 0.0), (traj.padding, 1.0)):
+        if mask is None:
+            continue
+
+        def kept(a: Array, value: float = 0.0, mask: Array = mask) -> Array:
+            return jnp.where(trailing(mask, a), value, a)
+
+        state, recurrent = jax.tree.map(kept, coefficients)
+        own = {
+            name: getattr(state, name)._replace(**{name: kept(getattr(getattr(state, name), name), stays)})
+            for name in state._fields
+        }
+        coefficients = StepCoefficients(state._replace(**own), recurrent)
+    return coefficients

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array
+from rnncore.analysis.alignment import ending_together, mask_missing
 from rnncore.analysis.trajectory import Trajectory
 from rnncore.cells.lstm import LSTM
 
@@ -34,7 +35,7 @@ def output_slope(traj: Trajectory) -> Array:
     """
     cell = traj.cell
     assert isinstance(cell, LSTM)
-    before, c = traj.carries.h[..., :-1, :], traj.carries.c[..., 1:, :]
+    before, c = traj.before.h, traj.carries.c[..., 1:, :]
     with jax.default_matmul_precision("highest"):
         r = cell.split(cell.mix(traj.params, before)).o
     a = cell.split(traj.zs).o + r
@@ -60,7 +61,8 @@ def direct_retention(traj: Trajectory, anchor: str = "end") -> Array:
       anchor: which end stays where it is.
 
     Returns:
-      (*batch, T + 1, H); [..., k, :] is lag k.  -inf where a gate is exactly 0.
+      (*batch, T + 1, H); [..., k, :] is lag k.  -inf where a gate is exactly 0, and across a reset; +inf at lags that
+      the length of a sequence does not have.
 
     Raises:
       ValueError: the cell has no cell state; unknown anchor.
@@ -81,7 +83,14 @@ def direct_retention(traj: Trajectory, anchor: str = "end") -> Array:
     lstm_of(traj, "direct_retention(...)")
     if anchor not in ("end", "start"):
         raise ValueError(f"`direct_retention(anchor={anchor!r})`: expected 'end' or 'start'.")
+    logs = forget_logs(ending_together(traj) if anchor == "end" else traj, anchor)
+    logs = jnp.concatenate([jnp.zeros_like(logs[..., :1, :]), jnp.cumsum(logs, -2)], -2)
+    return jnp.moveaxis(mask_missing(traj, jnp.arange(traj.steps + 1), jnp.moveaxis(logs, -1, 0)), 0, -1)
+
+
+def forget_logs(traj: Trajectory, anchor: str) -> Array:
+    """ln of the forget gate of every step, (*batch, T, H), from the anchor on; -inf at a reset."""
     logs = jnp.log(jnp.abs(traj.gates.f))
-    if anchor == "end":
-        logs = jnp.flip(logs, -2)
-    return jnp.concatenate([jnp.zeros_like(logs[..., :1, :]), jnp.cumsum(logs, -2)], -2)
+    if traj.resets is not None:
+        logs = jnp.where(traj.resets[..., None], -jnp.inf, logs)
+    return jnp.flip(logs, -2) if anchor == "end" else logs

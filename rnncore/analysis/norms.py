@@ -11,23 +11,45 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.analysis.chains import Measure, pull_back, push_forward
-from rnncore.analysis.lstm import direct_retention, output_slope
-from rnncore.analysis.scaled import log_frobenius_norm, log_operator_norm
-from rnncore.analysis.trajectory import Trajectory, batch_major, flat_step, flatten_carry, time_major, time_major_states
+from rnncore.analysis.alignment import ending_together, mask_missing
+from rnncore.analysis.chains import Measure, backward, forward, pull_back, push_forward, states_before
+from rnncore.analysis.inverse import log_smallest
+from rnncore.analysis.lanczos import top_right_vectors
+from rnncore.analysis.lstm import direct_retention, forget_logs, output_slope
+from rnncore.analysis.scaled import log_frobenius_norm, log_operator_norm, renormalise
+from rnncore.analysis.trajectory import Trajectory, batch_major, flatten_carry, time_major, time_major_states
+
+AT_ONCE = 256
+"""Steps, counted over all sequences, whose norms are taken together: bounds the memory, and keeps products large."""
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "path", "anchor", "lags"))
-def log_retention(traj: Trajectory, adjoint: Any, kind: str, path: str, anchor: str, lags: tuple[int, ...]) -> Array:
-    """(*batch, L), natural logarithms, for arguments that `retention_curve` has checked."""
+def log_retention(
+    traj: Trajectory, adjoint: Any, kind: str, path: str, anchor: str, lags: tuple[int, ...]
+) -> tuple[Array, Array | None]:
+    """((*batch, L) natural logarithms, sequences (*batch) without a gradient), for arguments that
+    `retention_curve` has checked.  The second is None where no adjoint is asked for."""
+    run = ending_together(traj) if anchor == "end" else traj
+    nothing = None
     if path == "direct":
-        return _direct(traj, adjoint, kind, anchor, lags)
-    if kind == "bound":
-        return _bound(traj, path, anchor, lags)
-    if kind == "adjoint":
-        logs = _adjoint(traj, adjoint, path, (0, *lags) if lags[0] else lags)
-        return batch_major(traj, (logs - logs[0])[-len(lags) :])
-    return batch_major(traj, _whole(traj, kind, path, anchor, lags))
+        logs, nothing = _direct(run, adjoint, kind, anchor, lags)
+    elif kind == "bound":
+        logs = _bound(run, path, anchor, lags)
+    elif kind == "sigma_min":
+        logs = batch_major(run, log_smallest(run, anchor, lags))
+    elif kind == "adjoint":
+        sizes = batch_major(run, _adjoint(run, adjoint, path, (0, *lags) if lags[0] else lags))
+        logs, nothing = _shares(sizes)
+        logs = logs[..., -len(lags) :]
+    else:
+        logs = batch_major(run, _whole(run, kind, path, anchor, lags))
+    return mask_missing(traj, np.asarray(lags), logs, int(path == "cell")), nothing
+
+
+def _shares(logs: Array) -> tuple[Array, Array]:
+    """(logs less those at lag 0, where these are -inf): a gradient of nothing stays nothing."""
+    nothing = logs[..., 0] == -jnp.inf
+    return jnp.where(nothing[..., None], -jnp.inf, logs - jnp.where(nothing, 0, logs[..., 0])[..., None]), nothing
 
 
 def _whole(traj: Trajectory, kind: str, path: str, anchor: str, lags: tuple[int, ...]) -> Array:
@@ -76,40 +98,67 @@ def _slopes(traj: Trajectory) -> Array:
 
 
 def _bound(traj: Trajectory, path: str, anchor: str, lags: tuple[int, ...]) -> Array:
-    """Sums of the logarithms of the norms of formed step Jacobians, a step at a time."""
-    step, top = flat_step(traj), lags[-1]
+    """Sums of the logarithms of the norms of the step Jacobians, which are never formed."""
+    top = lags[-1]
     first = traj.steps - top if anchor == "end" else int(path == "cell")
-    states = time_major_states(traj)
-
-    def norms(now: Any) -> Array:
-        with jax.default_matmul_precision("highest"):
-            return log_operator_norm(jax.vmap(jax.jacrev(step))(*now))
-
-    chosen = jax.tree.map(lambda a: a[first : first + top], (states[:-1], time_major(traj, traj.zs)))
-    logs = jax.lax.map(norms, chosen) if top else jnp.zeros((0, states.shape[1]), states.dtype)
+    chosen = jax.tree.map(lambda a: a[first : first + top], states_before(traj))
+    logs = _step_norms(traj, *chosen)
     if anchor == "end":
         logs = jnp.flip(logs, 0)
-    logs = jnp.concatenate([jnp.zeros_like(states[:1, :, 0]), jnp.cumsum(logs, 0)])[np.asarray(lags)]
+    logs = jnp.concatenate([jnp.zeros((1, logs.shape[1]), logs.dtype), jnp.cumsum(logs, 0)])[np.asarray(lags)]
     if path == "cell":
         slope = jnp.log1p(jnp.max(jnp.square(_slopes(traj)), -1)) / 2
         logs = logs + (slope[traj.steps - np.asarray(lags)] if anchor == "end" else slope[1])
     return batch_major(traj, logs)
 
 
-def _direct(traj: Trajectory, adjoint: Any, kind: str, anchor: str, lags: tuple[int, ...]) -> Array:
+def _step_norms(traj: Trajectory, states: Array, inputs: Any) -> Array:
+    """ln of the operator norm of every step Jacobian, (steps, B); to rounding, see `top_right_vectors`."""
+    steps, count, n = states.shape
+    fixed = jax.lax.stop_gradient(traj)  # the vectors are constants to a derivative: that of the norm is exact
+    push, pull, live = forward(fixed), backward(fixed), forward(traj)
+
+    def norms(now: Any) -> Array:
+        def gram(v: Array) -> tuple[Array, Array]:
+            held = jax.lax.stop_gradient(now)
+            none = jnp.zeros(v.shape[0], jnp.int32)
+            block, exponent = renormalise(jax.vmap(push)(*held, v[:, None, :]), none)
+            block, exponent = renormalise(jax.vmap(pull)(*held, block), exponent)
+            return block[:, 0], exponent
+
+        found, _ = top_right_vectors(gram, now[0].shape[0], n, states.dtype)
+        return log_frobenius_norm(jax.vmap(live)(*now, found[:, None, :]))
+
+    if steps * count == 0:
+        return jnp.zeros((steps, count), states.dtype)
+    flat = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (states, inputs))
+    # Groups of one size; the last steps may be there twice.
+    size = min(AT_ONCE, steps * count)
+    starts = np.minimum(np.arange(0, steps * count, size), steps * count - size)
+    with jax.default_matmul_precision("highest"):
+        groups = starts[:, None] + np.arange(size)
+        logs = jax.lax.map(norms, jax.tree.map(lambda a: a[groups], flat))
+    return jnp.zeros(steps * count, states.dtype).at[groups].set(logs).reshape(steps, count)
+
+
+def _direct(
+    traj: Trajectory, adjoint: Any, kind: str, anchor: str, lags: tuple[int, ...]
+) -> tuple[Array, Array | None]:
     """Norms of a diagonal matrix, from its logarithms."""
     logs = direct_retention(traj, anchor)
     if kind == "bound":
-        single = jnp.max(jnp.log(jnp.abs(traj.gates.f)), -1)
-        single = jnp.flip(single, -1) if anchor == "end" else single
-        return jnp.concatenate([jnp.zeros_like(single[..., :1]), jnp.cumsum(single, -1)], -1)[..., np.asarray(lags)]
-    if kind == "operator":
-        return jnp.max(logs, -1)[..., np.asarray(lags)]
+        single = jnp.max(forget_logs(traj, anchor), -1)
+        single = jnp.concatenate([jnp.zeros_like(single[..., :1]), jnp.cumsum(single, -1)], -1)
+        return single[..., np.asarray(lags)], None
+    logs = logs[..., np.asarray(lags), :]
+    if kind in ("operator", "sigma_min"):
+        return (jnp.max if kind == "operator" else jnp.min)(logs, -1), None
     if kind == "rms":
-        return (jax.nn.logsumexp(2 * logs, -1) - math.log(logs.shape[-1]))[..., np.asarray(lags)] / 2
-    tied = adjoint.c + output_slope(traj)[..., -1, :] * adjoint.h
-    squares = jax.nn.logsumexp(2 * (logs + jnp.log(jnp.abs(tied))[..., None, :]), -1) / 2
-    return (squares - squares[..., :1])[..., np.asarray(lags)]
+        return (jax.nn.logsumexp(2 * logs, -1) - math.log(logs.shape[-1])) / 2, None
+    tied = jnp.log(jnp.abs(adjoint.c + output_slope(traj)[..., -1, :] * adjoint.h))[..., None, :]
+    sizes = jax.nn.logsumexp(2 * (jnp.concatenate([jnp.zeros_like(tied), logs], -2) + tied), -1) / 2
+    shares, nothing = _shares(sizes)
+    return shares[..., 1:], nothing
 
 
 def _log_rms(matrix: Array) -> Array:

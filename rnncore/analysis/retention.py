@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
+from rnncore.analysis.alignment import mask_missing, shortest
 from rnncore.analysis.bounds import gradient_bound
 from rnncore.analysis.curve import RetentionCurve
 from rnncore.analysis.lstm import lstm_of
@@ -22,6 +23,7 @@ from rnncore.analysis.trajectory import Trajectory, check_finite
 NORMS = {
     "operator": "largest singular value",
     "rms": "Frobenius norm over the root of n",
+    "sigma_min": "smallest singular value",
     "adjoint": "Euclidean norm of the pulled-back adjoint over that at lag 0",
     "bound": "product of the operator norms of the single steps",
     "a_priori_bound": "power of max |phi'| times the operator norm of U",
@@ -55,13 +57,18 @@ def retention_curve(
       kind:
         "operator", the largest singular value of M_k.
         "rms", ||M_k||_F / sqrt(n): the root of the mean over all directions.
+        "sigma_min", the smallest singular value of M_k: what is left in the worst direction.  -inf where a step
+        Jacobian is singular to working precision; not on the cell path.
         "adjoint", ||M_k^T v|| / ||M_0^T v|| for the gradient v of one loss term in the last state.
         "bound", the product of the operator norms of the single step Jacobians (of max f_t on the direct
         path); on the cell path times sqrt(1 + max Delta^2), since ||[I 0] P [I; Delta]|| is at most that.
         "a_priori_bound", `gradient_bound`^k, for Elman networks, path "state" only.
       path: "state", all of the carry; "cell" and "direct", LSTM only.
       lags: increasing integers; an integer K for 0 to K; None for all.  At most T; at most T - 1 on the
-        cell path, because no output gate belongs to the initial carry.
+        cell path, because no output gate belongs to the initial carry.  With lengths the shortest sequence
+        takes the place of T, so that means over the batch are over the same sequences at every lag; pick
+        the longer ones by `traj.take`.  Inside jit lengths cannot be seen, and lags that a sequence
+        does not have are +inf.
       anchor: "end", the last state in terms of earlier ones, as in backpropagation; "start", later states
         in terms of the first, s_k in terms of s_0.  The cell path starts at c_1.
       adjoint: v = dl / ds_T in the structure of the carry, arrays (*batch, H): `jax.grad` of the loss
@@ -69,11 +76,12 @@ def retention_curve(
       slope: of "a_priori_bound", as in `gradient_bound`.
 
     Returns:
-      `RetentionCurve` with log_retention (*batch, L).
+      `RetentionCurve` with log_retention (*batch, L).  A sequence whose adjoint is zero is -inf throughout and named
+      in `without_gradient`.
 
     Raises:
       ValueError: unknown options, lags the trajectory is too short for, a cell without a cell state, an
-        adjoint of another structure or of zeros.  Inside jit a zero adjoint gives NaN.
+        adjoint of another structure, or of zeros in every sequence.
       NotImplementedError: paths that are known for the LSTM only, bounds for Elman networks only.
 
     Example:
@@ -92,9 +100,10 @@ def retention_curve(
         logs = jnp.log(gradient_bound(traj.cell, traj.params, slope=slope)) * np.asarray(chosen)
         # 0 steps of a bound of 0: -inf * 0.
         logs = jnp.broadcast_to(jnp.where(np.asarray(chosen) == 0, 0.0, logs), (*traj.batch_shape, len(chosen)))
+        logs, without_gradient = mask_missing(traj, np.asarray(chosen), logs), None
     else:
-        logs = log_retention(traj, adjoint, kind, path, anchor, chosen)
-    _check_result(kind, logs)
+        logs, without_gradient = log_retention(traj, adjoint, kind, path, anchor, chosen)
+    _check_result(kind, logs, without_gradient)
     states = jax.tree.leaves(traj.carries)
     n = sum(math.prod(a.shape[len(traj.batch_shape) + 1 :]) for a in states)
     return RetentionCurve(
@@ -106,6 +115,7 @@ def retention_curve(
         norm=NORMS[kind],
         n=n if path == "state" else traj.cell.hidden_size,
         dtype=jnp.result_type(*states).name,
+        without_gradient=without_gradient,
     )
 
 
@@ -121,13 +131,26 @@ def _check(traj: Trajectory, kind: str, path: str, lags: Any, anchor: str, adjoi
                 f"`retention_curve(kind='a_priori_bound', path={path!r})`: a bound from the weights alone is known for "
                 "Elman networks; use kind='bound'."
             )
-    most = traj.steps - (path == "cell")
+    if kind == "sigma_min" and path == "cell":
+        raise NotImplementedError(
+            "`retention_curve(kind='sigma_min', path='cell')`: the smallest singular value of a block of a product "
+            "drowns in the rounding of its largest; use path='state', or path='direct'."
+        )
+    steps = shortest(traj)
+    most = max(steps - (path == "cell"), 0)
     chosen = _lags(most if lags is None else lags)
     if chosen[-1] > most:
         why = ", the first carry has no output gate" if path == "cell" else ""
+        call = f"`retention_curve(path={path!r}, lags up to {chosen[-1]})`"
+        if steps < traj.steps:
+            raise ValueError(
+                f"{call}: the shortest sequence has {steps} steps, and all of them have only lags 0 to {most}{why}; "
+                "ask for fewer lags, or pick longer sequences by `traj.take(index)`: a mean over other sequences at "
+                "every lag would be no curve."
+            )
         raise ValueError(
-            f"`retention_curve(path={path!r}, lags up to {chosen[-1]})`: a trajectory of T = {traj.steps} steps has "
-            f"lags 0 to {most}{why}; run at least {chosen[-1] + traj.steps - most} steps or ask for fewer lags."
+            f"{call}: a trajectory of T = {traj.steps} steps has lags 0 to {most}{why}; run at least "
+            f"{chosen[-1] + traj.steps - most} steps or ask for fewer lags."
         )
     if (adjoint is None) == (kind == "adjoint"):
         need = "needs adjoint=, the gradient of the loss at `traj.last`" if adjoint is None else "takes no adjoint"
@@ -171,15 +194,17 @@ def _check_adjoint(traj: Trajectory, adjoint: Any, anchor: str) -> None:
     check_finite("retention_curve(adjoint=...)", adjoint, "no gradient follows from it")
 
 
-def _check_result(kind: str, logs: Array) -> None:
-    """Refuses NaN and +inf where they can be seen; -inf is a result."""
-    if isinstance(logs, jax.core.Tracer) or np.all(np.asarray(logs) < np.inf):
+def _check_result(kind: str, logs: Array, without_gradient: Array | None) -> None:
+    """Refuses NaN and +inf where they can be seen, and adjoints that are all zero; -inf is a result."""
+    if isinstance(logs, jax.core.Tracer):
         return
-    if kind == "adjoint":
+    if without_gradient is not None and without_gradient.size and np.all(np.asarray(without_gradient)):
         raise ValueError(
-            "`retention_curve(adjoint=...)`: the gradient at lag 0 is zero for some sequence, or a Jacobian overflows; "
-            "there is nothing to retain, leave such sequences out."
+            "`retention_curve(adjoint=...)`: the gradient at lag 0 is zero in every sequence, there is nothing to "
+            "retain; take the gradient of a loss that depends on `traj.last`."
         )
+    if np.all(np.asarray(logs) < np.inf):
+        return
     raise ValueError(
         f"`retention_curve(kind={kind!r})`: a single step Jacobian leaves the range of {logs.dtype}; use float64."
     )

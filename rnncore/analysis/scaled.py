@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rnncore._lengths import check_lengths
 from rnncore._types import Array
 from rnncore.analysis.trajectory import check_finite
 
@@ -108,7 +109,9 @@ def _power_of_two(exponent: Array, dtype: Any) -> Array:
     return jax.lax.bitcast_convert_type(bits, dtype)
 
 
-def jacobian_product(jacobians: Array, anchor: str = "end") -> ScaledMatrix:
+def jacobian_product(
+    jacobians: Array, anchor: str = "end", *, associative: bool = False, seq_lengths: Any = None
+) -> ScaledMatrix:
     """All partial products of a sequence of Jacobians, later steps on the left.
 
     anchor "end":   P_k = J_T J_{T-1} ... J_{T-k+1} = d s_T / d s_{T-k}
@@ -117,6 +120,11 @@ def jacobian_product(jacobians: Array, anchor: str = "end") -> ScaledMatrix:
     Args:
       jacobians: (*batch, T, n, n), as `step_jacobians(traj)` makes them.
       anchor: which end stays where it is.
+      associative: multiply neighbours, then pairs of those, and so on: about log2(T) rounds of products that
+        are independent, for devices with parallelism to spare, instead of T products one by one.  Twice the
+        work; equal up to rounding.
+      seq_lengths: integers (*batch) as given to `trajectory`: with anchor "end" every sequence then ends at its own
+        last step.  From the lag of its length on P_k stays d s_L / d s_0.
 
     Returns:
       `ScaledMatrix` with matrix (*batch, T + 1, n, n) and log_scale (*batch, T + 1); [..., k, :, :] is
@@ -140,27 +148,49 @@ def jacobian_product(jacobians: Array, anchor: str = "end") -> ScaledMatrix:
         raise ValueError(f"`{what}`: expected floating point; convert the Jacobians first.")
     if anchor not in ("end", "start"):
         raise ValueError(f"`jacobian_product(anchor={anchor!r})`: expected 'end' or 'start'.")
+    if seq_lengths is not None:
+        seq_lengths = check_lengths(seq_lengths, jacobians.shape[:-3], jacobians.shape[-3])
     check_finite(what, jacobians, "a product of them means nothing")
-    return _products(jacobians, anchor)
+    return _products(jacobians, seq_lengths, anchor, associative)
 
 
-@functools.partial(jax.jit, static_argnames=("anchor",))
-def _products(jacobians: Array, anchor: str) -> ScaledMatrix:
-    steps = jnp.moveaxis(jacobians, -3, 0)
+@functools.partial(jax.jit, static_argnames=("anchor", "associative"))
+def _products(jacobians: Array, lengths: Array | None, anchor: str, associative: bool) -> ScaledMatrix:
+    steps = _in_order(jacobians, lengths, anchor)
     first = jnp.broadcast_to(jnp.eye(steps.shape[-1], dtype=steps.dtype), steps.shape[1:])
     start = renormalise(first, jnp.zeros(steps.shape[1:-2], jnp.int32))
 
-    def multiply(product: Any, jacobian: Array) -> Any:
-        matrix, exponent = product
-        # The product grows to the right from the end of time, to the left from its start.
-        pair = (matrix, jacobian) if anchor == "end" else (jacobian, matrix)
-        product = renormalise(jnp.matmul(*pair, precision="highest"), exponent)
-        return product, product
+    def multiply(nearer: Any, further: Any) -> Any:
+        """The factors nearer to the anchor and those further off: the product grows to the right from the end
+        of time, to the left from its start."""
+        (a, a_exponent), (b, b_exponent) = (nearer, further) if anchor == "end" else (further, nearer)
+        return renormalise(jnp.matmul(a, b, precision="highest"), a_exponent + b_exponent)
 
-    _, rest = jax.lax.scan(multiply, start, steps, reverse=anchor == "end")
-    if anchor == "end":
-        rest = jax.tree.map(lambda a: jnp.flip(a, 0), rest)
+    factors = renormalise(steps, jnp.zeros(steps.shape[:-2], jnp.int32))
+    if associative:
+        rest = jax.lax.associative_scan(multiply, factors)
+    else:
+
+        def step(product: Any, factor: Any) -> Any:
+            product = multiply(product, factor)
+            return product, product
+
+        _, rest = jax.lax.scan(step, start, factors)
     matrix, exponent = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), start, rest)
     batch = jacobians.ndim - 3
     log_scale = exponent.astype(jacobians.dtype) * LN2
     return ScaledMatrix(jnp.moveaxis(matrix, 0, batch), jnp.moveaxis(log_scale, 0, batch))
+
+
+def _in_order(jacobians: Array, lengths: Array | None, anchor: str) -> Array:
+    """Time-major, the one next to the anchor first; past the length of a sequence the identity."""
+    if lengths is not None:
+        # From its end a sequence of length L has J_L first and J_1 at L - 1; from the start it is in place.
+        count = jnp.arange(jacobians.shape[-3])
+        place = lengths[..., None] - 1 - count if anchor == "end" else jnp.broadcast_to(count, jacobians.shape[:-2])
+        inside = (count < lengths[..., None])[..., None, None]
+        chosen = jnp.take_along_axis(jacobians, jnp.maximum(place, 0)[..., None, None], -3)
+        eye = jnp.eye(jacobians.shape[-1], dtype=jacobians.dtype)
+        return jnp.moveaxis(jnp.where(inside, chosen, eye), -3, 0)
+    steps = jnp.moveaxis(jacobians, -3, 0)
+    return jnp.flip(steps, 0) if anchor == "end" else steps

@@ -4,24 +4,44 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rnncore._lengths import check_lengths
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell
 from rnncore.sequence import unroll
 
 
+class StepInput(NamedTuple):
+    """What a step takes besides the state, where a run has resets or lengths.
+
+    Fields:
+      z: the projected input.
+      reset: whether the state is dropped before the step; None without resets.
+      padding: whether the step lies past the end of its sequence; None without lengths.
+    """
+
+    z: PyTree
+    reset: Array | None
+    padding: Array | None
+
+
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("params", "xs", "zs", "carries", "gates"), meta_fields=("cell",)
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "xs", "zs", "carries", "gates", "lengths", "resets", "reset_carry"),
+    meta_fields=("cell",),
 )
 @dataclasses.dataclass(frozen=True)
 class Trajectory:
     """A stored run, batch-major; a pytree in which the cell is static.
+
+    Past the length of its sequence a run stands still: inputs and gates are 0, the carry stays what it was.
 
     Fields:
       cell: the cell that ran.
@@ -30,6 +50,9 @@ class Trajectory:
       zs: projected inputs (*batch, T, ...).
       carries: T + 1 carries, arrays (*batch, T + 1, ...), the initial one first.
       gates: what the cell calls its gates, arrays (*batch, T, ...).
+      lengths: int32 (*batch), steps that are no padding; None where all T are not.
+      resets: booleans (*batch, T), True where the carry before the step is dropped; None for nowhere.
+      reset_carry: the carry (*batch, ...) that resets return to; None without resets.
     """
 
     cell: Cell
@@ -38,6 +61,9 @@ class Trajectory:
     zs: PyTree
     carries: Any
     gates: PyTree
+    lengths: Array | None = None
+    resets: Array | None = None
+    reset_carry: Any = None
 
     @property
     def batch_shape(self) -> tuple[int, ...]:
@@ -51,27 +77,121 @@ class Trajectory:
 
     @property
     def last(self) -> Any:
-        """The carry after the last step: where the loss of an adjoint curve is differentiated."""
+        """The carry after each sequence's last step: where the loss of an adjoint curve is differentiated."""
+        # Past its length the carry of a sequence stays, so the last of all is its own last.
         return jax.tree.map(
             lambda a: jax.lax.index_in_dim(a, self.steps, len(self.batch_shape), keepdims=False), self.carries
         )
+
+    @property
+    def before(self) -> Any:
+        """The carry that enters every step, arrays (*batch, T, ...): s_{t-1}, or what a reset put in its place."""
+        axis = len(self.batch_shape)
+        stored = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, 0, self.steps, axis=axis), self.carries)
+        resets = self.resets
+        if resets is None:
+            return stored
+        return jax.tree.map(
+            lambda a, b: jnp.where(trailing(resets, a), jnp.expand_dims(b, axis), a), stored, self.reset_carry
+        )
+
+    @property
+    def padding(self) -> Array | None:
+        """Whether a step lies past the end of its sequence, (*batch, T); None without lengths."""
+        return None if self.lengths is None else jnp.arange(self.steps) >= self.lengths[..., None]
+
+    @property
+    def inputs(self) -> PyTree:
+        """What `flat_step` takes besides the state, (*batch, T, ...): zs, or with resets or lengths `StepInput`."""
+        if self.resets is None and self.lengths is None:
+            return self.zs
+        return StepInput(self.zs, self.resets, self.padding)
 
     @property
     def fields(self) -> tuple[str, ...]:
         """Names of the fields of the carry, in the order in which the state concatenates them."""
         return self.carries._fields
 
+    def take(self, index: Any) -> Trajectory:
+        """Some of the sequences, cut where the longest of them ends; with one length in common, as if it were T.
 
-def trajectory(cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None) -> Trajectory:
+        Args:
+          index: whatever indexes an array of the batch shape: an integer, a slice, a list, a tuple of those.
+
+        Returns:
+          `Trajectory`; lengths inside jit cannot be seen, and nothing is cut.
+
+        Raises:
+          ValueError: an index that does not fit the batch axes, or picks nothing or empty sequences only.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, rnncore
+          >>> from rnncore import analysis
+          >>> cell = rnncore.LSTM(4)
+          >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+          >>> run = analysis.trajectory(cell, params, xs, seq_lengths=jnp.array([5, 3]))
+          >>> one = run.take(1)
+          >>> one.batch_shape, one.steps, one.lengths
+          ((), 3, None)
+        """
+        call = f"Trajectory.take({index!r})"
+        try:
+            chosen = np.arange(math.prod(self.batch_shape)).reshape(self.batch_shape)[index]
+        except IndexError as error:
+            raise ValueError(f"`{call}`: the batch axes are {self.batch_shape}; {error}.") from error
+        if chosen.size == 0:
+            raise ValueError(f"`{call}`: no sequence of the batch axes {self.batch_shape} is left.")
+        lead = len(self.batch_shape)
+
+        def pick(a: Array) -> Array:
+            return a.reshape(-1, *a.shape[lead:])[chosen.reshape(-1)].reshape(*chosen.shape, *a.shape[lead:])
+
+        parts = {name: jax.tree.map(pick, getattr(self, name)) for name in _BATCHED}
+        lengths = parts["lengths"]
+        if lengths is not None and not isinstance(lengths, jax.core.Tracer):
+            values = np.asarray(lengths)
+            if not (most := int(values.max())):
+                raise ValueError(f"`{call}`: the sequences have length 0, and a trajectory has at least one step.")
+            for name in ("xs", "zs", "carries", "gates", "resets"):
+                stop = most + (name == "carries")
+                parts[name] = jax.tree.map(
+                    lambda a, stop=stop: jax.lax.slice_in_dim(a, 0, stop, axis=chosen.ndim), parts[name]
+                )
+            if np.all(values == most):
+                parts["lengths"] = None
+        return dataclasses.replace(self, **parts)
+
+
+_BATCHED = ("xs", "zs", "carries", "gates", "lengths", "resets", "reset_carry")
+
+
+def trajectory(
+    cell: Cell,
+    params: PyTree,
+    xs: Array,
+    initial_carry: Any = None,
+    *,
+    seq_lengths: Any = None,
+    resets: Any = None,
+    reset_carry: Any = None,
+) -> Trajectory:
     """Runs a cell and keeps every carry and gate.
 
     s_t, gates_t = update(params, s_{t-1}, z_t),   z_t = project(params, x_t),   t = 1 .. T
+
+    A step with a reset takes `reset_carry`, a constant, for s_{t-1}: its Jacobian d s_t / d s_{t-1} is
+    exactly 0, and so is every product across it.  A step in the padding leaves the carry alone: its
+    Jacobian is the identity.
 
     Args:
       cell: any rnncore cell.
       params: its parameters.
       xs: inputs (*batch, T, D); any number of batch axes, none too.
       initial_carry: carry of (*batch, H) arrays; zeros by default.
+      seq_lengths: integers (*batch), 0 to T; what the inputs hold past them plays no role.  Each sequence then
+        ends at its own last step, and anchor "end" means that step.
+      resets: booleans (*batch, T), as in `rnncore.unroll`.
+      reset_carry: the carry that resets return to; the initial carry by default.
 
     Returns:
       `Trajectory`.
@@ -95,7 +215,7 @@ def trajectory(cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None)
             f"`trajectory(xs=<{xs.dtype} {xs.shape}>)`: expected floating point (*batch, T, D); "
             "embed or convert the inputs first."
         )
-    for leaf in jax.tree.leaves((params, xs, initial_carry)):
+    for leaf in jax.tree.leaves((params, xs, initial_carry, reset_carry)):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and jnp.finfo(leaf.dtype).bits < 32:
             raise NotImplementedError(
                 f"`trajectory` with {leaf.dtype}: products over many steps lose all digits in half precision; "
@@ -103,13 +223,41 @@ def trajectory(cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None)
             )
     if xs.ndim >= 2 and xs.shape[-2] == 0:
         raise ValueError(f"`trajectory(xs=<{xs.dtype} {xs.shape}>)`: no steps; expected T of at least 1.")
-    for name, tree in (("params", params), ("xs", xs), ("initial_carry", initial_carry)):
+    padding = None
+    if seq_lengths is not None and xs.ndim >= 2:
+        seq_lengths = check_lengths(seq_lengths, xs.shape[:-2], xs.shape[-2])
+        padding = jnp.arange(xs.shape[-2]) >= seq_lengths[..., None]
+        xs = blank(padding, xs)
+    starts = (("initial_carry", initial_carry), ("reset_carry", reset_carry))
+    for name, tree in (("params", params), ("xs", xs), *starts):
         check_finite(f"trajectory({name}=...)", tree, "find out where they come from before measuring gradients")
-    _, _, states = unroll(
-        cell, params, xs, initial_carry=initial_carry, return_states=True, include_initial=True, differentiation="any"
-    )
-    check_finite("trajectory(...)", states.carries, "the states leave the floating-point range; shorten or rescale")
-    return Trajectory(cell, params, xs, cell.project(params, xs), states.carries, states.gates)
+    last, _, states = unroll(
+        cell, params, xs, initial_carry=initial_carry, seq_lengths=seq_lengths, resets=resets, reset_carry=reset_carry,
+        return_states=True, include_initial=True, differentiation="any",
+    )  # fmt: skip
+    carries, gates = states.carries, states.gates
+    if padding is not None:
+        axis = xs.ndim - 2
+        after = jnp.concatenate([jnp.zeros_like(padding[..., :1]), padding], -1)
+        carries = jax.tree.map(lambda a, b: jnp.where(trailing(after, a), jnp.expand_dims(b, axis), a), carries, last)
+        gates = jax.tree.map(lambda a: blank(padding, a), gates)
+        resets = None if resets is None else jnp.asarray(resets) & ~padding
+    check_finite("trajectory(...)", carries, "the states leave the floating-point range; shorten or rescale")
+    if resets is not None:
+        resets = jnp.asarray(resets)
+        first = jax.tree.map(lambda a: jax.lax.index_in_dim(a, 0, xs.ndim - 2, keepdims=False), carries)
+        reset_carry = first if reset_carry is None else jax.tree.map(lambda a, b: b.astype(a.dtype), first, reset_carry)
+    return Trajectory(cell, params, xs, cell.project(params, xs), carries, gates, seq_lengths, resets, reset_carry)
+
+
+def trailing(mask: Array, like: Array) -> Array:
+    """A mask with as many axes as the array that it is to pick from, the missing ones at the end."""
+    return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))
+
+
+def blank(padding: Array, a: Array) -> Array:
+    """Zeros in the padding; what stands there may be NaN."""
+    return jnp.where(trailing(padding, a), jnp.zeros_like(a), a)
 
 
 def check_finite(call: str, tree: PyTree, advice: str) -> None:
@@ -147,16 +295,35 @@ def unflatten_carry(like: Any) -> Callable[[Array], Any]:
 
 
 def flat_step(traj: Trajectory) -> Callable[[Array, PyTree], Array]:
-    """One step of one example on state vectors: (s_{t-1} (n,), z_t) to s_t (n,)."""
+    """One step of one example on state vectors: (s_{t-1} (n,), entry t of `traj.inputs`) to s_t (n,).
+
+    A reset step computes s_t from the state that it is given, of which it is made independent: hand it that of
+    `traj.before` where the value counts, for the derivative any will do.
+    """
     lead = len(traj.batch_shape) + 1
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[lead:], a.dtype), traj.carries)
     unflatten = unflatten_carry(one)
 
-    def step(state: Array, z: PyTree) -> Array:
-        carry, _ = traj.cell.update(traj.params, unflatten(state), z)
-        return flatten_carry(carry, 0)
+    def step(state: Array, now: PyTree) -> Array:
+        if not isinstance(now, StepInput):
+            refuse_ragged(traj, "this analysis")
+        z, reset, padding = now if isinstance(now, StepInput) else (now, None, None)
+        kept = state if reset is None else jnp.where(reset, jax.lax.stop_gradient(state), state)
+        carry, _ = traj.cell.update(traj.params, unflatten(kept), z)
+        new = flatten_carry(carry, 0)
+        return new if padding is None else jnp.where(padding, state, new)
 
     return step
+
+
+def refuse_ragged(traj: Trajectory, call: str) -> None:
+    """An error where a run has lengths or resets and the caller knows of neither."""
+    given = [name for name, a in (("seq_lengths", traj.lengths), ("resets", traj.resets)) if a is not None]
+    if given:
+        raise NotImplementedError(
+            f"`{call}` of a trajectory with {' and '.join(given)}: not known here; take one sequence at its own "
+            "length, `traj.take(i)`, and run the pieces between resets on their own."
+        )
 
 
 def time_major(traj: Trajectory, tree: PyTree) -> PyTree:

@@ -1,0 +1,24 @@
+"""Plots of what `rnncore.analysis` finds, and a report of a run; needs matplotlib."""
+
+try:
+    import matplotlib as _matplotlib  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "`rnncore.analysis.plots` draws with matplotlib, which is not installed: pip install rnncore[plots]"
+    ) from error
+
+from rnncore.analysis.plots.curves import retention as retention
+from rnncore.analysis.plots.curves import retention_over_training as retention_over_training
+from rnncore.analysis.plots.curves import slope_against_forget_bias as slope_against_forget_bias
+from rnncore.analysis.plots.gates import gate_saturation as gate_saturation
+from rnncore.analysis.plots.gates import path_shares as path_shares
+from rnncore.analysis.plots.gates import timescale_histogram as timescale_histogram
+from rnncore.analysis.plots.gradients import gradient_heatmap as gradient_heatmap
+from rnncore.analysis.plots.gradients import saliency as saliency
+from rnncore.analysis.plots.overview import report_trajectory as report_trajectory
+from rnncore.analysis.plots.page import Section as Section
+from rnncore.analysis.plots.page import report as report
+from rnncore.analysis.plots.spectra import eigenvalues as eigenvalues
+from rnncore.analysis.plots.spectra import lyapunov as lyapunov
+from rnncore.analysis.plots.spectra import lyapunov_convergence as lyapunov_convergence
+from rnncore.analysis.plots.spectra import singular_fan as singular_fan

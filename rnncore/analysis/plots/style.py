@@ -1,0 +1,154 @@
+"""What all plots share: colours, lines that differ in grey print too, a floor for -inf, checks of what comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
+
+OKABE_ITO = {
+    "blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "orange": "#E69F00",
+    "sky": "#56B4E9", "black": "#000000", "yellow": "#F0E442",
+}  # fmt: skip
+"""Colours that every kind of colour vision tells apart (Okabe and Ito 2008), the strongest on white first."""
+# Yellow is for areas: a line of it is lost on white paper.
+COLOURS = tuple(OKABE_ITO[name] for name in OKABE_ITO if name != "yellow")
+DASHES: tuple[Any, ...] = (
+    "-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (3, 2)), (0, (12, 2)),
+)  # fmt: skip
+MARKERS = "os^DvPX"
+HATCHES = ("", "////", "....", "\\\\\\\\", "xx", "++", "oo", "--")
+GUIDE: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "zorder": 1}
+"""Of lines that are no data: thresholds, zeros, floors."""
+FLOOR = "exactly 0: log is \N{MINUS SIGN}\N{INFINITY}"
+LOST = "\N{MINUS SIGN}\N{INFINITY}: nothing is left"
+SHADES = "cividis"
+"""From dark blue to light yellow, evenly in lightness: in grey print dark stays low and light stays high."""
+
+
+def new_axes(ax: Axes | None, size: tuple[float, float] = (7.2, 4.0)) -> Axes:
+    """The axes given, or those of a new pyplot figure."""
+    if ax is not None:
+        return ax
+    import matplotlib.pyplot as plt  # chooses a backend: only where pyplot is asked for
+
+    _, ax = plt.subplots(figsize=size, layout="constrained")
+    return ax
+
+
+def line(i: int, points: int = 1, marked: bool = True) -> dict[str, Any]:
+    """How the i-th curve of so many points looks; after seven a dash of the next one goes with the colour."""
+    turn, place = divmod(i, len(COLOURS))
+    look: dict[str, Any] = {
+        "color": COLOURS[place], "linestyle": DASHES[(place + turn) % len(DASHES)], "linewidth": 1.6, "zorder": 2.5,
+    }  # fmt: skip
+    if marked:
+        every = max(1, points // 7)
+        # Not all markers over the same point.
+        look |= {"marker": MARKERS[(place + turn) % len(MARKERS)], "markersize": 4.5,
+                 "markevery": (i * every // 3 % every, every)}  # fmt: skip
+    return look
+
+
+def shades(count: int) -> list[Any]:
+    """So many colours from dark to light, all of them visible on white."""
+    return [shade_map()(x) for x in np.linspace(0.0, 0.88, count)]
+
+
+def shade_map() -> Colormap:
+    """The colour map of all heat maps."""
+    return matplotlib.colormaps[SHADES]
+
+
+def numbers(call: str, value: Any, ndim: int, expected: str) -> np.ndarray:
+    """float64 of so many axes, none of them empty, without NaN and +inf; -inf is a result and may be there."""
+    try:
+        array = np.asarray(value)
+        if np.iscomplexobj(array):
+            raise TypeError("complex numbers")
+        array = array.astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`{call}(<{type(value).__name__}>)`: expected {expected}; {error}.") from error
+    if array.ndim != ndim or not array.size:
+        raise ValueError(f"`{call}(<{array.shape}>)`: expected {expected}.{_hint(array.ndim, ndim)}")
+    if not np.all(array < np.inf):
+        raise ValueError(
+            f"`{call}(<{array.shape}>)`: NaN or +inf among the numbers, which no plot shows; find where they come from "
+            "(-inf, the logarithm of 0, is fine)."
+        )
+    return array
+
+
+def _hint(got: int, wanted: int) -> str:
+    if got > wanted:
+        return " Pick one sequence of a batch, a[0], or average over it first."
+    return " One curve has a batch axis of 1: a[None]." if got == wanted - 1 else ""
+
+
+def named(call: str, value: Any, default: str = "") -> dict[str, Any]:
+    """A mapping as it is, a sequence of things with numbers for names, one thing alone as `default`."""
+    if isinstance(value, Mapping):
+        items = {str(name): item for name, item in value.items()}
+    elif isinstance(value, list | tuple) and not hasattr(value, "_fields") and not _plain(value):
+        items = {str(i): item for i, item in enumerate(value)}
+    else:
+        items = {default: value}
+    if not items:
+        raise ValueError(f"`{call}`: nothing to draw; expected at least one entry.")
+    return items
+
+
+def _plain(value: Sequence[Any]) -> bool:
+    """Whether a list is one of numbers, and so a single thing."""
+    return bool(value) and all(isinstance(item, int | float) for item in value)
+
+
+def floored(ax: Axes, groups: Sequence[np.ndarray], label: str = FLOOR) -> list[np.ndarray]:
+    """The groups with -inf moved to a labelled line below all that is finite."""
+    finite = np.concatenate([a[np.isfinite(a)].ravel() for a in groups])
+    if all(np.all(np.isfinite(a)) for a in groups):
+        return list(groups)
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    span = max(high - low, 1.0)
+    floor = low - 0.12 * span
+    ax.axhline(floor, linestyle=(0, (1, 2)), **GUIDE)
+    # Below the line, where no data are.
+    ax.annotate(
+        label, (0.01, floor), (0, -3), xycoords=("axes fraction", "data"), textcoords="offset points", va="top",
+        fontsize="small", color=GUIDE["color"],
+    )  # fmt: skip
+    ax.set_ylim(floor - 0.12 * span, high + 0.06 * span)
+    return [np.where(np.isneginf(a), floor, a) for a in groups]
+
+
+def finish(ax: Axes, x: str, y: str, title: str | None = None, legend: bool = True) -> Axes:
+    """Labels, a faint grid and a legend beside the axes, where it covers nothing."""
+    ax.set_xlabel(x)
+    ax.set_ylabel(y)
+    if title:
+        ax.set_title(title, fontsize="medium")
+    ax.grid(True, color="0.9", linewidth=0.6)
+    ax.set_axisbelow(True)
+    if legend and ax.get_legend_handles_labels()[1]:
+        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False, handlelength=3.2)
+    return ax
+
+
+def edges(centres: np.ndarray) -> np.ndarray:
+    """Borders halfway between increasing numbers, N + 1 for N."""
+    if len(centres) == 1:
+        return np.array([centres[0] - 0.5, centres[0] + 0.5])
+    middle = (centres[1:] + centres[:-1]) / 2
+    return np.concatenate([[2 * centres[0] - middle[0]], middle, [2 * centres[-1] - middle[-1]]])
+
+
+def increasing(call: str, name: str, values: Any) -> np.ndarray:
+    """(N,) strictly increasing, as float64."""
+    array = numbers(f"{call}({name}=...)", values, 1, "numbers (N,)")
+    if np.any(np.diff(array) <= 0) or not np.all(np.isfinite(array)):
+        raise ValueError(f"`{call}({name}=...)`: expected finite, increasing numbers; sort them first.")
+    return array
