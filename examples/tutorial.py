@@ -186,7 +186,7 @@ print(f"90 % of the squared gradient lies in the last {int(analysis.effective_wi
 
 # %%
 exponents = analysis.lyapunov_exponents(run, 4, burn_in=16)
-print("largest exponents per step:", np.mean(np.asarray(exponents.exponents), 0).round(3).tolist())
+print("largest exponents per step:", *(f"{e:.3f}" for e in np.mean(np.asarray(exponents.exponents), 0)))
 
 # %% [markdown]
 # ## 8. All of it on one page
