@@ -19,6 +19,13 @@ import rnncore.sequence  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled():
+    """Programs of a finished module are let go: some thousand at once exhaust a process's memory maps."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def unrolled(monkeypatch: pytest.MonkeyPatch) -> list:
     """The functional cells that `rnncore.unroll` was called with."""
