@@ -157,7 +157,7 @@ def test_without_a_rank_tolerance_rounding_is_what_is_left():
 
 def test_random_network_of_clark():
     """N = 4096 has lambda_1 = 0.30958, D = 0.28717 N, h = 0.025106 N; finite size lowers all three."""
-    result = analysis.lyapunov_exponents(random_network(3.0, 100, 600), burn_in=100)
+    result = analysis.lyapunov_exponents(random_network(3.0, 100, 1600), burn_in=100)
     assert 0.26 <= result.exponents[0] <= 0.31
     assert 0.25 <= analysis.kaplan_yorke_dimension(result) / 100 <= 0.2872
     assert 0.0200 <= analysis.ks_entropy(result) / 100 <= 0.0251
