@@ -2,7 +2,7 @@
 
     pip install "rnncore[examples]"
     python examples/tutorial.py                     # a minute or two on two CPU cores; writes tutorial.html
-    python examples/tutorial.py --steps 30 --out /tmp/short
+    python examples/tutorial.py --steps 30 --out short
 
 The parts between `# %%` lines are cells: editors that know them (VS Code, Spyder, PyCharm, Jupyter by way of
 jupytext) run them one by one and show what they print.

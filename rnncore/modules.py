@@ -12,7 +12,10 @@ import jax.numpy as jnp
 from rnncore import _lengths, pointwise, sequence
 from rnncore._types import Array, PyTree
 from rnncore.cells import CellParams, PointwiseCell
+from rnncore.compose import unroll_stack
+from rnncore.recurrence import Dense, Heads, Recurrence
 from rnncore.sequence import States
+from rnncore.stack import Stack, StackParams
 
 
 def to_core(cell: PointwiseCell, carry: Any) -> Any:
@@ -167,6 +170,35 @@ def _check_batch(cell: Any, carry: Any, batch_shape: tuple[int, ...]) -> None:
                 f"`RNN({type(cell).__name__}(...))(seq_lengths or resets)`: the cell's carry has an array of shape "
                 f"{jnp.shape(leaf)}, expected the batch axes {batch_shape} in front."
             )
+
+
+# ------------------------------------------------------------------------------------- several layers
+
+
+def recurrence(heads: int) -> Recurrence:
+    """The structure of a recurrent kernel with so many heads."""
+    return Dense() if heads == 1 else Heads(heads)
+
+
+def run_layers(
+    layers: Any, stack: Stack, params: StackParams, xs: Array, *, initial_carry: Any, return_carry: bool | None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """What a module of several layers returns: its fields and the options of a call through `unroll_stack`."""
+    last, outputs, *states = unroll_stack(
+        stack, params, xs, initial_carry=initial_carry, dtype=layers.dtype,
+        carry_dtype=layers.carry_dtype if initial_carry is not None else carry_dtype(layers),
+        output_dtype=layers.output_dtype, time_major=layers.time_major, differentiation=layers.differentiation,
+        checkpoint_every=layers.checkpoint_every, recompute=layers.recompute, backend=layers.backend, **options,
+    )  # fmt: skip
+    carry = (last,) if (layers.return_carry if return_carry is None else return_carry) else ()
+    result = (*carry, outputs, *states)
+    return result[0] if len(result) == 1 else result
+
+
+def carry_dtype(layers: Any) -> Any:
+    """The dtype of the layers' own initial carry: that of the parameters where no other is asked for."""
+    return layers.param_dtype if layers.carry_dtype is None else layers.carry_dtype
 
 
 # ------------------------------------------------------------------------------------ both directions

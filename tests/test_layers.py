@@ -25,7 +25,7 @@ FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go roun
 # What may be shared on one floor: (who, what).
 ALLOWED = {
     ("cells", "recurrence"), ("pointwise", "cells"), ("torch_weights", "stack"), ("compose", "sequence"),
-    ("modules", "sequence"), ("sequence", "_checks"),
+    ("modules", "sequence"), ("modules", "compose"), ("sequence", "_checks"),
 }  # fmt: skip
 SHARED_BY_BACKENDS = ("chunks", "request", "recur")
 FLAX = ("linen", "nnx")

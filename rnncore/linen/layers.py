@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rnncore import cells, compose, initializers
+from rnncore import cells, initializers, modules
 from rnncore._types import Activation, Array, Differentiation, Initializer
-from rnncore.recurrence import Dense, Heads
 from rnncore.stack import Merge, Stack, StackParams
 
 
 class Layers(nn.Module):
     """What `LSTM`, `GRU` and `Elman` share: the fields, the call, the parameters of a `rnncore.Stack`."""
+
+    make: ClassVar[Callable[..., cells.PointwiseCell]]
+    """The functional cell."""
+    own: ClassVar[tuple[str, ...]] = ()
+    """Fields that this kind of cell has and not every other."""
 
     features: int
     num_layers: int = 1
@@ -84,24 +88,23 @@ class Layers(nn.Module):
         key = None
         if stack.is_random and not nn.merge_param("deterministic", self.deterministic, deterministic):
             key = self.make_rng("dropout")
-        last, outputs, *states = compose.unroll_stack(
-            stack, stack.from_tree(tree), xs, key=key, initial_carry=initial_carry, seq_lengths=seq_lengths,
-            resets=resets, dtype=self.dtype, carry_dtype=self._carry_dtype(initial_carry),
-            output_dtype=self.output_dtype, time_major=self.time_major, return_states=return_states,
-            differentiation=self.differentiation, checkpoint_every=self.checkpoint_every, recompute=self.recompute,
-            backend=self.backend,
+        return modules.run_layers(
+            self, stack, stack.from_tree(tree), xs, key=key, initial_carry=initial_carry, seq_lengths=seq_lengths,
+            resets=resets, return_carry=return_carry, return_states=return_states,
         )  # fmt: skip
-        carry = [last] if (self.return_carry if return_carry is None else return_carry) else []
-        result = (*carry, outputs, *states)
-        return result[0] if len(result) == 1 else result
 
     @property
     def stack(self) -> Stack:
         """The description of these layers."""
-        zoneout = self._zoneout()
+        cell = self.make(
+            self.features, **{name: getattr(self, name) for name in self.own}, activation_fn=self.activation_fn,
+            recurrence=modules.recurrence(self.heads), kernel_init=self.kernel_init,
+            recurrent_init=self.recurrent_kernel_init, bias_init=self.bias_init,
+        )  # fmt: skip
+        rates = {"h": self.zoneout, "c": getattr(self, "zoneout_cell", 0.0)}
+        zoneout = cell.Carry(*(rates[name] for name in cell.Carry._fields))
         return Stack(
-            self._cell(recurrence=Dense() if self.heads == 1 else Heads(self.heads), **self._initial()),
-            num_layers=self.num_layers, bidirectional=self.bidirectional, merge=self.merge, dropout=self.dropout,
+            cell, num_layers=self.num_layers, bidirectional=self.bidirectional, merge=self.merge, dropout=self.dropout,
             recurrent_dropout=self.recurrent_dropout, zoneout=zoneout if any(zoneout) else None,
             learned_carry=self.learned_carry,
         )  # fmt: skip
@@ -126,25 +129,7 @@ class Layers(nn.Module):
         params = StackParams((), None)
         if stack.learned_carry:
             params = stack.from_tree({n: self.get_variable("params", n) for row in stack.names for n in row})
-        return stack.start(params, batch_shape, self._carry_dtype(None))
-
-    @nn.nowrap
-    def _initial(self) -> dict[str, Any]:
-        return dict(kernel_init=self.kernel_init, recurrent_init=self.recurrent_kernel_init, bias_init=self.bias_init)
-
-    @nn.nowrap
-    def _carry_dtype(self, initial_carry: Any) -> Any:
-        if self.carry_dtype is not None or initial_carry is not None:
-            return self.carry_dtype
-        return self.param_dtype
-
-    @nn.nowrap
-    def _cell(self, **options: Any) -> cells.PointwiseCell:
-        raise NotImplementedError
-
-    @nn.nowrap
-    def _zoneout(self) -> Any:
-        return cells.HiddenCarry(self.zoneout)
+        return stack.start(params, batch_shape, modules.carry_dtype(self))
 
 
 class LSTM(Layers):
@@ -184,20 +169,12 @@ class LSTM(Layers):
     regularisers (dropout), two biases and the outputs first; Flax has no such layer.
     """
 
+    make: ClassVar[Callable[..., cells.PointwiseCell]] = cells.LSTM
+    own: ClassVar[tuple[str, ...]] = ("forget_bias", "gate_fn")
+
     zoneout_cell: float = field(default=0.0, kw_only=True)
     forget_bias: float = field(default=0.0, kw_only=True)
     gate_fn: Activation = field(default=jax.nn.sigmoid, kw_only=True)
-
-    @nn.nowrap
-    def _cell(self, **options: Any) -> cells.PointwiseCell:
-        return cells.LSTM(
-            self.features, forget_bias=self.forget_bias, gate_fn=self.gate_fn, activation_fn=self.activation_fn,
-            **options,
-        )  # fmt: skip
-
-    @nn.nowrap
-    def _zoneout(self) -> Any:
-        return cells.LSTMCarry(self.zoneout_cell, self.zoneout)
 
 
 class GRU(Layers):
@@ -219,15 +196,11 @@ class GRU(Layers):
     Source: see `rnncore.GRU` and `rnncore.Stack`.
     """
 
+    make: ClassVar[Callable[..., cells.PointwiseCell]] = cells.GRU
+    own: ClassVar[tuple[str, ...]] = ("forget_bias", "gate_fn")
+
     forget_bias: float = field(default=0.0, kw_only=True)
     gate_fn: Activation = field(default=jax.nn.sigmoid, kw_only=True)
-
-    @nn.nowrap
-    def _cell(self, **options: Any) -> cells.PointwiseCell:
-        return cells.GRU(
-            self.features, forget_bias=self.forget_bias, gate_fn=self.gate_fn, activation_fn=self.activation_fn,
-            **options,
-        )  # fmt: skip
 
 
 class Elman(Layers):
@@ -249,6 +222,4 @@ class Elman(Layers):
     Source: see `rnncore.Elman` and `rnncore.Stack`.
     """
 
-    @nn.nowrap
-    def _cell(self, **options: Any) -> cells.PointwiseCell:
-        return cells.Elman(self.features, activation_fn=self.activation_fn, **options)
+    make: ClassVar[Callable[..., cells.PointwiseCell]] = cells.Elman

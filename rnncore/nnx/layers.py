@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rnncore import cells, compose, initializers
+from rnncore import cells, initializers, modules
 from rnncore._types import Activation, Array, Differentiation, Initializer
-from rnncore.recurrence import Dense, Heads
 from rnncore.stack import Merge, Stack, StackParams
 
 
@@ -19,9 +20,15 @@ class Layers(nnx.Module):
 
     def __init__(
         self,
-        cell: cells.PointwiseCell,
+        make: Callable[..., cells.PointwiseCell],
         in_features: int,
+        hidden_features: int,
         *,
+        heads: int = 1,
+        activation_fn: Activation = jnp.tanh,
+        kernel_init: Initializer = initializers.lecun_normal,
+        recurrent_kernel_init: Initializer | None = None,
+        bias_init: Initializer = initializers.zeros,
         num_layers: int = 1,
         bidirectional: bool = False,
         merge: Merge = "concat",
@@ -42,6 +49,10 @@ class Layers(nnx.Module):
         backend: str | None = None,
         rngs: nnx.Rngs,
     ):
+        cell = make(
+            hidden_features, activation_fn=activation_fn, recurrence=modules.recurrence(heads),
+            kernel_init=kernel_init, recurrent_init=recurrent_kernel_init, bias_init=bias_init,
+        )  # fmt: skip
         self.stack = stack = Stack(
             cell, num_layers=num_layers, bidirectional=bidirectional, merge=merge, dropout=dropout,
             recurrent_dropout=recurrent_dropout, zoneout=zoneout if any(zoneout) else None,
@@ -103,15 +114,10 @@ class Layers(nnx.Module):
         if stack.is_random and not (self.deterministic if deterministic is None else deterministic):
             stream = self.rngs if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
             key = stream() if isinstance(stream, nnx.RngStream) else stream
-        last, outputs, *states = compose.unroll_stack(
-            stack, params, xs, key=key, initial_carry=initial_carry, seq_lengths=seq_lengths, resets=resets,
-            dtype=self.dtype, carry_dtype=self._carry_dtype(initial_carry), output_dtype=self.output_dtype,
-            time_major=self.time_major, return_states=return_states, differentiation=self.differentiation,
-            checkpoint_every=self.checkpoint_every, recompute=self.recompute, backend=self.backend,
+        return modules.run_layers(
+            self, stack, params, xs, key=key, initial_carry=initial_carry, seq_lengths=seq_lengths, resets=resets,
+            return_carry=return_carry, return_states=return_states,
         )  # fmt: skip
-        carry = [last] if (self.return_carry if return_carry is None else return_carry) else []
-        result = (*carry, outputs, *states)
-        return result[0] if len(result) == 1 else result
 
     def functional(self) -> tuple[Stack, StackParams]:
         """These layers as a functional stack and its parameters, for `rnncore.unroll_stack` and the analysis."""
@@ -126,16 +132,7 @@ class Layers(nnx.Module):
           batch_shape: the batch axes of the inputs.
         """
         stack, params = self.functional()
-        return stack.start(params, batch_shape, self._carry_dtype(None))
-
-    def _carry_dtype(self, initial_carry: Any) -> Any:
-        if self.carry_dtype is not None or initial_carry is not None:
-            return self.carry_dtype
-        return self.param_dtype
-
-
-def _recurrence(heads: int) -> Any:
-    return Dense() if heads == 1 else Heads(heads)
+        return stack.start(params, batch_shape, modules.carry_dtype(self))
 
 
 class LSTM(Layers):
@@ -179,24 +176,14 @@ class LSTM(Layers):
         in_features: int,
         hidden_features: int,
         *,
-        heads: int = 1,
         forget_bias: float = 0.0,
         zoneout: float = 0.0,
         zoneout_cell: float = 0.0,
         gate_fn: Activation = jax.nn.sigmoid,
-        activation_fn: Activation = jnp.tanh,
-        kernel_init: Initializer = initializers.lecun_normal,
-        recurrent_kernel_init: Initializer | None = None,
-        bias_init: Initializer = initializers.zeros,
-        rngs: nnx.Rngs,
         **options: Any,
     ):
-        cell = cells.LSTM(
-            hidden_features, forget_bias=forget_bias, gate_fn=gate_fn, activation_fn=activation_fn,
-            recurrence=_recurrence(heads), kernel_init=kernel_init, recurrent_init=recurrent_kernel_init,
-            bias_init=bias_init,
-        )  # fmt: skip
-        super().__init__(cell, in_features, zoneout=cells.LSTMCarry(zoneout_cell, zoneout), rngs=rngs, **options)
+        make = functools.partial(cells.LSTM, forget_bias=forget_bias, gate_fn=gate_fn)
+        super().__init__(make, in_features, hidden_features, zoneout=cells.LSTMCarry(zoneout_cell, zoneout), **options)
 
 
 class GRU(Layers):
@@ -223,23 +210,13 @@ class GRU(Layers):
         in_features: int,
         hidden_features: int,
         *,
-        heads: int = 1,
         forget_bias: float = 0.0,
         zoneout: float = 0.0,
         gate_fn: Activation = jax.nn.sigmoid,
-        activation_fn: Activation = jnp.tanh,
-        kernel_init: Initializer = initializers.lecun_normal,
-        recurrent_kernel_init: Initializer | None = None,
-        bias_init: Initializer = initializers.zeros,
-        rngs: nnx.Rngs,
         **options: Any,
     ):
-        cell = cells.GRU(
-            hidden_features, forget_bias=forget_bias, gate_fn=gate_fn, activation_fn=activation_fn,
-            recurrence=_recurrence(heads), kernel_init=kernel_init, recurrent_init=recurrent_kernel_init,
-            bias_init=bias_init,
-        )  # fmt: skip
-        super().__init__(cell, in_features, zoneout=cells.HiddenCarry(zoneout), rngs=rngs, **options)
+        make = functools.partial(cells.GRU, forget_bias=forget_bias, gate_fn=gate_fn)
+        super().__init__(make, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)
 
 
 class Elman(Layers):
@@ -260,22 +237,5 @@ class Elman(Layers):
     Source: see `rnncore.Elman` and `rnncore.Stack`.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        hidden_features: int,
-        *,
-        heads: int = 1,
-        zoneout: float = 0.0,
-        activation_fn: Activation = jnp.tanh,
-        kernel_init: Initializer = initializers.lecun_normal,
-        recurrent_kernel_init: Initializer | None = None,
-        bias_init: Initializer = initializers.zeros,
-        rngs: nnx.Rngs,
-        **options: Any,
-    ):
-        cell = cells.Elman(
-            hidden_features, activation_fn=activation_fn, recurrence=_recurrence(heads), kernel_init=kernel_init,
-            recurrent_init=recurrent_kernel_init, bias_init=bias_init,
-        )  # fmt: skip
-        super().__init__(cell, in_features, zoneout=cells.HiddenCarry(zoneout), rngs=rngs, **options)
+    def __init__(self, in_features: int, hidden_features: int, *, zoneout: float = 0.0, **options: Any):
+        super().__init__(cells.Elman, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)
