@@ -9,9 +9,9 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import flax
 import jax
@@ -20,53 +20,85 @@ import numpy as np
 import rnncore
 
 
-def compile_step(step: Any, arguments: tuple) -> tuple[Any, dict[str, Any]]:
+def compile_step(
+    step: Any, arguments: tuple, compiler_options: dict[str, Any] | None = None
+) -> tuple[Any, dict[str, Any]]:
     """(compiled program, its compile_seconds and temporary_bytes) of a jitted function."""
     begin = time.perf_counter()
-    compiled = step.lower(*arguments).compile()
+    compiled = step.lower(*arguments).compile(compiler_options)
     seconds = time.perf_counter() - begin
     analysis = compiled.memory_analysis()
     return compiled, {"compile_seconds": seconds, "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None)}
 
 
-def repetitions(call: Callable[[], Any], seconds: float) -> int:
+def argument_and_output_bytes(compiled: Any) -> dict[str, int | None]:
+    """argument_bytes and output_bytes of a compiled program."""
+    analysis = compiled.memory_analysis()
+    return {f"{name}_bytes": getattr(analysis, f"{name}_size_in_bytes", None) for name in ("argument", "output")}
+
+
+Wait = Callable[[Any], Any]
+"""Returns when the result of a call is there."""
+
+
+def repetitions(call: Callable[[], Any], seconds: float, wait: Wait = jax.block_until_ready) -> int:
     """How many calls fill `seconds`; at least one.  The call has to have run before."""
     begin = time.perf_counter()
-    jax.block_until_ready(call())
+    wait(call())
     return max(1, math.ceil(seconds / (time.perf_counter() - begin)))
 
 
+Name = TypeVar("Name", bound=Hashable)
+
+
 def take_turns(
-    calls: dict[str, Callable[[], Any]], rounds: int, seconds: float, tick: Callable[[], Any] = lambda: None
-) -> dict[str, dict[str, Any]]:
+    calls: dict[Name, Callable[[], Any]], rounds: int, seconds: float, tick: Callable[[], Any] = lambda: None,
+    *, waits: dict[Name, Wait] | None = None, turns: dict[Name, dict[str, Any]] | None = None,
+    deadline: float = math.inf,
+) -> dict[Name, dict[str, Any]]:
     """Runs all in turn, A B C A B C: {name: calls_a_round and ms, one time of a call for each round}.
 
     Args:
       calls: all have run before.
       seconds: of one turn, roughly.
       tick: called after every turn.
-    """
-    counts = {name: repetitions(call, seconds) for name, call in calls.items()}
-    turns: dict[str, dict[str, Any]] = {name: {"calls_a_round": count, "ms": []} for name, count in counts.items()}
-    for _ in range(rounds):
+      waits: by name, for what is not a JAX program.
+      turns: filled as the rounds go, so that an interruption leaves what was done, see `complete_rounds`.
+      deadline: of `time.monotonic`; no round but the first begins after it.
+    """  # fmt: skip
+    waits, turns = waits or {}, {} if turns is None else turns
+    for name, call in calls.items():
+        count = repetitions(call, seconds, waits.get(name, jax.block_until_ready))
+        turns[name] = {"calls_a_round": count, "ms": []}
+    for done in range(rounds):
+        if done and time.monotonic() > deadline:
+            break
         for name, call in calls.items():
+            count, wait = turns[name]["calls_a_round"], waits.get(name, jax.block_until_ready)
             begin = time.perf_counter()
-            for _ in range(counts[name]):
+            for _ in range(count):
                 out = call()
-            jax.block_until_ready(out)
-            turns[name]["ms"].append((time.perf_counter() - begin) / counts[name] * 1e3)
+            wait(out)
+            turns[name]["ms"].append((time.perf_counter() - begin) / count * 1e3)
             tick()
     return turns
 
 
+def complete_rounds(turns: dict[Name, dict[str, Any]]) -> dict[Name, dict[str, Any]]:
+    """The turns without a round that not all have run; nothing where there was no round."""
+    rounds = min((len(turn["ms"]) for turn in turns.values()), default=0)
+    return {name: turn | {"ms": turn["ms"][:rounds]} for name, turn in turns.items()} if rounds else {}
+
+
+def spread(ms: list[float]) -> dict[str, float]:
+    """Median, least and largest time."""
+    return {"median_ms": statistics.median(ms), "min_ms": min(ms), "max_ms": max(ms)}
+
+
 def summary(ms: list[float], reference: list[float]) -> dict[str, float]:
     """Median, least and largest time, and the median over rounds of how much faster than the reference."""
-    return {
-        "median_ms": statistics.median(ms),
-        "min_ms": min(ms),
-        "max_ms": max(ms),
-        "speed_against_flax": statistics.median(f / m for f, m in zip(reference, ms, strict=True)),
-    }
+    faster = statistics.median(f / m for f, m in zip(reference, ms, strict=True))
+    return {**spread(ms), "speed_against_flax": faster}
 
 
 def relative_error(got: Any, want: Any) -> float:
@@ -82,6 +114,11 @@ def geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def machine() -> dict[str, Any]:
     """What ran."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
@@ -89,7 +126,7 @@ def machine() -> dict[str, Any]:
     model = names[0] if names else platform.processor()
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({model})",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": cores(),
         "python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
         "rnncore": rnncore.__version__, "commit": commit.stdout.strip(), "dtype": "float32",
         "input_product": "included",

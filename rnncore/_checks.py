@@ -98,3 +98,15 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
         if number and not isinstance(stay, jax.core.Tracer) and not 0 <= stay <= 1:
             raise ValueError(f"{got}: expected a share from 0 to 1.")
     return type(zoneout)(*(None if stay is None else jnp.asarray(stay) for stay in zoneout))
+
+
+def check_residual_dtype(dtype: Any, differentiation: str) -> None:
+    got = f"`unroll(residual_dtype={dtype!r}, differentiation={differentiation!r})`"
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"{got}: expected a floating dtype, such as jnp.bfloat16, or None.")
+    if differentiation != "reverse":
+        raise ValueError(f"{got}: means something with differentiation='reverse' only.")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import jax
 from jax import lax
+from jax.extend import backend as jex_backend
 from jax.extend import core as jex_core
 
 Literal = jex_core.Literal
@@ -24,6 +26,27 @@ def vary_over(x: Any, axes: frozenset) -> Any:
     """The value marked as differing over `axes` (inside shard_map; elsewhere the value itself)."""
     missing = tuple(sorted(axes - varying_axes(x)))
     return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def matmul_precision() -> str | None:
+    """What `jax.default_matmul_precision` is set to here."""
+    return jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+
+
+def platform_version() -> str:
+    """What the device's runtime says of itself, such as "cuda 13000", in small letters."""
+    return str(jex_backend.get_backend().platform_version).lower()
+
+
+def command_buffer_commands() -> list[str]:
+    """The kinds of operations that XLA puts into CUDA graphs, by this jaxlib's defaults and XLA_FLAGS."""
+    from jax._src.lib import xla_client  # no public route exists
+
+    # Each holds memory of the one before: a name keeps it alive.
+    options = xla_client.CompileOptions()
+    build = options.executable_build_options
+    text = repr(build.debug_options)
+    return re.findall(r"^\s*xla_gpu_enable_command_buffer:\s*(\w+)", text, re.MULTILINE)
 
 
 def source_line(eqn: Any) -> str:

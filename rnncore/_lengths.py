@@ -42,9 +42,9 @@ def valid_mask(lengths: Array, steps: int, start: Array | int = 0) -> Array:
     return times + start < lengths
 
 
-def blank_padding(xs: Array, lengths: Array) -> Array:
-    """NaN and inf in the padding become 0, finite padding stays as it is."""
-    inside = valid_mask(lengths, xs.shape[0])[..., None]
+def blank_padding(xs: Array, lengths: Array, axis: int = 0) -> Array:
+    """NaN and inf in the padding become 0, finite padding stays as it is; time along `axis`."""
+    inside = jnp.moveaxis(valid_mask(lengths, xs.shape[axis])[..., None], 0, axis)
     return jnp.where(inside | jnp.isfinite(xs), xs, jnp.zeros_like(xs))
 
 

@@ -38,6 +38,14 @@ def _inner_jaxpr(eqn: Any) -> Any:
     return None
 
 
+def _rounds_nothing(eqn: Any) -> bool:
+    """Whether the operation is a rounding to the precision that the value has, as `jax.checkpoint` puts in."""
+    if eqn.primitive.name != "reduce_precision":
+        return False
+    info = jnp.finfo(eqn.invars[0].aval.dtype)
+    return (info.nexp, info.nmant) == (eqn.params["exponent_bits"], eqn.params["mantissa_bits"])
+
+
 def _open_jits(closed: Any) -> Callable:
     """The jaxpr as a function in which nested jit calls are opened, so that policies see inside."""
 
@@ -52,6 +60,8 @@ def _open_jits(closed: Any) -> Callable:
             if eqn.primitive.name in ("jit", "pjit"):
                 inner = eqn.params["jaxpr"]
                 outs = evaluate(inner.jaxpr, inner.consts, values)
+            elif _rounds_nothing(eqn):
+                outs = values
             else:
                 outs = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
                 outs = outs if eqn.primitive.multiple_results else [outs]
@@ -208,16 +218,63 @@ def linearize(fun: Callable, policy: Callable, *flat: Any) -> Linearized:
         return tuple(out), tuple(leaves)
 
     closed, (out, _) = jax.make_jaxpr(split, return_shape=True)(*flat)
+    closed = jax.make_jaxpr(_open_jits(closed))(*flat)
     jaxpr, width = closed.jaxpr, len(out)
     position = {id(v): i for i, v in enumerate(jaxpr.invars)}
-    needed = tuple(position.get(id(v)) for v in jaxpr.outvars[width:])
+    leaves = jaxpr.outvars[width:]
+    again = _formed_again(closed, leaves)
+    known = [n for n in range(len(leaves)) if n not in again]
+    needed = tuple(position.get(id(leaves[n])) for n in known)
     run = _compat.jaxpr_as_fun(closed)
 
     def forward(*args: Any) -> tuple[tuple, tuple]:
         values = run(*args)
-        return tuple(values[:width]), tuple(v for v, n in zip(values[width:], needed, strict=True) if n is None)
+        return tuple(values[:width]), tuple(values[width + n] for n, i in zip(known, needed, strict=True) if i is None)
 
     def tangent(residuals: Any, tangents: Any) -> tuple:
-        return tuple(made["tree"].unflatten(residuals)(*tangents))
+        env = {id(leaves[n]): value for n, value in zip(known, residuals, strict=True)}
+        for eqns in again.values():
+            for eqn in eqns:
+                values = [v.val if isinstance(v, _compat.Literal) else env[id(v)] for v in eqn.invars]
+                env[id(eqn.outvars[0])] = eqn.primitive.bind(*values, **eqn.params)
+        return tuple(made["tree"].unflatten([env[id(v)] for v in leaves])(*tangents))
 
     return Linearized(forward, tangent, needed)
+
+
+def _formed_again(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
+    """The residuals that one transcendental function of the others gives, and the equations that do.
+
+    An LSTM's tanh(c_t) is one: c_t is a sum of products of gates and c_{t-1}, which are kept.  Reading a
+    stack from memory costs as much as that function.
+    """
+    maker = {id(v): eqn for eqn in closed.jaxpr.eqns for v in eqn.outvars}
+    order = {id(eqn): n for n, eqn in enumerate(closed.jaxpr.eqns)}
+    again: dict[int, list[Any]] = {}
+    sources: set[int] = set()
+    for n, leaf in enumerate(leaves):
+        others = {id(v) for m, v in enumerate(leaves) if m != n and m not in again}
+        made = maker.get(id(leaf))
+        if id(leaf) in others | sources or made is None or made.primitive.name not in ELEMENTWISE:
+            continue
+        path: dict[int, Any] = {}
+        uses: set[int] = set()
+        todo, possible = [made], True
+        while todo and possible:
+            eqn = todo.pop()
+            path[id(eqn)] = eqn
+            for v in eqn.invars:
+                if isinstance(v, _compat.Literal):
+                    continue
+                if id(v) in others:
+                    uses.add(id(v))
+                    continue
+                source = maker.get(id(v))
+                simple = source is not None and source.primitive.name in ELEMENTWISE - TRANSCENDENTAL
+                possible = possible and simple
+                if simple:
+                    todo.append(source)
+        if possible:
+            sources |= uses
+            again[n] = sorted(path.values(), key=lambda eqn: order[id(eqn)])
+    return again

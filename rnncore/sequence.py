@@ -12,7 +12,7 @@ import numpy as np
 
 from rnncore import _checks, _compat, _lengths, pointwise
 from rnncore._types import Array, Differentiation, PyTree
-from rnncore.backends import BACKENDS, Operands, Request
+from rnncore.backends import BACKENDS, Operands, Request, unchosen
 from rnncore.cells.base import Cell, PointwiseCell
 
 RECOMPUTE = ("nothing", "gates", "chunk")
@@ -80,6 +80,7 @@ def unroll(
     differentiation: Differentiation = "any",
     checkpoint_every: int | None = None,
     recompute: str = "nothing",
+    residual_dtype: Any = None,
     backend: str | None = None,
 ) -> Any:
     """Runs a cell over time.
@@ -95,9 +96,10 @@ def unroll(
         default.  Its dtypes are those of the carry throughout.
       seq_lengths: integers (*batch), 0 to T.  The returned carry is the one after step length - 1,
         the initial one where the length is 0.  Outputs past the length go on from the padding, as in
-        Flax; NaN and inf in the padding count as 0.  Outside jit values out of range are an error;
-        inside jit they cannot be seen: a negative length then acts as 0, one above T as T.  Finite
-        padding is run as it is: if it overflows the state, gradients can still become NaN.
+        Flax (backend "cudnn": they are zeros); NaN and inf in the padding count as 0.  Outside jit
+        values out of range are an error; inside jit they cannot be seen: a negative length then acts as 0,
+        one above T as T.  Finite padding is run as it is: if it overflows the state, gradients can still
+        become NaN.
       resets: booleans of the shape of xs without D.  Where True the carry returns to `reset_carry`
         before that step (the first of an episode); in the order of processing.
       reset_carry: the carry that resets return to; the initial carry by default.  Give it where the
@@ -114,16 +116,26 @@ def unroll(
       return_states: also return every carry and every gate.
       include_initial: with `return_states`, the carries start with the initial one.
       differentiation: "any", every mode and order of differentiation; or "reverse", reverse mode of
-        first order only, which leaves room for backends that have no other; on a CPU both cost the same.
-      checkpoint_every: K, steps to a chunk of the outer of two levels of scan.  A chunk projects its
+        first order only, which on a CPU takes 0.8 of the time and 0.6 of the memory.
+      checkpoint_every: K, steps to a chunk of the outer of two levels of loops.  A chunk projects its
         inputs, runs, and sums its weight gradients.  None: the backend chooses, with `recompute` about
         sqrt(T).
       recompute: what reverse mode forms again: "nothing", all carries and gates are kept; "gates",
         the carries are kept, the projected inputs and gates are two products more; "chunk", only the
-        carry of every K-th step is kept and the chunk runs again.  For an LSTM with B = 8, T = 512,
-        D = H = 32 on a CPU a gradient step takes, in arrays of T x B x H: 19 with neither option, 10.5 with
-        K = 16, then 5.1 with "gates" and 3.1 with "chunk"; flax.linen's takes 14.
-      backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.
+        carry of every K-th step is kept and the chunk runs again.  With "reverse" the temporary memory of
+        a gradient step is, in arrays of T x B x H and besides gradients of inputs and outputs, at most
+
+          "nothing"  1 + R + 5 G K/T             R: what a step's derivative needs; LSTM 5, GRU 4, MGU 3, Elman 1
+          "gates"    F + (5 G + R) K/T           F: fields of the carry; LSTM 2, the others 1
+          "chunk"    1 + F/K + (5 G + R) K/T     G: gates
+
+        and what does not grow with T.  With "any" JAX keeps copies of chunks too: at B = 64, T = 1024, D = H =
+        256 an LSTM takes 10.1, 6.0 and 3.1 arrays against 6.1, 2.6 and 1.3 with "reverse" and flax.linen's 16.
+      residual_dtype: dtype in which "reverse" stores what it keeps, bfloat16 for half of R; None stores it
+        as it is.  A GPU's memory traffic is the reason for it; gradients are then as exact as that dtype.
+      backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
+        and "autodiff" run everywhere; "cudnn" is NVIDIA's library, for plain LSTMs in float32 with
+        differentiation="reverse", and runs only where it is named.
 
     Returns:
       (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,
@@ -149,7 +161,7 @@ def unroll(
     call = _prepare(
         cell, params, xs, initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout,
         _Layout(time_major, reverse, keep_order, include_initial),
-        return_states, differentiation, checkpoint_every, recompute,
+        return_states, differentiation, checkpoint_every, recompute, residual_dtype,
     )  # fmt: skip
     choice = _choose(call.request, backend)
     carry, outputs, states = _run(call.request, call.layout, choice.name, *call.arrays)
@@ -175,6 +187,7 @@ def explain_backend(
     differentiation: Differentiation = "any",
     checkpoint_every: int | None = None,
     recompute: str = "nothing",
+    residual_dtype: Any = None,
     backend: str | None = None,
 ) -> BackendChoice:
     """Which backend `unroll` takes for the same arguments, why, and why not the others.
@@ -194,11 +207,12 @@ def explain_backend(
       >>> print(rnncore.explain_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3))))
       backend 'autodiff': the first that can serve this call
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
+      not 'cudnn': ResetBeforeGRU is not rnncore.LSTM, the only cell that jax.experimental.rnn has
     """
     call = _prepare(
         cell, params, xs, initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout,
         _Layout(time_major, reverse, keep_order, include_initial),
-        return_states, differentiation, checkpoint_every, recompute,
+        return_states, differentiation, checkpoint_every, recompute, residual_dtype,
     )  # fmt: skip
     return _choose(call.request, backend)
 
@@ -218,6 +232,7 @@ def _choose(request: Request, backend: str | None) -> BackendChoice:
             )
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
         return BackendChoice(backend, "named by the caller", others)
+    reasons = {name: why or unchosen(name, request) for name, why in reasons.items()}
     name = next(name for name, why in reasons.items() if why is None)
     others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
     return BackendChoice(name, "the first that can serve this call", others)
@@ -226,7 +241,7 @@ def _choose(request: Request, backend: str | None) -> BackendChoice:
 def _prepare(
     cell: Cell, params: PyTree, xs: Any, initial_carry: Any, seq_lengths: Any, resets: Any, reset_carry: Any,
     mask: Any, zoneout: Any, layout: _Layout, states: bool, differentiation: Differentiation,
-    checkpoint_every: int | None, recompute: str,
+    checkpoint_every: int | None, recompute: str, residual_dtype: Any,
 ) -> _Call:  # fmt: skip
     """All checks of a call, in one place."""
     if not isinstance(cell, Cell):
@@ -248,6 +263,8 @@ def _prepare(
             raise ValueError(f"`unroll({name}={value!r})`: expected one of {', '.join(map(repr, allowed))}.")
     if checkpoint_every is not None and (not isinstance(checkpoint_every, int | np.integer) or checkpoint_every < 1):
         raise ValueError(f"`unroll(checkpoint_every={checkpoint_every!r})`: expected at least 1 step, or None.")
+    if residual_dtype is not None:
+        _checks.check_residual_dtype(residual_dtype, differentiation)
     if layout.include_initial and not states:
         raise ValueError("`unroll(include_initial=True)`: means something with return_states=True only.")
     if layout.keep_order and layout.include_initial and layout.reverse and seq_lengths is not None:
@@ -275,10 +292,12 @@ def _prepare(
         zoneout = _checks.check_zoneout(cell, zoneout, (*xs.shape[:-1], cell.hidden_size))
     request = Request(
         cell=cell, steps=steps, batch_shape=batch_shape, input_size=xs.shape[-1], dtype=dtype.name,
-        platform=jax.default_backend(), devices=jax.device_count(),
+        dtypes=frozenset(jnp.result_type(a).name for a in jax.tree.leaves((params, xs, initial_carry))),
+        precision=_compat.matmul_precision(), platform=jax.default_backend(), devices=jax.device_count(),
         lengths=seq_lengths is not None, resets=resets is not None, mask=mask is not None,
         stay=zoneout is not None, states=states,
         differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
+        residual_dtype=None if residual_dtype is None else jnp.dtype(residual_dtype).name,
     )  # fmt: skip
     operands = Operands(xs, initial_carry, reset_carry, seq_lengths, resets, mask, zoneout)
     return _Call(request, layout, (params, operands))
@@ -288,20 +307,24 @@ def _prepare(
 def _run(
     request: Request, layout: _Layout, backend: str, params: PyTree, given: Operands
 ) -> tuple[Any, Array, States | None]:
-    """The run itself, time-major and in processing order inside."""
+    """The run itself, in processing order and, where the backend wants it, time-major inside."""
     cell = request.cell
     xs, carry, target, lengths, resets, mask, stay = given
+    keeps = getattr(BACKENDS[backend], "keeps_time_axis", lambda request: False)
+    if not layout.time_major and not layout.reverse and request.steps and keeps(request):
+        request = dataclasses.replace(request, time_axis=len(request.batch_shape))
+    axis = request.time_axis
     steps = (request.steps,) + (1,) * (len(request.batch_shape) + 1)
     full = jax.tree.map(jnp.ndim, stay)  # a share for all steps has no axes
     if not layout.time_major:
-        xs = jnp.moveaxis(xs, -2, 0)
+        xs = jnp.moveaxis(xs, -2, axis)
         resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
         stay = jax.tree.map(lambda a, n: jnp.moveaxis(a, -2, 0) if n else a, stay, full)
     stay = jax.tree.map(lambda a, n: a if n else jnp.broadcast_to(a, steps), stay, full)
     if carry is None:
         carry = cell.initial_carry(request.batch_shape, request.dtype)
     if lengths is not None:
-        xs = _lengths.blank_padding(xs, lengths)
+        xs = _lengths.blank_padding(xs, lengths, axis)
     resets = None if resets is None else resets[..., None]
     if layout.reverse:
         xs, resets = _lengths.reverse_time((xs, resets), lengths)
@@ -309,7 +332,7 @@ def _run(
     target = carry if target is None else jax.tree.map(lambda a, c: jnp.asarray(a, c.dtype), target, carry)
     mask, stay = jax.lax.stop_gradient((mask, stay))
     operands = Operands(xs, carry, target, lengths, resets, mask, stay)
-    params, operands = _follow(params, operands)
+    params, operands = _follow(params, operands, axis)
 
     if request.steps == 0:
         outputs, states = _empty(cell, params, xs, operands.carry)
@@ -325,11 +348,12 @@ def _run(
         pair = (states.carries, first) if layout.reverse and layout.keep_order else (first, states.carries)
         states = states._replace(carries=jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair))
     if not layout.time_major:
-        outputs, states = jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(request.batch_shape)), (outputs, states))
+        outputs = jnp.moveaxis(outputs, axis, len(request.batch_shape))
+        states = jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(request.batch_shape)), states)
     return last, outputs, states if request.states else None
 
 
-def _follow(params: PyTree, operands: Operands) -> tuple[PyTree, Operands]:
+def _follow(params: PyTree, operands: Operands, axis: int) -> tuple[PyTree, Operands]:
     """Parameters and carries made to differ over the devices that the data differs over.
 
     Inside shard_map this puts the sum of the parameters' gradients over devices outside the loop.
@@ -337,9 +361,9 @@ def _follow(params: PyTree, operands: Operands) -> tuple[PyTree, Operands]:
     axes = frozenset().union(*map(_compat.varying_axes, jax.tree.leaves(operands)))
     params, operands = jax.tree.map(lambda a: _compat.vary_over(a, axes), (params, operands))
     xs, carry, target, stay = operands.xs, operands.carry, operands.target, operands.stay
-    if xs.shape[0]:
+    if xs.shape[axis]:
         # With an explicit mesh zeros of the data's sharding bring the carries and selections to it.
-        like = jnp.zeros_like(xs[..., :1])
+        like = jnp.moveaxis(jnp.zeros_like(xs[..., :1]), axis, 0)
         carry, target = jax.tree.map(lambda a: a + like[0].astype(a.dtype), (carry, target))
         stay = jax.tree.map(lambda a: a | like.astype(bool) if a.dtype == jnp.bool_ else a, stay)
     return params, operands._replace(carry=carry, target=target, stay=stay)

@@ -19,8 +19,8 @@ import reference
 
 import rnncore
 
-BACKENDS: dict[str, tuple[str, ...]] = {"scan": ("any", "reverse"), "autodiff": ("any",)}
-"""Backend to the values of `differentiation` for which it has rules of its own."""
+BACKENDS: dict[str, tuple[str, ...]] = {"scan": ("any", "reverse"), "autodiff": ("any",), "cudnn": ()}
+"""Backend to the values of `differentiation` for which it has rules of its own; cuDNN's tests are in test_cudnn.py."""
 
 
 # ------------------------------------------------------- cells that a user writes, outside the package

@@ -6,7 +6,8 @@ import json
 
 import jax
 
-from benchmarks import analysis, table
+from benchmarks import analysis
+from benchmarks.report import earlier
 
 
 def test_every_part_leaves_records_that_the_table_can_show(tmp_path, capsys):
@@ -17,6 +18,6 @@ def test_every_part_leaves_records_that_the_table_can_show(tmp_path, capsys):
     assert {"retention", "lyapunov", "monitor"} < set(parts) and len(parts) == 10
     errors = [r["relative_error"] for r in result["records"] if r.get("relative_error") is not None]
     assert len(errors) == 5 and max(errors) < 1e-5
-    text = table.analysis(result)
+    text = earlier.analysis(result)
     assert text.count("\n| ") == 8 and "leading Lyapunov exponents, LSTM" in text
     assert "monitor" in capsys.readouterr().out

@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("stack", "torch_weights"),
     ("backends",),
     ("_checks", "sequence", "compose", "modules"),
-    ("linen", "nnx", "analysis", "training"),
+    ("linen", "nnx", "analysis", "training", "gpu"),
 )
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
 # What may be shared on one floor: (who, what).
@@ -27,7 +27,7 @@ ALLOWED = {
     ("cells", "recurrence"), ("pointwise", "cells"), ("torch_weights", "stack"), ("compose", "sequence"),
     ("modules", "sequence"), ("modules", "compose"), ("sequence", "_checks"),
 }  # fmt: skip
-SHARED_BY_BACKENDS = ("chunks", "request", "recur")
+SHARED_BY_BACKENDS = ("chunks", "request", "inplace", "recur")
 FLAX = ("linen", "nnx")
 
 

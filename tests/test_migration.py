@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import rnncore
-from benchmarks import migration, table, timing
+from benchmarks import migration, timing
+from benchmarks.report import command, earlier
 
 FIELDS = {
     "layer", "side", "shape_BTDH", "relative_error", "compile_seconds", "temporary_bytes", "calls_a_round", "ms",
@@ -68,7 +69,7 @@ def test_stopped_on_the_way_it_keeps_what_was_done(tmp_path, monkeypatch, capsys
     assert result["interrupted"] is True and [r["layer"] for r in result["records"]] == [FEW[0]] * 2
     printed = capsys.readouterr()
     assert "geometric mean 1.25" in printed.out and "interrupted" in printed.err
-    assert "| - | - |" in table.migration(result)
+    assert "| - | - |" in earlier.migration(result)
 
 
 def test_wrong_options_are_refused(capsys):
@@ -79,13 +80,15 @@ def test_wrong_options_are_refused(capsys):
 
 
 def test_the_table_stands_between_its_markers(quick, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(table, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "TABLES", {"docs/migration.md": command.TABLES["docs/migration.md"]})
     (tmp_path / "docs").mkdir()
     (tmp_path / "result.json").write_text(json.dumps(quick))
     page = tmp_path / "docs" / "migration.md"
+    report = ["--results", str(tmp_path / "result.json")]
     for text in ("before\n<!-- table: migration -->\nold\n<!-- end of table -->\nafter\n",) * 2:
         page.write_text(text)
-        assert table.main([str(tmp_path / "result.json")]) == 0
+        assert command.main(report) == 0
     lines = page.read_text().splitlines()
     assert lines[0] == "before" and lines[-1] == "after" and "old" not in lines
     rows = [line for line in lines if line.startswith("| `")]
@@ -98,14 +101,15 @@ def test_the_table_stands_between_its_markers(quick, tmp_path, monkeypatch, caps
                               f"{after['speed_against_flax']:.2f}"]  # fmt: skip
     page.write_text("no markers")
     with pytest.raises(SystemExit):
-        table.main([str(tmp_path / "result.json")])
+        command.main(report)
     assert "docs/migration.md: expected the lines <!-- table: migration -->" in capsys.readouterr().err
 
 
 def test_the_readme_says_what_a_result_says():
-    readme = (table.ROOT / "README.md").read_text()
-    results = [json.loads(p.read_text()) for p in (table.ROOT / "benchmarks" / "results").glob("lstm_against_flax*")]
-    assert readme in [table.put(readme, "benchmarks", table.lstm_against_flax(result)) for result in results]
+    readme = (command.ROOT / "README.md").read_text()
+    files = (command.ROOT / "benchmarks" / "results").glob("lstm_against_flax*")
+    tables = [earlier.lstm_against_flax(json.loads(path.read_text())) for path in files]
+    assert readme in [command.put(readme, "benchmarks", table) for table in tables]
 
 
 def test_turns_are_taken_one_by_one():

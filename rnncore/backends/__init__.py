@@ -1,13 +1,22 @@
-"""Ways to run a cell over time.  Each is a module with `unsupported(request)` and `run(...)`."""
+"""Ways to run a cell over time.  Each is a module with `unsupported(request)` and `run(...)`.
+
+One that may serve a request and is still not to be chosen unless it is named says why in `unchosen(request)`.
+"""
 
 from __future__ import annotations
 
 from types import ModuleType
 
-from rnncore.backends import autodiff, scan
+from rnncore.backends import autodiff, cudnn, scan
 from rnncore.backends.request import Operands as Operands
 from rnncore.backends.request import Request as Request
 from rnncore.backends.request import Result as Result
 
-BACKENDS: dict[str, ModuleType] = {"scan": scan, "autodiff": autodiff}
+BACKENDS: dict[str, ModuleType] = {"scan": scan, "autodiff": autodiff, "cudnn": cudnn}
 """By name, the preferred one first."""
+
+
+def unchosen(name: str, request: Request) -> str | None:
+    """Reason why a backend runs only where it is named, or None."""
+    why = getattr(BACKENDS[name], "unchosen", None)
+    return None if why is None else why(request)

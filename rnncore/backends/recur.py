@@ -1,25 +1,19 @@
-"""The recurrence s_t = step(p, x_t, mix(U, h_{t-1}), s_{t-1}), and its two differentiation rules.
+"""The recurrence s_t = step(p, x_t, mix(U, h_{t-1}), s_{t-1}), and its derivative in every mode.
 
 The derivative of a recurrence is a recurrence.  With L_t the linearised step,
 
   ds_t = L_t(dp, dx_t, mix(dU, h_{t-1}) + mix(U, dh_{t-1}), ds_{t-1})
 
 and mix(dU, h_{t-1}) needs no loop: it is one product over all steps (`prepare`).  What is left is
-the same kind of recurrence with L in the step's place, so
-
-  differentiation="any"      runs it as such, and every further order comes out the same way;
-                             JAX transposes it for reverse mode
-  differentiation="reverse"  transposes one step by hand, in a backward loop over the carry's
-                             cotangent, and then transposes `prepare`
-
-In neither does a weight gradient travel through the loop.  L_t is arithmetic on values that the
-forward loop keeps: the results of the step's transcendental functions (`pointwise.linearize`).
+the same kind of recurrence with L in the step's place, so `run` runs it as such: every further order
+comes out the same way, and JAX transposes it for reverse mode.  No weight gradient travels through
+the loop.  L_t is arithmetic on values that the forward loop keeps: the results of the step's
+transcendental functions (`pointwise.linearize`).  `inplace.py` transposes the same L by hand.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -30,7 +24,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from rnncore import _compat, pointwise
-from rnncore._types import Array, Differentiation, PyTree
+from rnncore._types import Array, PyTree
 
 CARRIES = "rnncore_carries"
 """Name, for checkpoint policies, of what a recurrence with `recompute` keeps."""
@@ -65,21 +59,36 @@ class Inputs(NamedTuple):
         return h if self.mask is None else h * self.mask.astype(h.dtype)
 
 
+def _same(*values: Any) -> Any:
+    return values[0] if len(values) == 1 else values
+
+
 @dataclasses.dataclass(frozen=True)
 class Step:
     """One step of a recurrence.
 
     Fields:
+      run: (p, x_t, rest_t, s_{t-1}) -> (s_t, emitted), elementwise, on a folded x.
       fold: (x, r) -> (x, rest): adds to x the part of r that matters only as a sum with it, so that
         one array stands for both; `rest` is the part that stays apart, None where there is none.
         Linear, and the same for one step and for all steps at once.
-      run: (p, x_t, rest_t, s_{t-1}) -> (s_t, emitted), elementwise, on a folded x.
       carries: whether every carry is emitted too, and not its h alone.
+      join: x -> the form in which its tangents travel; linear.  A loop reads x gate by gate, which on a
+        CPU halves its time (XLA does not vectorise a slice of a slice), and its transpose writes one slab.
+      fold_joined: `fold` of an x so joined.
+      part: (joined x, its rest) -> (x, rest).
     """
 
     run: Callable
     fold: Callable
     carries: bool = False
+    join: Callable = _same
+    fold_joined: Callable | None = None
+    part: Callable = _same
+
+    def fold_tangent(self, x: Any, r: Any) -> Any:
+        """`fold` of a tangent of x."""
+        return (self.fold_joined or self.fold)(x, r)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +99,6 @@ class Rules:
       mix: (mixing, h) -> r, linear in the mixing.
       tangent_mix: (tangent mixing, dh) -> dr, bilinear: what `mix` does to a change of h.
       tangent_mixing: mixing -> tangent mixing, linear.
-      differentiation: "any" or "reverse".
       recompute: keep only the carries and form r and the gates again where derivatives need them.  They
         are named CARRIES; a checkpoint policy around the recurrence can leave out all else, its inputs too.
     """
@@ -98,7 +106,6 @@ class Rules:
     mix: Callable
     tangent_mix: Callable
     tangent_mixing: Callable
-    differentiation: Differentiation = "any"
     recompute: bool = False
 
     @property
@@ -107,12 +114,7 @@ class Rules:
         return Rules(self.tangent_mix, self.tangent_mix, lambda mixing: mixing)
 
 
-def run(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
-    """(last carry, h of every step (T, *batch, H), (carries or None, emitted) of every step)."""
-    return (_run_reverse if rules.differentiation == "reverse" else _run_any)(step, rules, inputs)
-
-
-def _advance(step: Step, rules: Rules, now: Inputs, carry: Any) -> Any:
+def advance(step: Step, rules: Rules, now: Inputs, carry: Any) -> Any:
     """One step with its reset, its product and what stays: (s_t, emitted)."""
     reset = now.resets
     if reset is not None:
@@ -142,7 +144,7 @@ def keep(stay: Any, old: Any, new: Any) -> Any:
 def _loop(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
     def body(carry: Any, now: Any) -> Any:
         x, reset, stay = now
-        new, emitted = _advance(step, rules, inputs._replace(xs=x, resets=reset, stay=stay), carry)
+        new, emitted = advance(step, rules, inputs._replace(xs=x, resets=reset, stay=stay), carry)
         return new, (new.h, (new if step.carries else None, emitted))
 
     last, (hs, emitted) = lax.scan(body, inputs.start, (inputs.xs, inputs.resets, inputs.stay))
@@ -152,14 +154,18 @@ def _loop(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]
 # ------------------------------------------------------------------------------------ derivative
 
 
-class _Derivative:
-    """The derivative of one recurrence, in the parts that both rules are put together from.
+class Derivative:
+    """The derivative of one recurrence, in the parts that rules are put together from.
+
+    Args:
+      keep: the roles of those inputs of a step that are kept where L_t depends on them: "state" (the
+        carry's fields but h), "folded" (x after the product), "input" (x as the caller has it).
 
     Attributes:
       forward: the step that also emits, as (emitted, kept), what the derivative needs of it.
     """
 
-    def __init__(self, step: Step, rules: Rules, inputs: Inputs):
+    def __init__(self, step: Step, rules: Rules, inputs: Inputs, keep: tuple[str, ...] = ("state", "folded")):
         self.step, self.rules = step, rules
         first = jax.tree.map(lambda a: a[0], inputs.xs)
         x, rest = step.fold(first, rules.mix(inputs.mixing, inputs.start.h))
@@ -180,7 +186,7 @@ class _Derivative:
         self._roles += ["input" if a is b else "folded" for a, b in pairs]
         self._roles += ["folded"] * len(jax.tree.leaves(rest))
         self._roles += jax.tree.leaves(jax.tree.map(lambda _: "state", inputs.start)._replace(h="h"))
-        keep = ("state",) if rules.recompute else ("state", "folded")
+        keep = ("state",) if rules.recompute else keep
         self._kept_inputs = [n for n in self._split.needed if n is not None and self._roles[n] in keep]
         self.forward = dataclasses.replace(step, run=self._run_forward)
 
@@ -218,9 +224,9 @@ class _Derivative:
 
     def prepare(self, entering: Array, dmixing: Any, dxs: Any, dp: Any) -> tuple[Any, Any, Any]:
         """What of the tangent needs no loop: (dx with the sums of mix(dU, h) in it, their rest, dp per step)."""
-        rest = None
+        rest, dxs = None, self.step.join(dxs)
         if dmixing is not None:
-            dxs, rest = self.step.fold(dxs, self.rules.mix(dmixing, entering))
+            dxs, rest = self.step.fold_tangent(dxs, self.rules.mix(dmixing, entering))
         # A per-unit tangent enters once a step, so that its gradient is summed outside the loop.
         return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (entering.shape[0], *a.shape)), dp)
 
@@ -235,12 +241,12 @@ class _Derivative:
                 units[n] if n is not None and self._roles[n] == "unit" else next(stacks) for n in self._split.needed
             ]
             dp = jax.tree.map(jnp.zeros_like, p) if dp is None else dp
-            tangents = jax.tree.leaves((dp, dx, dr if rest is None else rest, ds))
+            tangents = jax.tree.leaves((dp, *self.step.part(dx, dr if rest is None else rest), ds))
             return jax.tree.unflatten(self._out_tree, self._split.tangent(values, tangents))
 
         def fold(x: Any, dr: Any) -> Any:
             residuals, dx, rest, dp = x
-            dx, more = self.step.fold(dx, dr)
+            dx, more = self.step.fold_tangent(dx, dr)
             if rest is None or more is None:
                 return (residuals, dx, rest, dp), more
             return (residuals, dx, rest + more, dp), None
@@ -249,18 +255,17 @@ class _Derivative:
         return Step(jax.checkpoint(linear, prevent_cse=False), fold, self.step.carries)
 
 
-# ---------------------------------------------------------------------- differentiation="any"
+def run(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
+    """(last carry, h of every step (T, *batch, H), (carries or None, emitted) of every step)."""
 
-
-def _run_any(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
     @jax.custom_jvp
     def recurrence(inputs: Inputs) -> Any:
         return _loop(step, rules, inputs)
 
     def rule(primals: Any, tangents: Any) -> Any:
         (inputs,), (moved,) = primals, tangents
-        derivative = _Derivative(step, rules, inputs)
-        last, hs, (carries, (emitted, kept)) = _run_any(derivative.forward, rules, inputs)
+        derivative = Derivative(step, rules, inputs)
+        last, hs, (carries, (emitted, kept)) = run(derivative.forward, rules, inputs)
         if rules.recompute:
             hs, kept = checkpoint_name((hs, kept), CARRIES)
         dmixing = _dense(moved.mixing, inputs.mixing) if _moves(moved.mixing) else None
@@ -273,7 +278,7 @@ def _run_any(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTr
             xs = (residuals, *derivative.prepare(inputs.entering(before), dmixing, dxs, dp))
             mixing = rules.tangent_mixing(inputs.mixing)
             moved = inputs._replace(mixing=mixing, xs=xs, start=dstart, target=dtarget)
-            return _run_any(derivative.tangent, rules.tangent, moved)
+            return run(derivative.tangent, rules.tangent, moved)
 
         return (last, hs, (carries, emitted)), tangent(inputs, hs, kept, dmixing, dxs, dp, dstart, dtarget)
 
@@ -294,58 +299,3 @@ def _dense(tangents: Any, primals: Any) -> Any:
         primals,
         is_leaf=lambda t: isinstance(t, SymbolicZero),
     )
-
-
-# ------------------------------------------------------------------ differentiation="reverse"
-
-
-def _run_reverse(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
-    made: dict[str, _Derivative] = {}  # what `forward` works out when it is traced, for `backward`
-
-    @jax.custom_vjp
-    def recurrence(inputs: Inputs) -> Any:
-        return _loop(step, rules, inputs)
-
-    def forward(inputs: Inputs) -> Any:
-        made["derivative"] = derivative = _Derivative(step, rules, inputs)
-        last, hs, (carries, (emitted, kept)) = _loop(derivative.forward, rules, inputs)
-        if rules.recompute:
-            hs, kept = checkpoint_name((hs, kept), CARRIES)
-        return (last, hs, (carries, emitted)), (inputs, hs, kept)
-
-    def backward(held: Any, cotangents: Any) -> Any:
-        inputs, hs, kept = held
-        derivative = made["derivative"]
-        before = derivative.previous(inputs, hs)
-        residuals = derivative.residuals(inputs, before, kept)
-        mixing = rules.tangent_mixing(inputs.mixing)
-        one = jax.tree.map(lambda a: a[:1], inputs.xs)
-        shapes = jax.tree.map(lambda a: a[0], derivative.prepare(before[:1], inputs.mixing, one, inputs.p))
-
-        def body(carry: Any, now: Any) -> Any:
-            ds, dtarget = carry
-            residual, reset, stay, dh, (dcarry, demitted) = now
-            if step.carries:
-                ds = jax.tree.map(jnp.add, ds, dcarry)
-            ds = ds._replace(h=ds.h + dh)
-
-            def forward(ds: Any, dtarget: Any, dx: Any, rest: Any, dp: Any) -> Any:
-                x = (residual, dx, rest, dp)
-                one = inputs._replace(mixing=mixing, xs=x, target=dtarget, resets=reset, stay=stay)
-                return _advance(derivative.tangent, rules.tangent, one, ds)
-
-            back = jax.linear_transpose(forward, inputs.start, inputs.target, *shapes)
-            ds, more, *stacked = back((ds, demitted))
-            return (ds, jax.tree.map(jnp.add, dtarget, more)), tuple(stacked)
-
-        dlast, dhs, demitted = cotangents
-        dtarget = jax.tree.map(jnp.zeros_like, inputs.target)
-        (dstart, dtarget), stacked = lax.scan(
-            body, (dlast, dtarget), (residuals, inputs.resets, inputs.stay, dhs, demitted), reverse=True
-        )
-        prepare = functools.partial(derivative.prepare, inputs.entering(before))
-        dmixing, dxs, dp = jax.linear_transpose(prepare, inputs.mixing, inputs.xs, inputs.p)(stacked)
-        return (Inputs(dmixing, dp, dxs, dstart, dtarget, None),)
-
-    recurrence.defvjp(forward, backward)
-    return recurrence(inputs)

@@ -17,12 +17,17 @@ class Request:
       cell: the cell.
       steps, batch_shape, input_size: T, the batch axes, D.
       dtype: name of the dtype of the projected inputs.
+      dtypes: names of the dtypes of parameters, inputs and carries together.
+      precision: what `jax.default_matmul_precision` asks for, None by default.
       platform, devices: "cpu", "gpu" or "tpu", and how many of them this process sees.
       lengths, resets, mask, stay: whether the run has lengths, resets, a recurrent mask, zoneout.
       states: whether it must return the states.
       differentiation: "any" or "reverse".
       checkpoint_every: steps to a chunk; None lets the backend choose.
       recompute: "nothing", "gates" or "chunk".
+      residual_dtype: name of the dtype in which what reverse mode keeps is stored; None for its own.
+      time_axis: where time lies in the operands' xs and in the outputs; 0 but for backends that say
+        that they take another.
     """
 
     cell: Cell
@@ -30,6 +35,8 @@ class Request:
     batch_shape: tuple[int, ...]
     input_size: int
     dtype: str
+    dtypes: frozenset[str]
+    precision: str | None
     platform: str
     devices: int
     lengths: bool
@@ -40,13 +47,15 @@ class Request:
     differentiation: Differentiation
     checkpoint_every: int | None
     recompute: str
+    residual_dtype: str | None = None
+    time_axis: int = 0
 
 
 class Operands(NamedTuple):
-    """The arrays of a run besides the parameters, all time-major and in the order of processing.
+    """The arrays of a run besides the parameters, all in the order of processing and, xs apart, time-major.
 
     Fields:
-      xs: (T, *batch, D).
+      xs: (T, *batch, D), or with time along the request's `time_axis`.
       carry: the carry before the first step.
       target: the carry that a reset returns to.
       lengths: (*batch), or None.
@@ -66,7 +75,7 @@ class Operands(NamedTuple):
 
 
 class Result(NamedTuple):
-    """carry: after the last valid step; outputs (T, *batch, H); carries and gates stacked, or None."""
+    """carry: after the last valid step; outputs with time as xs has it; carries and gates stacked, or None."""
 
     carry: Any
     outputs: Array

@@ -1,16 +1,16 @@
 """Backend "scan": any pointwise cell over time by `jax.lax.scan`, with derived derivatives.
 
-Platforms: all.  Lengths, resets, states and gates: yes.  Dtypes: all floating ones.
+Platforms: all.  Lengths, resets, states and gates: yes.  Dtypes: all floating ones; products take and
+give the dtype of their operands and follow `jax.default_matmul_precision`, forward and backward.
 Differentiation: "any" gives forward and reverse mode to every order, vmap, remat and their
-compositions; "reverse" gives reverse mode of first order and vmap; measured, it costs the same today.
-Cost in reverse mode, in arrays of T x B x H: see `recompute` in `rnncore.unroll`.
+compositions (`recur.py`); "reverse" gives reverse mode of first order and vmap, faster and in less
+memory (`inplace.py`).  Memory: see `recompute` in `rnncore.unroll`.
 """
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from rnncore import _lengths, pointwise
 from rnncore._types import Array
-from rnncore.backends import recur
+from rnncore.backends import inplace, recur
 from rnncore.backends.chunks import run_chunks
 from rnncore.backends.request import Operands, Request, Result
 from rnncore.cells.base import CellParams, PointwiseCell
@@ -31,31 +31,46 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
+def keeps_time_axis(request: Request) -> bool:
+    """Whether inputs and outputs may have time where the caller has it, see `Request.time_axis`."""
+    return request.differentiation == "reverse"
+
+
 def run(request: Request, params: CellParams, operands: Operands) -> Result:
     """Runs the cell, see `Operands` and `Result`."""
     cell = request.cell
     xs, carry, target, lengths, resets, mask, stay = operands
     assert isinstance(cell, PointwiseCell)
     mixing = CellParams(None, params.recurrent_kernel, None, params.recurrent_bias, ())  # type: ignore[arg-type]
+    projection = CellParams(params.input_kernel, None, params.bias, None, ())  # type: ignore[arg-type]
     p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
-    step = _step(cell, p, carry, cell.project(params, xs[0]), mixing, request.states, lengths is not None)
+    first = cell.project(params, jnp.take(xs, 0, request.time_axis))
+    step = _step(cell, p, carry, first, mixing, request.states, lengths is not None)
     rules = recur.Rules(
         cell.mix,
         lambda kernel, h: cell.recurrence.mix_transposed(kernel, h.astype(kernel.dtype)),
         lambda mixing: cell.recurrence.transposed(mixing.recurrent_kernel),
-        request.differentiation,
-        request.recompute == "gates",
     )
+    every = request.checkpoint_every or default_chunk(request)
+    if request.differentiation == "reverse":
+        sweep = inplace.Run(
+            cell.project, step, rules, request.steps, every, request.time_axis, request.states, request.recompute,
+            request.residual_dtype,
+        )  # fmt: skip
+        moving = inplace.Moving(projection, mixing, p, xs, carry, target)
+        return Result(*sweep(moving, inplace.Given(lengths, resets, mask, stay)))
+    rules = dataclasses.replace(rules, recompute=request.recompute == "gates")
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
         (carry, last), (xs, resets, stay) = carry, now
         back = None if resets is None else target
-        inputs = recur.Inputs(mixing, p, cell.project(params, xs), carry, back, resets, mask, stay)
-        carry, outputs, (carries, gates) = recur.run(step, rules, inputs)
+        zs = cell.split(cell.project(projection, xs))
+        carry, outputs, (carries, gates) = recur.run(
+            step, rules, recur.Inputs(mixing, p, zs, carry, back, resets, mask, stay)
+        )
         last = carry if lengths is None else _lengths.last_valid(last, carries, lengths, first)
         return (carry, last), (outputs, carries if request.states else None, gates)
 
-    every = request.checkpoint_every or default_chunk(request)
     if request.recompute == "gates":
         # The projected inputs are formed again too: they are four times the carries.
         policy = jax.checkpoint_policies.save_only_these_names(recur.CARRIES)
@@ -87,27 +102,34 @@ def default_chunk(request: Request) -> int:
 
 
 def _step(cell: PointwiseCell, p: Any, carry: Any, z: Array, mixing: Any, states: bool, carries: bool) -> recur.Step:
-    """The cell's pointwise update as a step on slabs."""
+    """The cell's pointwise update as a step, which reads its inputs gate by gate."""
     additive = pointwise.additive_gates(cell, p, cell.split(z), cell.split(cell.mix(mixing, carry.h)), carry)
 
-    count = len(cell.gates) - sum(additive)
-
-    def update(p: Any, z: Array, rest: Array | None, carry: Any) -> Any:
-        zs = cell.split(z)
-        pieces = iter(() if rest is None else jax.lax.split(rest, [cell.hidden_size] * count, rest.ndim - 1))
+    def update(p: Any, zs: Any, rest: Any, carry: Any) -> Any:
+        pieces = iter(rest or ())
         rs = cell.Gates(*(jnp.zeros_like(zg) if a else next(pieces) for zg, a in zip(zs, additive, strict=True)))
         new, gates = cell.pointwise(p, zs, rs, carry)
         return new, gates if states else None
 
-    return recur.Step(update, functools.partial(_fold, cell, additive), states or carries)
+    def fold(zs: Any, r: Array) -> Any:
+        """Gates that see only z + r take r into z; the others keep theirs apart."""
+        pairs = list(zip(zs, cell.split(r), additive, strict=True))
+        folded = cell.Gates(*(zg + rg if a else zg for zg, rg, a in pairs))
+        return folded, tuple(rg for _, rg, a in pairs if not a) or None
 
+    def join(zs: Any) -> Array:
+        return jnp.concatenate(zs, -1)
 
-def _fold(cell: PointwiseCell, additive: Sequence[bool], z: Array, r: Array) -> tuple[Array, Array | None]:
-    """Gates that see only z + r take r into z; the others keep theirs apart, in a slab of their own."""
-    if all(additive):
-        return z + r, None
-    zs, rs = cell.split(z), cell.split(r)
-    rest = jnp.concatenate([rg for rg, a in zip(rs, additive, strict=True) if not a], -1)
-    if not any(additive):
-        return z, rest
-    return jnp.concatenate([zg + rg if a else zg for zg, rg, a in zip(zs, rs, additive, strict=True)], -1), rest
+    def fold_joined(z: Array, r: Array) -> Any:
+        if all(additive):
+            return z + r, None
+        zs, rest = fold(cell.split(z), r)
+        return join(zs), join(rest)
+
+    def part(z: Array, rest: Array | None) -> Any:
+        if rest is None:
+            return cell.split(z), None
+        count = len(cell.gates) - sum(additive)
+        return cell.split(z), tuple(jax.lax.split(rest, [cell.hidden_size] * count, rest.ndim - 1))
+
+    return recur.Step(update, fold, states or carries, join, fold_joined, part)

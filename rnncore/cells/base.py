@@ -186,7 +186,11 @@ class PointwiseCell(Cell):
         """z = x W + b as a slab: (..., D) to (..., G*H)."""
         kernel = params.input_kernel
         zs = _products.times(xs, kernel.reshape(kernel.shape[0], -1))
-        return zs if params.bias is None else zs + params.bias.reshape(-1)
+        if params.bias is None:
+            return zs
+        # In float32 where there is less: the same sum, but its transpose adds up over T and the batch.
+        wide = jnp.promote_types(zs.dtype, jnp.float32)
+        return (zs.astype(wide) + params.bias.reshape(-1).astype(wide)).astype(jnp.result_type(zs, params.bias))
 
     def mix(self, params: CellParams, h: Array) -> Array:
         """r = mix(U, h) + its bias as a slab: (..., H) to (..., G*H); linear in the parameters."""

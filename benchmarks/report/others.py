@@ -1,0 +1,108 @@
+"""The tables beside throughput: gradient retention, memory of the policies, compile time by length."""
+
+from __future__ import annotations
+
+import statistics
+
+from benchmarks.report import words
+from benchmarks.report.results import Record, Results, groups
+
+
+def retention(results: Results) -> str | None:
+    """One row for each cell, initialisation and path: log10 of what is left, and the decay rate."""
+    runs = results.chosen("retention")
+    if not runs:
+        return None
+    run = runs[0]  # what a gradient keeps is no matter of the machine
+    records = run.of("retention")
+    lags = list(records[0]["retention_log10"])
+    rows = []
+    for r in records:
+        if list(r["retention_log10"]) != lags:
+            raise ValueError(f"{run.path}: lags {list(r['retention_log10'])} and {lags} in one run")
+        powers = [with_quartiles(r["retention_log10"][k], r.get("retention_log10_quartiles", {}).get(k)) for k in lags]
+        rate = words.NONE if r["decay_rate"] is None else f"{r['decay_rate']:.4f}"
+        rows.append([r["cell"], r["initialisation"], r.get("path", "state"), *powers, rate])
+    head = ["cell", "initialisation", "path", *(f"k = {k}" for k in lags), "decay rate per step"]
+    first = records[0]
+    told = [
+        words.table(head, rows),
+        f"log10 of the retention over k steps, its median over {first['seeds']} seeds and in brackets the quartiles: "
+        "the Frobenius norm of d s_T / d s_(T-k) over the root of the size of s, of untrained float32 networks over "
+        "normal inputs, the mean over a batch of its logarithm. State: all of the carry, (c, h) of an LSTM; cell: "
+        "d c_T / d c_(T-k). Decay rate: minus the slope of ln retention over the last four fifths of the lags; "
+        f"negative where the gradient grows. B={first['B']}, T={first['T']}, D={first['D']}, H={first['H']}. "
+        f"{words.place(run)}.",
+        words.state(run),
+    ]
+    return "\n\n".join(filter(None, told))
+
+
+def with_quartiles(median: float | None, quartiles: list[float | None] | None) -> str:
+    """-4.5 (-4.7, -4.4); a retention of exactly 0 has no logarithm."""
+    if quartiles is None:
+        return power(median)
+    return f"{power(median)} ({', '.join(map(power, quartiles))})"
+
+
+def power(value: float | None) -> str:
+    """A log10 to one digit; two where it is near 0."""
+    if value is None:
+        return "exactly 0"
+    digits = 2 if abs(value) < 1 else 1
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
+def memory(results: Results) -> str | None:
+    """One row for each policy and shape: temporary memory and time, and both in terms of Flax's."""
+    told = []
+    for run in results.chosen("memory"):
+        records = run.of("memory")
+        rows = [
+            [r["policy"], str(tuple(r["shape_BTDH"])), words.number(r["median_ms"]), words.times(r["times_flax_time"]),
+             words.mebibytes(r["temporary_bytes"]), words.times(r["times_flax_memory"])]
+            for r in records
+        ]  # fmt: skip
+        head = ("policy", "(B, T, D, H)", "ms", "of Flax's time", "temporary MiB", "of Flax's memory")
+        caption = (
+            f"A gradient step. Medians of {rounds(records)} interleaved rounds; in terms of flax.linen's "
+            f"`RNN(OptimizedLSTMCell)` in the same run. MiB: temporary memory of the compiled step. "
+            f"{words.place(run)}. {words.NOISE}"
+        )
+        told += [words.table(head, rows), caption, words.state(run)]
+    return "\n\n".join(filter(None, told)) or None
+
+
+def rounds(records: list[Record]) -> str:
+    """How many there were."""
+    counts = sorted({len(r["ms"]) for r in records})
+    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+
+
+def compiling(results: Results) -> str | None:
+    """One row for each contender: seconds to compile a gradient step by length, and the longest over the shortest."""
+    told = []
+    for run in results.chosen("compile"):
+        by = {key[0]: found for key, found in groups(run.of("compile"), "contender").items()}
+        lengths = sorted({r["T"] for found in by.values() for r in found})
+        rows = []
+        for contender, found in by.items():
+            seconds = {r["T"]: r["compile_seconds"] for r in found}
+            cells = [spread(seconds[t]) if t in seconds else words.NONE for t in lengths]
+            both = lengths[0] in seconds and lengths[-1] in seconds and len(lengths) > 1
+            medians = [statistics.median(seconds[t]) for t in (lengths[0], lengths[-1])] if both else []
+            rows.append([contender, *cells, words.times(medians[1] / medians[0] if medians else None)])
+        head = ["contender", *(f"T = {t}: s" for t in lengths), f"T = {lengths[-1]} / T = {lengths[0]}"]
+        counts = sorted({len(r["compile_seconds"]) for found in by.values() for r in found})
+        caption = (
+            f"Seconds to lower and compile a gradient step, median [least..largest] of "
+            f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'}. {words.place(run)}."
+        )
+        told += [words.table(head, rows), caption, words.state(run)]
+    return "\n\n".join(filter(None, told)) or None
+
+
+def spread(seconds: list[float]) -> str:
+    """Median, least and largest."""
+    middle, low, high = (f"{x:.2f}" for x in (statistics.median(seconds), min(seconds), max(seconds)))
+    return f"{middle} [{low}..{high}]"

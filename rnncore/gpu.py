@@ -1,0 +1,49 @@
+"""Options of XLA for time loops on a GPU."""
+
+from __future__ import annotations
+
+import jax
+
+from rnncore import _compat
+
+# What every JAX from 0.10 to 0.12 puts into CUDA graphs by default.
+DEFAULT = ("CONDITIONAL", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC_SLICE_FUSION", "FUSION")
+
+
+def loop_as_graph_options(platform: str | None = None) -> dict[str, str | int]:
+    """Options for `jax.jit` under which XLA may put a whole time loop into one CUDA graph.
+
+    Left to itself XLA launches the two to five kernels of every step from the host, and launches are what
+    short steps wait for.  As a graph the loop is one launch, and its condition is looked at on the device.
+    That holds for loops of which every operation can stand in a graph (a library call like backend "cudnn"
+    cannot: then the loop stays as it was), on NVIDIA GPUs with CUDA and driver 12.3 or newer.  While a
+    profiler runs XLA takes graphs apart.  A graph costs time when it is made, at the first call, and again where
+    buffers have moved since the call before.  What it gains has not been measured yet: measure yours with and
+    without.
+
+    To what this jaxlib and XLA_FLAGS put into graphs anyway this adds loops, and small graphs.  An option given
+    to jit holds for the outermost jit only: it is the step as a whole that needs it.
+
+    Args:
+      platform: "gpu" or another one; that which JAX runs on by default.
+
+    Returns:
+      `compiler_options`; none where the platform is not "gpu", so that the same code runs everywhere.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import gpu
+      >>> cell = rnncore.GRU(4)
+      >>> params = cell.init(jax.random.key(0), 3)
+      >>> step = jax.jit(lambda xs: rnncore.unroll(cell, params, xs), compiler_options=gpu.loop_as_graph_options())
+      >>> step(jnp.ones((2, 5, 3)))[1].shape
+      (2, 5, 4)
+      >>> gpu.loop_as_graph_options("cpu")
+      {}
+
+    Source: XLA's `xla_gpu_enable_command_buffer` and `xla_gpu_graph_min_graph_size`.
+    """
+    if (jax.default_backend() if platform is None else platform) != "gpu":
+        return {}
+    commands = {*(_compat.command_buffer_commands() or DEFAULT), "WHILE"}
+    return {"xla_gpu_enable_command_buffer": ",".join(sorted(commands)), "xla_gpu_graph_min_graph_size": 1}

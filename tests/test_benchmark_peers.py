@@ -1,0 +1,170 @@
+"""The peers that need a GPU, as far as a CPU can check them: layouts, choices, and stand-ins for their kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import timing, workloads
+from benchmarks.peers import Case, flashrnn_peer, jax_cudnn, rnncore_peer, torch_peer
+from benchmarks.peers.problem import make_cell, make_problem
+from benchmarks.peers.reference import reference
+
+LSTM, LAYERS = workloads.WORKLOADS["tiny-lstm"], workloads.WORKLOADS["tiny-layers"]
+HEADS = workloads.Workload("heads", "a test", "lstm", 2, 6, 5, 4, heads=2, recurrence="heads")
+
+
+def errors(peer, contender: str, case: Case, measurements: tuple[str, ...]) -> dict[str, float]:
+    """The errors against float64."""
+    problem = make_problem(case.workload, case.dtype, case.input_product)
+    right = reference(case.workload, problem, case.input_product, "same")
+    found = {}
+    for measurement in measurements:
+        built = peer.build(contender, case, problem, measurement)
+        found[measurement] = timing.relative_error(built.result(), right[measurement])
+    return found
+
+
+def test_jax_experimental_rnn_gets_the_right_weights(monkeypatch):
+    """With JAX's own reference implementation in place of its kernel, and JAX's own reader of the flat buffer."""
+    from jax.experimental import rnn
+
+    def stand_in(x, h, c, weights, lengths, features, hidden, layers, dropout, bidirectional, precision):
+        assert precision == jax.lax.Precision.HIGHEST
+        split = rnn.unpack_lstm_weights(weights, features, hidden, layers, bidirectional)
+        return rnn.lstm_ref(x, h, c, *split, lengths, features, hidden, layers, dropout, bidirectional)
+
+    monkeypatch.setattr(rnn, "lstm", stand_in)
+    found = errors(jax_cudnn.JaxCudnnPeer(), "jax.experimental.rnn", Case(LAYERS), ("forward", "gradient"))
+    assert max(found.values()) < 2e-6 and min(found.values()) > 0
+
+
+def test_jax_experimental_rnn_says_what_it_cannot_do():
+    peer = jax_cudnn.JaxCudnnPeer()
+    assert peer.contenders("gru") == () and peer.unavailable("gpu") is None and "runs on cpu" in peer.unavailable("cpu")
+    assert "takes float32" in peer.why_not("", Case(LSTM, "bfloat16"))
+    assert "not their products" in peer.why_not("", Case(LSTM, input_product=False))
+
+
+@pytest.mark.parametrize("workload", [LSTM, HEADS], ids=lambda w: w.name)
+def test_flashrnn_gets_the_right_recurrent_kernel(workload):
+    """(gate, head, output, input) gives the same pre-activations as rnncore's own product."""
+    cell, params = make_cell(workload), make_problem(workload, "float32", True).params[0]
+    kernel = flashrnn_peer.to_flash(params, workload.heads)
+    size = workload.hidden // workload.heads
+    assert kernel.shape == (4, workload.heads, size, size)
+    h = np.random.default_rng(1).standard_normal((3, workload.heads, size)).astype(np.float32)
+    want = cell.mix(params, jnp.asarray(h.reshape(3, -1)))
+    np.testing.assert_allclose(np.einsum("ghdp,bhp->bghd", kernel, h).reshape(3, -1), want, atol=1e-6)
+    arrays = {"R": kernel, "b": params.bias.reshape(4, workload.heads, size)}
+    back = flashrnn_peer.from_flash(arrays, params.input_kernel, workload.heads, size)
+    jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def plain_flashrnn(Wx, R, b, states, function, backend, dtype):
+    """What FlashRNN documents, in plain PyTorch: outputs (states, B, T, heads, d), the first state being h."""
+    import torch
+
+    assert (states, function, backend, dtype) == (None, "lstm", "triton_fused", "float32")
+    h = c = torch.zeros(Wx.shape[0], *Wx.shape[3:])
+    path = []
+    for t in range(Wx.shape[1]):
+        i, f, z, o = (Wx[:, t] + torch.einsum("ghdp,bhp->bghd", R, h) + b).unbind(1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        path.append(torch.stack([h, c]))
+    return torch.stack(path, 2), None
+
+
+@pytest.mark.parametrize("product", [True, False])
+def test_flashrnn_runs_as_documented(product, monkeypatch):
+    peer = flashrnn_peer.FlashRNNPeer()
+    if importlib.util.find_spec("torch") is None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else name)
+        assert peer.unavailable("gpu") == "torch is not installed"
+        return
+    module = types.ModuleType("flashrnn.flashrnn")
+    monkeypatch.setattr(module, "flashrnn", plain_flashrnn, raising=False)
+    monkeypatch.setitem(sys.modules, "flashrnn", types.ModuleType("flashrnn"))
+    monkeypatch.setitem(sys.modules, "flashrnn.flashrnn", module)
+    measurements = workloads.MEASUREMENTS if product else ("gradient",)
+    found = errors(peer, "FlashRNN triton_fused", Case(HEADS, input_product=product), measurements)
+    assert max(found.values()) < 2e-6 and min(found.values()) > 0
+
+
+def test_flashrnn_says_what_it_cannot_do():
+    peer = flashrnn_peer.FlashRNNPeer()
+    wide = Case(workloads.WORKLOADS["W1-768x1"], "bfloat16", "default", False, "gpu")
+    assert "up to 128 units" in peer.why_not("FlashRNN triton_fused", wide)
+    assert peer.why_not("FlashRNN cuda_fused", wide) is None
+    assert "one layer" in peer.why_not("FlashRNN cuda", Case(LAYERS))
+
+
+H200 = types.SimpleNamespace(major=9, minor=0, multi_processor_count=132)
+A10 = types.SimpleNamespace(major=8, minor=6, multi_processor_count=72)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "device", "forward", "backward"),
+    [
+        ("W4-lstm768", "float16", H200, "PERSIST_STATIC", "PERSIST_STATIC"),
+        ("W4-lstm768", "bfloat16", H200, "STANDARD", "STANDARD"),
+        ("W4-lstm768", "float32", H200, "STANDARD", "STANDARD"),
+        ("W4-lstm768", "float16", A10, "STANDARD", "STANDARD"),
+        ("W4-gru768", "float16", H200, "STANDARD", "STANDARD"),
+        ("W5-H40", "float32", H200, "PERSIST_STATIC_SMALL_H", "PERSIST_STATIC_SMALL_H"),
+        ("W5-H128", "float32", H200, "PERSIST_STATIC_SMALL_H", "PERSIST_STATIC_SMALL_H"),
+        ("W5-H192", "float16", H200, "PERSIST_STATIC_SMALL_H", "STANDARD"),
+        ("W5-H64-L4", "float32", H200, "PERSIST_STATIC_SMALL_H", "PERSIST_STATIC_SMALL_H"),
+        ("W2-768x1-B2", "float16", H200, "STANDARD", "STANDARD"),
+        ("W2-768x1-B128", "float16", H200, "PERSIST_STATIC", "PERSIST_STATIC"),
+        ("W2-768x1-B256", "float16", H200, "STANDARD", "STANDARD"),
+    ],
+)
+def test_the_algorithm_that_pytorch_asks_cudnn_for(name, dtype, device, forward, backward):
+    picked = [torch_peer.pick_algorithm(workloads.WORKLOADS[name], dtype, device, way) for way in (True, False)]
+    assert picked == [forward, backward]
+
+
+def test_torch_is_told_its_precision():
+    """The old names of PyTorch up to 2.8, and the new ones."""
+    Space = types.SimpleNamespace
+    old = Space(cuda=Space(matmul=Space()), cudnn=Space())
+    new = Space(cuda=Space(matmul=Space()), cudnn=Space(rnn=Space()))
+    for precision, tf32 in (("float32", (False, False)), ("tf32", (True, True)), ("default", (False, True))):
+        torch_peer.pin_precision(Space(backends=old), precision)
+        torch_peer.pin_precision(Space(backends=new), precision)
+        assert (old.cuda.matmul.allow_tf32, old.cudnn.allow_tf32) == tf32
+        names = new.cuda.matmul.fp32_precision, new.cudnn.rnn.fp32_precision
+        assert names == tuple("tf32" if is_on else "ieee" for is_on in tf32)
+
+
+def test_rnncore_on_a_gpu_says_what_is_not_there(monkeypatch):
+    peer = rnncore_peer.RnncorePeer()
+    assert peer.absent("rnncore reverse", "gpu") is None
+    assert "needs an NVIDIA GPU" in peer.absent("rnncore cudnn", "cpu")
+    given = Case(LSTM, input_product=False, platform="gpu")
+    assert "not their products" in peer.why_not("rnncore cudnn", given)
+    # JAX runs on a CPU here, so the backend itself says why not, in its own words.
+    assert "cudnn" in peer.why_not("rnncore cudnn", Case(LSTM, platform="gpu"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "rnncore.gpu" in peer.absent("rnncore reverse, CUDA graph", "gpu")
+
+
+def test_the_loop_as_a_graph_is_an_option_of_the_compiler(monkeypatch):
+    seen = []
+    original = timing.compile_step
+    monkeypatch.setattr(timing, "compile_step", lambda *a: seen.append(a[2]) or original(*a[:2]))
+    module = types.ModuleType("rnncore.gpu")
+    monkeypatch.setattr(module, "loop_as_graph_options", lambda: {"graph": "WHILE"}, raising=False)
+    monkeypatch.setitem(sys.modules, "rnncore.gpu", module)
+    peer, problem = rnncore_peer.RnncorePeer(), make_problem(LSTM, "float32", True)
+    for contender in ("rnncore reverse", "rnncore reverse, CUDA graph"):
+        peer.build(contender, Case(LSTM, platform="gpu"), problem, "forward")
+    assert seen == [None, {"graph": "WHILE"}]
