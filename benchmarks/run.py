@@ -8,8 +8,7 @@ Every contender gets the same parameters and inputs, and its outputs and gradien
 reference; one that answers wrongly gets no time.  All contenders of a workload take turns, A B C A B C.
 Records are appended to a file of JSON lines as they come; Ctrl-C keeps what was done.  Contenders:
 `pip install -e ".[bench]"` brings Haiku and Equinox.  PyTorch is not among them, because it draws gigabytes: install
-it yourself (on a CPU: pip install torch --index-url https://download.pytorch.org/whl/cpu).  What is
-not installed is named in the results as missing.
+it yourself, on a CPU its CPU build.  What is not installed is named in the results as missing.
 """
 
 from __future__ import annotations

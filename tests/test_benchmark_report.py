@@ -198,6 +198,18 @@ def test_published_numbers_stand_in_their_own_columns(tmp_path):
     assert "quick run" in text and "did not come to its end (time is up)" in text
 
 
+def test_bounds_of_two_precisions_have_a_row_each(tmp_path):
+    name, rounds = "W1-768x1", {"float32": [4.0, 4.0], "tf32": [1.0, 1.0]}
+    records = [head(tag="gpu")]
+    for precision, ms in rounds.items():
+        records.append(time("torch", [2 * t for t in ms], name, "forward", matmul_precision=precision))
+        records.append(bound("products", ms, name, "forward", matmul_precision=precision, input_product=True))
+    found = [row for row in rows(gpu.gpu(results(tmp_path, [*records, end()]))) if row[0] == "*bound: products*"]
+    assert [row[2:5] for row in found] == [
+        ["float32", "included", "4.00 [4.00..4.00]"], ["tf32", "included", "1.00 [1.00..1.00]"],
+    ]  # fmt: skip
+
+
 def retention_record(cell="LSTM", name="Flax defaults", **changes):
     base = {"record": "retention", "cell": cell, "initialisation": name, "path": "state", "kind": "rms", "B": 8,
             "T": 120, "D": 32, "H": 128, "seeds": 5, "retention_log10": {"1": -0.04, "100": None},
@@ -313,7 +325,7 @@ def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path, capsys):
     with pytest.raises(ValueError, match="line 1: no JSON"):
         read([path])
     (tmp_path / "x.json").write_text('{"benchmark": "speed", "records": []}')
-    with pytest.raises(ValueError, match="benchmark 'speed'; expected one of lstm_against_flax"):
+    with pytest.raises(ValueError, match="benchmark 'speed'; expected one of migration"):
         read([tmp_path / "x.json"])
 
 

@@ -27,7 +27,7 @@ ALLOWED = {
     ("cells", "recurrence"), ("pointwise", "cells"), ("torch_weights", "stack"), ("compose", "sequence"),
     ("modules", "sequence"), ("modules", "compose"), ("sequence", "_checks"),
 }  # fmt: skip
-SHARED_BY_BACKENDS = ("chunks", "request", "inplace", "recur")
+SHARED_BY_BACKENDS = ("chunks", "request", "inplace", "recur", "stacks", "sweep")
 FLAX = ("linen", "nnx")
 
 

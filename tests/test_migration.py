@@ -105,13 +105,6 @@ def test_the_table_stands_between_its_markers(quick, tmp_path, monkeypatch, caps
     assert "docs/migration.md: expected the lines <!-- table: migration -->" in capsys.readouterr().err
 
 
-def test_the_readme_says_what_a_result_says():
-    readme = (command.ROOT / "README.md").read_text()
-    files = (command.ROOT / "benchmarks" / "results").glob("lstm_against_flax*")
-    tables = [earlier.lstm_against_flax(json.loads(path.read_text())) for path in files]
-    assert readme in [command.put(readme, "benchmarks", table) for table in tables]
-
-
 def test_turns_are_taken_one_by_one():
     order: list[str] = []
     calls = {name: lambda name=name: order.append(name) for name in ("a", "b")}

@@ -41,12 +41,9 @@ def cpu(table: Callable[..., str | None], measurement: str) -> tuple[Table, str]
 # By document: the tables that it has to have, by marker, and the command that measures what they show.
 TABLES: dict[str, dict[str, tuple[Table, str]]] = {
     "README.md": {
-        "benchmarks": (
-            of_object("lstm_against_flax", earlier.lstm_against_flax),
-            "python -m benchmarks.lstm_against_flax --out FILE",
-        ),
         "cpu-gradient": cpu(compact.cpu, "gradient"),
         "cpu-forward": cpu(compact.cpu, "forward"),
+        "memory": (others.memory, "python -m benchmarks.memory"),
         "analysis": (of_object("analysis", earlier.analysis), "python -m benchmarks.analysis --out FILE"),
     },
     "docs/migration.md": {

@@ -1,4 +1,4 @@
-"""The tables of the benchmarks that keep one JSON object: LSTM against Flax, migration, analysis."""
+"""The tables of the benchmarks that keep one JSON object: migration, analysis."""
 
 from __future__ import annotations
 
@@ -6,27 +6,6 @@ from typing import Any
 
 from benchmarks import timing
 from benchmarks.report.words import NOISE, mebibytes, table
-
-
-def lstm_against_flax(result: dict[str, Any]) -> str:
-    """One row for each shape: Flax, and both modes of differentiation."""
-    shapes: dict[tuple, dict] = {}
-    for record in result["records"]:
-        shapes.setdefault(tuple(record["shape_BTDH"]), {})[record["contender"]] = record
-    rows = []
-    for shape, by in shapes.items():
-        cells = [str(shape), f"{by['flax']['median_ms']:.1f}"]
-        for mode in ("any", "reverse"):
-            cells += [f"{by[mode]['median_ms']:.1f}", f"{by[mode]['speed_against_flax']:.2f}"]
-        rows.append(cells)
-    means = [
-        timing.geometric_mean([by[mode]["speed_against_flax"] for by in shapes.values()]) for mode in ("any", "reverse")
-    ]
-    rows.append(["geometric mean", "", "", f"{means[0]:.2f}", "", f"{means[1]:.2f}"])
-    head = ("(B, T, D, H)", "flax.linen ms", "`any` ms", "times as fast", "`reverse` ms", "times as fast")
-    return (
-        f"{table(head, rows)}\n\n{run_of(result)}; `any` and `reverse` are rnncore's modes of differentiation. {NOISE}"
-    )
 
 
 def migration(result: dict[str, Any]) -> str:

@@ -65,8 +65,8 @@ def memory(results: Results) -> str | None:
         ]  # fmt: skip
         head = ("policy", "(B, T, D, H)", "ms", "of Flax's time", "temporary MiB", "of Flax's memory")
         caption = (
-            f"A gradient step. Medians of {rounds(records)} interleaved rounds; in terms of flax.linen's "
-            f"`RNN(OptimizedLSTMCell)` in the same run. MiB: temporary memory of the compiled step. "
+            f"A gradient step of a float32 LSTM layer. Medians of {rounds(records)} interleaved rounds; in terms of "
+            f"flax.linen's `RNN(OptimizedLSTMCell)` in the same run. MiB: temporary memory of the compiled step. "
             f"{words.place(run)}. {words.NOISE}"
         )
         told += [words.table(head, rows), caption, words.state(run)]
@@ -94,8 +94,10 @@ def compiling(results: Results) -> str | None:
             rows.append([contender, *cells, words.times(medians[1] / medians[0] if medians else None)])
         head = ["contender", *(f"T = {t}: s" for t in lengths), f"T = {lengths[-1]} / T = {lengths[0]}"]
         counts = sorted({len(r["compile_seconds"]) for found in by.values() for r in found})
+        shape = next(iter(by.values()))[0].get("shape_BDH")
+        size = f" of a float32 LSTM layer, B={shape[0]}, D={shape[1]}, H={shape[2]}" if shape else ""
         caption = (
-            f"Seconds to lower and compile a gradient step, median [least..largest] of "
+            f"Seconds to lower and compile a gradient step{size}, median [least..largest] of "
             f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'}. {words.place(run)}."
         )
         told += [words.table(head, rows), caption, words.state(run)]

@@ -27,8 +27,8 @@ FIELDS: dict[str, set[str]] = {
     "compile": {"contender", "T", "compile_seconds"},
     "end": {"finished", "interrupted", "reason"},
 }  # fmt: skip
-# Results that are one JSON object; the first benchmark does not name itself.
-OBJECTS = ("lstm_against_flax", "migration", "analysis")
+# Results that are one JSON object, by the name of their benchmark.
+OBJECTS = ("migration", "analysis")
 
 
 @dataclasses.dataclass
@@ -107,7 +107,7 @@ def read(paths: Sequence[Path]) -> Results:
         else:
             text = path.read_text()
             found = _parse(text, str(path))
-            name = found.get("benchmark", "lstm_against_flax")
+            name = found.get("benchmark")
             if name not in OBJECTS or "records" not in found:
                 raise ValueError(f"{path}: a result of the benchmark {name!r}; expected one of {', '.join(OBJECTS)}")
             results.objects.setdefault(name, found)  # of several, the first by name

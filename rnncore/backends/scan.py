@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from rnncore import _lengths, pointwise
 from rnncore._types import Array
-from rnncore.backends import inplace, recur
+from rnncore.backends import inplace, recur, sweep
 from rnncore.backends.chunks import run_chunks
 from rnncore.backends.request import Operands, Request, Result
 from rnncore.cells.base import CellParams, PointwiseCell
@@ -53,12 +53,12 @@ def run(request: Request, params: CellParams, operands: Operands) -> Result:
     )
     every = request.checkpoint_every or default_chunk(request)
     if request.differentiation == "reverse":
-        sweep = inplace.Run(
+        plan = sweep.Sweep(
             cell.project, step, rules, request.steps, every, request.time_axis, request.states, request.recompute,
             request.residual_dtype,
         )  # fmt: skip
-        moving = inplace.Moving(projection, mixing, p, xs, carry, target)
-        return Result(*sweep(moving, inplace.Given(lengths, resets, mask, stay)))
+        moving = sweep.Moving(projection, mixing, p, xs, carry, target)
+        return Result(*inplace.run(plan, moving, sweep.Given(lengths, resets, mask, stay)))
     rules = dataclasses.replace(rules, recompute=request.recompute == "gates")
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:

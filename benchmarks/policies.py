@@ -1,0 +1,53 @@
+"""One LSTM layer as flax.linen runs it and in rnncore's modes and memory policies, by the name of each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+import rnncore
+from benchmarks.peers.flax_linen import to_core, to_flax
+
+FLAX = "flax.linen"
+# Options of `rnncore.unroll`.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "any": {"differentiation": "any"},
+    "any, recompute='gates'": {"differentiation": "any", "recompute": "gates"},
+    "any, recompute='chunk'": {"differentiation": "any", "recompute": "chunk"},
+    "reverse": {"differentiation": "reverse"},
+    "reverse, recompute='gates'": {"differentiation": "reverse", "recompute": "gates"},
+    "reverse, recompute='chunk'": {"differentiation": "reverse", "recompute": "chunk"},
+    "reverse, residual_dtype=bfloat16": {"differentiation": "reverse", "residual_dtype": jnp.bfloat16},
+    "reverse, checkpoint_every=16": {"differentiation": "reverse", "checkpoint_every": 16},
+}
+
+
+class Layer(NamedTuple):
+    """How to run it.
+
+    Fields:
+      apply: (its own tree of parameters, inputs (B, T, D)) -> outputs (B, T, H).
+      own: `rnncore.CellParams` in its own tree.
+      core: the way back, of gradients.
+    """
+
+    apply: Callable[[Any, Any], Any]
+    own: Callable[[Any], Any]
+    core: Callable[[Any], Any]
+
+
+def lstm(name: str, hidden: int) -> Layer:
+    """The layer of a name, FLAX or one of OPTIONS."""
+    if name == FLAX:
+        layer = nn.RNN(nn.OptimizedLSTMCell(hidden))
+        return Layer(layer.apply, functools.partial(to_flax, cell="lstm"), functools.partial(to_core, cell="lstm"))
+    cell = rnncore.LSTM(hidden)
+
+    def apply(params: Any, xs: Any) -> Any:
+        return rnncore.unroll(cell, params, xs, **OPTIONS[name])[1]
+
+    return Layer(apply, lambda params: params, lambda params: params)
