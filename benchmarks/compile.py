@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = recorded.parser("compile", __doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[128, 1024, 8192], metavar="T",
                         help="lengths (default: 128 1024 8192)")  # fmt: skip
-    parser.add_argument("--shape", type=int, nargs=3, default=[8, 64, 64], metavar=("B", "D", "H"),
-                        help="batch, features, units (default: 8 64 64)")  # fmt: skip
+    parser.add_argument("--shape", type=int, nargs=3, default=[32, 128, 256], metavar=("B", "D", "H"),
+                        help="batch, features, units (default: 32 128 256)")  # fmt: skip
     parser.add_argument("--repeats", type=int, default=5, help="compilations of each that are counted (default: 5)")
     args = parser.parse_args(argv)
     if min(*args.shape, *args.steps, args.repeats) < 1:
