@@ -165,7 +165,7 @@ class Derivative:
       forward: the step that also emits, as (emitted, kept), what the derivative needs of it.
     """
 
-    def __init__(self, step: Step, rules: Rules, inputs: Inputs, keep: tuple[str, ...] = ("state", "folded")):
+    def __init__(self, step: Step, rules: Rules, inputs: Inputs, keep: tuple[str, ...]):
         self.step, self.rules = step, rules
         first = jax.tree.map(lambda a: a[0], inputs.xs)
         x, rest = step.fold(first, rules.mix(inputs.mixing, inputs.start.h))
@@ -186,7 +186,6 @@ class Derivative:
         self._roles += ["input" if a is b else "folded" for a, b in pairs]
         self._roles += ["folded"] * len(jax.tree.leaves(rest))
         self._roles += jax.tree.leaves(jax.tree.map(lambda _: "state", inputs.start)._replace(h="h"))
-        keep = ("state",) if rules.recompute else keep
         self._kept_inputs = [n for n in self._split.needed if n is not None and self._roles[n] in keep]
         self.forward = dataclasses.replace(step, run=self._run_forward)
 
@@ -264,7 +263,7 @@ def run(step: Step, rules: Rules, inputs: Inputs) -> tuple[Any, Array, PyTree]:
 
     def rule(primals: Any, tangents: Any) -> Any:
         (inputs,), (moved,) = primals, tangents
-        derivative = Derivative(step, rules, inputs)
+        derivative = Derivative(step, rules, inputs, ("state",) if rules.recompute else ("state", "folded"))
         last, hs, (carries, (emitted, kept)) = run(derivative.forward, rules, inputs)
         if rules.recompute:
             hs, kept = checkpoint_name((hs, kept), CARRIES)
