@@ -24,7 +24,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +34,9 @@ from jax.nn.initializers import glorot_uniform
 from tqdm import tqdm
 
 import rnncore
-from benchmarks import timing
+from benchmarks.records import RESULTS, machine, now
 from rnncore import analysis, initializers
 
-RESULTS = Path(__file__).resolve().parent / "results"
 CELLS: dict[str, Any] = {"Elman": rnncore.Elman, "LSTM": rnncore.LSTM, "GRU": rnncore.GRU, "MGU": rnncore.MGU}
 PATHS = {"LSTM": ("state", "cell")}  # the others' carry is their output
 KEEP = {"LSTM": "f", "GRU": "z", "MGU": "f"}  # the gate that keeps the old state
@@ -185,21 +183,12 @@ def head(lags: Sequence[int]) -> str:
     return f"log10 of the retention over k steps\n{'cell':>5} {'initialisation':<28} {'path':>5} {powers} decay rate"
 
 
-def now() -> str:
-    """Date and time, UTC."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 def opening(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """The record of the run."""
-    started = now()
-    names = ("jax", "jaxlib", "flax", "numpy")
-    machine = timing.machine() | {"versions": {name: metadata.version(name) for name in names}}
-    for name in ("dtype", "input_product"):  # these belong to the records
-        machine.pop(name, None)
+    started, ran_on = now(), machine()
     return {
-        "record": "run", "run": f"retention {started}", "argv": argv, "started": started, "machine": machine,
-        "commit": machine["commit"], "tag": "retention", "quick": args.quick, "rounds": 1, "seconds": None,
+        "record": "run", "run": f"retention {started}", "argv": argv, "started": started, "machine": ran_on,
+        "commit": ran_on["commit"], "tag": "retention", "quick": args.quick, "rounds": 1, "seconds": None,
     }  # fmt: skip
 
 
