@@ -49,6 +49,16 @@ def command_buffer_commands() -> list[str]:
     return re.findall(r"^\s*xla_gpu_enable_command_buffer:\s*(\w+)", text, re.MULTILINE)
 
 
+def without_mesh() -> Any:
+    """A context in which arrays are traced as on one device, whatever mesh the caller has set."""
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def in_32_bits() -> Any:
+    """A context in which numbers without a dtype are of 32 bits, as kernels have them, whatever the caller has set."""
+    return jax.enable_x64(False)
+
+
 def source_line(eqn: Any) -> str:
     """Where in the user's code an equation of a jaxpr comes from; empty where that is not known."""
     try:
@@ -57,3 +67,11 @@ def source_line(eqn: Any) -> str:
         return source_info_util.summarize(eqn.source_info)
     except (ImportError, AttributeError):
         return ""
+
+
+def result_like(shape: tuple[int, ...], dtype: Any, x: Any) -> jax.ShapeDtypeStruct:
+    """What a kernel is to return: an array that differs over the devices over which `x` does."""
+    described: Any = jax.ShapeDtypeStruct
+    manual = getattr(jax.typeof(x), "manual_axis_type", None)
+    axes = {"vma": varying_axes(x)} if manual is None else {"manual_axis_type": manual}
+    return described(shape, dtype, **axes)

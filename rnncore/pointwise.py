@@ -9,7 +9,7 @@ A pointwise function is traced to a jaxpr, nested jit calls are opened, and from
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,7 +28,7 @@ ELEMENTWISE = TRANSCENDENTAL | frozenset(
     "select_n clamp lt le gt ge eq ne and or xor not convert_element_type reduce_precision copy copy_p "
     "stop_gradient optimization_barrier add_any real imag conj".split()
 )
-_CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat")
+CALLS = tuple("jit pjit closed_call core_call custom_jvp_call custom_vjp_call checkpoint remat remat2".split())
 
 
 def _inner_jaxpr(eqn: Any) -> Any:
@@ -46,8 +46,8 @@ def _rounds_nothing(eqn: Any) -> bool:
     return (info.nexp, info.nmant) == (eqn.params["exponent_bits"], eqn.params["mantissa_bits"])
 
 
-def _open_jits(closed: Any) -> Callable:
-    """The jaxpr as a function in which nested jit calls are opened, so that policies see inside."""
+def opened_calls(closed: Any, calls: Collection[str]) -> Callable:
+    """The jaxpr as a function in which calls of these names are opened: what they do is seen, their rules are lost."""
 
     def evaluate(jaxpr: Any, consts: Any, args: Any) -> list:
         env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
@@ -57,9 +57,9 @@ def _open_jits(closed: Any) -> Callable:
 
         for eqn in jaxpr.eqns:
             values = [read(v) for v in eqn.invars]
-            if eqn.primitive.name in ("jit", "pjit"):
-                inner = eqn.params["jaxpr"]
-                outs = evaluate(inner.jaxpr, inner.consts, values)
+            inner = _inner_jaxpr(eqn) if eqn.primitive.name in calls else None
+            if inner is not None:
+                outs = evaluate(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
             elif _rounds_nothing(eqn):
                 outs = values
             else:
@@ -69,6 +69,11 @@ def _open_jits(closed: Any) -> Callable:
         return [read(v) for v in jaxpr.outvars]
 
     return lambda *args: evaluate(closed.jaxpr, closed.consts, args)
+
+
+def _open_jits(closed: Any) -> Callable:
+    """The jaxpr as a function in which nested jit calls are opened, so that policies see inside."""
+    return opened_calls(closed, ("jit", "pjit"))
 
 
 def opened(fun: Callable, *args: PyTree) -> tuple[Any, Any]:
@@ -159,7 +164,7 @@ def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> N
         primitive = eqn.primitive.name
         here = _compat.source_line(eqn) or line  # what JAX's own jitted functions do has no line of the user's
         inner = _inner_jaxpr(eqn)
-        if inner is not None and primitive in _CALLS:
+        if inner is not None and primitive in CALLS:
             _check_jaxpr(inner, shape, name, here)
             continue
         scalars = all(not v.aval.shape for v in eqn.invars)
@@ -208,8 +213,10 @@ class Linearized(NamedTuple):
     needed: tuple[int | None, ...]
 
 
-def linearize(fun: Callable, policy: Callable, *flat: Any) -> Linearized:
-    """Splits `fun` (flat inputs to a tuple) at these arguments: see `Linearized`."""
+def linearize(
+    fun: Callable, policy: Callable, *flat: Any, runner: Callable[[Any], Callable] = _compat.jaxpr_as_fun
+) -> Linearized:
+    """Splits `fun` (flat inputs to a tuple) at these arguments: see `Linearized`; `runner` runs its jaxpr."""
     made: dict[str, Any] = {}
 
     def split(*args: Any) -> Any:
@@ -225,7 +232,7 @@ def linearize(fun: Callable, policy: Callable, *flat: Any) -> Linearized:
     again = _formed_again(closed, leaves)
     known = [n for n in range(len(leaves)) if n not in again]
     needed = tuple(position.get(id(leaves[n])) for n in known)
-    run = _compat.jaxpr_as_fun(closed)
+    run = runner(closed)
 
     def forward(*args: Any) -> tuple[tuple, tuple]:
         values = run(*args)

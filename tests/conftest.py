@@ -6,6 +6,10 @@ import os
 # optimisations that takes half the time.  What XLA itself does to a program stays as it is.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 
+# The interpreter of GPU kernels holds a thread of XLA's pool for every thread that waits at a barrier:
+# with a pool of two, one waits for the other for ever.
+os.environ.setdefault("NPROC", "16")
+
 # The matrices are small, and the tests run in as many processes as there are cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 

@@ -164,7 +164,10 @@ def test_resets_that_do_not_fit(resets: Any):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "cuda"}, "`unroll(backend='cuda')`: unknown; expected one of scan, autodiff, cudnn, or None"),
+        (
+            {"backend": "cuda"},
+            "`unroll(backend='cuda')`: unknown; expected one of mosaic_gpu, pallas_tpu, scan, autodiff, cudnn, or None",
+        ),
         ({"differentiation": "forward"}, "`unroll(differentiation='forward')`: expected one of 'any', 'reverse'"),
         ({"recompute": "all"}, "`unroll(recompute='all')`: expected one of 'nothing', 'gates', 'chunk'"),
         ({"recompute": None}, "`unroll(recompute=None)`: expected one of 'nothing', 'gates', 'chunk'"),

@@ -1,0 +1,260 @@
+"""The body of a whole-sequence kernel: a cell's pointwise update and its vjp, as flat lists of operations.
+
+Both are traced outside the kernel at the shape of one of its tiles, nested calls and custom rules are
+opened, and the operations are then evaluated inside, where a kernel language may lack some of them:
+what can be said by others is said by them (`REWRITTEN`), the rest is a reason not to run there.  The vjp
+transposes the linearised step of `pointwise.linearize`, so that it is arithmetic on values that are formed
+for all steps at once outside the kernel.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from rnncore import _compat, pointwise
+from rnncore._types import Array
+from rnncore.cells.base import PointwiseCell, named
+
+Tiles = tuple[Array, ...]
+
+
+def _expm1(x: Array) -> Array:
+    return jnp.tanh(0.5 * x) * (jnp.exp(x) + 1)
+
+
+def _log1p(x: Array) -> Array:
+    # Goldberg's: what log(1 + x) loses where 1 + x is rounded is put right by the factor.
+    u = 1 + x
+    one = u == 1
+    return jnp.where(one, x, jnp.log(u) * x / jnp.where(one, 1.0, u - 1))
+
+
+def _erfc(x: Array) -> Array:
+    # Abramowitz and Stegun (1964), 7.1.28: within 3e-7.
+    terms = (1.0, 0.0705230784, 0.0422820123, 0.0092705272, 0.0001520143, 0.0002765672, 0.0000430638)
+    root = _polynomial(jnp.minimum(jnp.abs(x), 10.0), *terms)  # from where on it is 0
+    for _ in range(4):
+        root = root * root
+    return jnp.where(x < 0, 2 - 1 / root, 1 / root)
+
+
+def _integer_pow(x: Array, y: int) -> Array:
+    power, out = x, None
+    for bit in reversed(bin(abs(y))[2:]):
+        if bit == "1":
+            out = power if out is None else out * power
+        power = power * power
+    out = jnp.ones_like(x) if out is None else out
+    return 1 / out if y < 0 else out
+
+
+def _polynomial(x: Array, *coefficients: Any) -> Array:
+    return functools.reduce(lambda total, c: total * x + c, reversed(coefficients))
+
+
+REWRITTEN: dict[str, Callable] = {
+    "add_any": lambda x, y: x + y,
+    "copy": lambda x: x,
+    "copy_p": lambda x: x,
+    "stop_gradient": lambda x: x,
+    "optimization_barrier": lambda x: x,
+    "square": lambda x: x * x,
+    "one_minus_square": lambda x: 1 - x * x,
+    "logistic": lambda x: 0.5 * jnp.tanh(0.5 * x) + 0.5,
+    "expm1": _expm1,
+    "log1p": _log1p,
+    "sqrt": lambda x: jnp.where(x == 0, x, x * lax.rsqrt(x)),
+    "integer_pow": _integer_pow,
+    "not": lambda x: x ^ True,
+    "exp": lambda x: jnp.exp(x),  # at whatever accuracy there is
+    "erf": lambda x: 1 - _erfc(x),
+    "erfc": _erfc,
+    "floor": lambda x: jnp.round(x) - jnp.where(jnp.round(x) > x, 1.0, 0.0),
+    "ceil": lambda x: jnp.round(x) + jnp.where(jnp.round(x) < x, 1.0, 0.0),
+    "polynomial": _polynomial,
+    "tan": lambda x: jnp.sin(x) / jnp.cos(x),
+    "sinh": lambda x: 0.5 * (_expm1(x) - _expm1(-x)),
+    "cosh": lambda x: 0.5 * (jnp.exp(x) + jnp.exp(-x)),
+}
+"""Operations, by name, that kernels form from others."""
+
+
+class Body:
+    """What a kernel evaluates for one cell, on float32 tiles of one shape.
+
+    Tiles stand in tuples: `units` per parameter of `cell.units`, `zs` and `rs` per gate, `carry` per field
+    of the carry, `rest` per gate that does not see z and r as their sum alone.
+
+    Args:
+      cell: the cell.
+      shape: of a tile.
+
+    Attributes:
+      additive: for each gate whether it sees z + r alone.
+      rest: the indices of the gates that do not.
+      hidden: the index of h in the carry.
+      width: how many residuals there are.
+    """
+
+    def __init__(self, cell: PointwiseCell, shape: tuple[int, ...]):
+        self.cell, self.shape = cell, shape
+        count = len(cell.gates)
+        self.tile = jax.ShapeDtypeStruct(shape, jnp.float32)
+        self._units = named("Units", tuple(cell.units))(*(self.tile for _ in cell.units))
+        self._gates = cell.Gates(*(self.tile for _ in cell.gates))
+        self._carry = cell.Carry(*(self.tile for _ in cell.Carry._fields))
+        self.hidden = cell.Carry._fields.index("h")
+        with _compat.without_mesh(), _compat.in_32_bits():
+            self.additive = pointwise.additive_gates(cell, self._units, self._gates, self._gates, self._carry)
+        self.rest = tuple(g for g in range(count) if not self.additive[g])
+        self._sizes = (len(cell.units), count, len(self.rest), len(self._carry))
+
+    # ------------------------------------------------------------------------- inside the kernel
+
+    def forward(self, units: Tiles, zs: Tiles, rs: Tiles, carry: Tiles) -> Tiles:
+        """The new carry."""
+        return evaluate(self._forward, (*units, *zs, *rs, *carry))
+
+    def backward(self, units: Tiles, residuals: Tiles, dcarry: Tiles) -> tuple[Tiles, Tiles, Tiles, Tiles]:
+        """The cotangents of the units, of z, of r of the gates in `rest`, and of the old carry."""
+        flat = evaluate(self._backward, (*units, *residuals, *dcarry))
+        dunits, dzs, drest, dold = _parted(flat, self._sizes)
+        return dunits, dzs, drest, dold
+
+    def why_not(self, known: Collection[str]) -> str | None:
+        """Reason why a kernel language with these operations cannot say the body, or None."""
+        for what, closed in (("update", self._forward), ("derivative", self._backward)):
+            lacking = {e.primitive.name for e in closed.jaxpr.eqns} - set(known) - set(REWRITTEN)
+            if lacking:
+                names = ", ".join(f"`{name}`" for name in sorted(lacking))
+                return f"the {what} of {type(self.cell).__name__} applies {names}, which its kernel language lacks"
+        return None
+
+    # ------------------------------------------------------------------------------ outside of it
+
+    def residuals(self, units: Tiles, zs: Tiles, rest: Tiles, carry: Tiles) -> Tiles:
+        """What `backward` needs of a step besides its units, for any number of steps at once.
+
+        zs of a gate that sees z + r alone are these sums; `rest` is r of the others.
+        """
+        shape = jnp.broadcast_shapes(*(a.shape for a in (*zs, *carry)))
+        args = [jnp.broadcast_to(a, shape).astype(jnp.float32) for a in (*units, *zs, *rest, *carry)]
+        split = self._linearized(shape)
+        saved = iter(split.forward(*args)[1])
+        values = [next(saved) if n is None else args[n] for n in split.needed]
+        return tuple(v for v, n in zip(values, split.needed, strict=True) if not self._is_unit(n))
+
+    @functools.cached_property
+    def width(self) -> int:
+        return sum(not self._is_unit(n) for n in self._split.needed)
+
+    # ------------------------------------------------------------------------------------ tracing
+
+    def _is_unit(self, index: int | None) -> bool:
+        return index is not None and index < self._sizes[0]
+
+    def _folded(self, *flat: Array) -> Tiles:
+        """`pointwise` on sums z + r where these are all that it sees."""
+        units, zs, rest, carry = _parted(flat, self._sizes)
+        apart = iter(rest)
+        rs = [jnp.zeros_like(z) if a else next(apart) for z, a in zip(zs, self.additive, strict=True)]
+        return self._update(units, zs, rs, carry)
+
+    def _update(self, units: Any, zs: Any, rs: Any, carry: Any) -> Tiles:
+        cell = self.cell
+        new, _ = cell.pointwise(
+            type(self._units)(*units), cell.Gates(*zs), cell.Gates(*rs), cell.Carry(*carry)
+        )  # fmt: skip
+        return tuple(a.astype(jnp.float32) for a in new)
+
+    @functools.cached_property
+    def _forward(self) -> Any:
+        units, count, _, fields = self._sizes
+
+        def forward(*flat: Array) -> Tiles:
+            return self._update(*_parted(flat, (units, count, count, fields)))
+
+        return inlined(forward, *[self.tile] * (units + 2 * count + fields))
+
+    def _linearized(self, shape: tuple[int, ...]) -> pointwise.Linearized:
+        tiles = [jax.ShapeDtypeStruct(shape, jnp.float32)] * sum(self._sizes)
+        with _compat.without_mesh(), _compat.in_32_bits():
+            closed, _ = pointwise.opened(self._folded, *tiles)
+            opened = _compat.jaxpr_as_fun(closed)
+            return pointwise.linearize(lambda *a: tuple(opened(*a)), pointwise.save_dear, *tiles, runner=_plainly)
+
+    @functools.cached_property
+    def _split(self) -> pointwise.Linearized:
+        return self._linearized(self.shape)
+
+    @functools.cached_property
+    def _backward(self) -> Any:
+        split = self._split
+
+        def backward(*flat: Array) -> Tiles:
+            units, residuals, dcarry = _parted(flat, (self._sizes[0], self.width, self._sizes[3]))
+            kept = iter(residuals)
+            values = [units[n] if self._is_unit(n) else next(kept) for n in split.needed]  # type: ignore[index]
+            linear = [self.tile] * sum(self._sizes)
+            parts = jax.linear_transpose(lambda *t: split.tangent(values, t), *linear)(tuple(dcarry))
+            return tuple(jnp.broadcast_to(a, self.shape) for a in parts)
+
+        return inlined(backward, *[self.tile] * (self._sizes[0] + self.width + self._sizes[3]))
+
+
+@functools.lru_cache(maxsize=256)
+def of(cell: PointwiseCell, shape: tuple[int, ...]) -> Body:
+    """The body of a cell, traced once."""
+    return Body(cell, shape)
+
+
+def inlined(fun: Callable, *shapes: Any) -> Any:
+    """The jaxpr of a function in which no call is left: jits, checkpoints and custom rules are opened."""
+    with _compat.without_mesh(), _compat.in_32_bits():  # a tile is one device's
+        closed = jax.make_jaxpr(fun)(*shapes)
+        return jax.make_jaxpr(pointwise.opened_calls(closed, pointwise.CALLS))(*shapes)
+
+
+def evaluate(closed: Any, args: tuple, rewritten: dict[str, Callable] | None = None) -> Tiles:
+    """A flat jaxpr on values, traced outside of any mesh, with some of its operations rewritten: for kernels these."""
+    rewritten = REWRITTEN if rewritten is None else rewritten
+    axes = frozenset().union(*map(_compat.varying_axes, args))
+
+    def number(value: Any) -> Any:
+        # A kernel may not catch arrays, and a cell that has caught a scalar is elementwise; inside shard_map
+        # numbers have to differ over the devices as the values do.
+        value = np.asarray(value)[()]
+        return _compat.vary_over(jnp.asarray(value), axes) if axes else value
+
+    env: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, map(number, closed.consts), strict=True))
+    env |= dict(zip(closed.jaxpr.invars, args, strict=True))
+
+    def read(v: Any) -> Any:
+        return number(v.val) if isinstance(v, _compat.Literal) else env[v]
+
+    for eqn in closed.jaxpr.eqns:
+        values = [read(v) for v in eqn.invars]
+        apply = rewritten.get(eqn.primitive.name)
+        if apply is not None:
+            out = apply(*values, **{name: eqn.params[name] for name in ("y",) if name in eqn.params})
+        else:
+            out = eqn.primitive.bind(*values, **eqn.primitive.get_bind_params(eqn.params))
+        outs = out if eqn.primitive.multiple_results and apply is None else [out]
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return tuple(read(v) for v in closed.jaxpr.outvars)
+
+
+def _plainly(closed: Any) -> Callable:
+    return lambda *args: evaluate(closed, args, {})
+
+
+def _parted(flat: Any, sizes: tuple[int, ...]) -> list[tuple]:
+    rest = iter(flat)
+    return [tuple(next(rest) for _ in range(size)) for size in sizes]

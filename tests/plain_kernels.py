@@ -1,0 +1,80 @@
+"""The kernels of `fused.Kernels` in plain JAX: what every backend's kernels have to compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from rnncore.backends import body, fused
+
+WIDE = jnp.float32
+
+
+def wide(arrays: Any) -> Any:
+    return tuple(a.astype(WIDE) for a in arrays)
+
+
+def gates_of(slab: jax.Array, count: int) -> list[jax.Array]:
+    return [a.astype(WIDE) for a in jnp.split(slab, count, -1)]
+
+
+def forward(cell: Any, loop: fused.Loop, z: jax.Array, keep: str | None) -> fused.Kept:
+    rows, hidden, count = z.shape[1], cell.hidden_size, len(cell.gates)
+    part = body.of(cell, (rows, hidden))
+    units = tuple(jnp.broadcast_to(u, (rows, hidden)) for u in loop.units)
+    start, target = wide(loop.start), wide(loop.target or ())
+
+    def step(state: Any, now: Any) -> Any:
+        (carry, last), (t, z, resets) = state, now
+        if resets is not None:
+            carry = tuple(jnp.where(resets[:, None], a, b) for a, b in zip(target, carry, strict=True))
+        rs = gates_of(fused.mix(cell, loop.kernel, carry[part.hidden].astype(z.dtype)[None])[0], count)
+        for n, gate in enumerate(part.rest):
+            rs[gate] = rs[gate] + loop.rest_bias[n]
+        carry = part.forward(units, tuple(gates_of(z, count)), tuple(rs), carry)
+        ends = True if loop.lengths is None else (t == loop.lengths - 1)[:, None]
+        last = tuple(jnp.where(ends, a, b) for a, b in zip(carry, last, strict=True))
+        others = [a.astype(keep) for n, a in enumerate(carry) if n != part.hidden] if keep else ()
+        return (carry, last), (carry[part.hidden].astype(z.dtype), tuple(others))
+
+    (_, last), (hs, others) = lax.scan(step, (start, start), (jnp.arange(z.shape[0]), z, loop.resets))
+    return fused.Kept(hs, others, last)
+
+
+def backward(cell: Any, loop: fused.Loop, residuals: Any, dhs: jax.Array, dlast: Any) -> fused.Cotangents:
+    steps, rows, hidden = dhs.shape
+    count, part = len(cell.gates), body.of(cell, (rows, hidden))
+    units = tuple(jnp.broadcast_to(u, (rows, hidden)) for u in loop.units)
+    zeros = jnp.zeros_like(dhs[0], WIDE)
+
+    def step(state: Any, now: Any) -> Any:
+        (ds, dtarget, dunits), (t, residuals, dh, resets) = state, now
+        if loop.lengths is not None:
+            ends = (t == loop.lengths - 1)[:, None]
+            ds = tuple(a + jnp.where(ends, b, 0) for a, b in zip(ds, dlast, strict=True))
+        ds = tuple(a + dh if n == part.hidden else a for n, a in enumerate(ds))
+        more, dzs, drest, ds = part.backward(units, wide(residuals), ds)
+        dunits = tuple(a + b for a, b in zip(dunits, more, strict=True))
+        apart = iter(drest)
+        dr = jnp.stack([a if additive else next(apart) for a, additive in zip(dzs, part.additive, strict=True)], 1)
+        dr = dr.astype(loop.kernel.dtype).reshape(rows, count, -1, fused.head_size(cell))
+        back = jnp.einsum("bgne,ndge->bnd", dr, loop.kernel, preferred_element_type=WIDE).reshape(rows, hidden)
+        ds = tuple(a + back if n == part.hidden else a for n, a in enumerate(ds))
+        if resets is not None:
+            here = resets[:, None]
+            dtarget = tuple(a + jnp.where(here, b, 0) for a, b in zip(dtarget, ds, strict=True))
+            ds = tuple(jnp.where(here, 0, a) for a in ds)
+        rest = jnp.concatenate(drest, -1).astype(dhs.dtype) if drest else None
+        return (ds, dtarget, dunits), (jnp.concatenate(dzs, -1).astype(dhs.dtype), rest)
+
+    none = tuple(zeros for _ in dlast)
+    begin = (dlast if loop.lengths is None else none, none if loop.resets is not None else None, (zeros,) * len(units))
+    inputs = (jnp.arange(steps), residuals, dhs, loop.resets)
+    (ds, dtarget, dunits), (dz, rest) = lax.scan(step, begin, inputs, reverse=True)
+    return fused.Cotangents(dz, rest, ds, dtarget, dunits)
+
+
+KERNELS = fused.Kernels(forward, backward)

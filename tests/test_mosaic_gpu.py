@@ -1,0 +1,384 @@
+"""Backend "mosaic_gpu": its kernels interpreted on a CPU (JAX 0.11 and newer), lowered for CUDA, and its choices."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rnncore
+from rnncore import _pallas, sequence
+from rnncore.backends import BACKENDS, body
+from rnncore.backends.mosaic_gpu import plan as plans
+from rnncore.backends.mosaic_gpu.kernels import kernels
+
+GPU = BACKENDS["mosaic_gpu"]
+FEATURES, STEPS = 16, 5
+MODE = cases.Mode("mosaic_gpu", "reverse")
+CALL = "@mosaic_gpu_v2("  # how XLA is told to run a Mosaic GPU kernel
+
+interpreted = pytest.mark.skipif(
+    not _pallas.can_interpret_gpu(), reason="this JAX cannot interpret Mosaic GPU kernels; 0.11 and newer can"
+)
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As if there were the GPU; what is traced under it is forgotten again."""
+    monkeypatch.setattr(GPU, "missing_gpu", lambda platform: None)
+    sequence._run.clear_cache()
+    yield
+    sequence._run.clear_cache()
+
+
+@pytest.fixture
+def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels run in the interpreter, which raises where two threads race for memory."""
+    monkeypatch.setattr(GPU, "the_kernels", lambda: kernels(interpret=True))
+
+
+def sized(id: str, size: int, heads: int = 1) -> cases.Case:
+    """A case of the table with heads of `size` units."""
+    case = cases.BY_ID[id]
+    kernel = rnncore.Heads(heads) if heads > 1 else rnncore.Dense()
+    return dataclasses.replace(case, cell=dataclasses.replace(case.cell, hidden_size=size * heads, recurrence=kernel))
+
+
+def draw(case: cases.Case, batch: tuple[int, ...], masked: bool = False, dtype: Any = jnp.bfloat16) -> cases.Problem:
+    """A problem whose gates see sums of about 1, whatever the number of units."""
+    problem = cases.draw(case, batch, STEPS, FEATURES, lengths=masked, resets=masked, dtype=jnp.float32)
+    size = problem.params.recurrent_kernel.shape[-1]
+    params = problem.params._replace(
+        recurrent_kernel=problem.params.recurrent_kernel / np.sqrt(size),
+        input_kernel=problem.params.input_kernel / np.sqrt(FEATURES),
+    )
+    moving = jax.tree.map(lambda a: a.astype(dtype), (params, problem.xs, problem.carry))
+    return cases.Problem(*moving, *problem[3:])
+
+
+def errors(case: cases.Case, problem: cases.Problem, mode: cases.Mode = MODE, **options: Any) -> list[float]:
+    """Norm of the error of every result and gradient over its own, against the scan in float64."""
+    results, gradients, cotangents = cases.pull(cases.runner(case, mode, **options), problem)
+    moving, cotangents = jax.tree.map(lambda a: a.astype(jnp.float64), (problem[:3], cotangents))
+    exact = cases.Problem(*moving, *problem[3:])
+    want = cases.puller(cases.runner(case, cases.Mode("scan", "reverse"), **options))(exact, cotangents)
+
+    def error(got: Any, want: Any) -> float:
+        return float(jnp.linalg.norm((got - want).ravel()) / jnp.maximum(jnp.linalg.norm(want.ravel()), 1e-30))
+
+    pairs = zip(jax.tree.leaves((results, gradients)), jax.tree.leaves(want), strict=True)
+    return [error(a.astype(jnp.float64), b) for a, b in pairs]
+
+
+def assert_exact_as_the_dtype(case: cases.Case, problem: cases.Problem) -> None:
+    """No error above an eps, or, of a cell that magnifies its roundings, above the scan's own in the same dtype.
+
+    A number is rounded to the dtype a few times on its way, by at most half an eps each.
+    """
+    found, eps = errors(case, problem), float(jnp.finfo(problem.xs.dtype).eps)
+    allowed = [eps] * len(found)
+    if max(found) > eps:
+        allowed = [max(eps, a) for a in errors(case, problem, cases.Mode("scan", "reverse"))]
+    assert all(a <= b for a, b in zip(found, allowed, strict=True)), (found, allowed)
+
+
+# --------------------------------------------------------------------------------- values, interpreted
+
+VALUES = [
+    # id, d, heads, batch, ragged: one warpgroup, two, heads side by side, several batch tiles, few units, clusters.
+    ("elman_relu", 64, 1, (3,), False),
+    ("elman_silu", 128, 1, (8,), True),
+    ("lstm-dense", 64, 2, (2, 9), True),
+    ("lstm_both-dense", 64, 1, (8,), True),
+    ("lstm_functions", 64, 1, (8,), False),
+    ("gru-dense", 64, 1, (11,), True),
+    ("mgu-dense", 128, 1, (8,), True),
+    ("user_leaky", 64, 1, (8,), False),
+    ("user_fast_slow-dense", 64, 1, (8,), True),
+    ("lstm-dense", 16, 3, (5,), True),
+    ("gru-dense", 32, 2, (70,), False),
+    ("lstm-dense", 192, 1, (8,), True),
+    ("gru-dense", 96, 2, (5,), True),
+]
+
+
+@interpreted
+@pytest.mark.parametrize("id, size, heads, batch, masked", VALUES, ids=[f"{v[0]}-{v[1]}x{v[2]}" for v in VALUES])
+def test_values_and_gradients(simulated: None, id: str, size: int, heads: int, batch: tuple, masked: bool):
+    case = sized(id, size, heads)
+    assert_exact_as_the_dtype(case, draw(case, batch, masked))
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "shape, size",
+    [(("units", 64, 1, 2), 128), (("batch", 16, 1, 2), 32), (("batch", 8, 1, 4), 32), (("batch", 16, 1, 1), 16)],
+    ids=str,
+)
+@pytest.mark.parametrize("id", ["lstm_both-dense", "gru-dense"])
+def test_every_layout(simulated: None, monkeypatch: pytest.MonkeyPatch, id: str, shape: tuple, size: int):
+    """Layouts that larger networks have, at a size that can be interpreted."""
+    monkeypatch.setattr(plans, "_shapes", lambda size, gates: [shape])
+    case = sized(id, size)
+    assert_exact_as_the_dtype(case, draw(case, (9,), True))
+
+
+@interpreted
+def test_few_stages(simulated: None, monkeypatch: pytest.MonkeyPatch):
+    """As where U leaves room for the inputs of one step only."""
+    monkeypatch.setattr(plans, "_shapes", lambda size, gates: [("batch", 8, 1, 2)])
+    monkeypatch.setattr(plans, "DEPTH", (1, 1))
+    case = sized("gru-dense", 16)
+    assert_exact_as_the_dtype(case, draw(case, (8,), True))
+
+
+@interpreted
+def test_float16(simulated: None):
+    case = sized("gru-dense", 64)
+    assert_exact_as_the_dtype(case, draw(case, (8,), True, jnp.float16))
+
+
+@interpreted
+@pytest.mark.parametrize("id", ["lstm-dense", "gru-dense", "user_leaky"])
+def test_large_pre_activations(simulated: None, id: str):
+    """Gates at their ends: what is formed there must neither overflow nor give NaN."""
+    case = sized(id, 64)
+    problem = draw(case, (8,))
+    bias = jnp.where(jnp.arange(64) % 2, 100.0, -100.0) + 0 * problem.params.bias
+    problem = problem._replace(params=problem.params._replace(bias=bias.astype(jnp.bfloat16)))
+    results, gradients, _ = cases.pull(cases.runner(case, MODE), problem)
+    assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((results, gradients)))
+    # Where the gate is a constant its gradient is 0 and its relative error says nothing; results do.
+    assert max(errors(case, problem)[: len(jax.tree.leaves(results))]) < jnp.finfo(jnp.bfloat16).eps
+
+
+@interpreted
+def test_vmap_over_sequences(simulated: None):
+    case = sized("gru-dense", 16)
+    problem = draw(case, (3, 2))
+
+    def gradient(mode: cases.Mode) -> Any:
+        def loss(params: Any, xs: Any, carry: Any) -> Any:
+            last, ys = cases.runner(case, mode)(params, xs, carry)
+            return jnp.sum(jnp.sin(ys.astype(jnp.float32))) + jnp.sum(last.h.astype(jnp.float32))
+
+        return jax.vmap(jax.grad(loss), (None, 0, 0))(*problem[:3])
+
+    got, want = gradient(MODE), gradient(cases.Mode("scan", "reverse"))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert a.shape == b.shape
+        assert jnp.linalg.norm((a - b).astype(jnp.float32)) < 0.02 * jnp.linalg.norm(b.astype(jnp.float32))
+
+
+@pytest.mark.skipif(
+    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12), reason="0.12's interpreter raises where 0.11's goes on"
+)
+def test_the_interpreter_sees_a_race(simulated: None, monkeypatch: pytest.MonkeyPatch):
+    """Where nothing says that h is written before the matrix unit reads it."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    case = sized("elman_silu", 64)
+    problem = draw(case, (8,))
+    monkeypatch.setattr(plgpu, "commit_smem", lambda: None)
+    with pytest.raises(Exception, match="(?i)race"):
+        jax.block_until_ready(cases.runner(case, MODE)(*problem[:3]))
+    plgpu_interpreter().reset_gpu_interpret_mode_state()
+
+
+def plgpu_interpreter() -> Any:
+    """After an error in a kernel the interpreter has to be told to forget it; no public route exists."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    return interpret_pallas_call
+
+
+# --------------------------------------------------------------------------------- lowering for CUDA
+
+LOWERED = [
+    # id, d, heads, batch, ragged, kind
+    ("elman_relu", 64, 1, 3, False, None),
+    ("lstm-dense", 64, 12, 16, True, None),
+    ("lstm-dense", 128, 6, 16, False, None),
+    ("gru-dense", 32, 24, 16, True, None),
+    ("user_fast_slow-dense", 64, 1, 8, True, None),
+    ("lstm-dense", 256, 3, 16, True, "cluster"),
+    ("gru-dense", 96, 1, 3, False, "cluster"),
+    ("lstm-dense", 768, 1, 16, True, "grid"),
+    ("gru-dense", 1024, 1, 64, True, "grid"),
+    ("lstm-dense", 1024, 1, 64, False, "grid"),
+]
+
+
+def lowered(case: cases.Case, batch: int, masked: bool, **options: Any) -> str:
+    problem = jax.eval_shape(lambda: draw(case, (batch,), masked))
+    problem = problem._replace(lengths=jax.ShapeDtypeStruct((batch,), jnp.int32) if masked else None)
+
+    def loss(*arguments: Any) -> Any:
+        return cases.runner(case, MODE, **options)(*arguments)[1].astype(jnp.float32).sum()
+
+    return jax.jit(jax.value_and_grad(loss)).trace(*problem).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize(
+    "id, size, heads, batch, masked, kind", LOWERED, ids=[f"{v[0]}-{v[1]}x{v[2]}-{v[5] or 'block'}" for v in LOWERED]
+)
+def test_lowers_for_cuda(id: str, size: int, heads: int, batch: int, masked: bool, kind: str | None):
+    """A gradient is one kernel forward and one backward, and no other loop over time."""
+    case = sized(id, size, heads)
+    plan = plans.plan_of(case.cell, batch, masked, masked)
+    assert plan.sync == kind
+    text = lowered(case, batch, masked)
+    assert text.count(CALL) == 2
+    assert "stablehlo.while" not in text
+    # A grid's blocks count their arrivals in a counter for each group, which is zero at the start.
+    assert ("dense<0> : tensor<1xi32>" in text or "tensor<1xi32>" in text) == (kind == "grid")
+
+
+def test_inference_is_one_kernel():
+    case = sized("lstm-dense", 64)
+    problem = jax.eval_shape(lambda: draw(case, (8,)))
+    run = jax.jit(lambda *a: cases.runner(case, MODE)(*a)[1])
+    assert run.trace(*problem[:3]).lower(lowering_platforms=("cuda",)).as_text().count(CALL) == 1
+
+
+class Every(rnncore.PointwiseCell):
+    """A cell that applies all that the kernel language is said to have."""
+
+    gates = ("a", "b")
+
+    def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
+        a, b = z.a + r.a, z.b + r.b
+        one = jnp.asarray(1, a.dtype)
+        s = jnp.abs(a) + jax.lax.clamp(-one, a, one) + jnp.cos(b) / 2
+        s = s + jnp.exp2(-b * b) + a**3 + jnp.log(1 + b * b) + jnp.maximum(a, b) - jnp.minimum(a, 0.5) + jnp.round(b)
+        s = s + jax.lax.rsqrt(1 + a * a) + jnp.sign(b) + jnp.sin(a) + jnp.tanh(b)
+        chosen = ((a > 0) & (b < 1)) | (a >= b) & ~(b <= 0.5) ^ (a == 1) | (b != 2)
+        return carry._replace(h=jnp.tanh(jnp.where(chosen, s, -s))), self.Gates(a, b)
+
+
+def test_every_known_operation_lowers():
+    part = body.of(Every(64), (64, 8))
+    used = {e.primitive.name for e in (*part._forward.eqns, *part._backward.eqns)}
+    sometimes = {"bitcast_convert_type", "broadcast_in_dim", "convert_element_type"}  # by the version of JAX
+    assert GPU.KNOWN <= used | sometimes, GPU.KNOWN - used
+    assert part.why_not(GPU.KNOWN) is None
+    assert lowered(cases.Case("every", Every(64), None), 8, False).count(CALL) == 2
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, rnncore
+from jax.sharding import AxisType, PartitionSpec as P
+from rnncore.backends import BACKENDS
+backend = BACKENDS["mosaic_gpu"]
+backend.missing_gpu = lambda platform: None
+cell, dtype = rnncore.LSTM(16, coupled=True, peepholes=True), jnp.bfloat16
+params = cell.init(jax.random.key(0), 4, dtype)
+xs = jax.random.normal(jax.random.key(1), (6, 3, 4), dtype)
+def gradient(name):
+    def local(params, xs):
+        def loss(params):
+            ys = rnncore.unroll(cell, params, xs, differentiation="reverse", backend=name)[1]
+            return jnp.sum(ys.astype(jnp.float32) ** 2)
+        return jax.grad(loss)(params)
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), P("batch")), out_specs=P()))
+text = gradient("mosaic_gpu").trace(params, xs).lower(lowering_platforms=("cuda",)).as_text()
+assert text.count("@mosaic_gpu_v2(") == 2
+print("ok")
+"""
+
+
+def test_the_batch_over_devices():
+    """Inside shard_map the kernels lower; test_fused.py has the values there, which the interpreter cannot give."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command, root = [sys.executable, "-c", SHARDED], Path(rnncore.__file__).parents[1]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    assert done.returncode == 0 and done.stdout.strip() == "ok", done.stdout + done.stderr
+
+
+# --------------------------------------------------------------------------------- layouts and choices
+
+
+@pytest.mark.parametrize("id", ["elman_relu", "lstm-dense", "lstm_both-dense", "gru-dense", "user_fast_slow-dense"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_layouts_fit_the_chip(id: str, masked: bool):
+    for heads, size, rows in [
+        *((768 // d, d, 16) for d in (16, 32, 64, 128, 256, 768)),
+        (1, 1024, 64), (1, 512, 64), (1, 384, 128), (12, 64, 256), (1, 48, 1),
+    ]:  # fmt: skip
+        plan = plans.plan_of(sized(id, size, heads).cell, rows, masked, masked)
+        assert isinstance(plan, plans.Plan), (heads, size, rows, plan)
+        assert plan.blocks * plan.groups * plan.units == size
+        assert plan.tiles * plan.batch >= rows and plan.batch % 8 == 0
+        assert plan.bytes <= plans.SHARED_BYTES and min(plan.stages) >= 1
+        assert plan.sync != "grid" or heads * plan.tiles * plan.blocks <= plans.PROCESSORS
+
+
+def test_a_small_batch_wastes_no_rows():
+    plan = plans.plan_of(rnncore.LSTM(768, recurrence=rnncore.Heads(12)), 16, False, False)
+    assert (plan.rows, plan.batch, plan.tiles, plan.blocks) == ("units", 8, 2, 1)
+
+
+def request_of(cell: Any, batch: tuple[int, ...] = (16,), **fields: Any) -> Any:
+    values: dict[str, Any] = {
+        "cell": cell, "steps": 8, "batch_shape": batch, "input_size": 4, "dtype": "bfloat16",
+        "dtypes": frozenset({"bfloat16"}), "precision": None, "platform": "gpu", "devices": 1, "lengths": False,
+        "resets": False, "mask": False, "stay": False, "states": False, "differentiation": "reverse",
+        "checkpoint_every": None, "recompute": "nothing",
+    }  # fmt: skip
+    return rnncore.backends.Request(**(values | fields))
+
+
+REFUSED: list[tuple[str, Callable[[], Any], str]] = [
+    ("float32", lambda: request_of(rnncore.LSTM(64), dtype="float32", dtypes=frozenset({"float32"})), "bfloat16 or"),
+    ("mixed", lambda: request_of(rnncore.LSTM(64), dtypes=frozenset({"bfloat16", "float32"})), "alike"),
+    ("residuals", lambda: request_of(rnncore.LSTM(64), residual_dtype="float32"), "residual_dtype='float32'"),
+    ("alignment", lambda: request_of(rnncore.LSTM(40)), "16 units at a time, and a product over 40"),
+    ("size", lambda: request_of(rnncore.LSTM(2048)), "4 x 2048 x 2048 does not fit"),
+    ("batch", lambda: request_of(rnncore.LSTM(1024), (640,)), "blocks would have to run at once"),
+    ("empty", lambda: request_of(rnncore.LSTM(64), (0,)), "no empty batch"),
+    ("any", lambda: request_of(rnncore.LSTM(64), differentiation="any"), "say differentiation='reverse'"),
+    (
+        "operation",
+        lambda: request_of(rnncore.Elman(64, activation_fn=jax.scipy.special.gammaln)),
+        "`lgamma`, which its kernel language lacks",
+    ),
+]
+
+
+@pytest.mark.parametrize("make, why", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
+def test_refusals(make: Callable[[], Any], why: str):
+    assert why in (GPU.unsupported(make()) or "")
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.undo()
+    case = sized("lstm-dense", 64)
+    with pytest.raises(NotImplementedError, match="needs an NVIDIA Hopper GPU, and JAX runs on cpu here"):
+        cases.runner(case, MODE)(*draw(case, (8,)))
+    assert GPU.missing_gpu("tpu") is not None
+
+
+def test_chosen_by_itself_only_where_it_has_run(monkeypatch: pytest.MonkeyPatch):
+    heads, wide = rnncore.LSTM(128, recurrence=rnncore.Heads(2)), rnncore.LSTM(768)
+    choose = sequence._choose
+    choice = choose(request_of(heads), None)
+    assert choice.name == "scan" and "'block' have not run on a GPU yet" in choice.rejected["mosaic_gpu"]
+    assert choose(request_of(heads), "mosaic_gpu").name == "mosaic_gpu"
+    monkeypatch.setattr(GPU, "PROVEN", frozenset({"block"}))
+    assert choose(request_of(heads), None).name == "mosaic_gpu"
+    assert choose(request_of(heads), "scan").name == "scan"
+    assert choose(request_of(heads, dtype="float32", dtypes=frozenset({"float32"})), None).name == "scan"
+    choice = choose(request_of(wide), None)
+    assert choice.name == "scan" and "'grid' have not run" in choice.rejected["mosaic_gpu"]
