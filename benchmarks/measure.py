@@ -125,6 +125,9 @@ def _prepare(
     peer: Peer, contender: str, case: Case, measurement: str, answers: Answers, write: Write
 ) -> tuple[Callable[[], Any], timing.Wait, dict[str, Any]] | None:
     """Builds, checks and warms up: (call, wait, fields of its record); None where a record says why not."""
+    if (fault := peer.fault(contender, case)) is not None:
+        _missing(write, case, contender, measurement, fault)
+        return None
     form = peer.form(contender, case.workload.cell)
     # Whatever a library raises on a machine that nobody has seen before is a result, and the others go on.
     try:
@@ -185,8 +188,8 @@ def plan_case(
     """The plan of a case; a contender that cannot run it leaves its record at once."""
     able = []
     for peer, contender in entries:
-        if contender not in peer.contenders(case.workload.cell):
-            continue  # The library has no such cell, or this is one of its others.
+        if contender not in peer.contenders(case.workload.cell) or not peer.asked(contender, case.workload):
+            continue  # The library has no such cell, this is one of its others, or it is asked elsewhere.
         reason = peer.why_not(contender, case)
         if reason is None and quick and peer.slow_to_build(contender):
             reason = "takes minutes to build: measured without --quick only"

@@ -2,7 +2,7 @@
 
 Letters: B sequences, T steps, D input features, H units (all heads together), N heads, L layers.
 Published times are other people's, on their machines: they are printed beside a measurement and never
-mixed with one.
+mixed with one.  So are times that this project wants to reach, and estimates of the least possible.
 """
 
 from __future__ import annotations
@@ -41,6 +41,23 @@ class Published(NamedTuple):
     source: str
 
 
+class Floor(NamedTuple):
+    """An estimate, measured by nobody, of the least that a forward step can take.
+
+    Fields:
+      low_us, high_us: microseconds a step, from and to.
+      device, dtype, input_product: as in `Published`.
+      source: what it is computed from.
+    """
+
+    low_us: float
+    high_us: float
+    device: str
+    dtype: str
+    input_product: bool
+    source: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """One shape to measure.
@@ -56,6 +73,9 @@ class Workload:
       measurements: of MEASUREMENTS.
       tags: "cpu", "gpu": where it is at home; "quick": also part of a short run.
       published: what others measured.
+      wanted: what this project wants to reach, said like that.
+      floor: an estimate of the least possible, or None.
+      own_cell: whether a user's own cell of the same arithmetic runs beside the built-in one.
     """
 
     name: str
@@ -73,6 +93,9 @@ class Workload:
     measurements: tuple[str, ...] = BOTH
     tags: frozenset[str] = frozenset({"gpu"})
     published: tuple[Published, ...] = ()
+    wanted: tuple[Published, ...] = ()
+    floor: Floor | None = None
+    own_cell: bool = False
 
     def __post_init__(self) -> None:
         if self.cell not in CELLS or self.recurrence not in RECURRENCES or set(self.measurements) - set(MEASUREMENTS):
@@ -119,12 +142,45 @@ _FLASH_768 = (
     Published("Haste", "H100 SXM", "float32", 18.41, 43.86, True, _FLASH),
 )
 
+_AIM = "this project's aim"
+# By (DH, NH): (forward, forward and backward) in ms, without x W.
+_AIMS: dict[tuple[int, int], tuple[float | None, float | None]] = {
+    (64, 12): (1.0, 4.0), (32, 24): (1.0, None), (128, 6): (1.2, 5.0), (768, 1): (2.5, 6.0)
+}  # fmt: skip
+_OWN_AIM = Published(
+    "*wanted: rnncore mosaic_gpu, own cell*", "H200", "bfloat16", None, None, False,
+    f"{_AIM}: at most 1.2 times what the built-in LSTM takes",
+)  # fmt: skip
+_FLOOR = (
+    "an estimate: arithmetic from 128 bytes of shared memory a clock and multiprocessor, the rate of the matrix unit "
+    "and what it takes to synchronise a grid"
+)
+# By (DH, NH): microseconds a forward step, from and to.
+_FLOORS = {(64, 12): (0.4, 0.6), (128, 6): (0.7, 1.0), (768, 1): (1.2, 1.6)}
+
+
+def _wanted(size: int, heads: int) -> tuple[Published, ...]:
+    """What is wanted of a shape of _FLASH_ROWS."""
+    if (size, heads) not in _AIMS:
+        return ()
+    aim = Published("*wanted: rnncore*", "H200", "bfloat16", *_AIMS[size, heads], False, _AIM)
+    return (aim, _OWN_AIM) if (size, heads) == (64, 12) else (aim,)
+
+
+def _floor(size: int, heads: int) -> Floor | None:
+    """What bounds a shape of _FLASH_ROWS, where that was estimated."""
+    if (size, heads) not in _FLOORS:
+        return None
+    return Floor(*_FLOORS[size, heads], "H200", "bfloat16", False, _FLOOR)
+
 
 def _flash(name: str, size: int, heads: int, batch: int = 16, steps: int = 1024, **rest: object) -> Workload:
     """A shape of FlashRNN's benchmark: 768 units in heads of `size`."""
-    options: dict = {"dtypes": ("bfloat16", "float32"), "input_product": (True, False), "origin": _FLASH} | rest
+    options: dict = {
+        "cell": "lstm", "dtypes": ("bfloat16", "float32"), "input_product": (True, False), "origin": _FLASH
+    } | rest  # fmt: skip
     return Workload(
-        name=name, cell="lstm", batch=batch, steps=steps, features=768, hidden=768, heads=heads,
+        name=name, batch=batch, steps=steps, features=768, hidden=768, heads=heads,
         recurrence="heads" if heads > 1 else "dense", **options,
     )  # fmt: skip
 
@@ -137,6 +193,7 @@ _W1 = tuple(
             for who, ms in zip(_FLASH_NAMES, times, strict=True)
             if ms != (None, None)
         ) + (_FLASH_768 if heads == 1 else ()),
+        wanted=_wanted(size, heads), floor=_floor(size, heads), own_cell=(size, heads) == (64, 12),
     )
     for size, heads, times in _FLASH_ROWS
 )  # fmt: skip
@@ -248,6 +305,14 @@ _W9 = tuple(
     for (batch, steps, hidden), times in _DREAMER_MS.items()
 )  # fmt: skip
 
+_W11 = tuple(
+    _flash(
+        f"W11-gru{size}x{heads}", size, heads, cell="gru", dtypes=("bfloat16",), input_product=(False,),
+        origin="this project: a GRU in the shapes of FlashRNN's benchmark", tags=frozenset({"gpu", "quick"}),
+    )
+    for size, heads in _AIMS
+)  # fmt: skip
+
 _TINY = tuple(
     Workload(name, "a check of the suite itself", cell, 2, 6, 5, 4, measurements=MEASUREMENTS, tags=frozenset(), **rest)
     for name, cell, rest in (
@@ -260,20 +325,25 @@ _TINY = tuple(
     )
 )
 
-_ALL: tuple[Workload, ...] = (*_S, *_W1, *_W2, *_W3, *_W4, *_W5, *_W6, *_W7, *_W8, *_W9, *_TINY)
+_ALL: tuple[Workload, ...] = (*_S, *_W1, *_W2, *_W3, *_W4, *_W5, *_W6, *_W7, *_W8, *_W9, *_W11, *_TINY)
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
 """By name.  The tiny ones have no tag: they run only where they are named."""
 
 # What a short run on a GPU measures, the most telling first, in which types; without x W in bfloat16 only.
+# Shapes in heads have few contenders and take little time; float32 has many, in two precisions.
 QUICK_GPU: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("W1-768x1", ("bfloat16",)),
-    ("W1-768x1", ("float32",)),
     ("W1-64x12", ("bfloat16",)),
+    ("W1-128x6", ("bfloat16",)),
+    ("W1-32x24", ("bfloat16",)),
+    ("W11-gru64x12", ("bfloat16",)),
+    ("W11-gru768x1", ("bfloat16",)),
     ("W4-lstm768", ("float16",)),
+    ("W1-768x1", ("float32",)),
     ("W4-gru768", ("bfloat16", "float32")),
     ("W5-H40", ("float32",)),
-    ("W1-32x24", ("bfloat16",)),
-    ("W1-128x6", ("bfloat16",)),
+    ("W11-gru128x6", ("bfloat16",)),
+    ("W11-gru32x24", ("bfloat16",)),
     ("W1-256x3", ("bfloat16",)),
     ("W1-16x48", ("bfloat16",)),
     ("W7-H8-T1000", ("float32",)),

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain_kernels
 import pytest
 
-from benchmarks import timing, workloads
-from benchmarks.peers import Case, flashrnn_peer, jax_cudnn, rnncore_peer, torch_peer
+from benchmarks import timing, trial, workloads
+from benchmarks.peers import CONTENDERS, Case, flashrnn_peer, jax_cudnn, rnncore_peer, torch_peer
 from benchmarks.peers.problem import make_cell, make_problem
 from benchmarks.peers.reference import reference
+from benchmarks.report import gpu
+from rnncore import sequence
+from rnncore.backends import BACKENDS
 
 LSTM, LAYERS = workloads.WORKLOADS["tiny-lstm"], workloads.WORKLOADS["tiny-layers"]
 HEADS = workloads.Workload("heads", "a test", "lstm", 2, 6, 5, 4, heads=2, recurrence="heads")
@@ -168,3 +173,113 @@ def test_the_loop_as_a_graph_is_an_option_of_the_compiler(monkeypatch):
     for contender in ("rnncore reverse", "rnncore reverse, CUDA graph"):
         peer.build(contender, Case(LSTM, platform="gpu"), problem, "forward")
     assert seen == [None, {"graph": "WHILE"}]
+
+
+MOSAIC, OWN, TPU = rnncore_peer.MOSAIC, rnncore_peer.OWN, rnncore_peer.TPU
+NARROW = workloads.Workload("narrow", "a test", "lstm", 2, 6, 5, 32, heads=2, recurrence="heads", own_cell=True)
+SMALL_GRU = workloads.Workload("gru", "a test", "gru", 3, 6, 5, 16)
+
+
+@pytest.fixture
+def as_if_there(monkeypatch):
+    """Plain kernels in place of those of a GPU and of a TPU, and no question after the device."""
+    sequence._run.clear_cache()
+    for name, question, ask in (("mosaic_gpu", "missing_gpu", "the_kernels"), ("pallas_tpu", "missing_platform", "")):
+        monkeypatch.setattr(BACKENDS[name], question, lambda platform: None)
+        if ask:
+            monkeypatch.setattr(BACKENDS[name], ask, lambda: plain_kernels.KERNELS)
+    yield
+    sequence._run.clear_cache()
+
+
+@pytest.mark.parametrize(
+    ("workload", "product", "contender"),
+    [(NARROW, True, MOSAIC), (NARROW, False, MOSAIC), (NARROW, True, OWN), (NARROW, False, OWN),
+     (SMALL_GRU, True, MOSAIC), (SMALL_GRU, False, MOSAIC)],
+    ids=lambda value: getattr(value, "name", str(value)),
+)  # fmt: skip
+def test_the_kernels_run_on_the_common_weights(workload, product, contender, as_if_there):
+    peer = rnncore_peer.RnncorePeer()
+    case = Case(workload, "bfloat16", "default", product, "gpu")
+    assert contender in peer.contenders(workload.cell) and peer.asked(contender, workload)
+    assert peer.absent(contender, "gpu") is None and peer.why_not(contender, case) is None
+    found = errors(peer, contender, case, workloads.BOTH)
+    assert 1e-4 < min(found.values()) and max(found.values()) < 2e-2  # of bfloat16
+    problem = make_problem(workload, "bfloat16", product)
+    told = peer.build(contender, case, problem, "forward").algorithm
+    size = workload.hidden // workload.heads
+    assert told == f"mosaic_gpu, one block of {size} units to a head; backend=None takes scan"
+
+
+def test_the_own_cell_is_the_lstm_and_is_asked_once(as_if_there):
+    peer = rnncore_peer.RnncorePeer()
+    case = Case(NARROW, "bfloat16", "default", True, "gpu")
+    problem = make_problem(NARROW, "bfloat16", True)
+    one, other = (peer.build(name, case, problem, "forward").result() for name in (MOSAIC, OWN))
+    np.testing.assert_allclose(one, other, atol=1e-2)
+    assert [w.name for w in workloads.WORKLOADS.values() if peer.asked(OWN, w)] == ["W1-64x12"]
+    assert OWN not in peer.contenders("gru") and {MOSAIC, OWN, TPU} < set(CONTENDERS)
+
+
+def test_what_the_kernels_cannot_do_has_the_reason_of_the_backend(as_if_there):
+    peer = rnncore_peer.RnncorePeer()
+    named = workloads.WORKLOADS
+    for name, dtype, product, contender, why in (
+        ("W1-768x1", "float32", True, MOSAIC, "bfloat16 or float16"),
+        ("W5-H40", "bfloat16", True, MOSAIC, "16 units at a time"),
+        ("W8-lstm-H256-T256", "bfloat16", True, MOSAIC, "Diagonal recurrences have no matrix"),
+        ("W6-N1-H2048-C128", "bfloat16", True, MOSAIC, "does not fit"),
+        ("W4-lstm768", "float16", True, TPU, "float32 or bfloat16"),
+    ):
+        case = Case(named[name], dtype, "default", product, "gpu")
+        assert why in peer.why_not(contender, case) and "backend=" in peer.why_not(contender, case)
+    for name in ("W1-64x12", "W1-32x24", "W1-128x6", "W1-768x1", "W11-gru64x12", "W11-gru768x1"):
+        for contender in (MOSAIC, TPU):
+            assert peer.why_not(contender, Case(named[name], "bfloat16", "default", False, "gpu")) is None, name
+
+
+def test_each_kind_of_layout_is_tried_once_and_a_proved_one_never(monkeypatch):
+    tried = []
+    monkeypatch.setattr(trial, "fault", lambda contender, case: tried.append(case.workload.name) or "it hangs")
+    peer = rnncore_peer.RnncorePeer()
+    cases = [Case(workloads.WORKLOADS[f"W1-{name}"], "bfloat16") for name in ("768x1", "64x12", "128x6", "256x3")]
+    assert [peer.fault(MOSAIC, case) for case in cases * 2] == ["it hangs"] * 8
+    assert tried == ["W1-768x1", "W1-64x12", "W1-256x3"]  # a grid, a block, a cluster
+    assert peer.fault("rnncore reverse", cases[0]) is None and peer.fault(TPU, cases[0]) is None
+    monkeypatch.setattr(BACKENDS["mosaic_gpu"], "PROVEN", frozenset({"block"}))
+    assert [rnncore_peer.RnncorePeer().fault(MOSAIC, case) for case in cases[:2]] == ["it hangs", None]
+
+
+def test_a_trial_says_what_went_wrong(monkeypatch):
+    case, worked = Case(LSTM), trial.WORKS.encode()
+
+    def ending(status=0, out=worked, err=b"", late=False):
+        def run(command, **options):
+            assert command[1:4] == ["-m", "benchmarks.trial", "x"] and options["timeout"] == 3
+            if late:
+                raise subprocess.TimeoutExpired(command, 3, out)
+            return subprocess.CompletedProcess(command, status, out, err)
+
+        monkeypatch.setattr(subprocess, "run", run)
+        return trial.fault("x", case, 3)
+
+    assert ending() is None
+    assert ending(1, err=b"trace\nXlaError: illegal address\n").endswith("exit status 1: XlaError: illegal address")
+    assert ending(-9).endswith("exit status -9: no message")
+    assert ending(late=True).endswith("not at its end after 3 s")
+    # No second process gets the device, so nothing is known.
+    assert ending(1, out=b"", err=b"busy") is None and ending(late=True, out=None) is None
+
+
+def test_a_trial_runs_a_gradient(capsys, monkeypatch):
+    built = []
+    original = rnncore_peer.RnncorePeer.build
+    monkeypatch.setattr(rnncore_peer.RnncorePeer, "build", lambda *a: built.append((a[1], a[4])) or original(*a))
+    trial.main(["rnncore reverse", "tiny-lstm", "float32", "float32", "0"])
+    assert built == [("rnncore reverse", "gradient")] and trial.WORKS in capsys.readouterr().out
+
+
+def test_a_floor_is_shown_for_all_steps():
+    cells = gpu.least(workloads.WORKLOADS["W1-64x12"].floor, 1000)
+    assert len(cells) == len(gpu.HEAD) and cells[:4] == ["*floor, an estimate*", "bfloat16", "-", "not included"]
+    assert cells[12:14] == ["0.4 to 0.6", "-"] and cells[-1].startswith("H200, 0.4 to 0.6 us a step; an estimate")

@@ -193,6 +193,10 @@ def test_published_numbers_stand_in_their_own_columns(tmp_path):
         assert row[-3:-1] == [words.number(p.forward_ms), words.number(p.gradient_ms)]
         assert row[-1] == f"{p.device}, {p.source}"
         assert (row[4] == "-") == (contender != "FlashRNN cuda_fused")  # measured only where it was
+    (aim,) = WORKLOADS[name].wanted
+    told = found["*wanted: rnncore*"]
+    assert told[1:4] == ["bfloat16", "-", "not included"] and told[-3:] == ["2.50", "6.00", f"H200, {aim.source}"]
+    assert found["*floor, an estimate*"][-3:-1] == ["1.23 to 1.64", "-"] and body[-1] == found["*floor, an estimate*"]
     assert found["FlashRNN cuda_fused"][3] == "not included" and found["*bound: products*"][4] == "1.00 [1.00..1.00]"
     assert f"- `equinox` at {name} (bfloat16 without the input product): takes inputs" in text
     assert "quick run" in text and "did not come to its end (time is up)" in text

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from benchmarks import bounds, measure, records, run, timing, workloads
-from benchmarks.peers import PEERS, Built, Case, Peer, torch_peer
+from benchmarks.peers import PEERS, Built, Case, Peer, rnncore_peer, torch_peer
 from benchmarks.peers.problem import make_problem
 from benchmarks.peers.reference import reference
 
@@ -119,7 +119,9 @@ def test_every_installed_contender_gives_the_right_answers(name, tmp_path, capsy
 def test_head_and_end_of_a_run_and_who_is_missing(tmp_path):
     out = tmp_path / "r.jsonl"
     options = ["--workloads", "tiny-lstm", "--measurements", "forward", "--contenders"]
-    everyone = ["rnncore any", "rnncore cudnn", "jax.experimental.rnn"] + [n for m in OPTIONAL.values() for n in m]
+    kernels = [rnncore_peer.MOSAIC, rnncore_peer.OWN, rnncore_peer.TPU]
+    everyone = ["rnncore any", "rnncore cudnn", *kernels, "jax.experimental.rnn"]
+    everyone += [n for m in OPTIONAL.values() for n in m]
     for names in (everyone, ["rnncore cudnn"]):
         assert go(*options, *names, "--out", str(out)) == 0
     found = lines(out)
@@ -132,7 +134,9 @@ def test_head_and_end_of_a_run_and_who_is_missing(tmp_path):
     assert [(r["interrupted"], r["reason"]) for r in ends] == [(False, None)] * 2
     absent = {r["contender"]: r["reason"] for r in of(found, "missing") if r["workload"] is None}
     gone = {name for module, names in OPTIONAL.items() if not is_here(module) for name in names}
-    assert set(absent) == {"rnncore cudnn", "jax.experimental.rnn", *gone}
+    assert set(absent) == {"rnncore cudnn", *kernels, "jax.experimental.rnn", *gone}
+    assert all("needs an NVIDIA Hopper GPU, and JAX runs on cpu" in absent[name] for name in kernels[:2])
+    assert "needs a TPU" in absent[rnncore_peer.TPU]
     assert "needs an NVIDIA GPU" in absent["jax.experimental.rnn"] and "flashrnn is not" in absent["FlashRNN cuda"]
     cannot = [r for r in of(found, "missing") if r["workload"] == "tiny-lstm" and r["contender"] == "haiku"]
     assert len(cannot) == (1 if is_here("haiku") else 0)
@@ -157,12 +161,20 @@ class Stub(Peer):
     """A library whose one contender does what a test wants."""
 
     library = package = module = "json"
+    tried: str | None = None
+    is_asked = True
 
     def __init__(self, name: str, call=lambda: None, factor: float = 1.0, failure: Exception | None = None) -> None:
         self.name, self.call, self.factor, self.failure = name, call, factor, failure
 
     def contenders(self, cell):
         return (self.name,)
+
+    def asked(self, contender, workload):
+        return self.is_asked
+
+    def fault(self, contender, case):
+        return self.tried
 
     def build(self, contender, case, problem, measurement):
         if self.failure is not None:
@@ -221,6 +233,14 @@ def test_what_fails_and_what_is_wrong_leave_their_reasons_and_the_others_go_on(s
     assert missing["wrong"].startswith("a wrong answer: relative error 1.0e-02")
     assert missing["nan"].startswith("a wrong answer: relative error nan")
     assert [r["contender"] for r in of(found, "time")] == ["right"]
+
+
+def test_what_failed_its_trial_is_not_built_and_what_is_not_asked_is_not_there(stubs):
+    hangs, elsewhere = Stub("hangs", failure=AssertionError("built")), Stub("elsewhere")
+    hangs.tried, elsewhere.is_asked = "not at its end after 90 s", False
+    code, found = stubs(hangs, elsewhere, Stub("right"))
+    assert code == 0 and [r["contender"] for r in of(found, "time")] == ["right"]
+    assert [(r["contender"], r["reason"]) for r in of(found, "missing")] == [("hangs", hangs.tried)]
 
 
 def test_without_a_right_answer_nothing_is_timed(stubs, monkeypatch):
@@ -288,8 +308,8 @@ def test_selections():
         *(f"W3-768x1-T{t}" for t in (256, 512, 1024, 2048)), "S1"
     ]  # fmt: skip
     quick = workloads.select("gpu", quick=True)
-    assert quick[0].name == "W1-768x1" and {w.name for w in quick if w.name.startswith("W1")} == {
-        w.name for w in workloads.WORKLOADS.values() if w.name.startswith("W1")
+    assert quick[0].name == "W1-768x1" and {w.name for w in quick if w.name.startswith("W1-")} == {
+        w.name for w in workloads.WORKLOADS.values() if w.name.startswith("W1-")
     }
     assert {w.name for w in quick} == {w.name for w in workloads.WORKLOADS.values() if w.tags >= {"gpu", "quick"}}
     for w in quick:
@@ -307,6 +327,25 @@ def test_published_numbers_stand_as_published():
     assert [p.gradient_ms for p in workloads.WORKLOADS["W7-H1-T10000"].published] == [348.5, 1.37]
 
 
+def test_what_is_wanted_of_a_gpu_is_in_the_short_run_before_all_else():
+    """Forward and gradient in bfloat16, the input product given."""
+    chosen = run.cases(workloads.select("gpu", quick=True), ("float32", "tf32"), "gpu", quick=True)
+    given = [c.workload for c in chosen if not c.input_product]
+    assert all(w.measurements == workloads.BOTH and w.dtypes == ("bfloat16",) and w.batch == 16 for w in given)
+    assert [w.name for w in given][:6] == [
+        "W1-768x1", "W1-64x12", "W1-128x6", "W1-32x24", "W11-gru64x12", "W11-gru768x1"
+    ]  # fmt: skip
+    assert [w.name for w in given if w.own_cell] == ["W1-64x12"]
+    aims = {w.name: [(p.forward_ms, p.gradient_ms) for p in w.wanted] for w in given if w.wanted}
+    assert aims == {
+        "W1-768x1": [(2.5, 6)], "W1-64x12": [(1, 4), (None, None)], "W1-128x6": [(1.2, 5)], "W1-32x24": [(1, None)]
+    }  # fmt: skip
+    assert all(p.dtype == "bfloat16" and not p.input_product for w in given for p in (*w.wanted, w.floor) if p)
+    floors = {w.name: (w.floor.low_us, w.floor.high_us) for w in given if w.floor}
+    assert floors == {"W1-768x1": (1.2, 1.6), "W1-64x12": (0.4, 0.6), "W1-128x6": (0.7, 1.0)}
+    assert all("an estimate" in w.floor.source for w in given if w.floor)
+
+
 def test_cases_pin_the_precision_of_float32_only():
     chosen = [workloads.WORKLOADS["W1-768x1"]]
     found = run.cases(chosen, ("float32", "tf32"), "gpu", quick=False)
@@ -321,11 +360,13 @@ def test_a_short_run_does_the_second_precision_last():
     told = [(c.workload.name, c.dtype, c.precision, c.input_product) for c in found]
     assert len(set(told)) == len(told) and told[:5] == [
         ("W1-768x1", "bfloat16", "default", True), ("W1-768x1", "bfloat16", "default", False),
-        ("W1-768x1", "float32", "float32", True), ("W1-768x1", "float32", "tf32", True),
-        ("W1-64x12", "bfloat16", "default", True),
+        ("W1-64x12", "bfloat16", "default", True), ("W1-64x12", "bfloat16", "default", False),
+        ("W1-128x6", "bfloat16", "default", True),
     ]  # fmt: skip
-    late = [c.precision == "tf32" for c in found[4:]]
-    assert late == sorted(late) and any(late)
+    first = told.index(("W1-768x1", "float32", "float32", True))
+    assert told[first + 1] == ("W1-768x1", "float32", "tf32", True)
+    late = [c.precision == "tf32" for c in found[first + 2 :]]
+    assert late == sorted(late) and any(late) and not any(c.precision == "tf32" for c in found[:first])
 
 
 def test_a_slow_build_is_left_to_a_whole_run():

@@ -1,4 +1,9 @@
-"""Backend "mosaic_gpu": its kernels interpreted on a CPU (JAX 0.11 and newer), lowered for CUDA, and its choices."""
+"""Backend "mosaic_gpu": its kernels run, lowered for CUDA, and its choices.
+
+On a Hopper GPU the kernels run as they are, larger ones too; elsewhere they are interpreted (JAX 0.11 and newer).
+
+    python -m pytest -o addopts= -W default -q tests/test_mosaic_gpu.py
+"""
 
 from __future__ import annotations
 
@@ -20,6 +25,7 @@ import rnncore
 from rnncore import _pallas, sequence
 from rnncore.backends import BACKENDS, body
 from rnncore.backends.mosaic_gpu import plan as plans
+from rnncore.backends.mosaic_gpu import tiles
 from rnncore.backends.mosaic_gpu.kernels import kernels
 
 GPU = BACKENDS["mosaic_gpu"]
@@ -27,8 +33,11 @@ FEATURES, STEPS = 16, 5
 MODE = cases.Mode("mosaic_gpu", "reverse")
 CALL = "@mosaic_gpu_v2("  # how XLA is told to run a Mosaic GPU kernel
 
-interpreted = pytest.mark.skipif(
-    not _pallas.can_interpret_gpu(), reason="this JAX cannot interpret Mosaic GPU kernels; 0.11 and newer can"
+ON_HOPPER = GPU.missing_gpu(jax.default_backend()) is None
+
+runs = pytest.mark.skipif(
+    not (ON_HOPPER or _pallas.can_interpret_gpu()),
+    reason="no Hopper GPU, and this JAX cannot interpret Mosaic GPU kernels; 0.11 and newer can",
 )
 
 
@@ -43,8 +52,9 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run in the interpreter, which raises where two threads race for memory."""
-    monkeypatch.setattr(GPU, "the_kernels", lambda: kernels(interpret=True))
+    """Without the GPU kernels run in the interpreter, which raises where two threads race for memory."""
+    if not ON_HOPPER:
+        monkeypatch.setattr(GPU, "the_kernels", lambda: kernels(interpret=True))
 
 
 def sized(id: str, size: int, heads: int = 1) -> cases.Case:
@@ -112,14 +122,14 @@ VALUES = [
 ]
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("id, size, heads, batch, masked", VALUES, ids=[f"{v[0]}-{v[1]}x{v[2]}" for v in VALUES])
 def test_values_and_gradients(simulated: None, id: str, size: int, heads: int, batch: tuple, masked: bool):
     case = sized(id, size, heads)
     assert_exact_as_the_dtype(case, draw(case, batch, masked))
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize(
     "shape, size",
     [(("units", 64, 1, 2), 128), (("batch", 16, 1, 2), 32), (("batch", 8, 1, 4), 32), (("batch", 16, 1, 1), 16)],
@@ -133,7 +143,7 @@ def test_every_layout(simulated: None, monkeypatch: pytest.MonkeyPatch, id: str,
     assert_exact_as_the_dtype(case, draw(case, (9,), True))
 
 
-@interpreted
+@runs
 def test_few_stages(simulated: None, monkeypatch: pytest.MonkeyPatch):
     """As where U leaves room for the inputs of one step only."""
     monkeypatch.setattr(plans, "_shapes", lambda size, gates: [("batch", 8, 1, 2)])
@@ -142,13 +152,23 @@ def test_few_stages(simulated: None, monkeypatch: pytest.MonkeyPatch):
     assert_exact_as_the_dtype(case, draw(case, (8,), True))
 
 
-@interpreted
+@runs
+@pytest.mark.parametrize("shape", [("units", 64, 2, 1), ("units", 64, 1, 2), ("batch", 16, 1, 8)], ids=str)
+def test_products_in_pieces(simulated: None, monkeypatch: pytest.MonkeyPatch, shape: tuple):
+    """As for heads of more than 256 units."""
+    monkeypatch.setattr(plans, "_shapes", lambda size, gates: [shape])
+    monkeypatch.setattr(tiles, "PIECE", 64)
+    case = sized("gru-dense", 128)
+    assert_exact_as_the_dtype(case, draw(case, (8,)))
+
+
+@runs
 def test_float16(simulated: None):
     case = sized("gru-dense", 64)
     assert_exact_as_the_dtype(case, draw(case, (8,), True, jnp.float16))
 
 
-@interpreted
+@runs
 @pytest.mark.parametrize("id", ["lstm-dense", "gru-dense", "user_leaky"])
 def test_large_pre_activations(simulated: None, id: str):
     """Gates at their ends: what is formed there must neither overflow nor give NaN."""
@@ -162,7 +182,7 @@ def test_large_pre_activations(simulated: None, id: str):
     assert max(errors(case, problem)[: len(jax.tree.leaves(results))]) < jnp.finfo(jnp.bfloat16).eps
 
 
-@interpreted
+@runs
 def test_vmap_over_sequences(simulated: None):
     case = sized("gru-dense", 16)
     problem = draw(case, (3, 2))
@@ -181,7 +201,8 @@ def test_vmap_over_sequences(simulated: None):
 
 
 @pytest.mark.skipif(
-    tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12), reason="0.12's interpreter raises where 0.11's goes on"
+    ON_HOPPER or tuple(map(int, jax.__version__.split(".")[:2])) < (0, 12),
+    reason="0.12's interpreter raises where 0.11's goes on",
 )
 def test_the_interpreter_sees_a_race(simulated: None, monkeypatch: pytest.MonkeyPatch):
     """Where nothing says that h is written before the matrix unit reads it."""
@@ -200,6 +221,17 @@ def plgpu_interpreter() -> Any:
     from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
     return interpret_pallas_call
+
+
+@pytest.mark.skipif(not ON_HOPPER, reason="the interpreter has no counters in global memory, and no such sizes")
+@pytest.mark.parametrize(
+    "id, size, heads, batch",
+    [("lstm-dense", 64, 12, (16,)), ("lstm-dense", 128, 6, (16,)), ("gru-dense", 256, 3, (16,)),
+     ("lstm-dense", 768, 1, (16,)), ("gru-dense", 768, 1, (16,)), ("lstm-dense", 1024, 1, (64,))],
+)  # fmt: skip
+def test_values_at_full_size(id: str, size: int, heads: int, batch: tuple):
+    case = sized(id, size, heads)
+    assert_exact_as_the_dtype(case, draw(case, batch, True))
 
 
 # --------------------------------------------------------------------------------- lowering for CUDA
@@ -249,6 +281,19 @@ def test_inference_is_one_kernel():
     problem = jax.eval_shape(lambda: draw(case, (8,)))
     run = jax.jit(lambda *a: cases.runner(case, MODE)(*a)[1])
     assert run.trace(*problem[:3]).lower(lowering_platforms=("cuda",)).as_text().count(CALL) == 1
+
+
+def test_layers_of_both_directions_are_kernels_all():
+    stack = rnncore.Stack(rnncore.LSTM(64), num_layers=2, bidirectional=True)
+    params = jax.eval_shape(lambda: stack.init(jax.random.key(0), FEATURES, jnp.bfloat16))
+    xs = jax.ShapeDtypeStruct((8, STEPS, FEATURES), jnp.bfloat16)
+
+    def loss(params: Any, xs: Any, lengths: Any) -> Any:
+        options: Any = {"seq_lengths": lengths, "differentiation": "reverse", "backend": "mosaic_gpu"}
+        return rnncore.unroll_stack(stack, params, xs, **options)[1].astype(jnp.float32).sum()
+
+    traced = jax.jit(jax.grad(loss)).trace(params, xs, jax.ShapeDtypeStruct((8,), jnp.int32))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count(CALL) == 2 * 2 * 2
 
 
 class Every(rnncore.PointwiseCell):
@@ -323,6 +368,17 @@ def test_layouts_fit_the_chip(id: str, masked: bool):
         assert plan.tiles * plan.batch >= rows and plan.batch % 8 == 0
         assert plan.bytes <= plans.SHARED_BYTES and min(plan.stages) >= 1
         assert plan.sync != "grid" or heads * plan.tiles * plan.blocks <= plans.PROCESSORS
+
+
+def test_tiles_are_wide_only_where_narrow_ones_would_wait():
+    def tile(batch: int) -> tuple[int, int]:
+        plan = plans.plan_of(rnncore.LSTM(768, recurrence=rnncore.Heads(12)), batch, False, False)
+        return plan.batch, plan.blocks
+
+    assert [tile(batch) for batch in (8, 64, 128, 256, 4096)] == [(8, 1), (8, 1), (16, 1), (32, 1), (32, 1)]
+    # Where a wide tile does not fit beside U, narrow ones wait for each other before U is split.
+    plan = plans.plan_of(rnncore.LSTM(768, recurrence=rnncore.Heads(6)), 512, True, True)
+    assert (plan.batch, plan.blocks) == (8, 1)
 
 
 def test_a_small_batch_wastes_no_rows():

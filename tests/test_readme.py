@@ -1,4 +1,4 @@
-"""Every Python block of the README and of the migration guide runs, in order, on names that the text introduces."""
+"""Every Python block of the README and of the guides runs, in order, on names that the text introduces."""
 
 import re
 from pathlib import Path
@@ -10,6 +10,7 @@ from rnncore import linen
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MIGRATION = README.parent / "docs" / "migration.md"
+KERNELS = README.parent / "docs" / "kernels.md"
 
 
 def test_python_blocks_run(capsys):
@@ -36,6 +37,13 @@ def test_python_blocks_of_the_migration_guide_run():
         for index, block in enumerate(blocks):
             exec(compile(block, f"migration block {index}", "exec"), names)
     assert names["ys"].shape == (4, 20, 16)
+
+
+def test_python_blocks_of_the_page_on_kernels_run(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", KERNELS.read_text(), re.DOTALL)
+    exec(compile(block, "kernels block", "exec"), {})
+    told = capsys.readouterr().out
+    assert "not 'mosaic_gpu': it needs an NVIDIA Hopper GPU" in told and "not 'pallas_tpu': it needs a TPU" in told
 
 
 def test_the_picture_is_there():

@@ -120,6 +120,16 @@ class Peer(abc.ABC):
             return f"{self.library} takes inputs, not their products with the kernel"
         return None
 
+    def asked(self, contender: str, workload: Workload) -> bool:
+        """Whether a contender is of interest at a workload; where it is not, nothing is said about it."""
+        del contender, workload
+        return True
+
+    def fault(self, contender: str, case: Case) -> str | None:
+        """What a trial outside this process found wrong with a contender, or None; called before `build`."""
+        del contender, case
+        return None
+
     def slow_to_build(self, contender: str) -> bool:
         """Whether building takes minutes, too long for a short run."""
         del contender

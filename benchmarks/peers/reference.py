@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import rnncore
+from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import Problem, make_cell, recurrence
 from benchmarks.workloads import Workload
 from rnncore.cells.gru_reset_before import ResetBeforeGRUParams
@@ -77,7 +78,14 @@ class GivenElman(_Given, rnncore.Elman):
     """Elman network over given products."""
 
 
-GIVEN: dict[type, type] = {rnncore.LSTM: GivenLSTM, rnncore.GRU: GivenGRU, rnncore.Elman: GivenElman}
+@dataclasses.dataclass(frozen=True)
+class GivenOwnLSTM(_Given, OwnLSTM):
+    """A user's LSTM over given products."""
+
+
+GIVEN: dict[type, type] = {
+    rnncore.LSTM: GivenLSTM, rnncore.GRU: GivenGRU, rnncore.Elman: GivenElman, OwnLSTM: GivenOwnLSTM
+}  # fmt: skip
 
 
 def with_given_products(cell: rnncore.Cell) -> rnncore.Cell:

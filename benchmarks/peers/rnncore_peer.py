@@ -10,66 +10,120 @@ from typing import Any
 import jax
 
 import rnncore
+from benchmarks import trial
 from benchmarks.peers import jax_programs
 from benchmarks.peers.base import Built, Case, Peer
+from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import Problem, make_cell
 from benchmarks.peers.reference import with_given_products
+from benchmarks.workloads import Workload
+from rnncore.backends import BACKENDS, mosaic_gpu
+from rnncore.backends.mosaic_gpu.plan import Plan, plan_of
 
 ANY, REVERSE, GRAPH, CUDNN = "rnncore any", "rnncore reverse", "rnncore reverse, CUDA graph", "rnncore cudnn"
+MOSAIC, OWN, TPU = "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"
+# Those that name a backend; the others run on "scan".
+NAMED = {CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu"}
 
 
 class RnncorePeer(Peer):
-    """`rnncore.unroll` on backend "scan" in both modes, with the loop as a CUDA graph, and on backend "cudnn"."""
+    """`rnncore.unroll` on backend "scan" in both modes, with the loop as a CUDA graph, and on the named backends.
+
+    "own cell" is a user's LSTM in place of the built-in one, through the same kernels.
+    """
 
     library = package = module = "rnncore"
+
+    def __init__(self) -> None:
+        self._faults: dict[str, str | None] = {}
 
     def version(self) -> str | None:
         return rnncore.__version__
 
     def contenders(self, cell: str) -> tuple[str, ...]:
-        return (ANY, REVERSE, GRAPH) + ((CUDNN,) if cell == "lstm" else ())
+        return (ANY, REVERSE, GRAPH, MOSAIC, TPU) + ((OWN, CUDNN) if cell == "lstm" else ())
 
     def absent(self, contender: str, platform: str) -> str | None:
         if contender in (GRAPH, CUDNN) and platform != "gpu":
             return f"needs an NVIDIA GPU; JAX runs on {platform} here"
         if contender == GRAPH and importlib.util.find_spec("rnncore.gpu") is None:
             return "this rnncore has no rnncore.gpu"
-        return None
+        if contender in (MOSAIC, OWN):
+            return BACKENDS["mosaic_gpu"].missing_gpu(platform)
+        return BACKENDS["pallas_tpu"].missing_platform(platform) if contender == TPU else None
 
     def why_not(self, contender: str, case: Case) -> str | None:
-        if contender != CUDNN:
+        if contender not in NAMED:
             return None
-        if not case.input_product:
+        if contender == CUDNN and not case.input_product:
             return "cuDNN takes inputs, not their products with the kernel"
-        problem = _shapes(case)
+        cell, problem = _cell(contender, case), _shapes(case)
         try:
             rnncore.explain_backend(
-                make_cell(case.workload), problem.params[0], problem.xs, differentiation="reverse", backend="cudnn"
+                cell, problem.params[0], problem.xs, differentiation="reverse", backend=NAMED[contender]
             )
         except (NotImplementedError, ValueError) as error:
             return str(error)
         return None
 
+    def asked(self, contender: str, workload: Workload) -> bool:
+        return contender != OWN or workload.own_cell
+
+    def fault(self, contender: str, case: Case) -> str | None:
+        """One trial for each kind of layout, and none of a kind that has proved itself."""
+        if NAMED.get(contender) != "mosaic_gpu":
+            return None
+        kind = _layout(case).sync or "block"
+        if kind in mosaic_gpu.PROVEN:
+            return None
+        if kind not in self._faults:
+            self._faults[kind] = trial.fault(contender, case)
+        return self._faults[kind]
+
     def build(self, contender: str, case: Case, problem: Problem, measurement: str) -> Built:
-        cell: rnncore.Cell = make_cell(case.workload)
-        cell = cell if case.input_product else with_given_products(cell)
+        cell = _cell(contender, case)
         mode: Any = "any" if contender == ANY else "reverse"
-        backend = "cudnn" if contender == CUDNN else "scan"
+        backend = NAMED.get(contender, "scan")
         run = functools.partial(rnncore.unroll, cell, differentiation=mode, backend=backend)
         chosen = rnncore.explain_backend(cell, problem.params[0], problem.xs, differentiation=mode).name
         options = None
         if contender == GRAPH:
             options = importlib.import_module("rnncore.gpu").loop_as_graph_options()
+        how = f"{backend}, {_told(_layout(case))}" if backend == "mosaic_gpu" else backend
         return jax_programs.build(
             jax_programs.layer_by_layer(lambda own, xs: run(own, xs)[1]), problem.params, lambda tree: tree, case,
-            problem, measurement, compiler_options=options, algorithm=f"{backend}; backend=None takes {chosen}",
+            problem, measurement, compiler_options=options, algorithm=f"{how}; backend=None takes {chosen}",
         )  # fmt: skip
+
+
+def _cell(contender: str, case: Case) -> rnncore.Cell:
+    """The cell that a contender runs."""
+    cell: rnncore.Cell = make_cell(case.workload)
+    if contender == OWN:
+        cell = OwnLSTM(case.workload.hidden, recurrence=make_cell(case.workload).recurrence)
+    return cell if case.input_product else with_given_products(cell)
+
+
+def _layout(case: Case) -> Plan:
+    """How "mosaic_gpu" lays out a case that it can serve."""
+    plan = plan_of(make_cell(case.workload), case.workload.batch, False, False)
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+def _told(plan: Plan) -> str:
+    """A layout in words."""
+    if plan.sync is None:
+        return f"one block of {plan.groups * plan.units} units to a head"
+    return f"{plan.sync} of {plan.blocks} blocks of {plan.groups * plan.units} units to a head"
 
 
 def _shapes(case: Case) -> Problem:
     """The problem of a case as shapes: nothing is drawn."""
     workload, dtype = case.workload, case.dtype
-    cell = make_cell(workload)
+    cell: rnncore.Cell = make_cell(workload)
+    cell = cell if case.input_product else with_given_products(cell)
     params = jax.eval_shape(lambda: cell.init(jax.random.key(0), workload.features, dtype))
-    xs = jax.ShapeDtypeStruct((workload.batch, workload.steps, workload.features), dtype)
+    features = workload.features if case.input_product else workload.gates * workload.hidden
+    xs = jax.ShapeDtypeStruct((workload.batch, workload.steps, features), dtype)
     return Problem((params,), xs, None)

@@ -1,4 +1,4 @@
-"""The tables of a GPU: what was measured, and in columns of their own what others have published."""
+"""The tables of a GPU: what was measured; in columns of their own what others have published and what is wanted."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from benchmarks.report import words
 from benchmarks.report.results import Record, Results, Run, groups
 from benchmarks.report.whole import ALIKE, bandwidths
-from benchmarks.workloads import WORKLOADS, Published
+from benchmarks.workloads import WORKLOADS, Floor, Published
 
 MEASUREMENTS = ("forward", "gradient")
 HEAD = (
     "contender", "dtype", "precision", "input product",
     "forward ms: median [least..largest]", "us a step", "times as fast as the best peer",
     "gradient ms: median [least..largest]", "us a step", "times as fast as the best peer",
-    "error", "algorithm", "published forward ms", "published gradient ms", "published where",
+    "error", "algorithm", "published or wanted forward ms", "published or wanted gradient ms", "by whom",
 )  # fmt: skip
 
 
@@ -32,20 +32,22 @@ def section(run: Run) -> str:
     told = [f"**JAX {run.machine['jax']}, {run.machine['device']}**"]
     for (name,), found in groups(records, "workload").items():
         known = WORKLOADS.get(name)
-        told += [words.title(found[0]), workload(run, found, known.published if known else ())]
+        given = (*known.published, *known.wanted) if known else ()
+        told += [words.title(found[0]), workload(run, found, given, known.floor if known else None)]
     told.append(
         f"{words.conditions(run, records)}. Times as fast: the median over rounds of the ratio within a round to the "
         "fastest that is not rnncore, in the same dtype and precision and with the same products inside. Error: "
         "against float64, the largest of forward and gradient. Published numbers are those of their authors on their "
-        f"machines; none of them was measured here. {words.place(run)}."
+        "machines, what is wanted is an aim and a floor an estimate; none of them was measured here. "
+        f"{words.place(run)}."
     )
     told += [words.equations(records), training(records), bandwidths(run)]
     told += [words.state(run), words.missing(run, records)]
     return "\n\n".join(filter(None, told))
 
 
-def workload(run: Run, records: Sequence[Record], published: Sequence[Published]) -> str:
-    """Contenders by dtype and input product; then bounds; then what was only published."""
+def workload(run: Run, records: Sequence[Record], published: Sequence[Published], floor: Floor | None = None) -> str:
+    """Contenders by dtype and input product; then bounds; then what was only published or is wanted; then the floor."""
     left = list(published)
     rows = []
     for (dtype, precision, product), alike in groups(records, *ALIKE).items():
@@ -70,6 +72,8 @@ def workload(run: Run, records: Sequence[Record], published: Sequence[Published]
         rows.append([*cells, words.NONE, words.NONE, *theirs([])])
     for p in left:
         rows.append([p.contender, p.dtype, words.NONE, words.shown(p.input_product), *[words.NONE] * 8, *theirs([p])])
+    if floor is not None:
+        rows.append(least(floor, records[0]["T"]))
     return words.table(HEAD, rows)
 
 
@@ -91,6 +95,14 @@ def theirs(published: Sequence[Published]) -> list[str]:
     told = [", ".join(words.number(getattr(p, name)) for p in published) or words.NONE
             for name in ("forward_ms", "gradient_ms")]  # fmt: skip
     return [*told, "; ".join(f"{p.device}, {p.source}" for p in published) or words.NONE]
+
+
+def least(floor: Floor, steps: int) -> list[str]:
+    """The row of an estimate: milliseconds of all steps, from and to."""
+    told = " to ".join(words.number(us * steps / 1e3) for us in (floor.low_us, floor.high_us))
+    where = f"{floor.device}, {floor.low_us:g} to {floor.high_us:g} us a step; {floor.source}"
+    own = ["*floor, an estimate*", floor.dtype, words.NONE, words.shown(floor.input_product)]
+    return [*own, *[words.NONE] * 8, told, words.NONE, where]
 
 
 def training(records: Sequence[Record]) -> str:

@@ -18,7 +18,7 @@ from rnncore._types import Array
 from rnncore.backends.body import Body
 from rnncore.backends.mosaic_gpu.forward import Scratch, call
 from rnncore.backends.mosaic_gpu.plan import Plan
-from rnncore.backends.mosaic_gpu.tiles import BLOCK, Exchange, Ring, Tiles, marked
+from rnncore.backends.mosaic_gpu.tiles import BLOCK, Exchange, Ring, Tiles, marked, multiply
 
 
 class Arrays(NamedTuple):
@@ -156,8 +156,7 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
                         plgpu.copy_gmem_to_smem(whole, tiles.filled(dr), arrived)
                         plgpu.barrier_wait(arrived)
                     weights = mine.at[gate]
-                    units_first = (weights, _pallas.transposed(dr))
-                    plgpu.wgmma(total, *(units_first if plan.rows == "units" else (dr, _pallas.transposed(weights))))
+                    multiply(total, *((weights, dr) if plan.rows == "units" else (dr, weights)), plan.size)
                     if exchange is not None:
                         plgpu.wgmma_wait(0)  # the next gate comes in the same place
                 return total[...]

@@ -19,7 +19,7 @@ from rnncore import _compat, _pallas
 from rnncore._types import Array
 from rnncore.backends.body import Body
 from rnncore.backends.mosaic_gpu.plan import Plan
-from rnncore.backends.mosaic_gpu.tiles import BLOCK, GROUP, THREADS, Exchange, Ring, Tiles, marked
+from rnncore.backends.mosaic_gpu.tiles import BLOCK, GROUP, THREADS, Exchange, Ring, Tiles, marked, multiply
 
 
 class Arrays(NamedTuple):
@@ -160,8 +160,7 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
 
             def product(total: Any) -> tuple[list[Array], Array]:
                 h = scratch.h.at[now]
-                operands = (mine, _pallas.transposed(h)) if plan.rows == "units" else (h, _pallas.transposed(mine))
-                plgpu.wgmma(total, *operands)
+                multiply(total, *((mine, h) if plan.rows == "units" else (h, mine)), plan.size)
                 return ring.take(t), total[...]  # the inputs while the matrix unit works
 
             shape = (plan.gates * 64, plan.batch) if plan.rows == "units" else (64, plan.gates * plan.units)

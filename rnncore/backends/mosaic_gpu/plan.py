@@ -115,16 +115,16 @@ def choose(heads: int, size: int, gates: int, rows: int, load: Load) -> Plan | s
         return f"the matrix unit takes 16 units at a time, and a product over {size} units is not a multiple of that"
     why = ""
     for shape in _shapes(size, gates):
-        for batch in _batches(shape[0], rows):
-            plan = _fitted(heads, size, gates, shape, batch, rows, load)
-            if isinstance(plan, Plan) and _runs_at_once(plan):
-                if plan.sync is None and heads * plan.tiles > PROCESSORS and batch < _batches(shape[0], rows)[-1]:
-                    continue  # a wider tile leaves fewer blocks to run after each other
-                return plan
-            if isinstance(plan, Plan):
-                together = heads * plan.tiles * plan.blocks
-                plan = f"{together} blocks would have to run at once, and there are {PROCESSORS} processors"
-            why = plan
+        plans = [_fitted(heads, size, gates, shape, batch, rows, load) for batch in _batches(shape[0], rows)]
+        fitting = [plan for plan in plans if isinstance(plan, Plan)]
+        if fitting and (fitting[-1].sync != "grid" or _at_once(fitting[-1])):
+            # The narrowest tile of which all run at once; where none does, the widest, which wait the least.
+            return next((plan for plan in fitting if _at_once(plan)), fitting[-1])
+        if fitting:
+            together = fitting[-1].heads * fitting[-1].tiles * fitting[-1].blocks
+            why = f"{together} blocks would have to run at once, and there are {PROCESSORS} processors"
+        else:
+            why = str(plans[-1])
     return why
 
 
@@ -170,5 +170,5 @@ def _fitted(
     return dataclasses.replace(plan, stages=deep, bytes=SHARED_BYTES - left)
 
 
-def _runs_at_once(plan: Plan) -> bool:
-    return plan.sync != "grid" or plan.heads * plan.tiles * plan.blocks <= PROCESSORS
+def _at_once(plan: Plan) -> bool:
+    return plan.heads * plan.tiles * plan.blocks <= PROCESSORS

@@ -20,6 +20,8 @@ from rnncore.backends.mosaic_gpu.plan import Plan
 
 Layout = plgpu.Layout
 THREADS, GROUP, BLOCK = "warpgroup", "group", "block"
+PIECE = 256
+"""Units that a product takes at once."""
 
 
 class Tiles:
@@ -120,6 +122,22 @@ class Tiles:
         if self.plan.groups > 1:
             plgpu.barrier_arrive(self._met)
             plgpu.barrier_wait(self._met)
+
+
+def multiply(total: Any, left: Any, right: Any, size: int) -> None:
+    """total += left right^T, both (rows, size) in shared memory.
+
+    In a loop over pieces: unrolled over a long row, the addresses of all pieces would fill the registers.
+    """
+    piece = next(n for n in (PIECE, 192, 128, 96, 64, 48, 32, 16) if size % n == 0)
+    if size <= PIECE:
+        plgpu.wgmma(total, left, _pallas.transposed(right))
+        return
+
+    @pl.loop(0, size // piece)
+    def _(k: Array) -> None:
+        columns = pl.ds(k * piece, piece)
+        plgpu.wgmma(total, left.at[:, columns], _pallas.transposed(right.at[:, columns]))
 
 
 class Ring:
