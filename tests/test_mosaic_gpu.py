@@ -135,12 +135,17 @@ def test_values_and_gradients(simulated: None, id: str, size: int, heads: int, b
     [(("units", 64, 1, 2), 128), (("batch", 16, 1, 2), 32), (("batch", 8, 1, 4), 32), (("batch", 16, 1, 1), 16)],
     ids=str,
 )
-@pytest.mark.parametrize("id", ["lstm_both-dense", "gru-dense"])
-def test_every_layout(simulated: None, monkeypatch: pytest.MonkeyPatch, id: str, shape: tuple, size: int):
-    """Layouts that larger networks have, at a size that can be interpreted."""
+@pytest.mark.parametrize("id, rows", [("lstm_both-dense", 9), ("gru-dense", 18)])
+def test_every_layout(simulated: None, monkeypatch: pytest.MonkeyPatch, id: str, rows: int, shape: tuple, size: int):
+    """Layouts that larger networks have, at a size that can be interpreted.
+
+    With 9 sequences the rows of one product hold all gates, with 18 a gate at a time.
+    """
     monkeypatch.setattr(plans, "_shapes", lambda size, gates: [shape])
     case = sized(id, size)
-    assert_exact_as_the_dtype(case, draw(case, (9,), True))
+    plan = plans.plan_of(case.cell, rows, True, True)
+    assert plan.gates_together == (shape[0] == "batch" and shape[3] > 1 and rows == 9)
+    assert_exact_as_the_dtype(case, draw(case, (rows,), True))
 
 
 @runs

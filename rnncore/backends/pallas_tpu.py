@@ -15,7 +15,8 @@ at every step; a step is one product and one pass over a tile.  So it must fit b
 that are narrower share a block of the kernel, on whose diagonal they stand.  Time is cut into blocks of nearly equal
 length; the few steps of padding are stored and not run.
 
-Not yet run on a TPU: what is tested is the kernels' results, interpreted, and that they are translated for a TPU.
+Not yet run on a TPU: what is tested is the kernels' results, interpreted, and that they are lowered for a TPU;
+libtpu compiles them ahead of time for v4 and v5e (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations

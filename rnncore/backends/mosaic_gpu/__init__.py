@@ -17,8 +17,8 @@ Blocks of a grid wait for each other, so all of them have to run at once: anothe
 at the same time can make both wait for ever.
 
 Not yet run on a GPU.  What is tested: one block and clusters in JAX's interpreter on a CPU, with its detection
-of races, and every kind lowered for CUDA.  The grid's counters cannot be interpreted; its data flow is the
-clusters'.  So it is chosen only where it is named.
+of races, and every kind lowered for CUDA; ptxas takes them for sm_90a (benchmarks/NOTES.md).  The grid's
+counters cannot be interpreted; its data flow is the clusters'.  So it is chosen only where it is named.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from rnncore._types import Array
 from rnncore.backends.body import Body
 from rnncore.backends.mosaic_gpu.forward import Scratch, call
 from rnncore.backends.mosaic_gpu.plan import Plan
-from rnncore.backends.mosaic_gpu.tiles import BLOCK, Exchange, Ring, Tiles, marked, multiply
+from rnncore.backends.mosaic_gpu.tiles import BLOCK, Exchange, Layout, Ring, Tiles, marked, multiply
 
 
 class Arrays(NamedTuple):
@@ -28,7 +28,7 @@ class Arrays(NamedTuple):
       residuals: each (T, B, H).
       dhs: (T, B, H).
       dlast: (B, H) per field of the carry.
-      kernel: (N, blocks, W, G, units, d): U[d_in, g, d_out] with the rows d_in of a warpgroup.
+      kernel: (N, blocks, W, G * units, d): U[d_in, g, d_out], for each gate the rows d_in of a warpgroup's units.
       units: (B, H) per parameter.
       flags: (T, B, units), see `tiles.flags`; None for none.
     """
@@ -68,13 +68,14 @@ def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, int
     stages = plan.stages[1]
     gates = plan.gates if plan.blocks == 1 else 1
     scratch = Scratch(
-        kernel=_pallas.shared((plan.groups, plan.gates, plan.units, plan.size), dtype),
+        kernel=_pallas.shared((plan.groups, plan.gates * plan.units, plan.size), dtype),
         h=_pallas.shared((plan.slots, gates, plan.lines, plan.size), dtype),
         inputs=_pallas.shared((plan.groups, stages, inputs, *tile), dtype),
         stage=_pallas.shared((plan.groups, max(plan.gates + count, fields), *tile), dtype),
         target_r=None,
+        sums=plgpu.SMEM((plan.sum_rows, plan.units), jnp.float32) if plan.gates_together else None,
         loaded=plgpu.Barrier(num_barriers=plan.groups),
-        arrived=plgpu.Barrier(num_barriers=1),
+        arrived=plgpu.Barrier(num_arrivals=plan.gates if plan.gates_together else 1, num_barriers=1),
         input_barriers=plgpu.Barrier(num_arrivals=inputs, num_barriers=plan.groups * stages),
         met=plgpu.Barrier(num_arrivals=plan.groups),
         cluster=plgpu.ClusterBarrier(collective_axes=(BLOCK,)) if plan.sync == "cluster" else None,
@@ -89,10 +90,8 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
         tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded, scratch.met)
         mine, arrived = scratch.kernel.at[tiles.thread], scratch.arrived.at[0]
         loaded = scratch.loaded.at[tiles.thread]
-        for gate in range(plan.gates):
-            part = arrays.kernel.at[tiles.head, tiles.block, tiles.thread, gate]
-            plgpu.copy_gmem_to_smem(part, mine.at[gate], loaded)
-            plgpu.barrier_wait(loaded)
+        plgpu.copy_gmem_to_smem(arrays.kernel.at[tiles.head, tiles.block, tiles.thread], mine, loaded)
+        plgpu.barrier_wait(loaded)
         units = tuple(tiles.fetch(a) for a in arrays.units)
         dlast = tuple(tiles.fetch(a) for a in arrays.dlast)
         sources: list[tuple[Any, int | None]] = [(a, 0) for a in (*arrays.residuals, arrays.dhs)]
@@ -145,23 +144,51 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
                 exchange.arrive()
                 exchange.wait(n)
 
+            if plan.gates_together:
+                return together(t)
+
             def product(total: Any) -> Array:
                 for gate in range(plan.gates):
                     if exchange is None:
                         dr = scratch.h.at[now, gate]
                     else:
                         dr = scratch.h.at[0, 0]
-                        stack, part = (results.rest, apart[gate]) if gate in apart else (results.z, gate)
-                        whole = stack.at[t, tiles.sequences, tiles.head_units(part)]
-                        plgpu.copy_gmem_to_smem(whole, tiles.filled(dr), arrived)
+                        plgpu.copy_gmem_to_smem(of_all(t, gate), tiles.filled(dr), arrived)
                         plgpu.barrier_wait(arrived)
-                    weights = mine.at[gate]
+                    weights = mine.at[pl.ds(gate * plan.units, plan.units), :]
                     multiply(total, *((weights, dr) if plan.rows == "units" else (dr, weights)), plan.size)
                     if exchange is not None:
                         plgpu.wgmma_wait(0)  # the next gate comes in the same place
                 return total[...]
 
             return pl.run_scoped(product, plgpu.ACC(plan.tile, jnp.float32))
+
+        def of_all(t: Array, gate: int) -> Any:
+            """The cotangents of a gate's recurrent product that all blocks of the head have given."""
+            stack, part = (results.rest, apart[gate]) if gate in apart else (results.z, gate)
+            return stack.at[t, tiles.sequences, tiles.head_units(part)]
+
+        def together(t: Array) -> Array:
+            """dr U^T with the rows of all gates below each other, in one load and one product.
+
+            Row b of gate g stands in row g * batch + b, and of its products with the weights of all gates those
+            with its own count: in shared memory they are summed over the gates.
+            """
+            dr, batch, units = scratch.h.at[0, 0], plan.batch, plan.units
+            for gate in range(plan.gates):
+                plgpu.copy_gmem_to_smem(of_all(t, gate), dr.at[pl.ds(gate * batch, batch), :], arrived)
+            plgpu.barrier_wait(arrived)
+
+            def product(total: Any) -> Array:
+                multiply(total, dr, mine, plan.size)
+                return total[...]
+
+            every = pl.run_scoped(product, plgpu.ACC((64, plan.gates * units), jnp.float32))
+            for gate in range(plan.gates):
+                scratch.sums[pl.ds(gate * 64, 64), :] = tiles.part(every, gate)
+            plgpu.commit_smem()
+            rows = (scratch.sums.at[pl.ds(gate * (64 + batch), 64), :] for gate in range(plan.gates))
+            return sum((_pallas.load(ref, Layout.WGMMA) for ref in rows), start=tiles.zeros())
 
         def zeros(number: int) -> tuple:
             return tuple(tiles.zeros() for _ in range(number))

@@ -60,6 +60,7 @@ class Scratch(NamedTuple):
     inputs: Any
     stage: Any
     target_r: Any
+    sums: Any
     loaded: Any
     arrived: Any
     input_barriers: Any
@@ -84,6 +85,7 @@ def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, inter
         inputs=_pallas.shared((plan.groups, stages, inputs, *tile), dtype),
         stage=_pallas.shared((plan.groups, fields, *tile), dtype),
         target_r=None if arrays.target_r is None else _pallas.shared((plan.groups, plan.gates, *tile), dtype),
+        sums=None,
         loaded=plgpu.Barrier(num_barriers=plan.groups),
         arrived=plgpu.Barrier(num_barriers=1),
         input_barriers=plgpu.Barrier(num_arrivals=inputs, num_barriers=plan.groups * stages),

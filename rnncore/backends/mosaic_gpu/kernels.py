@@ -107,9 +107,9 @@ def _split_rows(plan: Plan, kernel: Array) -> Array:
 
 
 def _split_inputs(plan: Plan, kernel: Array) -> Array:
-    """(N, d in, G, d out) to (N, blocks, W, G, units, d out)."""
+    """(N, d in, G, d out) to (N, blocks, W, G * units, d out): for each gate the rows of a warpgroup's units."""
     parts = kernel.reshape(plan.heads, plan.blocks, plan.groups, plan.units, plan.gates, plan.size)
-    return parts.transpose(0, 1, 2, 4, 3, 5)
+    return parts.transpose(0, 1, 2, 4, 3, 5).reshape(plan.heads, plan.blocks, plan.groups, -1, plan.size)
 
 
 def _types(like: Array) -> Any:

@@ -72,6 +72,16 @@ class Plan:
         return self.batch if self.rows == "units" else ROWS
 
     @property
+    def gates_together(self) -> bool:
+        """Whether the rows of one product hold the cotangents of all gates, so that they come in one load."""
+        return self.rows == "batch" and self.blocks > 1 and self.gates * self.batch <= ROWS
+
+    @property
+    def sum_rows(self) -> int:
+        """Rows of float32 in shared memory over which such a product is summed: see `backward.py`."""
+        return self.gates * ROWS + (self.gates - 1) * self.batch if self.gates_together else 0
+
+    @property
     def slots(self) -> int:
         """Copies of h, or of dr, in shared memory: two where warpgroups may be a step apart."""
         return 2 if self.blocks == 1 else 1
@@ -158,6 +168,7 @@ def _fitted(
     room = SHARED_BYTES - _RESERVED - kernel
     forward = room - plan.slots * whole - load.forward_staged * tile
     backward = room - (plan.slots * gates if blocks == 1 else 1) * whole - load.backward_staged * tile
+    backward -= 4 * plan.sum_rows * units
     stages = (forward // (load.forward_inputs * tile), backward // (load.backward_inputs * tile))
     if min(stages) < (1 if blocks > 1 else 2):
         return (
