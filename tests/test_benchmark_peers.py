@@ -6,6 +6,7 @@ import importlib.util
 import subprocess
 import sys
 import types
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +14,15 @@ import numpy as np
 import plain_kernels
 import pytest
 
+import rnncore
 from benchmarks import timing, trial, workloads
 from benchmarks.peers import CONTENDERS, Case, flashrnn_peer, jax_cudnn, rnncore_peer, torch_peer
+from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import make_cell, make_problem
 from benchmarks.peers.reference import reference
 from benchmarks.report import gpu
 from rnncore import sequence
-from rnncore.backends import BACKENDS
+from rnncore.backends import BACKENDS, body
 
 LSTM, LAYERS = workloads.WORKLOADS["tiny-lstm"], workloads.WORKLOADS["tiny-layers"]
 HEADS = workloads.Workload("heads", "a test", "lstm", 2, 6, 5, 4, heads=2, recurrence="heads")
@@ -283,3 +286,10 @@ def test_a_floor_is_shown_for_all_steps():
     cells = gpu.least(workloads.WORKLOADS["W1-64x12"].floor, 1000)
     assert len(cells) == len(gpu.HEAD) and cells[:4] == ["*floor, an estimate*", "bfloat16", "-", "not included"]
     assert cells[12:14] == ["0.4 to 0.6", "-"] and cells[-1].startswith("H200, 0.4 to 0.6 us a step; an estimate")
+
+
+def test_the_own_cell_is_the_same_work_for_a_kernel():
+    """As many operations of every kind as the built-in LSTM, forward and backward."""
+    own, built_in = (body.of(cell, (64, 8)) for cell in (OwnLSTM(64), rnncore.LSTM(64)))
+    for a, b in ((own._forward, built_in._forward), (own._backward, built_in._backward)):
+        assert Counter(e.primitive.name for e in a.eqns) == Counter(e.primitive.name for e in b.eqns)
