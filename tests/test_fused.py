@@ -18,7 +18,7 @@ import plain_kernels
 import pytest
 
 import rnncore
-from rnncore import sequence
+from rnncore import pointwise, sequence
 from rnncore.backends import BACKENDS, body, fused
 
 IDS = (
@@ -217,28 +217,43 @@ def test_the_body_is_the_cell_and_its_vjp(cell: Any):
 
 
 POINTS = np.concatenate([np.linspace(-6, 6, 97), [-100, -30, -1e-4, 1e-5, 30, 100]]).astype(np.float32)
-FINITE = POINTS[np.abs(POINTS) < 80]
+FINITE, INFINITE = POINTS[np.abs(POINTS) < 80], np.array([np.inf], np.float32)
 REWRITES = [  # operation, where it is defined, relative and absolute error
     ("expm1", POINTS[POINTS < 80], 5e-7, 0), ("log1p", np.abs(POINTS), 3e-7, 0), ("sqrt", np.abs(POINTS), 3e-7, 0),
     ("logistic", POINTS, 3e-7, 1e-7), ("erf", POINTS, 0, 2e-6), ("erfc", POINTS, 0, 2e-6), ("floor", POINTS, 0, 0),
     ("ceil", POINTS, 0, 0), ("sinh", FINITE, 1e-6, 0), ("cosh", FINITE, 1e-6, 0),
+    ("sin", POINTS, 0, 1e-5), ("cos", POINTS, 0, 1e-5), ("log1p", INFINITE, 0, 0), ("sqrt", INFINITE, 0, 0),
     ("tan", POINTS[np.abs(POINTS) < 1.5], 1e-6, 1e-7), ("one_minus_square", POINTS, 3e-7, 1e-6),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("name, points, relative, absolute", REWRITES, ids=[r[0] for r in REWRITES])
+@pytest.mark.parametrize("name, points, relative, absolute", REWRITES, ids=[f"{r[0]}-{len(r[1])}" for r in REWRITES])
 def test_rewritten_operations(name: str, points: np.ndarray, relative: float, absolute: float):
     """Also where the plain formula would lose its digits or overflow."""
     plain = getattr(jax.lax, name, None) or (lambda x: 1 - x * x)
     got = np.asarray(body.REWRITTEN[name](jnp.asarray(points)))
     want = np.asarray(plain(jnp.asarray(points, jnp.float64)))
-    assert np.all(np.abs(got - want) <= relative * np.abs(want) + absolute)
+    with np.errstate(invalid="ignore"):
+        assert np.all((got == want) | (np.abs(got - want) <= relative * np.abs(want) + absolute))
+
+
+def test_not_of_booleans_and_of_integers():
+    flip = body.REWRITTEN["not"]
+    assert flip(jnp.array([True, False])).tolist() == [False, True] and flip(jnp.array([5, -1])).tolist() == [-6, 0]
 
 
 @pytest.mark.parametrize("y", [-3, -1, 0, 1, 2, 7])
 def test_integer_powers(y: int):
     x = jnp.asarray(POINTS[(np.abs(POINTS) > 0.1) & (np.abs(POINTS) < 10)])
     np.testing.assert_allclose(body.REWRITTEN["integer_pow"](x, y=y), np.asarray(x, np.float64) ** y, rtol=2e-6)
+
+
+def test_unusual_uses_of_known_operations_are_named():
+    def three(x: Any) -> Any:
+        return jax.lax.select_n((x > 0).astype(jnp.int32) + (x > 1), x, 2 * x, -x)
+
+    cell = dataclasses.replace(cases.BY_ID["elman_silu"].cell, activation_fn=three)
+    assert "`select_n of more than two`" in (body.of(cell, (8, 16)).why_not(pointwise.ELEMENTWISE) or "")
 
 
 def test_an_operation_that_a_kernel_language_lacks_is_named():

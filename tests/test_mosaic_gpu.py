@@ -11,6 +11,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -246,6 +247,7 @@ LOWERED = [
     ("elman_relu", 64, 1, 3, False, None),
     ("lstm-dense", 64, 12, 16, True, None),
     ("lstm-dense", 128, 6, 16, False, None),
+    ("gru-dense", 128, 6, 512, False, None),
     ("gru-dense", 32, 24, 16, True, None),
     ("user_fast_slow-dense", 64, 1, 8, True, None),
     ("lstm-dense", 256, 3, 16, True, "cluster"),
@@ -381,9 +383,9 @@ def test_tiles_are_wide_only_where_narrow_ones_would_wait():
         return plan.batch, plan.blocks
 
     assert [tile(batch) for batch in (8, 64, 128, 256, 4096)] == [(8, 1), (8, 1), (16, 1), (32, 1), (32, 1)]
-    # Where a wide tile does not fit beside U, narrow ones wait for each other before U is split.
-    plan = plans.plan_of(rnncore.LSTM(768, recurrence=rnncore.Heads(6)), 512, True, True)
-    assert (plan.batch, plan.blocks) == (8, 1)
+    # Two warpgroups have narrow ones only.
+    plan = plans.plan_of(rnncore.LSTM(768, recurrence=rnncore.Heads(6)), 512, False, False)
+    assert (plan.groups, plan.batch, plan.blocks) == (2, 8, 1)
 
 
 def test_a_small_batch_wastes_no_rows():
@@ -421,6 +423,15 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
 @pytest.mark.parametrize("make, why", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_refusals(make: Callable[[], Any], why: str):
     assert why in (GPU.unsupported(make()) or "")
+
+
+def test_a_smaller_gpu_runs_no_larger_grid(monkeypatch: pytest.MonkeyPatch):
+    """Blocks that wait for one that cannot start would wait for ever."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(core_count=78)])
+    why = GPU.unsupported(request_of(rnncore.LSTM(768))) or ""
+    assert "96 blocks would have to run at once, and this GPU has 78" in why
+    assert GPU.unsupported(request_of(rnncore.LSTM(512))) is None
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch):

@@ -32,8 +32,8 @@ def _expm1(x: Array) -> Array:
 def _log1p(x: Array) -> Array:
     # Goldberg's: what log(1 + x) loses where 1 + x is rounded is put right by the factor.
     u = 1 + x
-    one = u == 1
-    return jnp.where(one, x, jnp.log(u) * x / jnp.where(one, 1.0, u - 1))
+    plain = (u == 1) | (u == x)  # the factor is 1 there, and 0/0 or inf/inf as it is written
+    return jnp.where(u == 1, x, jnp.log(u)) * jnp.where(plain, 1.0, x / jnp.where(plain, 1.0, u - 1))
 
 
 def _erfc(x: Array) -> Array:
@@ -43,6 +43,12 @@ def _erfc(x: Array) -> Array:
     for _ in range(4):
         root = root * root
     return jnp.where(x < 0, 2 - 1 / root, 1 / root)
+
+
+def _reduced(x: Array) -> Array:
+    """x less the nearest multiple of 2 pi: a GPU's approximate sine wants small arguments."""
+    turns = jnp.round(x * 0.15915494309189535)
+    return (x - turns * 6.28125) - turns * 0.0019353071795864769
 
 
 def _integer_pow(x: Array, y: int) -> Array:
@@ -70,16 +76,18 @@ REWRITTEN: dict[str, Callable] = {
     "logistic": lambda x: 0.5 * jnp.tanh(0.5 * x) + 0.5,
     "expm1": _expm1,
     "log1p": _log1p,
-    "sqrt": lambda x: jnp.where(x == 0, x, x * lax.rsqrt(x)),
+    "sqrt": lambda x: jnp.where((x == 0) | (x == jnp.inf), x, x * lax.rsqrt(x)),
+    "sin": lambda x: jnp.sin(_reduced(x)),
+    "cos": lambda x: jnp.cos(_reduced(x)),
     "integer_pow": _integer_pow,
-    "not": lambda x: x ^ True,
+    "not": lambda x: x ^ (True if x.dtype == jnp.bool_ else -1),
     "exp": lambda x: jnp.exp(x),  # at whatever accuracy there is
     "erf": lambda x: 1 - _erfc(x),
     "erfc": _erfc,
     "floor": lambda x: jnp.round(x) - jnp.where(jnp.round(x) > x, 1.0, 0.0),
     "ceil": lambda x: jnp.round(x) + jnp.where(jnp.round(x) < x, 1.0, 0.0),
     "polynomial": _polynomial,
-    "tan": lambda x: jnp.sin(x) / jnp.cos(x),
+    "tan": lambda x: jnp.sin(_reduced(x)) / jnp.cos(_reduced(x)),
     "sinh": lambda x: 0.5 * (_expm1(x) - _expm1(-x)),
     "cosh": lambda x: 0.5 * (jnp.exp(x) + jnp.exp(-x)),
 }
@@ -132,6 +140,7 @@ class Body:
         """Reason why a kernel language with these operations cannot say the body, or None."""
         for what, closed in (("update", self._forward), ("derivative", self._backward)):
             lacking = {e.primitive.name for e in closed.jaxpr.eqns} - set(known) - set(REWRITTEN)
+            lacking |= {why for why in map(_unusual, closed.jaxpr.eqns) if why}
             if lacking:
                 names = ", ".join(f"`{name}`" for name in sorted(lacking))
                 return f"the {what} of {type(self.cell).__name__} applies {names}, which its kernel language lacks"
@@ -249,6 +258,14 @@ def evaluate(closed: Any, args: tuple, rewritten: dict[str, Callable] | None = N
         outs = out if eqn.primitive.multiple_results and apply is None else [out]
         env.update(zip(eqn.outvars, outs, strict=True))
     return tuple(read(v) for v in closed.jaxpr.outvars)
+
+
+def _unusual(eqn: Any) -> str | None:
+    """A use of an operation that kernels do not know, though they know the operation."""
+    name = eqn.primitive.name
+    if name == "select_n" and len(eqn.invars) > 3:
+        return "select_n of more than two"
+    return f"{name} of booleans" if name in ("max", "min") and eqn.invars[0].aval.dtype == jnp.bool_ else None
 
 
 def _plainly(closed: Any) -> Callable:

@@ -1,10 +1,10 @@
 """Backend "mosaic_gpu": a whole run in one kernel, made from any pointwise cell by Pallas's Mosaic GPU.
 
 U stays in the shared memory of one thread block (heads up to 128 units for an LSTM), or of several that
-exchange h after every step: up to 16 as a cluster, more, H = 1024 for an LSTM, as a grid; see
-`plan.py` for the layout and the bytes.  Carries are float32 in registers; h is rounded to the
-dtype where it enters the product and where it is given out; tanh is the GPU's approximate instruction (error
-below 2^-10.9).  A step's inputs are loaded a few steps ahead.  Reverse mode keeps the carries of every step,
+exchange h after every step: up to 16 as a cluster, more, H = 1024 for an LSTM, as a grid; see `plan.py` for
+the layout and the bytes.  Carries are float32 in registers; h is rounded to the dtype where it enters the
+product and where it is given out; functions are the GPU's approximate instructions (tanh has an error below
+2^-10.9).  A step's inputs are loaded a few steps ahead.  Reverse mode keeps the carries of every step,
 forms what the cell's vjp needs for all steps at once, and its kernel is the transposed loop (`fused.py`).
 
 Platform: NVIDIA Hopper (compute capability 9.0: the matrix instructions are wgmma).  Cells: every
@@ -26,7 +26,7 @@ from __future__ import annotations
 import math
 
 from rnncore.backends import body, fused
-from rnncore.backends.mosaic_gpu.plan import Plan, plan_of
+from rnncore.backends.mosaic_gpu.plan import Plan, plan_of, too_few_processors
 from rnncore.backends.request import Operands, Request, Result
 from rnncore.cells.base import CellParams, PointwiseCell
 
@@ -57,7 +57,7 @@ def unsupported(request: Request) -> str | None:
     plan = plan_for(request)
     if isinstance(plan, str):
         return plan
-    return body.of(cell, plan.tile).why_not(KNOWN)
+    return too_few_processors(plan) or body.of(cell, plan.tile).why_not(KNOWN)
 
 
 def unchosen(request: Request) -> str | None:

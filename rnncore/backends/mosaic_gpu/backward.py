@@ -158,7 +158,8 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
                     weights = mine.at[pl.ds(gate * plan.units, plan.units), :]
                     multiply(total, *((weights, dr) if plan.rows == "units" else (dr, weights)), plan.size)
                     if exchange is not None:
-                        plgpu.wgmma_wait(0)  # the next gate comes in the same place
+                        # The next gate comes in the same place; Pallas has all threads meet before it loads.
+                        plgpu.wgmma_wait(0)
                 return total[...]
 
             return pl.run_scoped(product, plgpu.ACC(plan.tile, jnp.float32))

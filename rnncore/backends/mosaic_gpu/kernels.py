@@ -11,7 +11,7 @@ from rnncore import _compat
 from rnncore._types import Array
 from rnncore.backends import body, fused
 from rnncore.backends.mosaic_gpu import backward, forward
-from rnncore.backends.mosaic_gpu.plan import Plan, plan_of
+from rnncore.backends.mosaic_gpu.plan import Plan, plan_of, too_few_processors
 from rnncore.backends.mosaic_gpu.tiles import flags
 from rnncore.cells.base import PointwiseCell
 
@@ -23,8 +23,10 @@ def kernels(interpret: bool = False) -> fused.Kernels:
 
 def _planned(cell: PointwiseCell, loop: fused.Loop, rows: int) -> Plan:
     plan = plan_of(cell, rows, not (loop.lengths is None and loop.resets is None), loop.resets is not None)
-    if isinstance(plan, str):  # `unsupported` asks for the batch outside of vmap
-        raise NotImplementedError(f"`unroll(backend='mosaic_gpu')`: {plan}. Use backend='scan'.")
+    why = plan if isinstance(plan, str) else too_few_processors(plan)
+    if why is not None:  # `unsupported` asks for the batch outside of vmap
+        raise NotImplementedError(f"`unroll(backend='mosaic_gpu')`: {why}. Use backend='scan'.")
+    assert isinstance(plan, Plan)
     return plan
 
 

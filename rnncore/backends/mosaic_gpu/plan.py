@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+import jax
+
 from rnncore.backends import body, fused
 from rnncore.cells.base import PointwiseCell
 
@@ -113,6 +115,16 @@ def plan_of(cell: PointwiseCell, rows: int, masked: bool, resets: bool) -> Plan 
     return choose(cell.hidden_size // size, size, len(cell.gates), rows, needs(cell, masked, resets))
 
 
+def too_few_processors(plan: Plan) -> str | None:
+    """Reason why the GPU that is here cannot run all blocks of a grid at once, or None."""
+    if plan.sync != "grid" or jax.default_backend() != "gpu":
+        return None
+    together, processors = plan.heads * plan.tiles * plan.blocks, getattr(jax.devices()[0], "core_count", PROCESSORS)
+    if together <= processors:
+        return None
+    return f"{together} blocks would have to run at once, and this GPU has {processors} processors"
+
+
 def needs(cell: PointwiseCell, masked: bool, resets: bool) -> Load:
     """What the kernels of a cell hold of a step."""
     part = body.of(cell, (64, 8))
@@ -125,7 +137,7 @@ def choose(heads: int, size: int, gates: int, rows: int, load: Load) -> Plan | s
         return f"the matrix unit takes 16 units at a time, and a product over {size} units is not a multiple of that"
     why = ""
     for shape in _shapes(size, gates):
-        plans = [_fitted(heads, size, gates, shape, batch, rows, load) for batch in _batches(shape[0], rows)]
+        plans = [_fitted(heads, size, gates, shape, batch, rows, load) for batch in _batches(shape[0], shape[2], rows)]
         fitting = [plan for plan in plans if isinstance(plan, Plan)]
         if fitting and (fitting[-1].sync != "grid" or _at_once(fitting[-1])):
             # The narrowest tile of which all run at once; where none does, the widest, which wait the least.
@@ -151,8 +163,10 @@ def _shapes(size: int, gates: int) -> list[tuple[str, int, int, int]]:
     return shapes + [("batch", m, 1, size // m) for m in narrow]
 
 
-def _batches(rows: str, count: int) -> list[int]:
+def _batches(rows: str, groups: int, count: int) -> list[int]:
     """Widths of a batch tile to try."""
+    if groups > 1:
+        return [8]  # of wider ones a warpgroup's part of h does not lie in one piece, as the copy engine wants it
     whole = 8 * math.ceil(count / 8)
     return [b for b in (8, 16, 32) if b <= whole] if rows == "units" else [min(ROWS, whole)]
 
