@@ -35,7 +35,7 @@ KNOWN = frozenset(
     "abs add and bitcast_convert_type broadcast_in_dim clamp convert_element_type cos div eq exp2 ge gt le log "
     "lt max min mul ne neg or round rsqrt select_n sign sin sub tanh xor".split()
 )
-"""Elementwise operations that Mosaic GPU lowers in every supported JAX; `body.REWRITTEN` says some more by these."""
+"""Elementwise operations that Mosaic GPU lowers in every supported JAX; `rewritten.py` says some more by these."""
 PROVEN: frozenset[str] = frozenset()
 """Kinds of layouts, "block", "cluster" or "grid", that have given right results on a GPU."""
 

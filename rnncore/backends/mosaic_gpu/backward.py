@@ -16,9 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rnncore import _pallas
 from rnncore._types import Array
 from rnncore.backends.body import Body
-from rnncore.backends.mosaic_gpu.forward import Scratch, call
+from rnncore.backends.mosaic_gpu.launch import Scratch, allocate, call
 from rnncore.backends.mosaic_gpu.plan import Plan
-from rnncore.backends.mosaic_gpu.tiles import BLOCK, Exchange, Layout, Ring, Tiles, marked, multiply
+from rnncore.backends.mosaic_gpu.tiles import Exchange, Layout, Ring, Tiles, marked, multiply
 
 
 class Arrays(NamedTuple):
@@ -64,23 +64,11 @@ def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, int
         units=(state,) * len(arrays.units),
     )
     inputs = len(arrays.residuals) + 1 + (arrays.flags is not None)
-    tile = (plan.lines, plan.units)
-    stages = plan.stages[1]
-    gates = plan.gates if plan.blocks == 1 else 1
-    scratch = Scratch(
-        kernel=_pallas.shared((plan.groups, plan.gates * plan.units, plan.size), dtype),
-        h=_pallas.shared((plan.slots, gates, plan.lines, plan.size), dtype),
-        inputs=_pallas.shared((plan.groups, stages, inputs, *tile), dtype),
-        stage=_pallas.shared((plan.groups, max(plan.gates + count, fields), *tile), dtype),
-        target_r=None,
-        sums=plgpu.SMEM((plan.sum_rows, plan.units), jnp.float32) if plan.gates_together else None,
-        loaded=plgpu.Barrier(num_barriers=plan.groups),
-        arrived=plgpu.Barrier(num_arrivals=plan.gates if plan.gates_together else 1, num_barriers=1),
-        input_barriers=plgpu.Barrier(num_arrivals=inputs, num_barriers=plan.groups * stages),
-        met=plgpu.Barrier(num_arrivals=plan.groups),
-        cluster=plgpu.ClusterBarrier(collective_axes=(BLOCK,)) if plan.sync == "cluster" else None,
-    )
-    return call(plan, _kernel(plan, body, dtype, steps, lengths, resets), arrays, out, scratch, interpret)
+    memory = allocate(
+        plan, dtype, plan.stages[1], inputs, max(plan.gates + count, fields),
+        h=(plan.slots, plan.gates if plan.blocks == 1 else 1), sums=plan.gates_together,
+    )  # fmt: skip
+    return call(plan, _kernel(plan, body, dtype, steps, lengths, resets), arrays, out, memory, interpret)
 
 
 def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, resets: bool) -> Any:

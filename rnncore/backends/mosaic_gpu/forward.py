@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rnncore import _compat, _pallas
 from rnncore._types import Array
 from rnncore.backends.body import Body
+from rnncore.backends.mosaic_gpu.launch import Scratch, allocate, call
 from rnncore.backends.mosaic_gpu.plan import Plan
-from rnncore.backends.mosaic_gpu.tiles import BLOCK, GROUP, THREADS, Exchange, Ring, Tiles, marked, multiply
+from rnncore.backends.mosaic_gpu.tiles import Exchange, Ring, Tiles, marked, multiply
 
 
 class Arrays(NamedTuple):
@@ -52,22 +51,6 @@ class Results(NamedTuple):
     last: tuple
 
 
-class Scratch(NamedTuple):
-    """A block's shared memory."""
-
-    kernel: Any
-    h: Any
-    inputs: Any
-    stage: Any
-    target_r: Any
-    sums: Any
-    loaded: Any
-    arrived: Any
-    input_barriers: Any
-    met: Any
-    cluster: Any
-
-
 def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, interpret: bool, types: Any) -> Results:
     """Runs the kernel; `types` makes an output type of a shape."""
     steps, rows, _ = arrays.z.shape
@@ -76,50 +59,11 @@ def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, inter
     line = types((steps, rows, hidden))
     state = types((rows, hidden))
     out = Results(line, (line,) * (fields - 1) * keep, (state,) * fields)
-    inputs = plan.gates + (arrays.flags is not None)
-    tile = (plan.lines, plan.units)
-    stages = plan.stages[0]
-    scratch = Scratch(
-        kernel=_pallas.shared((plan.groups, plan.gates * plan.units, plan.size), dtype),
-        h=_pallas.shared((plan.slots, plan.lines, plan.size), dtype),
-        inputs=_pallas.shared((plan.groups, stages, inputs, *tile), dtype),
-        stage=_pallas.shared((plan.groups, fields, *tile), dtype),
-        target_r=None if arrays.target_r is None else _pallas.shared((plan.groups, plan.gates, *tile), dtype),
-        sums=None,
-        loaded=plgpu.Barrier(num_barriers=plan.groups),
-        arrived=plgpu.Barrier(num_barriers=1),
-        input_barriers=plgpu.Barrier(num_arrivals=inputs, num_barriers=plan.groups * stages),
-        met=plgpu.Barrier(num_arrivals=plan.groups),
-        cluster=plgpu.ClusterBarrier(collective_axes=(BLOCK,)) if plan.sync == "cluster" else None,
-    )
-    return call(plan, _kernel(plan, body, dtype, steps, keep, lengths), arrays, out, scratch, interpret)
-
-
-def call(plan: Plan, body: Any, arrays: Any, out: Any, scratch: Any, interpret: bool) -> Any:
-    """Runs a kernel `body(arrays, results, scratch)` of named tuples of refs on the plan's blocks."""
-    given, given_tree = _flattened(arrays)
-    types, out_tree = _flattened(out)
-    parts, scratch_tree = _flattened(scratch)
-
-    def flat(*refs: Any) -> None:
-        a, b = len(given), len(given) + len(types)
-        body(given_tree.unflatten(refs[:a]), out_tree.unflatten(refs[a:b]), scratch_tree.unflatten(refs[b:]))
-
-    grid: dict[str, Any] = {"grid": (plan.heads * plan.tiles,), "grid_names": (GROUP,)}
-    if plan.sync == "cluster":
-        grid |= {"cluster": (plan.blocks,), "cluster_names": (BLOCK,)}
-    elif plan.sync == "grid":
-        grid = {"grid": (plan.heads * plan.tiles, plan.blocks), "grid_names": (GROUP, BLOCK)}
-    # approximate: tanh in one instruction, with an error below that of the 16 bits that h is rounded to.
-    kernel = _pallas.gpu_kernel(
-        flat, types, parts, interpret, True, num_threads=plan.groups, thread_name=THREADS, **grid
+    memory = allocate(
+        plan, dtype, plan.stages[0], plan.gates + (arrays.flags is not None), fields,
+        h=(plan.slots,), target_r=arrays.target_r is not None,
     )  # fmt: skip
-    with _compat.in_32_bits():
-        return out_tree.unflatten(kernel(*given))
-
-
-def _flattened(tree: Any) -> tuple[list, Any]:
-    return jax.tree.flatten(tree)
+    return call(plan, _kernel(plan, body, dtype, steps, keep, lengths), arrays, out, memory, interpret)
 
 
 def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths: bool) -> Any:
