@@ -20,11 +20,13 @@ import reference
 import rnncore
 
 BACKENDS: dict[str, tuple[str, ...]] = {
-    "mosaic_gpu": (), "pallas_tpu": (), "scan": ("any", "reverse"), "autodiff": ("any",), "cudnn": (),
+    "mosaic_gpu": (), "pallas_tpu": (), "cpp": (), "scan": ("any", "reverse"), "autodiff": ("any",),
+    "cudnn": (),
 }  # fmt: skip
 """Backend to the values of `differentiation` for which it has rules of its own and that run anywhere.
 
-What needs a GPU or a TPU has tests of its own: test_mosaic_gpu.py, test_pallas_tpu.py, test_cudnn.py.
+What needs a GPU, a TPU or a compiler has tests of its own: test_mosaic_gpu.py, test_cudnn.py, test_pallas_tpu.py,
+test_cpp.py.
 """
 
 

@@ -18,8 +18,10 @@ MACHINE = {
     "device": "1 x cpu (Some CPU)", "cores": 2, "python": "3.11.7", "jax": "0.10.2", "flax": "0.12.8",
     "rnncore": "0.1.0", "commit": "abc1234", "versions": {"jax": "0.10.2", "torch": "2.13.0", "haiku": None},
 }  # fmt: skip
-LIBRARIES = {"rnncore any": "rnncore", "rnncore reverse": "rnncore", "torch": "torch", "flax OptimizedLSTMCell": "flax",
-             "equinox": "equinox"}  # fmt: skip
+LIBRARIES = {
+    "rnncore any": "rnncore", "rnncore reverse": "rnncore", "rnncore cpp": "rnncore", "torch": "torch",
+    "flax OptimizedLSTMCell": "flax", "equinox": "equinox",
+}  # fmt: skip
 
 
 def head(run="one", **changes):
@@ -60,8 +62,9 @@ def missing(contender, reason, workload=None, dtype=None, run="one"):
 
 
 # Best JAX peer is flax: the ratios within rounds to "any" are 2, 4 and 1, so their median is 2; that of medians is 1.5.
-FLAX, ANY, REVERSE, TORCH, EQUINOX = (
-    [40.0, 80.0, 60.0], [20.0, 20.0, 60.0], [25.0, 20.0, 30.0], [50.0, 50.0, 90.0], [70.0, 90.0, 80.0]
+FLAX, ANY, REVERSE, TORCH, EQUINOX, CPP = (
+    [40.0, 80.0, 60.0], [20.0, 20.0, 60.0], [25.0, 20.0, 30.0], [50.0, 50.0, 90.0], [70.0, 90.0, 80.0],
+    [10.0, 8.0, 15.0],
 )  # fmt: skip
 ANY_MEDIAN_RATIO = 2.0
 ONE = [
@@ -95,18 +98,21 @@ def rows(text):
 
 def test_a_compact_row_has_ratios_within_rounds(tmp_path):
     second = [time(name, [ms[0] * 4, ms[1] * 4, ms[2]], "S5") for name, ms in
-              (("flax OptimizedLSTMCell", FLAX), ("torch", TORCH), ("rnncore any", ANY), ("rnncore reverse", REVERSE))]
+              (("flax OptimizedLSTMCell", FLAX), ("torch", TORCH), ("rnncore any", ANY), ("rnncore reverse", REVERSE),
+               ("rnncore cpp", CPP))]  # fmt: skip
     second.append(bound("products", [7.0, 7.0, 7.0, 7.0], "S5"))
-    text = compact.cpu(results(tmp_path, [*ONE[:-1], *second, end()]), "gradient")
+    first = [*ONE[:-1], time("rnncore cpp", CPP)]
+    text = compact.cpu(results(tmp_path, [*first, *second, end()]), "gradient")
     titles, one, five, mean = rows(text)
     assert titles == list(compact.HEAD)
-    # Within rounds: flax over reverse 1.6, 4, 2; torch over reverse 2, 2.5, 3; any, the faster, over products 2, 2, 4.
-    assert one == ["S1 (32, 128, 128, 256)", "flax OptimizedLSTMCell", "60.0", "50.0", "20.0", "25.0", "2.00", "2.00",
-                   "2.50", "10.0", "2.00"]  # fmt: skip
-    # Bounds of other rounds are compared by medians: any 80 of 7.
-    assert five[0] == "S5 (1, 512, 64, 64)" and five[-2:] == ["7.00", f"{80 / 7:.2f}"]
-    assert mean[0] == "geometric mean" and mean[6:9] == ["2.00", "2.00", "2.50"]
-    assert mean[-1] == f"{(2 * 80 / 7) ** 0.5:.2f}"
+    # Within rounds: flax over reverse 1.6, 4, 2, over cpp 4, 10, 4; torch over reverse 2, 2.5, 3, over cpp 5, 6.25, 6;
+    # cpp, the fastest, over products 1, 0.8, 1.
+    assert one == ["S1 (32, 128, 128, 256)", "flax OptimizedLSTMCell", "60.0", "50.0", "20.0", "25.0", "10.0", "2.00",
+                   "2.00", "4.00", "2.50", "6.00", "10.0", "1.00"]  # fmt: skip
+    # Bounds of other rounds are compared by medians: cpp 32 of 7.
+    assert five[0] == "S5 (1, 512, 64, 64)" and five[-2:] == ["7.00", f"{32 / 7:.2f}"]
+    assert mean[0] == "geometric mean" and mean[7:12] == ["2.00", "2.00", "4.00", "2.50", "6.00"]
+    assert mean[-1] == f"{(32 / 7) ** 0.5:.2f}"
     for told in ("3 interleaved rounds", "dtype float32", "matmul precision float32", "weights included", "JAX 0.10.2",
                  "torch 2.13.0", "commit abc1234, 2026-01-02", "- `haiku`: dm-haiku is not installed",
                  "- `flax LSTMCell` at S1 (float32): failed with OOM"):  # fmt: skip
@@ -118,8 +124,8 @@ def test_what_was_not_measured_is_a_dash_and_leaves_no_mean(tmp_path):
     without = [r for r in ONE if r.get("contender") != "torch"]
     without += [time("torch", TORCH, "S2"), time("rnncore any", ANY, "S2")]
     _, one, two, mean = rows(compact.cpu(results(tmp_path, without), "gradient"))
-    assert one[3] == "-" and one[8] == "-" and two[1] == "-" and two[3] == "50.0" and two[5:9] == ["-"] * 4
-    assert mean[6:9] == ["-"] * 3 and mean[-1] == "-"
+    assert one[3] == "-" and one[10] == "-" and two[1] == "-" and two[3] == "50.0" and two[5:12] == ["-"] * 7
+    assert mean[7:12] == ["-"] * 5 and mean[-1] == "-"
 
 
 def test_the_whole_table_has_every_contender_and_bound(tmp_path):
@@ -424,8 +430,8 @@ def test_the_names_are_those_of_the_peers():
     jax = {name for name in libraries if words.is_jax_peer({"library": name})}
     assert jax == {"flax.linen", "flax.nnx", "haiku", "equinox", "jax.experimental.rnn"}
     assert {name for name in libraries if not words.is_peer({"library": name})} == {"rnncore"} and "torch" in libraries
-    assert set(compact.MODES) <= set(CONTENDERS)
-    assert {name for name in plots.BARS if name in CONTENDERS} >= set(compact.MODES)
+    assert set(compact.OURS.values()) <= set(CONTENDERS)
+    assert {name for name in plots.BARS if name in CONTENDERS} >= set(compact.OURS.values())
 
 
 def test_titles_say_what_a_shape_is():

@@ -16,6 +16,7 @@ from benchmarks import bounds, measure, records, run, timing, workloads
 from benchmarks.peers import PEERS, Built, Case, Peer, rnncore_peer, torch_peer
 from benchmarks.peers.problem import make_problem
 from benchmarks.peers.reference import reference
+from rnncore.backends.cpp import compiler
 
 TIME = {
     "record", "run", "workload", "cell", "recurrence", "B", "T", "D", "H", "heads", "layers", "contender", "library",
@@ -46,9 +47,12 @@ def is_here(module: str) -> bool:
 
 def expected(workload: workloads.Workload, input_product: bool) -> set[str]:
     """Who runs a tiny workload on a CPU, by what is installed."""
+    # The compiled loop projects its inputs itself, by a matrix.
+    with_matrices = input_product and workload.recurrence != "diagonal" and compiler.find() is not None
+    ours = OURS | ({rnncore_peer.CPP} if with_matrices else set())
     if workload.recurrence != "dense" or not input_product:
-        return OURS
-    names = OURS | FLAX[workload.cell]
+        return ours
+    names = ours | FLAX[workload.cell]
     for module in ("haiku", "equinox", "torch"):
         if is_here(module) and (module, workload.cell) != ("equinox", "elman"):
             names |= set(OPTIONAL[module])

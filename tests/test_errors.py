@@ -166,7 +166,8 @@ def test_resets_that_do_not_fit(resets: Any):
     [
         (
             {"backend": "cuda"},
-            "`unroll(backend='cuda')`: unknown; expected one of mosaic_gpu, pallas_tpu, scan, autodiff, cudnn, or None",
+            "`unroll(backend='cuda')`: unknown; expected one of mosaic_gpu, pallas_tpu, cpp, scan, autodiff, cudnn, or "
+            "None",
         ),
         ({"differentiation": "forward"}, "`unroll(differentiation='forward')`: expected one of 'any', 'reverse'"),
         ({"recompute": "all"}, "`unroll(recompute='all')`: expected one of 'nothing', 'gates', 'chunk'"),

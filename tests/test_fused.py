@@ -127,6 +127,14 @@ def test_refusals_of_cells():
     problem = cases.draw(cases.BY_ID["indrnn"], dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="Diagonal recurrences have no matrix"):
         cases.runner(cases.BY_ID["indrnn"], cases.Mode(NAME, "reverse"))(*problem)
+
+    class Shifted(rnncore.LSTM):
+        def mix(self, params: Any, h: Any) -> Any:
+            return 1 + super().mix(params, h)
+
+    case = cases.Case("shifted", Shifted(cases.HIDDEN), None)
+    with pytest.raises(NotImplementedError, match="Shifted has a `mix` of its own"):
+        cases.runner(case, cases.Mode(NAME, "reverse"))(*cases.draw(case, dtype=jnp.float32))
     case = cases.BY_ID["reset_before_gru"]
     with pytest.raises(NotImplementedError, match="not a PointwiseCell"):
         cases.runner(case, cases.Mode(NAME, "reverse"))(*cases.draw(case, dtype=jnp.float32))

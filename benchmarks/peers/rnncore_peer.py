@@ -21,9 +21,9 @@ from rnncore.backends import BACKENDS, mosaic_gpu
 from rnncore.backends.mosaic_gpu.plan import Plan, plan_of
 
 ANY, REVERSE, GRAPH, CUDNN = "rnncore any", "rnncore reverse", "rnncore reverse, CUDA graph", "rnncore cudnn"
-MOSAIC, OWN, TPU = "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"
+CPP, MOSAIC, OWN, TPU = "rnncore cpp", "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"
 # Those that name a backend; the others run on "scan".
-NAMED = {CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu"}
+NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu"}
 
 
 class RnncorePeer(Peer):
@@ -41,13 +41,15 @@ class RnncorePeer(Peer):
         return rnncore.__version__
 
     def contenders(self, cell: str) -> tuple[str, ...]:
-        return (ANY, REVERSE, GRAPH, MOSAIC, TPU) + ((OWN, CUDNN) if cell == "lstm" else ())
+        return (ANY, REVERSE, CPP, GRAPH, MOSAIC, TPU) + ((OWN, CUDNN) if cell == "lstm" else ())
 
     def absent(self, contender: str, platform: str) -> str | None:
         if contender in (GRAPH, CUDNN) and platform != "gpu":
             return f"needs an NVIDIA GPU; JAX runs on {platform} here"
         if contender == GRAPH and importlib.util.find_spec("rnncore.gpu") is None:
             return "this rnncore has no rnncore.gpu"
+        if contender == CPP:
+            return BACKENDS["cpp"].missing_compiler(platform)
         if contender in (MOSAIC, OWN):
             return BACKENDS["mosaic_gpu"].missing_gpu(platform)
         return BACKENDS["pallas_tpu"].missing_platform(platform) if contender == TPU else None

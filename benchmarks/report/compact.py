@@ -9,11 +9,12 @@ from benchmarks import timing
 from benchmarks.report import words
 from benchmarks.report.results import Record, Results, Run, groups
 
-MODES = ("rnncore any", "rnncore reverse")
-RATIOS = ("best JAX / any", "best JAX / reverse", "torch / reverse")
+OURS = {"any": "rnncore any", "reverse": "rnncore reverse", "cpp": "rnncore cpp"}
+PAIRS = (("best", "any"), ("best", "reverse"), ("best", "cpp"), ("torch", "reverse"), ("torch", "cpp"))
+RATIOS = tuple(f"{'best JAX' if slow == 'best' else slow} / {fast}" for slow, fast in PAIRS)
 HEAD = (
-    "(B, T, D, H)", "best JAX peer", "its ms", "torch ms", "`any` ms", "`reverse` ms", *RATIOS, "products alone ms",
-    "faster mode / products",
+    "(B, T, D, H)", "best JAX peer", "its ms", "torch ms", *(f"`{name}` ms" for name in OURS), *RATIOS,
+    "products alone ms", "fastest of ours / products",
 )  # fmt: skip
 
 
@@ -31,13 +32,13 @@ def run_of(results: Results, measurement: str) -> Run | None:
 
 
 def parts(run: Run, records: list[Record], measurement: str) -> dict[str, Any]:
-    """Who stands in a row: best, torch, any, reverse, products; None for what was not measured."""
+    """Who stands in a row: best, torch, those of OURS, products; None for what was not measured."""
     by = {r["contender"]: r for r in records}
     bounds = run.of("bound", workload=records[0]["workload"], bound="products", measurement=measurement)
     return {
         "best": words.fastest(r for r in records if words.is_jax_peer(r)),
         "torch": words.fastest(r for r in records if r["library"] == "torch"),
-        "any": by.get(MODES[0]), "reverse": by.get(MODES[1]),
+        **{name: by.get(contender) for name, contender in OURS.items()},
         "products": words.fastest(r for r in bounds if r["dtype"] == "float32"),
     }  # fmt: skip
 
@@ -50,24 +51,20 @@ def cpu(results: Results, measurement: str) -> str | None:
     rows, ratios = [], []
     for records in shapes(run, measurement).values():
         p = parts(run, records, measurement)
-        quotients = [
-            words.ratio(p[slow], p[fast]) if p[slow] and p[fast] else None
-            for slow, fast in (("best", "any"), ("best", "reverse"), ("torch", "reverse"))
-        ]
-        ours = words.fastest(p[mode] for mode in ("any", "reverse") if p[mode])
+        quotients = [words.ratio(p[slow], p[fast]) if p[slow] and p[fast] else None for slow, fast in PAIRS]
+        ours = words.fastest(p[name] for name in OURS if p[name])
         above = words.ratio(ours, p["products"]) if ours and p["products"] else None
         ratios.append([*quotients, above])
         name = p["best"]["contender"] if p["best"] else words.NONE
-        ms = [words.number(p[who] and p[who]["median_ms"]) for who in ("best", "torch", "any", "reverse", "products")]
+        ms = [words.number(p[who] and p[who]["median_ms"]) for who in ("best", "torch", *OURS, "products")]
         if p["torch"] and p["torch"]["contender"] != "torch":
             ms[1] += f" ({p['torch']['contender'].removeprefix('torch, ')})"
-        rows.append(
-            [f"{records[0]['workload']} {words.shape(records[0])}", name, *ms[:4], *map(words.times, quotients), ms[4],
-             words.times(above)]
-        )  # fmt: skip
+        title = f"{records[0]['workload']} {words.shape(records[0])}"
+        rows.append([title, name, *ms[:-1], *map(words.times, quotients), ms[-1], words.times(above)])
     # A mean over some of the shapes would not compare with one over all.
     means = [timing.geometric_mean(list(column)) if all(column) else None for column in zip(*ratios, strict=True)]
-    rows.append(["geometric mean", *[""] * 5, *map(words.times, means[:3]), "", words.times(means[3])])
+    blank = [""] * (3 + len(OURS))
+    rows.append(["geometric mean", *blank, *map(words.times, means[:-1]), "", words.times(means[-1])])
     return words.table(HEAD, rows) + "\n\n" + caption(run, measurement)
 
 
@@ -76,8 +73,9 @@ def caption(run: Run, measurement: str) -> str:
     records = [r for found in shapes(run, measurement).values() for r in found]
     told = [
         f"{words.conditions(run, records)}. Ratios are times as fast, medians over rounds of the ratio within a round. "
-        "`any` and `reverse` are rnncore's modes of differentiation; products alone: the matrix products of the step "
-        f"with no loop around them. {words.place(run)}. {words.NOISE}",
+        "`any` and `reverse` are rnncore's modes of differentiation on its scan, `cpp` is `reverse` on that backend; "
+        "products alone: the matrix products of the step, by XLA, with no loop around them. "
+        f"{words.place(run)}. {words.NOISE}",
         words.state(run),
         words.missing(run, records),
     ]

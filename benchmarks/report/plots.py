@@ -13,12 +13,12 @@ from benchmarks import timing
 from benchmarks.report import compact, words
 from benchmarks.report.results import Record, Results
 
-COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#000000")
+COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#000000", "#F0E442")
 DASHES: tuple[Any, ...] = (
     "-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 2)), (0, (8, 2, 1, 2, 1, 2)), (0, (12, 2)),
 )  # fmt: skip
 # Order, and so colour, of the bars: the same library has the same colour in every plot.
-BARS = ("rnncore any", "rnncore reverse", "torch", "flax", "haiku", "equinox", "jax")
+BARS = ("rnncore any", "rnncore reverse", "rnncore cpp", "torch", "flax", "haiku", "equinox", "jax")
 
 Data = dict[str, Any]
 

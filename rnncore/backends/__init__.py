@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from rnncore.backends import autodiff, cudnn, mosaic_gpu, pallas_tpu, scan
+from rnncore.backends import autodiff, cpp, cudnn, mosaic_gpu, pallas_tpu, scan
 from rnncore.backends.request import Operands as Operands
 from rnncore.backends.request import Request as Request
 from rnncore.backends.request import Result as Result
 
 BACKENDS: dict[str, ModuleType] = {
-    "mosaic_gpu": mosaic_gpu, "pallas_tpu": pallas_tpu, "scan": scan, "autodiff": autodiff, "cudnn": cudnn,
+    "mosaic_gpu": mosaic_gpu, "pallas_tpu": pallas_tpu, "cpp": cpp, "scan": scan, "autodiff": autodiff,
+    "cudnn": cudnn,
 }  # fmt: skip
 """By name, the preferred one first."""
 

@@ -9,8 +9,9 @@ for all steps at once outside the kernel.
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ Tiles = tuple[Array, ...]
 
 
 class Body:
-    """What a kernel evaluates for one cell, on float32 tiles of one shape.
+    """What a kernel evaluates for one cell, on tiles of one shape and dtype.
 
     Tiles stand in tuples: `units` per parameter of `cell.units`, `zs` and `rs` per gate, `carry` per field
     of the carry, `rest` per gate that does not see z and r as their sum alone.
@@ -34,6 +35,7 @@ class Body:
     Args:
       cell: the cell.
       shape: of a tile.
+      dtype: of a tile; float64 only where JAX has it.
 
     Attributes:
       additive: for each gate whether it sees z + r alone.
@@ -42,15 +44,15 @@ class Body:
       width: how many residuals there are.
     """
 
-    def __init__(self, cell: PointwiseCell, shape: tuple[int, ...]):
-        self.cell, self.shape = cell, shape
+    def __init__(self, cell: PointwiseCell, shape: tuple[int, ...], dtype: str = "float32"):
+        self.cell, self.shape, self.dtype = cell, shape, dtype
         count = len(cell.gates)
-        self.tile = jax.ShapeDtypeStruct(shape, jnp.float32)
+        self.tile = jax.ShapeDtypeStruct(shape, dtype)
         self._units = named("Units", tuple(cell.units))(*(self.tile for _ in cell.units))
         self._gates = cell.Gates(*(self.tile for _ in cell.gates))
         self._carry = cell.Carry(*(self.tile for _ in cell.Carry._fields))
         self.hidden = cell.Carry._fields.index("h")
-        with _compat.without_mesh(), _compat.in_32_bits():
+        with _alone(dtype):
             self.additive = pointwise.additive_gates(cell, self._units, self._gates, self._gates, self._carry)
         self.rest = tuple(g for g in range(count) if not self.additive[g])
         self._sizes = (len(cell.units), count, len(self.rest), len(self._carry))
@@ -85,11 +87,8 @@ class Body:
         zs of a gate that sees z + r alone are these sums; `rest` is r of the others.
         """
         shape = jnp.broadcast_shapes(*(a.shape for a in (*zs, *carry)))
-        args = [jnp.broadcast_to(a, shape).astype(jnp.float32) for a in (*units, *zs, *rest, *carry)]
-        split = self._linearized(shape)
-        saved = iter(split.forward(*args)[1])
-        values = [next(saved) if n is None else args[n] for n in split.needed]
-        return tuple(v for v, n in zip(values, split.needed, strict=True) if not self._is_unit(n))
+        args = [jnp.broadcast_to(a, shape).astype(self.dtype) for a in (*units, *zs, *rest, *carry)]
+        return self._kept(self._linearized(shape), args)[1]
 
     @functools.cached_property
     def width(self) -> int:
@@ -112,7 +111,14 @@ class Body:
         new, _ = cell.pointwise(
             type(self._units)(*units), cell.Gates(*zs), cell.Gates(*rs), cell.Carry(*carry)
         )  # fmt: skip
-        return tuple(a.astype(jnp.float32) for a in new)
+        return tuple(a.astype(self.dtype) for a in new)
+
+    def _kept(self, split: pointwise.Linearized, args: Any) -> tuple[Tiles, Tiles]:
+        """(new carry, residuals)"""
+        new, saved = split.forward(*args)
+        rest = iter(saved)
+        values = [next(rest) if n is None else args[n] for n in split.needed]
+        return new, tuple(v for v, n in zip(values, split.needed, strict=True) if not self._is_unit(n))
 
     @functools.cached_property
     def _forward(self) -> Any:
@@ -123,9 +129,25 @@ class Body:
 
         return inlined(forward, *[self.tile] * (units + 2 * count + fields))
 
+    @functools.cached_property
+    def folded(self) -> Any:
+        """The update as a jaxpr of (units, zs, rest, carry), zs z + r of the gates that see it alone: the new carry."""
+        return inlined(self._folded, *[self.tile] * sum(self._sizes))
+
+    @functools.cached_property
+    def keeping(self) -> Any:
+        """The same with the residuals behind the new carry."""
+        split = self._split
+        return inlined(lambda *flat: sum(self._kept(split, flat), ()), *[self.tile] * sum(self._sizes))
+
+    @property
+    def transposed(self) -> Any:
+        """`backward` as a jaxpr of (units, residuals, dcarry): its four parts one after the other."""
+        return self._backward
+
     def _linearized(self, shape: tuple[int, ...]) -> pointwise.Linearized:
-        tiles = [jax.ShapeDtypeStruct(shape, jnp.float32)] * sum(self._sizes)
-        with _compat.without_mesh(), _compat.in_32_bits():
+        tiles = [jax.ShapeDtypeStruct(shape, self.dtype)] * sum(self._sizes)
+        with _alone(self.dtype):
             closed, _ = pointwise.opened(self._folded, *tiles)
             opened = _compat.jaxpr_as_fun(closed)
             return pointwise.linearize(lambda *a: tuple(opened(*a)), pointwise.save_dear, *tiles, runner=_plainly)
@@ -150,14 +172,29 @@ class Body:
 
 
 @functools.lru_cache(maxsize=256)
-def of(cell: PointwiseCell, shape: tuple[int, ...]) -> Body:
+def of(cell: PointwiseCell, shape: tuple[int, ...], dtype: str = "float32") -> Body:
     """The body of a cell, traced once."""
-    return Body(cell, shape)
+    return Body(cell, shape, dtype)
+
+
+@contextlib.contextmanager
+def _alone(dtype: Any) -> Iterator[None]:
+    """A context in which a tile is one device's and, but for float64, numbers are of 32 bits."""
+    with _compat.without_mesh(), contextlib.nullcontext() if dtype == "float64" else _compat.in_32_bits():
+        yield
+
+
+def why_not_as_declared(cell: PointwiseCell, *methods: str) -> str | None:
+    """Reason why a backend that has these methods of `PointwiseCell` built in cannot run the cell, or None."""
+    own = [name for name in methods if getattr(type(cell), name) is not getattr(PointwiseCell, name)]
+    if not own:
+        return None
+    return f"{type(cell).__name__} has a `{own[0]}` of its own, and it runs that of PointwiseCell"
 
 
 def inlined(fun: Callable, *shapes: Any) -> Any:
     """The jaxpr of a function in which no call is left: jits, checkpoints and custom rules are opened."""
-    with _compat.without_mesh(), _compat.in_32_bits():  # a tile is one device's
+    with _alone(shapes[0].dtype if shapes else None):
         closed = jax.make_jaxpr(fun)(*shapes)
         return jax.make_jaxpr(pointwise.opened_calls(closed, pointwise.CALLS))(*shapes)
 

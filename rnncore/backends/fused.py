@@ -120,7 +120,7 @@ def unsupported(request: Request) -> str | None:
             return f"{what}: its kernel runs all steps at once, with lengths and resets only, and keeps the carries"
     if 0 in request.batch_shape:
         return f"it takes no empty batch, and this one is {request.batch_shape}"
-    return None
+    return body.why_not_as_declared(cell, "mix", "output", "split")
 
 
 def head_size(cell: PointwiseCell) -> int:

@@ -1,0 +1,159 @@
+// What one call is about: sizes, how units lie in vectors, the arrays, and how threads share the work.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "product.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace rnn {
+
+namespace ffi = xla::ffi;
+
+constexpr int kPad = 16;  // units of a head are padded to this many, whatever the vectors: `kept` has one layout
+
+// How many columns a product of one vector of units takes at a time, out of all its gates.
+constexpr int kGates = Cell::gates;
+constexpr int kColumns = kGates % 2 == 0 ? 2 : kGates % 3 == 0 ? 3 : 1;
+constexpr int kWide = 2;  // vectors of columns of a product with a transposed matrix
+
+inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+struct Sizes {
+  int64_t steps, batch, inputs, hidden, heads;
+  int64_t head, padded, units, blocks, lanes;  // units of a head, padded; of all heads, padded; vectors of them; times gates
+  int64_t x_row, x_step, y_row, y_step;        // strides of inputs and outputs, between sequences and between steps
+
+  Sizes(int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t heads, bool time_major)
+      : steps(steps), batch(batch), inputs(inputs), hidden(hidden), heads(heads) {
+    head = hidden / heads, padded = rounded(head, kPad), units = heads * padded;
+    blocks = units / kLanes, lanes = units * kGates;
+    x_row = time_major ? inputs : steps * inputs, x_step = time_major ? batch * inputs : inputs;
+    y_row = time_major ? hidden : steps * hidden, y_step = time_major ? batch * hidden : hidden;
+  }
+
+  int64_t weights() const { return (inputs + head) * lanes; }
+  int64_t products() const { return steps * batch * weights(); }  // multiplications and additions of a run
+
+  // A vector of units: its head, where it begins among the caller's units, and how many are real.
+  int64_t head_of(int64_t block) const { return block * kLanes / padded; }
+  int64_t first(int64_t block) const { return head_of(block) * head + block * kLanes % padded; }
+  int count(int64_t block) const {
+    return int(std::clamp<int64_t>(head - block * kLanes % padded, 0, kLanes));
+  }
+};
+
+// ------------------------------------------------------------------------------------------ memory
+
+// Asks for large pages where an array is about to be written for the first time: fresh memory comes page by page.
+inline void expect_writing(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  uintptr_t begin = rounded(reinterpret_cast<uintptr_t>(data), kPage);
+  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
+  if (end > begin && end - begin >= size_t(4) << 20) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+// Working memory of a call, kept for the next one.
+class Memory {
+ public:
+  Memory() {
+    std::lock_guard<std::mutex> lock(mutex());
+    if (!idle().empty()) block_ = std::move(idle().back()), idle().pop_back();
+  }
+  ~Memory() {
+    constexpr size_t kMost = size_t(128) << 20;
+    std::lock_guard<std::mutex> lock(mutex());
+    if (block_.bytes <= kMost && idle().size() < 4) idle().push_back(std::move(block_));
+  }
+  // `count` numbers for each size, one after the other, not set to anything.
+  std::vector<real*> parts(const std::vector<int64_t>& sizes) {
+    constexpr int64_t kLine = 64 / sizeof(real);
+    int64_t total = 0;
+    for (int64_t n : sizes) total += rounded(n, kLine) + kLine;
+    if (block_.bytes < total * sizeof(real)) block_ = Block(total * sizeof(real));
+    std::vector<real*> out;
+    real* at = static_cast<real*>(block_.data());
+    for (int64_t n : sizes) out.push_back(at), at += rounded(n, kLine) + kLine;
+    return out;
+  }
+
+ private:
+  struct Block {
+    Block() = default;
+    explicit Block(size_t wanted) : bytes(wanted), owner(::operator new(wanted + kAlign), Free{}) {
+      expect_writing(data(), bytes);
+    }
+    void* data() const {
+      return reinterpret_cast<void*>(rounded(reinterpret_cast<uintptr_t>(owner.get()), kAlign));
+    }
+    static constexpr size_t kAlign = size_t(2) << 20;
+    struct Free {
+      void operator()(void* p) const { ::operator delete(p); }
+    };
+    size_t bytes = 0;
+    std::unique_ptr<void, Free> owner;
+  };
+  static std::mutex& mutex() {
+    static std::mutex* one = new std::mutex;
+    return *one;
+  }
+  static std::vector<Block>& idle() {
+    static auto* all = new std::vector<Block>;
+    return *all;
+  }
+  Block block_;
+};
+
+// ----------------------------------------------------------------------------------------- threads
+
+// How many threads `work` multiplications and additions are worth: to wake one takes some microseconds.
+inline int64_t threads(const ffi::ThreadPool& pool, int64_t work) {
+  constexpr int64_t kWorth = 1 << 20;
+  const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
+  return std::clamp<int64_t>(work / kWorth, 1, std::max<int64_t>(1, std::min(pool.num_threads(), cores)));
+}
+
+// body(n) for all n below `count`, on the caller's thread and those of XLA's pool that come in time.
+template <class Body>
+void parallel(ffi::ThreadPool& pool, int64_t count, int64_t work, Body&& body) {
+  struct Shared {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  auto take = [shared, count, &body] {  // one that comes late finds nothing left and does not touch `body`
+    for (int64_t n; (n = shared->next.fetch_add(1)) < count;) body(n), shared->done.fetch_add(1, std::memory_order_release);
+  };
+  for (int64_t n = 1; n < std::min(count, threads(pool, work)); n++) pool.Schedule(std::function<void()>(take));
+  take();
+  for (int spins = 0; shared->done.load(std::memory_order_acquire) < count; spins++)
+    if (spins > 1000) std::this_thread::yield();
+}
+
+// The sequences, cut into parts that a thread each runs.  Groups have parameters' gradients of their own.
+struct Parts {
+  int64_t rows, groups, each;  // sequences, groups of them, parts of a group
+
+  Parts(const Sizes& s, int64_t groups, const ffi::ThreadPool& pool) : rows(s.batch), groups(groups) {
+    constexpr int64_t kLeast = 2;  // with fewer sequences products wait for their matrix, whoever runs them
+    each = std::clamp<int64_t>(rows / groups / kLeast, 1, std::max<int64_t>(1, threads(pool, s.products()) / groups));
+  }
+  int64_t count() const { return groups * each; }
+  int64_t first(int64_t part) const {
+    const int64_t group = rows / groups;
+    return part / each * group + group * (part % each) / each;
+  }
+  int64_t end(int64_t part) const { return part + 1 == count() ? rows : first(part + 1); }
+};
+
+}  // namespace rnn

@@ -1,0 +1,123 @@
+// Vectors of one register, and the functions of them that a cell's update may apply.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+namespace rnn {
+
+using real = RNN_REAL;
+using integer = std::conditional_t<sizeof(real) == 4, int32_t, int64_t>;
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kLanes = kBytes / sizeof(real);
+
+typedef real vec __attribute__((vector_size(kBytes)));
+typedef integer mask __attribute__((vector_size(kBytes)));  // 0 or -1 in every lane
+typedef std::make_unsigned_t<integer> bits __attribute__((vector_size(kBytes)));
+typedef real unaligned __attribute__((vector_size(kBytes), aligned(sizeof(real))));
+
+#define RNN_INLINE inline __attribute__((always_inline))
+
+RNN_INLINE vec all(real x) { return vec{} + x; }
+RNN_INLINE mask none() { return mask{}; }
+RNN_INLINE vec load(const real* p) { return *reinterpret_cast<const unaligned*>(p); }
+RNN_INLINE void store(real* p, vec v) { *reinterpret_cast<unaligned*>(p) = v; }
+
+// The first `count` lanes; loaded, the others are 0.
+RNN_INLINE vec load(const real* p, int count) {
+  if (count >= kLanes) return load(p);
+  vec v = all(0);
+  std::memcpy(&v, p, count * sizeof(real));
+  return v;
+}
+RNN_INLINE void store(real* p, vec v, int count) {
+  if (count >= kLanes) return store(p, v);
+  std::memcpy(p, &v, count * sizeof(real));
+}
+
+RNN_INLINE vec select(mask m, vec yes, vec no) { return m ? yes : no; }
+RNN_INLINE mask select(mask m, mask yes, mask no) { return (m & yes) | (~m & no); }
+RNN_INLINE vec numbers(mask m) { return m ? all(1) : all(0); }
+RNN_INLINE vec absolute(vec x) { return x < 0 ? -x : x + 0; }
+RNN_INLINE vec larger(vec a, vec b) { return (a > b) | (a != a) ? a : b; }  // NaN stays
+RNN_INLINE vec smaller(vec a, vec b) { return (a < b) | (a != a) ? a : b; }
+RNN_INLINE vec signum(vec x) { return x > 0 ? all(1) : (x < 0 ? all(-1) : x); }
+
+template <int N>
+RNN_INLINE vec power(vec x) {
+  if constexpr (N < 0) return 1 / power<-N>(x);
+  else if constexpr (N == 0) return all(1);
+  else if constexpr (N == 1) return x;
+  else return N % 2 ? x * power<N / 2>(x * x) : power<N / 2>(x * x);
+}
+
+template <real (*F)(real)>
+RNN_INLINE vec each(vec x) {
+  for (int n = 0; n < kLanes; n++) x[n] = F(x[n]);
+  return x;
+}
+template <real (*F)(real, real)>
+RNN_INLINE vec each(vec x, vec y) {
+  for (int n = 0; n < kLanes; n++) x[n] = F(x[n], y[n]);
+  return x;
+}
+
+// x = n ln 2 + f with |f| <= ln(2) / 2; the scale is 2^(n - Less), and the rest e^f - 1, by Taylor's series within 2e-8 of it.
+struct Reduced {
+  vec scale, rest;
+};
+template <int Less>
+RNN_INLINE Reduced reduced_exp(vec x) {
+  constexpr real kShift = 12582912;  // 1.5 * 2^23: adding it rounds to an integer
+  vec n = (x * real(1.4426950408889634) + kShift) - kShift;
+  vec f = (x - n * real(0.693145751953125)) - n * real(1.4286068203094173e-06);  // ln 2 in two parts
+  vec p = all(real(1.0 / 5040));
+  p = p * f + real(1.0 / 720);
+  p = p * f + real(1.0 / 120);
+  p = p * f + real(1.0 / 24);
+  p = p * f + real(1.0 / 6);
+  p = p * f + real(0.5);
+  mask power = (__builtin_convertvector(n, mask) + (127 - Less)) << 23;
+  return {reinterpret_cast<vec&>(power), (p * f) * f + f};
+}
+RNN_INLINE vec within(vec x, real low, real high) {  // NaN stays
+  x = x < low ? all(low) : x;
+  return x > high ? all(high) : x;
+}
+
+// e^x; 0 where it is below 3e-38.
+RNN_INLINE vec exponential(vec x) {
+  if constexpr (sizeof(real) == 8) return each<std::exp>(x);
+  Reduced e = reduced_exp<1>(within(x, -86.6, 89));
+  vec y = real(2) * (e.scale * e.rest + e.scale);
+  return x < real(-86.6) ? all(0) : y;
+}
+// e^x - 1, exact to a few units in the last place at small x too.
+RNN_INLINE vec exponential_less_one(vec x) {
+  if constexpr (sizeof(real) == 8) return each<std::expm1>(x);
+  Reduced e = reduced_exp<1>(within(x, -30, 89));
+  return real(2) * (e.scale * e.rest + (e.scale - real(0.5)));
+}
+RNN_INLINE vec logistic(vec x) {
+  if constexpr (sizeof(real) == 8) return 1 / (1 + each<std::exp>(-x));
+  Reduced e = reduced_exp<0>(within(-x, -88, 88));
+  return 1 / (e.scale * e.rest + (e.scale + 1));
+}
+RNN_INLINE vec hyperbolic_tangent(vec x) {
+  if constexpr (sizeof(real) == 8) return each<std::tanh>(x);
+  Reduced e = reduced_exp<0>(within(2 * x, -30, 30));
+  vec y = e.scale * e.rest + (e.scale - 1);
+  return y / (y + 2);
+}
+
+}  // namespace rnn

@@ -1,0 +1,401 @@
+"""Backend "cpp": its loops against the NumPy references and the scan, its layouts, its compiler, its refusals."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import rnncore
+from rnncore.backends.cpp import compiler, emit
+
+CPP, SCAN = cases.Mode("cpp", "reverse"), cases.Mode("scan", "reverse")
+# Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
+FLOAT32 = 1e-5
+IDS = ("elman_relu", "lstm-dense", "lstm_both-heads", "lstm_functions", "gru-heads", "user_fast_slow-heads")
+
+pytestmark = pytest.mark.skipif(compiler.find() is None, reason="no C++ compiler here")
+
+
+def compare(case: cases.Case, problem: cases.Problem, tolerance: float, **options: Any) -> None:
+    """Results and gradients for random cotangents, against the scan's."""
+    results, gradients, cotangents = cases.pull(cases.runner(case, CPP, **options), problem)
+    want = cases.puller(cases.runner(case, SCAN, **options))(problem, cotangents)
+    cases.assert_close((results, gradients), want, tolerance)
+
+
+def sized(id: str, hidden: int) -> cases.Case:
+    case = cases.BY_ID[id]
+    return dataclasses.replace(case, cell=dataclasses.replace(case.cell, hidden_size=hidden))
+
+
+# ------------------------------------------------------------------------------------ numbers
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("id", IDS)
+def test_float64_against_the_references(id: str, masked: bool):
+    case = cases.BY_ID[id]
+    problem = cases.draw(case, lengths=masked, resets=masked)
+    cases.assert_expected(case, problem, *cases.pull(cases.runner(case, CPP), problem))
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize(
+    ("id", "hidden", "batch", "steps", "features"),
+    [
+        ("lstm-dense", 40, 13, 70, 19),  # units and inputs that fill no vector, blocks of unequal rows, several chunks
+        ("lstm-dense", 64, 3, 150, 33),
+        ("gru-heads", 74, 5, 21, 1),  # heads of 37: each is padded for itself
+        ("gru-dense", 32, 2, 9, 70),
+    ],
+)
+def test_float32_in_several_blocks(id: str, hidden: int, batch: int, steps: int, features: int, masked: bool):
+    case = sized(id, hidden)
+    problem = cases.draw(case, (batch,), steps, features, dtype=jnp.float32, lengths=masked, resets=masked)
+    shrunk = jax.tree.map(lambda a: a / 4, problem.params)  # with larger ones the sums grow to hundreds
+    compare(case, problem._replace(params=shrunk), FLOAT32)
+
+
+@pytest.mark.parametrize(
+    ("batch", "options"),
+    [((), {}), ((2, 3), {}), ((2, 3), {"reverse": True}), ((3,), {"reverse": True, "keep_order": True}), ((1,), {})],
+    ids=["none", "two", "reversed", "kept", "one"],
+)
+def test_batch_axes_and_directions(batch: tuple[int, ...], options: dict):
+    case = cases.BY_ID["lstm_both-heads"]
+    compare(case, cases.draw(case, batch, 6, lengths=True, resets=True), cases.FLOAT64, **options)
+
+
+def test_time_major():
+    case = cases.BY_ID["gru-heads"]
+    problem = cases.draw(case, resets=True)
+    turned = problem._replace(xs=jnp.moveaxis(problem.xs, 1, 0), resets=problem.resets.T)
+    compare(case, turned, cases.FLOAT64, time_major=True)
+
+
+def test_masks_of_the_recurrent_product():
+    case = sized("lstm_both-heads", 20)
+    mask = jnp.asarray(np.random.default_rng(0).integers(0, 2, (4, 20)) * 2.0)
+    compare(case, cases.draw(case, resets=True), cases.FLOAT64, recurrent_mask=mask)
+
+
+def test_a_reset_carry_of_its_own():
+    case = cases.BY_ID["lstm_both-heads"]
+    problem = cases.draw(case, resets=True, lengths=True)
+
+    def gradient(mode: cases.Mode) -> Any:
+        def loss(target: Any) -> Any:
+            out = cases.runner(case, mode, reset_carry=target)(*problem)
+            return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(out))
+
+        return jax.value_and_grad(loss)(cases.cotangents(problem.carry, 5))
+
+    cases.assert_close(gradient(CPP), gradient(SCAN), cases.FLOAT64)
+
+
+def test_no_steps():
+    case = cases.BY_ID["lstm-dense"]
+    compare(case, cases.draw(case, steps=0), 0.0)
+
+
+class Functions(rnncore.PointwiseCell):
+    """Every field of its carry is a function of the input."""
+
+    gates = ("x",)
+    Carry = collections.namedtuple("Carry", ("h", "logistic", "exp", "expm1", "softplus", "gelu", "several", "others"))
+
+    def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
+        x = z.x + r.x
+        several = jnp.sqrt(jnp.abs(x)) + jnp.log1p(jnp.square(x)) + jnp.arctan2(x, 2.0) + jnp.minimum(x, 20.0) ** 5
+        others = jnp.sin(x) + jnp.floor(x) * 0.1 + jnp.round(x) + jnp.sign(x) + jnp.clip(x, -1, 1)
+        others = jnp.where((x > 0) & jnp.isfinite(x), jax.lax.rsqrt(1 + x * x), others)
+        new = jnp.tanh(x), jax.nn.sigmoid(x), jnp.exp(x), jnp.expm1(x), jax.nn.softplus(x)
+        return self.Carry(*new, jax.nn.gelu(x, approximate=False), several, others), self.Gates(x)
+
+
+# Against float64, in units of the last place of the result: what the float32 formulas were written for.
+ULPS = {"h": 4, "logistic": 3, "exp": 2, "expm1": 4, "softplus": 4}
+EXACT = {
+    "h": np.tanh, "logistic": lambda x: 1 / (1 + np.exp(-x)), "exp": np.exp, "expm1": np.expm1,
+    "softplus": lambda x: np.logaddexp(x, 0),
+}  # fmt: skip
+
+
+def test_functions():
+    cell = Functions(1)
+    one = jnp.ones((1, 1, 1), jnp.float32)
+    params = cell.init(jax.random.key(0), 1)._replace(input_kernel=one, recurrent_kernel=0 * one)
+    size = 10.0 ** np.linspace(-30, 1.9, 4001)
+    x = np.concatenate([-size, [0.0], size, np.linspace(-87, 88, 4001)]).astype(np.float32)
+    x = np.concatenate([x, [np.nan, 1e30, -1e30, 100, -100]]).astype(np.float32)
+
+    def run(mode: cases.Mode) -> Any:
+        options: Any = {"backend": mode.backend, "differentiation": "reverse"}
+        return jax.tree.map(lambda a: np.asarray(a[:, 0]), rnncore.unroll(cell, params, x[:, None, None], **options)[0])
+
+    got, want = run(CPP), run(SCAN)
+    for name in cell.Carry._fields:
+        a, b = getattr(got, name), getattr(want, name)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6, err_msg=name)
+        if name in ULPS:
+            inside = x[:-5].astype(np.float64)
+            exact = EXACT[name](inside)
+            unit = np.maximum(np.spacing(np.abs(exact).astype(np.float32)), 1e-37)
+            error = np.abs(a[:-5] - exact) / unit
+            assert error.max() <= ULPS[name], (name, x[error.argmax()], error.max())
+
+
+def test_large_pre_activations_give_finite_gradients():
+    case = cases.BY_ID["lstm-dense"]
+    problem = cases.draw(case, dtype=jnp.float32)
+    results, gradients, _ = cases.pull(cases.runner(case, CPP), problem._replace(xs=100 * problem.xs))
+    assert all(bool(jnp.isfinite(a).all()) for a in jax.tree.leaves((results, gradients)))
+
+
+# -------------------------------------------------------------------------- transformations
+
+
+@pytest.mark.parametrize("over", ["sequences", "twice", "parameters", "carry"])
+def test_vmap_of_gradients(over: str):
+    case = cases.BY_ID["user_fast_slow-heads"]
+    problem = cases.draw(case, batch=(3, 2, 4), lengths=True, resets=True)
+    axes = {"sequences": (None, 0, 0, 0, 0), "carry": (None, None, 0, None, None), "parameters": (0, 0, 0, 0, 0)}
+    problem = {
+        "carry": problem._replace(xs=problem.xs[0], lengths=problem.lengths[0], resets=problem.resets[0]),
+        "parameters": problem._replace(
+            params=jax.tree.map(lambda a: a * jnp.arange(1, 4).reshape(3, *[1] * a.ndim), problem.params)
+        ),
+    }.get(over, problem)
+
+    def gradient(mode: cases.Mode) -> Any:
+        def loss(params: Any, xs: Any, carry: Any, lengths: Any, resets: Any) -> Any:
+            out = cases.runner(case, mode)(params, xs, carry, lengths, resets)
+            return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(out))
+
+        one = jax.value_and_grad(loss, (0, 1, 2))
+        for _ in range(2 if over == "twice" else 1):
+            one = jax.vmap(one, axes.get(over, axes["sequences"]))
+        return jax.jit(one)(*problem)
+
+    cases.assert_close(gradient(CPP), gradient(SCAN), cases.FLOAT64)
+
+
+def test_gradient_of_a_vmap_and_checkpoint():
+    case = cases.BY_ID["gru-heads"]
+    problem = cases.draw(case, batch=(3, 2))
+
+    def gradient(mode: cases.Mode) -> Any:
+        def loss(params: Any, xs: Any, carry: Any) -> Any:
+            run = jax.checkpoint(cases.runner(case, mode))
+            return jnp.sum(jax.vmap(run, (None, 0, 0))(params, xs, carry)[1] ** 2)
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(*problem[:3])
+
+    cases.assert_close(gradient(CPP), gradient(SCAN), cases.FLOAT64)
+
+
+def test_what_runs_is_the_call_and_no_loop():
+    case = cases.BY_ID["lstm-dense"]
+    problem = cases.draw(case, dtype=jnp.float32)
+
+    def loss(params: Any, xs: Any) -> Any:
+        return jnp.sum(cases.runner(case, CPP)(params, xs, problem.carry)[1])
+
+    def text(arguments: Any) -> str:
+        return jax.jit(jax.grad(loss, arguments)).lower(problem.params, problem.xs).as_text()
+
+    both, params_only = text((0, 1)), text(0)
+    called = re.findall(r"custom_call @(\w+?)_[0-9a-f]{24}\(", both)
+    assert called == ["rnncore_forward_keeping", "rnncore_backward"]
+    assert "stablehlo.while" not in both and "dot_general" not in both
+    dx = f"tensor<{'x'.join(map(str, problem.xs.shape))}xf32>"
+    assert dx in both.split("rnncore_backward")[1].split("->")[1]
+    assert dx not in params_only.split("rnncore_backward")[1].split("->")[1]  # nobody asked for it
+
+
+def test_gradients_of_the_parameters_alone():
+    case = cases.BY_ID["lstm_both-heads"]
+    problem = cases.draw(case, resets=True)
+
+    def gradient(mode: cases.Mode) -> Any:
+        return jax.grad(lambda p: jnp.sum(cases.runner(case, mode)(p, *problem[1:])[1] ** 2))(problem.params)
+
+    cases.assert_close(gradient(CPP), gradient(SCAN), cases.FLOAT64)
+
+
+def test_the_same_bits_every_time_and_from_several_threads():
+    case = sized("lstm-dense", 48)
+    problem = cases.draw(case, (7,), 50, 20, dtype=jnp.float32)
+    pull = cases.puller(cases.runner(case, CPP))
+    given = cases.cotangents(jax.eval_shape(cases.runner(case, CPP), *problem))
+    first = jax.tree.map(np.asarray, pull(problem, given))
+    found: list[Any] = []
+    threads = [threading.Thread(target=lambda: found.append(pull(problem, given))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 6
+    for again in found:
+        cases.assert_close(again, first, 0.0)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, rnncore
+from jax.sharding import AxisType, PartitionSpec as P
+import cases
+jax.config.update("jax_enable_x64", True)
+case = cases.BY_ID["lstm_both-heads"]
+problem = cases.draw(case, batch=(6,), lengths=True, resets=True)
+def gradient(name):
+    def local(params, *rest):
+        def loss(params):
+            return jnp.sum(cases.runner(case, cases.Mode(name, "reverse"))(params, *rest)[1] ** 2)
+        return jax.grad(loss)(params)
+    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), *[P("batch")] * 4), out_specs=P()))
+got = gradient("cpp")(*problem)
+cases.assert_close(got, gradient("scan")(*problem), 1e-12)
+print("ok")
+"""
+
+
+def test_the_batch_over_devices():
+    """Inside shard_map, over two: the gradients are summed over both."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(rnncore.__file__).parents[1])])
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
+    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "ok", done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------- the text and the compiler
+
+
+def test_the_text_depends_on_the_update_alone():
+    text = emit.source(rnncore.LSTM(8), "float32")
+    assert text == emit.source(rnncore.LSTM(300, recurrence=rnncore.Heads(3), forget_bias=1.0), "float32")
+    assert text != emit.source(rnncore.LSTM(8, peepholes=True), "float32")
+    assert "gates = 4, fields = 2, hidden = 1, units = 0, residuals = 5, rest = 0;" in text
+    assert text.count("logistic(") == 6 and text.count("hyperbolic_tangent(") == 5  # tanh(c) is formed again backwards
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache on the disk, and nothing compiled in this process."""
+    monkeypatch.setenv("RNNCORE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(compiler, "_registered", compiler._registered.__wrapped__)
+    monkeypatch.setattr(compiler, "HANDLERS", ())
+    return tmp_path
+
+
+def compiled(source: str, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The commands of the compiler for a source."""
+    commands: list[list[str]] = []
+    original = subprocess.run
+
+    def run(command: list[str], **options: Any) -> Any:
+        if "-shared" in command:
+            commands.append(command)
+        return original(command, **options)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    compiler.targets(source)
+    return commands
+
+
+def test_compiled_once_and_kept(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    assert len(compiled("int one;", monkeypatch)) == 1
+    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+    assert not compiled("int one;", monkeypatch)
+    assert len(compiled("int two;", monkeypatch)) == 1
+    monkeypatch.setattr(compiler, "_processor", lambda: "another one")
+    assert len(compiled("int two;", monkeypatch)) == 1
+
+
+def test_a_cache_that_cannot_be_written(fresh: Path, monkeypatch: pytest.MonkeyPatch):
+    (fresh / "file").write_text("")
+    monkeypatch.setenv("RNNCORE_CACHE_DIR", str(fresh / "file" / "below"))
+    assert len(compiled("int one;", monkeypatch)) == 1
+
+
+def test_what_the_compiler_says_is_passed_on(fresh: Path):
+    with pytest.raises(compiler.CompilerError, match=r"(?s)-O3.*ended with 1.*error"):
+        compiler.targets("this is no C++")
+    assert not list(fresh.glob("*.so"))
+
+
+def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("RNNCORE_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert compiler.cache_directory() == Path("/somewhere/rnncore")
+    monkeypatch.setenv("RNNCORE_CACHE_DIR", "/there")
+    assert compiler.cache_directory() == Path("/there")
+
+
+# --------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("id", "options", "why"),
+    [
+        ("lstm-dense", {"differentiation": "any"}, "differentiation='reverse'"),
+        ("lstm-dense", {"zoneout": rnncore.LSTM.Carry(0.1, 0.1)}, "zoneout"),
+        ("lstm-dense", {"return_states": True}, "return_states=True"),
+        ("lstm-dense", {"checkpoint_every": 2}, "checkpoint_every"),
+        ("lstm-dense", {"recompute": "chunk"}, "recompute='chunk'"),
+        ("lstm-dense", {"residual_dtype": jnp.bfloat16}, "residual_dtype='bfloat16'"),
+        ("lstm-diagonal", {}, "Diagonal recurrences have no product"),
+        ("reset_before_gru", {}, "not a PointwiseCell"),
+    ],
+)
+def test_refusals(id: str, options: dict, why: str):
+    case = cases.BY_ID[id]
+    problem = cases.draw(case)
+    options = {"differentiation": "reverse", "backend": "cpp"} | options
+    with pytest.raises(NotImplementedError, match=why):
+        rnncore.unroll(case.cell, problem.params, problem.xs, **options)
+
+
+def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
+    case = cases.BY_ID["lstm-dense"]
+    half = cases.draw(case, dtype=jnp.bfloat16)
+    with pytest.raises(NotImplementedError, match="float32 or float64.*are bfloat16"):
+        cases.runner(case, CPP)(*half)
+    odd = rnncore.Elman(4, activation_fn=jax.lax.erf_inv)
+    xs = jnp.ones((2, 3, 4))
+    with pytest.raises(NotImplementedError, match="Elman applies `erf_inv`, for which it has no C"):
+        rnncore.unroll(odd, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse")
+
+    class Doubled(rnncore.LSTM):
+        def project(self, params: Any, xs: Any) -> Any:
+            return 2 * super().project(params, xs)
+
+    doubled = Doubled(4)
+    with pytest.raises(NotImplementedError, match="Doubled has a `project` of its own"):
+        rnncore.unroll(
+            doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse"
+        )
+    monkeypatch.setattr(compiler, "find", lambda: None)
+    with pytest.raises(NotImplementedError, match="C.. compiler, and none is found: install one, or name it in CXX"):
+        cases.runner(case, CPP)(*cases.draw(case))
+
+
+def test_chosen_only_where_it_is_named():
+    case = cases.BY_ID["lstm-dense"]
+    problem = cases.draw(case)
+    choice = rnncore.explain_backend(case.cell, problem.params, problem.xs, differentiation="reverse")
+    assert choice.name == "scan" and choice.rejected["cpp"].startswith("only where it is named")
