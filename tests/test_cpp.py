@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 
 import rnncore
-from rnncore.backends.cpp import compiler, emit
+from rnncore import sequence
+from rnncore.backends.cpp import compiler, emit, recurrence
 
 CPP, SCAN = cases.Mode("cpp", "reverse"), cases.Mode("scan", "reverse")
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
@@ -226,6 +228,19 @@ def test_what_runs_is_the_call_and_no_loop():
     assert dx not in params_only.split("rnncore_backward")[1].split("->")[1]  # nobody asked for it
 
 
+def test_memory_of_a_gradient_step():
+    """1 + R arrays: the outputs, which nobody asks for here, and what the derivative needs."""
+    cell = rnncore.LSTM(32)
+    params, xs = cell.init(jax.random.key(0), 32, jnp.float32), jnp.ones((8, 256, 32), jnp.float32)
+
+    def loss(params: Any, xs: Any) -> Any:
+        return jnp.sum(rnncore.unroll(cell, params, xs, backend="cpp", differentiation="reverse")[1])
+
+    compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, xs).compile()
+    arrays = compiled.memory_analysis().temp_size_in_bytes / (4 * 8 * 256 * 32)
+    assert 6 <= arrays < 7.5, arrays  # and the cotangent of the outputs
+
+
 def test_gradients_of_the_parameters_alone():
     case = cases.BY_ID["lstm_both-heads"]
     problem = cases.draw(case, resets=True)
@@ -291,6 +306,23 @@ def test_the_text_depends_on_the_update_alone():
     assert text != emit.source(rnncore.LSTM(8, peepholes=True), "float32")
     assert "gates = 4, fields = 2, hidden = 1, units = 0, residuals = 5, rest = 0;" in text
     assert text.count("logistic(") == 6 and text.count("hyperbolic_tangent(") == 5  # tanh(c) is formed again backwards
+
+
+PROCESSORS = ["x86-64", "x86-64-v3"] if platform.machine() == "x86_64" else []
+
+
+@pytest.mark.parametrize("processor", PROCESSORS)
+def test_processors_with_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch):
+    flags = tuple(flag.replace("native", processor) for flag in compiler.FLAGS)
+    monkeypatch.setattr(compiler, "FLAGS", flags)
+    monkeypatch.setattr(compiler, "_registered", compiler._registered.__wrapped__)
+    recurrence._recurrence.cache_clear()
+    sequence._run.clear_cache()
+    case = sized("lstm_both-heads", 40)
+    problem = cases.draw(case, (7,), 20, 5, dtype=jnp.float32, lengths=True, resets=True)
+    compare(case, problem._replace(params=jax.tree.map(lambda a: a / 4, problem.params)), FLOAT32)
+    recurrence._recurrence.cache_clear()
+    sequence._run.clear_cache()
 
 
 @pytest.fixture

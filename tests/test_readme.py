@@ -5,12 +5,15 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import pytest
 
 from rnncore import linen
+from rnncore.backends.cpp import compiler
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MIGRATION = README.parent / "docs" / "migration.md"
 KERNELS = README.parent / "docs" / "kernels.md"
+CPP = README.parent / "docs" / "cpp.md"
 
 
 def test_python_blocks_run(capsys):
@@ -44,6 +47,15 @@ def test_python_blocks_of_the_page_on_kernels_run(capsys):
     exec(compile(block, "kernels block", "exec"), {})
     told = capsys.readouterr().out
     assert "not 'mosaic_gpu': it needs an NVIDIA Hopper GPU" in told and "not 'pallas_tpu': it needs a TPU" in told
+
+
+@pytest.mark.skipif(compiler.find() is None, reason="no C++ compiler here")
+def test_python_blocks_of_the_page_on_the_compiled_loop_run(capsys):
+    names: dict = {}
+    with jax.enable_x64(False):
+        for block in re.findall(r"```python\n(.*?)```", CPP.read_text(), re.DOTALL):
+            exec(compile(block, "cpp block", "exec"), names)
+    assert names["gradients"].bias.shape == (4, 64) and "struct Cell" in capsys.readouterr().out
 
 
 def test_the_picture_is_there():
