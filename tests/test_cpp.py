@@ -160,6 +160,34 @@ def test_functions():
             assert error.max() <= ULPS[name], (name, x[error.argmax()], error.max())
 
 
+def test_long_sums_of_weight_gradients():
+    """Half a million terms: one after the other they would lose three digits in float32."""
+    cell = rnncore.LSTM(4)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda a: jnp.asarray(rng.normal(0, 0.5, a.shape), jnp.float32), cell.init(jax.random.key(0), 2)
+    )
+    xs = jnp.asarray(rng.normal(0.5, 1, (256, 2048, 2)), jnp.float32)
+
+    @jax.jit
+    def gradient(params: Any, xs: Any) -> Any:
+        backend = "cpp" if xs.dtype == jnp.float32 else "scan"
+        return jax.grad(lambda p: rnncore.unroll(cell, p, xs, differentiation="reverse", backend=backend)[1].sum())(
+            params
+        )
+
+    got, want = gradient(params, xs), gradient(*jax.tree.map(lambda a: a.astype(jnp.float64), (params, xs)))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        assert np.abs(g - w).max() < 5e-6 * np.abs(w).max()
+
+
+def test_a_team_shares_every_step_of_few_sequences():
+    """Two threads on three sequences of 192 units; one alone where there is but one core."""
+    case = sized("lstm-dense", 192)
+    problem = cases.draw(case, (3,), 30, 40, dtype=jnp.float32, lengths=True, resets=True)
+    compare(case, problem._replace(params=jax.tree.map(lambda a: a / 8, problem.params)), FLOAT32)
+
+
 def test_large_pre_activations_give_finite_gradients():
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case, dtype=jnp.float32)
@@ -207,6 +235,19 @@ def test_gradient_of_a_vmap_and_checkpoint():
         return jax.jit(jax.grad(loss, (0, 1, 2)))(*problem[:3])
 
     cases.assert_close(gradient(CPP), gradient(SCAN), cases.FLOAT64)
+
+
+def test_vmap_over_nothing():
+    case = cases.BY_ID["lstm-dense"]
+    problem = cases.draw(case, batch=(1, 2))
+
+    def gradient(mode: cases.Mode) -> Any:
+        def loss(params: Any, xs: Any) -> Any:
+            return jnp.sum(cases.runner(case, mode)(params, xs, None)[1])
+
+        return jax.vmap(jax.grad(loss, (0, 1)), (None, 0))(problem.params, problem.xs[:0])
+
+    cases.assert_close(gradient(CPP), gradient(SCAN), 0.0)
 
 
 def test_what_runs_is_the_call_and_no_loop():
@@ -325,6 +366,27 @@ def test_processors_with_narrower_vectors(processor: str, monkeypatch: pytest.Mo
     sequence._run.clear_cache()
 
 
+class First(rnncore.PointwiseCell):
+    """Four gates, the first of which does not see z + r alone."""
+
+    gates = ("a", "b", "c", "d")
+    apart = 0
+
+    def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
+        a = [zg * rg if g == self.apart else zg + rg for g, (zg, rg) in enumerate(zip(z, r, strict=True))]
+        return carry._replace(h=jnp.tanh(a[0] + 2 * a[1] - a[2] * a[3])), self.Gates(*a)
+
+
+class Last(First):
+    apart = 3
+
+
+def test_two_cells_in_one_process_do_not_share_symbols():
+    for cell in (First(4), Last(4), First(5)):
+        case = cases.Case("own", cell, None)
+        compare(case, cases.draw(case), cases.FLOAT64)
+
+
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache on the disk, and nothing compiled in this process."""
@@ -411,6 +473,10 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     xs = jnp.ones((2, 3, 4))
     with pytest.raises(NotImplementedError, match="Elman applies `erf_inv`, for which it has no C"):
         rnncore.unroll(odd, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse")
+
+    rounding = rnncore.Elman(4, activation_fn=lambda x: jnp.tanh(x).astype(jnp.bfloat16).astype(x.dtype))
+    with pytest.raises(NotImplementedError, match="Elman applies `convert_element_type` to bfloat16"):
+        rnncore.unroll(rounding, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse")
 
     class Doubled(rnncore.LSTM):
         def project(self, params: Any, xs: Any) -> Any:

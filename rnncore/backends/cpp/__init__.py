@@ -2,10 +2,10 @@
 
 The update, what its derivative needs, and its transpose are written as C++ (`emit.py`), compiled with this library's
 loops (`forward.h`, `backward.h`) by the C++ compiler of the machine, once, and kept on the disk (`compiler.py`).  A
-thread runs all steps of its share of the sequences, so threads never wait for each other within a step.  The matrices
-are laid out once a call in the order in which products read them; a product leaves its gates in registers, where the
-update takes them.  Inputs are projected, and in reverse mode all weight gradients summed, a few steps at a time, while
-they are in the cache.
+thread runs all steps of its share of the sequences, and waits for no other within a step; where there are few sequences
+and a large matrix, threads share the units of each step.  The matrices are laid out once a call in the order in which
+products read them; a product leaves its gates in registers, where the update takes them.  Inputs are projected, and in
+reverse mode all weight gradients summed, a few steps at a time, while they are in the cache.
 
 Platform: CPU, with a C++17 compiler that has GCC's vectors (GCC, Clang): what CXX names, or c++, g++, clang++.  The
 first call with a cell compiles for some seconds; RNNCORE_CACHE_DIR (by default rnncore in the user's cache directory)
@@ -14,9 +14,8 @@ keeps the result, and shapes do not matter to it.  Cells: every PointwiseCell wh
 the C library's functions, lane by lane.  Lengths, resets, recurrent masks, any number of batch axes: yes; zoneout,
 states, chunks: no.  Differentiation: reverse mode of first order.  vmap over sequences becomes more of a batch, and
 over parameters runs one call after the other.  Data that is sharded over devices is gathered to each of them, unless
-shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R as in `rnncore.unroll`.
-
-A batch of one runs on one thread.  The same call gives the same bits on the same number of threads.
+shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R as in `rnncore.unroll` and in R
+the units of a head padded to a multiple of 16.  The same call gives the same bits on the same number of threads.
 """
 
 from __future__ import annotations

@@ -63,33 +63,40 @@ class Backward {
     return {m * ldx, m * ldh, m * ldz, Cell::rest ? m * ldz : 0, fields, in.resets ? fields : 0};
   }
 
-  void run(real* const* parts, const Sums& totals) {
+  void set(real* const* parts, const Sums& totals) {
     x = parts[0], h = parts[1], dz = parts[2], dr = Cell::rest ? parts[3] : dz, ds = parts[4], dtarget = parts[5], sums = totals;
-    std::fill_n(ds, Cell::fields * n * s.units, real(0));
-    if (in.resets) std::fill_n(dtarget, Cell::fields * n * s.units, real(0));
-    for (int64_t end = s.steps; end > 0;) {
-      const int64_t count = std::min(chunk, end), t0 = end - count;
-      gather_inputs(s, in.x, lo, n, t0, count, x, ldx);
-      gather_hidden(t0, count);
-      for (int64_t t = end - 1; t >= t0; t--) {
-        for (int64_t block = 0; block < s.blocks; block++) step(t, block, (t - t0) * n);
-        recur((t - t0) * n);
-        if (in.resets)
-          for (int64_t r = 0; r < n; r++)
-            if (in.resets[t * s.batch + lo + r]) cut(r);
-      }
-      weights(x, ldx, dz, s.inputs, count * n, sums.w, false);
-      weights(h, ldh, dr, s.head, count * n, sums.u, true);
-      if (out.x) inputs(t0, count);
-      end = t0;
+  }
+
+  // `together`: the team shares every step too.
+  void run(Team& team, bool together) {
+    Team::Member here(team);
+    here.phase(1, [&](int64_t) {
+      std::fill_n(ds, Cell::fields * n * s.units, real(0));
+      if (in.resets) std::fill_n(dtarget, Cell::fields * n * s.units, real(0));
+    });
+    for (int64_t end = s.steps, t0; end > 0; end = t0) {
+      t0 = std::max<int64_t>(end - chunk, 0);
+      const int64_t rows = (end - t0) * n;
+      here.phase(end - t0, [&](int64_t t) {
+        gather_inputs(s, in.x, lo, n, t0 + t, 1, x + t * n * ldx, ldx);
+        gather_hidden(t0 + t, h + t * n * ldh);
+      });
+      in_turn(here, together, [&](Team::Member& here) { loop(here, t0, end); });
+      here.phase(s.blocks, [&](int64_t block) {
+        weights(block, x, ldx, dz, s.inputs, rows, sums.w);
+        weights(block, h + s.head_of(block) * s.padded, ldh, dr, s.head, rows, sums.u);
+      });
+      if (out.x) here.phase(panels(s.inputs), [&](int64_t panel) { inputs(panel, t0, rows); });
     }
-    for (int f = 0; f < Cell::fields; f++)
-      for (int64_t r = 0; r < n; r++) {
-        if (in.lengths && in.lengths[lo + r] == 0) add_last(f, r);
-        const int64_t row = (f * s.batch + lo + r) * s.hidden;
-        collect(s, field(ds, f, r), out.start + row);
-        if (in.resets) collect(s, field(dtarget, f, r), out.target + row);
-      }
+    here.phase(1, [&](int64_t) {
+      for (int f = 0; f < Cell::fields; f++)
+        for (int64_t r = 0; r < n; r++) {
+          if (in.lengths && in.lengths[lo + r] == 0) add_last(f, r);
+          const int64_t row = (f * s.batch + lo + r) * s.hidden;
+          collect(s, field(ds, f, r), out.start + row);
+          if (in.resets) collect(s, field(dtarget, f, r), out.target + row);
+        }
+    });
   }
 
  private:
@@ -105,6 +112,21 @@ class Backward {
   Sums sums;
 
   real* field(real* of, int f, int64_t r) const { return of + (f * n + r) * s.units; }
+
+  void loop(Team::Member& here, int64_t t0, int64_t end) {
+    for (int64_t t = end - 1; t >= t0; t--) {
+      const int64_t at = (t - t0) * n, each = panels(s.head);
+      here.phase(s.blocks, [&](int64_t block) { step(t, block, at); });
+      here.phase(s.heads * each, [&](int64_t item) { recur(item / each, item % each, at); });
+      if (in.resets) here.phase(1, [&](int64_t) {
+        for (int64_t r = 0; r < n; r++)
+          if (in.resets[t * s.batch + lo + r]) cut(r);
+      });
+    }
+  }
+
+  // How many panels of a transposed matrix there are for so many columns.
+  static int64_t panels(int64_t columns) { return (columns + kWide * kLanes - 1) / (kWide * kLanes); }
 
   void add_last(int f, int64_t r) {
     for (int64_t block = 0; block < s.blocks; block++) {
@@ -122,17 +144,15 @@ class Backward {
       }
   }
 
-  // What entered the recurrent product of each step.
-  void gather_hidden(int64_t t0, int64_t count) {
-    for (int64_t t = t0; t < t0 + count; t++)
-      for (int64_t r = 0; r < n; r++) {
-        const int64_t row = lo + r, carried = (Cell::hidden * s.batch + row) * s.hidden;
-        const real* from = t ? y + row * s.y_row + (t - 1) * s.y_step : in.start + carried;
-        if (in.resets && in.resets[t * s.batch + row]) from = in.target + carried;
-        for (int64_t block = 0; block < s.blocks; block++)
-          store(h + ((t - t0) * n + r) * ldh + block * kLanes,
-                masked(s, in.recurrent_mask, row, block, load(from + s.first(block), s.count(block))));
-      }
+  // What entered the recurrent product of a step.
+  void gather_hidden(int64_t t, real* to) const {
+    for (int64_t r = 0; r < n; r++, to += ldh) {
+      const int64_t row = lo + r, carried = (Cell::hidden * s.batch + row) * s.hidden;
+      const real* from = t ? y + row * s.y_row + (t - 1) * s.y_step : in.start + carried;
+      if (in.resets && in.resets[t * s.batch + row]) from = in.target + carried;
+      for (int64_t block = 0; block < s.blocks; block++)
+        store(to + block * kLanes, masked(s, in.recurrent_mask, row, block, load(from + s.first(block), s.count(block))));
+    }
   }
 
   // The transposed update of one vector of units: dz, dr, and into ds what it gives the old carry.
@@ -174,56 +194,48 @@ class Backward {
     for (int m = 0; m < count; m++) store(to + (block * count + m) * kLanes, load(to + (block * count + m) * kLanes) + values[m]);
   }
 
-  // dh += dr U^T
-  void recur(int64_t at) {
-    for (int64_t head = 0; head < s.heads; head++)
-      for (int64_t j = 0; j < s.padded; j += kWide * kLanes) {
-        const real* panel = p.head(s, head) + j / (kWide * kLanes) * p.of_u.panel();
-        in_blocks(n, [&](int first, auto rows) {
-          vec c[rows][kWide] = {};
-          const real* from = dr + (at + first) * ldz + head * s.padded * kGates;
-          multiply<rows, kWide, false>(from, ldz, panel, kWide * kLanes, s.padded * kGates, c);
-          for (int r = 0; r < rows; r++)
-            for (int m = 0; m < kWide && j + m * kLanes < s.padded; m++) {
-              const int64_t unit = head * s.padded + j + m * kLanes;
-              real* to = field(ds, Cell::hidden, first + r) + unit;
-              store(to, load(to) + masked(s, in.recurrent_mask, lo + first + r, unit / kLanes, c[r][m]));
-            }
-        });
-      }
+  // dh += dr U^T, one panel of a head
+  void recur(int64_t head, int64_t panel, int64_t at) {
+    const int64_t j = panel * kWide * kLanes;
+    in_blocks(n, [&](int first, auto rows) {
+      vec c[rows][kWide] = {};
+      const real* from = dr + (at + first) * ldz + head * s.padded * kGates;
+      multiply<rows, kWide, false>(from, ldz, p.head(s, head) + panel * p.of_u.panel(), kWide * kLanes, s.padded * kGates, c);
+      for (int r = 0; r < rows; r++)
+        for (int m = 0; m < kWide && j + m * kLanes < s.padded; m++) {
+          const int64_t unit = head * s.padded + j + m * kLanes;
+          real* to = field(ds, Cell::hidden, first + r) + unit;
+          store(to, load(to) + masked(s, in.recurrent_mask, lo + first + r, unit / kLanes, c[r][m]));
+        }
+    });
   }
 
   // dM += rows^T columns, over a chunk
-  void weights(const real* rows, int64_t ld, const real* columns, int64_t width, int64_t depth, real* total, bool of_heads) {
-    for (int64_t block = 0; block < s.blocks; block++)
-      for (int g = 0; g < kGates; g += kColumns) {
-        real* sum = total + (block * kGates + g) * width * kLanes;
-        in_blocks(int(width), [&](int first, auto count) {
-          vec c[count][kColumns];
-          real* to = sum + first * kColumns * kLanes;
-          for (int r = 0; r < count; r++)
-            for (int m = 0; m < kColumns; m++) c[r][m] = load(to + (r * kColumns + m) * kLanes);
-          multiply<count, kColumns, true>(rows + (of_heads ? s.head_of(block) * s.padded : 0) + first, ld, columns + (block * kGates + g) * kLanes, ldz, depth, c);
-          for (int r = 0; r < count; r++)
-            for (int m = 0; m < kColumns; m++) store(to + (r * kColumns + m) * kLanes, c[r][m]);
-        });
-      }
-  }
-
-  // dx = dz W^T, over a chunk
-  void inputs(int64_t t0, int64_t count) {
-    for (int64_t j = 0; j < s.inputs; j += kWide * kLanes) {
-      const real* panel = p.w + j / (kWide * kLanes) * p.of_w.panel();
-      in_blocks(int(count * n), [&](int first, auto rows) {
-        vec c[rows][kWide] = {};
-        multiply<rows, kWide, false>(dz + first * ldz, ldz, panel, kWide * kLanes, s.lanes, c);
-        for (int r = 0; r < rows; r++) {
-          real* to = out.x + (lo + (first + r) % n) * s.x_row + (t0 + (first + r) / n) * s.x_step + j;
-          for (int m = 0; m < kWide; m++)
-            if (const int64_t left = s.inputs - j - m * kLanes; left > 0) store(to + m * kLanes, c[r][m], int(std::min<int64_t>(left, kLanes)));
-        }
+  void weights(int64_t block, const real* rows, int64_t ld, const real* columns, int64_t width, int64_t depth, real* total) {
+    for (int g = 0; g < kGates; g += kColumns) {
+      real* sum = total + (block * kGates + g) * width * kLanes;
+      in_blocks(int(width), [&](int first, auto count) {
+        vec c[count][kColumns] = {};  // not the total: one term after the other would vanish in a long sum
+        real* to = sum + first * kColumns * kLanes;
+        multiply<count, kColumns, true>(rows + first, ld, columns + (block * kGates + g) * kLanes, ldz, depth, c);
+        for (int r = 0; r < count; r++)
+          for (int m = 0; m < kColumns; m++, to += kLanes) store(to, load(to) + c[r][m]);
       });
     }
+  }
+
+  // dx = dz W^T, over a chunk, one panel
+  void inputs(int64_t panel, int64_t t0, int64_t rows_of_chunk) {
+    const int64_t j = panel * kWide * kLanes;
+    in_blocks(int(rows_of_chunk), [&](int first, auto rows) {
+      vec c[rows][kWide] = {};
+      multiply<rows, kWide, false>(dz + first * ldz, ldz, p.w + panel * p.of_w.panel(), kWide * kLanes, s.lanes, c);
+      for (int r = 0; r < rows; r++) {
+        real* to = out.x + (lo + (first + r) % n) * s.x_row + (t0 + (first + r) / n) * s.x_step + j;
+        for (int m = 0; m < kWide; m++)
+          if (const int64_t left = s.inputs - j - m * kLanes; left > 0) store(to + m * kLanes, c[r][m], int(std::min<int64_t>(left, kLanes)));
+      }
+    });
   }
 };
 

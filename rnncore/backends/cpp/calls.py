@@ -121,6 +121,10 @@ def _over_batch(run: Callable, inputs: tuple, outputs: tuple, groups: int = 1) -
         return run(groups, *args)
 
     def rule(size: int, batched: list[bool], *args: Array) -> Any:
+        if size == 0:
+            one_of_each = [jax.ShapeDtypeStruct(a.shape[b:], a.dtype) for a, b in zip(args, batched, strict=True)]
+            out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(call, *one_of_each))
+            return out, tuple(True for _ in out)
         if any(b and axis is None for b, axis in zip(batched, inputs, strict=True)):
 
             def one(mapped: list[Array]) -> Any:

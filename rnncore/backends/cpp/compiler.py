@@ -20,7 +20,7 @@ import jaxlib
 HEADERS = Path(__file__).parent
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-signed-zeros", "-fPIC", "-shared", "-w",
+    "-fno-signed-zeros", "-fvisibility=hidden", "-fPIC", "-shared", "-w",
 )  # fmt: skip
 HANDLERS = ("forward", "forward_keeping", "backward")
 

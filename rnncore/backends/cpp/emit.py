@@ -107,7 +107,7 @@ def source(cell: PointwiseCell, dtype: str) -> str:
     for name, closed, inputs, outputs in functions:
         parameters = [f"const vec* {what}" for what, _ in inputs] + [f"vec* {what}" for what, _ in outputs]
         lines.append(f"  static RNN_INLINE void {name}({', '.join(parameters)}) {{")
-        lines += ["    " + line for line in _statements(closed, inputs, outputs)]
+        lines += ["    " + line for line in _statements(closed, inputs, outputs, dtype)]
         lines.append("  }")
     return "\n".join([*lines, "};", "}  // namespace rnn", '#include "handlers.h"', ""])
 
@@ -119,7 +119,7 @@ def _elements(names: Names) -> list[str]:
     return [f"{name}[{n}]" for name, count in names for n in range(count)]
 
 
-def _statements(closed: Any, inputs: Names, outputs: Names) -> list[str]:
+def _statements(closed: Any, inputs: Names, outputs: Names, dtype: str) -> list[str]:
     """A flat jaxpr, a line for each equation."""
     jaxpr = closed.jaxpr
     env = dict(zip(jaxpr.invars, _elements(inputs), strict=True))
@@ -132,6 +132,8 @@ def _statements(closed: Any, inputs: Names, outputs: Names) -> list[str]:
     lines = []
     for n, eqn in enumerate(jaxpr.eqns):
         out: Any = eqn.outvars[0]
+        if jnp.issubdtype(out.aval.dtype, jnp.floating) and out.aval.dtype != dtype:
+            raise Unsayable(f"`{eqn.primitive.name}` to {out.aval.dtype}")
         env[out] = f"v{n}"
         lines.append(f"const {_kind(out.aval.dtype, eqn)} v{n} = {_expression(eqn, [read(v) for v in eqn.invars])};")
     return lines + [f"{to} = {read(v)};" for to, v in zip(_elements(outputs), jaxpr.outvars, strict=True)]
@@ -155,7 +157,7 @@ def _expression(eqn: Any, values: list[str]) -> str:
         to = _kind(out, eqn)
         return values[0] if to == kinds[0] else f"{values[0]} != 0" if to == "mask" else f"numbers({values[0]})"
     if name == "bitcast_convert_type" and out.itemsize == eqn.invars[0].aval.dtype.itemsize:
-        return f"reinterpret_cast<const {_kind(out, eqn)}&>({values[0]})"
+        return f"({_kind(out, eqn)})({values[0]})"
     if name == "polynomial":
         x, *coefficients = values
         return functools.reduce(lambda total, c: f"({total}) * {x} + {c}", reversed(coefficients))

@@ -43,19 +43,19 @@ inline int64_t chunk_steps(const Sizes& s, int64_t rows, int64_t most, int64_t l
   return std::clamp<int64_t>(steps, 1, std::max<int64_t>(s.steps, 1));
 }
 
-// z = x W + b of `count` rows.
-inline void project(const Sizes& s, const Weights& p, const real* x, int64_t ldx, real* z, int64_t ldz, int64_t count) {
-  for (int64_t block = 0; block < s.blocks; block++)
-    for (int g = 0; g < kGates; g += kColumns)
-      in_blocks(count, [&](int at, auto rows) {
-        vec c[rows][kColumns];
-        for (int m = 0; m < kColumns; m++)
-          for (int r = 0; r < rows; r++) c[r][m] = load(p.bias + (block * kGates + g + m) * kLanes);
-        const real* columns = p.w + (block * kGates + g) * s.inputs * kLanes;
-        multiply<rows, kColumns, false>(x + at * ldx, ldx, columns, kColumns * kLanes, s.inputs, c);
-        for (int r = 0; r < rows; r++)
-          for (int m = 0; m < kColumns; m++) store(z + (at + r) * ldz + (block * kGates + g + m) * kLanes, c[r][m]);
-      });
+// z = x W + b of `count` rows, one vector of units.
+inline void project(
+    const Sizes& s, const Weights& p, int64_t block, const real* x, int64_t ldx, real* z, int64_t ldz, int64_t count) {
+  for (int g = 0; g < kGates; g += kColumns)
+    in_blocks(count, [&](int at, auto rows) {
+      vec c[rows][kColumns];
+      for (int m = 0; m < kColumns; m++)
+        for (int r = 0; r < rows; r++) c[r][m] = load(p.bias + (block * kGates + g + m) * kLanes);
+      const real* columns = p.w + (block * kGates + g) * s.inputs * kLanes;
+      multiply<rows, kColumns, false>(x + at * ldx, ldx, columns, kColumns * kLanes, s.inputs, c);
+      for (int r = 0; r < rows; r++)
+        for (int m = 0; m < kColumns; m++) store(z + (at + r) * ldz + (block * kGates + g + m) * kLanes, c[r][m]);
+    });
 }
 
 // Sequences lo to hi, all steps.
@@ -72,30 +72,26 @@ class Forward {
     return {chunk * n * ldx, chunk * n * ldz, n * ldh, n * ldh, Cell::fields * n * s.units};
   }
 
-  void run(real* const* parts) {
-    x = parts[0], z = parts[1], h = parts[2], next = parts[3], carry = parts[4];
-    for (int64_t r = 0; r < n; r++) begin(r, in.start);
-    if (in.lengths)
-      for (int64_t r = 0; r < n; r++)
-        if (in.lengths[lo + r] == 0) finish(r);
-    for (int64_t t0 = 0; t0 < s.steps; t0 += chunk) {
-      const int64_t count = std::min(chunk, s.steps - t0);
-      gather_inputs(s, in.x, lo, n, t0, count, x, ldx);
-      project(s, p, x, ldx, z, ldz, count * n);
-      for (int64_t t = t0; t < t0 + count; t++) {
-        if (in.resets)
-          for (int64_t r = 0; r < n; r++)
-            if (in.resets[t * s.batch + lo + r]) begin(r, in.target);
-        for (int64_t block = 0; block < s.blocks; block++)
-          in_blocks(n, [&](int at, auto rows) { step<rows>(t, block, at, z + ((t - t0) * n + at) * ldz); });
-        std::swap(h, next);
-        if (in.lengths)
-          for (int64_t r = 0; r < n; r++)
-            if (in.lengths[lo + r] == t + 1) finish(r);
+  void set(real* const* parts) { x = parts[0], z = parts[1], hs[0] = parts[2], hs[1] = parts[3], carry = parts[4]; }
+
+  // `together`: the team shares every step too.
+  void run(Team& team, bool together) {
+    Team::Member here(team);
+    here.phase(1, [&](int64_t) {
+      for (int64_t r = 0; r < n; r++) {
+        begin(r, in.start, hs[0]);
+        if (in.lengths && in.lengths[lo + r] == 0) finish(r);
       }
+    });
+    for (int64_t t0 = 0; t0 < s.steps; t0 += chunk) {
+      const int64_t end = std::min(t0 + chunk, s.steps);
+      here.phase(end - t0, [&](int64_t t) { gather_inputs(s, in.x, lo, n, t0 + t, 1, x + t * n * ldx, ldx); });
+      here.phase(s.blocks, [&](int64_t block) { project(s, p, block, x, ldx, z, ldz, (end - t0) * n); });
+      in_turn(here, together, [&](Team::Member& here) { loop(here, t0, end); });
     }
-    if (!in.lengths)
-      for (int64_t r = 0; r < n; r++) finish(r);
+    here.phase(1, [&](int64_t) {
+      for (int64_t r = 0; r < n && !in.lengths; r++) finish(r);
+    });
   }
 
  private:
@@ -105,15 +101,32 @@ class Forward {
   const Outputs& out;
   const int64_t lo, n;
   int64_t chunk, ldx, ldz, ldh;
-  real *x, *z, *h, *next, *carry;  // h: what enters the recurrent product, of all units, row by row
+  real *x, *z, *hs[2], *carry;  // hs: what enters the recurrent product of even and odd steps, row by row
 
   real* field(int f, int64_t r) const { return carry + (f * n + r) * s.units; }
 
   // The carry of a sequence becomes the given one.
-  void begin(int64_t r, const real* from) {
+  void begin(int64_t r, const real* from, real* h) {
     for (int f = 0; f < Cell::fields; f++) spread(s, from + (f * s.batch + lo + r) * s.hidden, field(f, r));
     for (int64_t block = 0; block < s.blocks; block++)
       store(h + r * ldh + block * kLanes, masked(s, in.recurrent_mask, lo + r, block, load(field(Cell::hidden, r) + block * kLanes)));
+  }
+
+  void loop(Team::Member& here, int64_t t0, int64_t end) {
+    for (int64_t t = t0; t < end; t++) {
+      real *h = hs[t % 2], *next = hs[(t + 1) % 2];
+      if (in.resets) here.phase(1, [&](int64_t) {
+        for (int64_t r = 0; r < n; r++)
+          if (in.resets[t * s.batch + lo + r]) begin(r, in.target, h);
+      });
+      here.phase(s.blocks, [&](int64_t block) {
+        in_blocks(n, [&](int at, auto rows) { step<rows>(t, block, at, z + ((t - t0) * n + at) * ldz, h, next); });
+      });
+      if (in.lengths) here.phase(1, [&](int64_t) {
+        for (int64_t r = 0; r < n; r++)
+          if (in.lengths[lo + r] == t + 1) finish(r);
+      });
+    }
   }
 
   void finish(int64_t r) {
@@ -121,7 +134,7 @@ class Forward {
   }
 
   template <int Rows>
-  void step(int64_t t, int64_t block, int64_t at, const real* z) {
+  void step(int64_t t, int64_t block, int64_t at, const real* z, const real* h, real* next) {
     vec sums[Rows][kGates];  // z + r of the gates that see no more, r of the others
     const real* zs = z + block * kGates * kLanes;
     for (int g = 0; g < kGates; g += kColumns) {

@@ -39,7 +39,9 @@ void run_forward(ffi::ThreadPool& pool, const Sizes& s, const Inputs& in, const 
   auto parts = memory.parts(sizes);
   weights = Weights(parts.data());
   parallel(pool, s.blocks, 8 * s.weights(), [&](int64_t block) { weights.pack(s, in, block); });
-  parallel(pool, count, s.products(), [&](int64_t n) { work[n].run(&parts[shared + n * each]); });
+  std::vector<Team> teams = split.teams();
+  for (int64_t n = 0; n < count; n++) work[n].set(&parts[shared + n * each]);
+  parallel(pool, count * split.team, s.products(), [&](int64_t n) { work[n % count].run(teams[n % count], split.steps); });
 }
 
 inline void run_backward(ffi::ThreadPool& pool, int64_t groups, const Sizes& s, const Inputs& in, const real* y, const real* kept,
@@ -65,11 +67,12 @@ inline void run_backward(ffi::ThreadPool& pool, int64_t groups, const Sizes& s, 
   auto parts = memory.parts(sizes);
   p.set(parts.data(), out.x);
   parallel(pool, s.blocks, 8 * s.weights(), [&](int64_t block) { p.pack(s, in, block); });
-  parallel(pool, count, s.products(), [&](int64_t n) {
-    const Sums mine(s, parts[shared - 1], n * apart);
+  parallel(pool, count, 8 * count * s.weights(), [&](int64_t n) {
     std::fill_n(parts[shared - 1] + n * apart, apart, real(0));
-    work[n].run(&parts[shared + n * each], mine);
+    work[n].set(&parts[shared + n * each], Sums(s, parts[shared - 1], n * apart));
   });
+  std::vector<Team> teams = split.teams();
+  parallel(pool, count * split.team, s.products(), [&](int64_t n) { work[n % count].run(teams[n % count], split.steps); });
   parallel(pool, groups * s.blocks, 8 * count * s.weights(), [&](int64_t n) {
     const int64_t group = n / s.blocks, block = n % s.blocks, head = s.head_of(block);
     const Sums first(s, parts[shared - 1], group * split.each * apart);
@@ -134,6 +137,12 @@ auto with_inputs(Bound&& bound) {
 }
 
 }  // namespace rnn
+
+// All else is hidden: symbols of two cells that are loaded into one process have the same names.
+#define RNN_VISIBLE extern "C" __attribute__((visibility("default")))
+RNN_VISIBLE XLA_FFI_Error* rnn_forward(XLA_FFI_CallFrame*);
+RNN_VISIBLE XLA_FFI_Error* rnn_forward_keeping(XLA_FFI_CallFrame*);
+RNN_VISIBLE XLA_FFI_Error* rnn_backward(XLA_FFI_CallFrame*);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(
     rnn_forward, rnn::forward<false>,

@@ -88,7 +88,7 @@ RNN_INLINE Reduced reduced_exp(vec x) {
   p = p * f + real(1.0 / 6);
   p = p * f + real(0.5);
   mask power = (__builtin_convertvector(n, mask) + (127 - Less)) << 23;
-  return {reinterpret_cast<vec&>(power), (p * f) * f + f};
+  return {(vec)power, (p * f) * f + f};
 }
 RNN_INLINE vec within(vec x, real low, real high) {  // NaN stays
   x = x < low ? all(low) : x;
