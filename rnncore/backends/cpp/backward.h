@@ -82,8 +82,9 @@ class Backward {
         gather_hidden(t0 + t, h + t * n * ldh);
       });
       in_turn(here, together, [&](Team::Member& here) { loop(here, t0, end); });
+      // One after the other: x and h of a chunk do not fit into the cache together.
+      here.phase(s.blocks, [&](int64_t block) { weights(block, x, ldx, dz, s.inputs, rows, sums.w); });
       here.phase(s.blocks, [&](int64_t block) {
-        weights(block, x, ldx, dz, s.inputs, rows, sums.w);
         weights(block, h + s.head_of(block) * s.padded, ldh, dr, s.head, rows, sums.u);
       });
       if (out.x) here.phase(panels(s.inputs), [&](int64_t panel) { inputs(panel, t0, rows); });
@@ -217,6 +218,7 @@ class Backward {
       in_blocks(int(width), [&](int first, auto count) {
         vec c[count][kColumns] = {};  // not the total: one term after the other would vanish in a long sum
         real* to = sum + first * kColumns * kLanes;
+        for (int r = 0; r < count * kColumns; r++) __builtin_prefetch(to + r * kLanes, 1);  // for when the product is done
         multiply<count, kColumns, true>(rows + first, ld, columns + (block * kGates + g) * kLanes, ldz, depth, c);
         for (int r = 0; r < count; r++)
           for (int m = 0; m < kColumns; m++, to += kLanes) store(to, load(to) + c[r][m]);
