@@ -1,4 +1,5 @@
-// The backward loop: the transposed linearised step, dh = dr U^T, and for a few steps at a time the products of the gradients.
+// The backward loop: the transposed linearised step, dh = dr U^T, and for a few steps at a time the products of the
+// gradients.
 #pragma once
 
 #include "forward.h"
@@ -19,10 +20,13 @@ struct Transposes {
   Transposed of_w, of_u;
 
   static std::vector<int64_t> sizes(const Sizes& s, bool with_inputs) {
-    return {with_inputs ? Transposed::size(s.inputs, s.lanes) : 0, s.heads * Transposed::size(s.head, s.padded * kGates), Cell::units * s.units};
+    return {with_inputs ? Transposed::size(s.inputs, s.lanes) : 0,
+            s.heads * Transposed::size(s.head, s.padded * kGates), Cell::units * s.units};
   }
   explicit Transposes(const Sizes& s) : of_w{s.inputs, s.lanes}, of_u{s.head, s.padded * kGates} {}
-  void set(real* const* parts, bool with_inputs) { w = with_inputs ? parts[0] : nullptr, u = parts[1], units = parts[2]; }
+  void set(real* const* parts, bool with_inputs) {
+    w = with_inputs ? parts[0] : nullptr, u = parts[1], units = parts[2];
+  }
 
   real* head(const Sizes& s, int64_t n) const { return u + n * Transposed::size(s.head, s.padded * kGates); }
 
@@ -51,8 +55,8 @@ struct Sums {
 // Sequences lo to hi, all steps.
 class Backward {
  public:
-  Backward(const Sizes& s, const Inputs& in, const Transposes& p, const real* y, const real* kept, const Cotangents& given,
-           const Gradients& out, int64_t lo, int64_t hi)
+  Backward(const Sizes& s, const Inputs& in, const Transposes& p, const real* y, const real* kept,
+           const Cotangents& given, const Gradients& out, int64_t lo, int64_t hi)
       : s(s), in(in), p(p), y(y), kept(kept), given(given), out(out), lo(lo), n(hi - lo) {
     chunk = chunk_steps(s, n, 65536, 128);  // below 128 rows the sums wait for memory
     ldx = s.inputs + kPad, ldz = s.lanes + kPad, ldh = s.units + kPad;
@@ -64,7 +68,8 @@ class Backward {
   }
 
   void set(real* const* parts, const Sums& totals) {
-    x = parts[0], h = parts[1], dz = parts[2], dr = Cell::rest ? parts[3] : dz, ds = parts[4], dtarget = parts[5], sums = totals;
+    x = parts[0], h = parts[1], dz = parts[2], dr = Cell::rest ? parts[3] : dz, ds = parts[4], dtarget = parts[5],
+    sums = totals;
   }
 
   // `together`: the team shares every step too.
@@ -119,10 +124,11 @@ class Backward {
       const int64_t at = (t - t0) * n, each = panels(s.head);
       here.phase(s.blocks, [&](int64_t block) { step(t, block, at); });
       here.phase(s.heads * each, [&](int64_t item) { recur(item / each, item % each, at); });
-      if (in.resets) here.phase(1, [&](int64_t) {
-        for (int64_t r = 0; r < n; r++)
-          if (in.resets[t * s.batch + lo + r]) cut(r);
-      });
+      if (in.resets)
+        here.phase(1, [&](int64_t) {
+          for (int64_t r = 0; r < n; r++)
+            if (in.resets[t * s.batch + lo + r]) cut(r);
+        });
     }
   }
 
@@ -152,7 +158,8 @@ class Backward {
       const real* from = t ? y + row * s.y_row + (t - 1) * s.y_step : in.start + carried;
       if (in.resets && in.resets[t * s.batch + row]) from = in.target + carried;
       for (int64_t block = 0; block < s.blocks; block++)
-        store(to + block * kLanes, masked(s, in.recurrent_mask, row, block, load(from + s.first(block), s.count(block))));
+        store(to + block * kLanes,
+              masked(s, in.recurrent_mask, row, block, load(from + s.first(block), s.count(block))));
     }
   }
 
@@ -164,7 +171,8 @@ class Backward {
     vec units[Cell::units + 1], bias[kGates] = {}, rest_bias[Cell::rest + 1] = {}, dunits[Cell::units + 1] = {};
     for (int m = 0; m < Cell::units; m++) units[m] = load(p.units + (block * Cell::units + m) * kLanes);
     for (int64_t r = 0; r < n; r++) {
-      vec residuals[Cell::residuals + 1], after[Cell::fields], dp[Cell::units + 1], z[kGates], rest[Cell::rest + 1], before[Cell::fields];
+      vec residuals[Cell::residuals + 1], after[Cell::fields], dp[Cell::units + 1], z[kGates], rest[Cell::rest + 1],
+          before[Cell::fields];
       const real* from = kept + (t * s.batch + lo + r) * Cell::residuals * s.units + block * kLanes;
       for (int m = 0; m < Cell::residuals; m++) residuals[m] = load(from + m * s.units);
       const bool ends = t + 1 == (in.lengths ? in.lengths[lo + r] : s.steps);
@@ -188,11 +196,13 @@ class Backward {
       }
       for (int m = 0; m < Cell::units; m++) dunits[m] += dp[m];
     }
-    add(sums.bias, kGates, block, bias), add(sums.rest_bias, Cell::rest, block, rest_bias), add(sums.units, Cell::units, block, dunits);
+    add(sums.bias, kGates, block, bias), add(sums.rest_bias, Cell::rest, block, rest_bias),
+        add(sums.units, Cell::units, block, dunits);
   }
 
   static void add(real* to, int count, int64_t block, const vec* values) {
-    for (int m = 0; m < count; m++) store(to + (block * count + m) * kLanes, load(to + (block * count + m) * kLanes) + values[m]);
+    for (int m = 0; m < count; m++)
+      store(to + (block * count + m) * kLanes, load(to + (block * count + m) * kLanes) + values[m]);
   }
 
   // dh += dr U^T, one panel of a head
@@ -201,7 +211,8 @@ class Backward {
     in_blocks(n, [&](int first, auto rows) {
       vec c[rows][kWide] = {};
       const real* from = dr + (at + first) * ldz + head * s.padded * kGates;
-      multiply<rows, kWide, false>(from, ldz, p.head(s, head) + panel * p.of_u.panel(), kWide * kLanes, s.padded * kGates, c);
+      multiply<rows, kWide, false>(from, ldz, p.head(s, head) + panel * p.of_u.panel(), kWide * kLanes,
+                                   s.padded * kGates, c);
       for (int r = 0; r < rows; r++)
         for (int m = 0; m < kWide && j + m * kLanes < s.padded; m++) {
           const int64_t unit = head * s.padded + j + m * kLanes;
@@ -212,13 +223,15 @@ class Backward {
   }
 
   // dM += rows^T columns, over a chunk
-  void weights(int64_t block, const real* rows, int64_t ld, const real* columns, int64_t width, int64_t depth, real* total) {
+  void weights(int64_t block, const real* rows, int64_t ld, const real* columns, int64_t width, int64_t depth,
+               real* total) {
     for (int g = 0; g < kGates; g += kColumns) {
       real* sum = total + (block * kGates + g) * width * kLanes;
       in_blocks(int(width), [&](int first, auto count) {
         vec c[count][kColumns] = {};  // not the total: one term after the other would vanish in a long sum
         real* to = sum + first * kColumns * kLanes;
-        for (int r = 0; r < count * kColumns; r++) __builtin_prefetch(to + r * kLanes, 1);  // for when the product is done
+        for (int r = 0; r < count * kColumns; r++)
+          __builtin_prefetch(to + r * kLanes, 1);  // for when the product is done
         multiply<count, kColumns, true>(rows + first, ld, columns + (block * kGates + g) * kLanes, ldz, depth, c);
         for (int r = 0; r < count; r++)
           for (int m = 0; m < kColumns; m++, to += kLanes) store(to, load(to) + c[r][m]);
@@ -235,7 +248,8 @@ class Backward {
       for (int r = 0; r < rows; r++) {
         real* to = out.x + (lo + (first + r) % n) * s.x_row + (t0 + (first + r) / n) * s.x_step + j;
         for (int m = 0; m < kWide; m++)
-          if (const int64_t left = s.inputs - j - m * kLanes; left > 0) store(to + m * kLanes, c[r][m], int(std::min<int64_t>(left, kLanes)));
+          if (const int64_t left = s.inputs - j - m * kLanes; left > 0)
+            store(to + m * kLanes, c[r][m], int(std::min<int64_t>(left, kLanes)));
       }
     });
   }

@@ -44,8 +44,8 @@ inline int64_t chunk_steps(const Sizes& s, int64_t rows, int64_t most, int64_t l
 }
 
 // z = x W + b of `count` rows, one vector of units.
-inline void project(
-    const Sizes& s, const Weights& p, int64_t block, const real* x, int64_t ldx, real* z, int64_t ldz, int64_t count) {
+inline void project(const Sizes& s, const Weights& p, int64_t block, const real* x, int64_t ldx, real* z, int64_t ldz,
+                    int64_t count) {
   for (int g = 0; g < kGates; g += kColumns)
     in_blocks(count, [&](int at, auto rows) {
       vec c[rows][kColumns];
@@ -109,23 +109,26 @@ class Forward {
   void begin(int64_t r, const real* from, real* h) {
     for (int f = 0; f < Cell::fields; f++) spread(s, from + (f * s.batch + lo + r) * s.hidden, field(f, r));
     for (int64_t block = 0; block < s.blocks; block++)
-      store(h + r * ldh + block * kLanes, masked(s, in.recurrent_mask, lo + r, block, load(field(Cell::hidden, r) + block * kLanes)));
+      store(h + r * ldh + block * kLanes,
+            masked(s, in.recurrent_mask, lo + r, block, load(field(Cell::hidden, r) + block * kLanes)));
   }
 
   void loop(Team::Member& here, int64_t t0, int64_t end) {
     for (int64_t t = t0; t < end; t++) {
       real *h = hs[t % 2], *next = hs[(t + 1) % 2];
-      if (in.resets) here.phase(1, [&](int64_t) {
-        for (int64_t r = 0; r < n; r++)
-          if (in.resets[t * s.batch + lo + r]) begin(r, in.target, h);
-      });
+      if (in.resets)
+        here.phase(1, [&](int64_t) {
+          for (int64_t r = 0; r < n; r++)
+            if (in.resets[t * s.batch + lo + r]) begin(r, in.target, h);
+        });
       here.phase(s.blocks, [&](int64_t block) {
         in_blocks(n, [&](int at, auto rows) { step<rows>(t, block, at, z + ((t - t0) * n + at) * ldz, h, next); });
       });
-      if (in.lengths) here.phase(1, [&](int64_t) {
-        for (int64_t r = 0; r < n; r++)
-          if (in.lengths[lo + r] == t + 1) finish(r);
-      });
+      if (in.lengths)
+        here.phase(1, [&](int64_t) {
+          for (int64_t r = 0; r < n; r++)
+            if (in.lengths[lo + r] == t + 1) finish(r);
+        });
     }
   }
 
@@ -142,10 +145,12 @@ class Forward {
       for (int m = 0; m < kColumns; m++) {
         const int rest = Cell::rest_of[g + m];
         for (int r = 0; r < Rows; r++)
-          c[r][m] = load(rest < 0 ? zs + r * ldz + (g + m) * kLanes : p.rest_bias + (block * Cell::rest + rest) * kLanes);
+          c[r][m] =
+              load(rest < 0 ? zs + r * ldz + (g + m) * kLanes : p.rest_bias + (block * Cell::rest + rest) * kLanes);
       }
       const real* columns = p.u + (block * kGates + g) * s.head * kLanes;
-      multiply<Rows, kColumns, false>(h + at * ldh + s.head_of(block) * s.padded, ldh, columns, kColumns * kLanes, s.head, c);
+      multiply<Rows, kColumns, false>(h + at * ldh + s.head_of(block) * s.padded, ldh, columns, kColumns * kLanes,
+                                      s.head, c);
       for (int r = 0; r < Rows; r++)
         for (int m = 0; m < kColumns; m++) sums[r][g + m] = c[r][m];
     }

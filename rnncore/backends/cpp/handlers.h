@@ -16,7 +16,9 @@ inline Sizes sizes_of(const Array& x, const Array& w, const Array& u, bool time_
   return Sizes(time_major ? xs[0] : xs[1], time_major ? xs[1] : xs[0], xs[2], ws[2], u.dimensions()[0], time_major);
 }
 
-inline void append(std::vector<int64_t>& to, const std::vector<int64_t>& more) { to.insert(to.end(), more.begin(), more.end()); }
+inline void append(std::vector<int64_t>& to, const std::vector<int64_t>& more) {
+  to.insert(to.end(), more.begin(), more.end());
+}
 
 template <bool Keep>
 void run_forward(ffi::ThreadPool& pool, const Sizes& s, const Inputs& in, const Outputs& out) {
@@ -41,11 +43,12 @@ void run_forward(ffi::ThreadPool& pool, const Sizes& s, const Inputs& in, const 
   parallel(pool, s.blocks, 8 * s.weights(), [&](int64_t block) { weights.pack(s, in, block); });
   std::vector<Team> teams = split.teams();
   for (int64_t n = 0; n < count; n++) work[n].set(&parts[shared + n * each]);
-  parallel(pool, count * split.team, s.products(), [&](int64_t n) { work[n % count].run(teams[n % count], split.steps); });
+  parallel(pool, count * split.team, s.products(),
+           [&](int64_t n) { work[n % count].run(teams[n % count], split.steps); });
 }
 
-inline void run_backward(ffi::ThreadPool& pool, int64_t groups, const Sizes& s, const Inputs& in, const real* y, const real* kept,
-                         const Cotangents& given, const Gradients& out) {
+inline void run_backward(ffi::ThreadPool& pool, int64_t groups, const Sizes& s, const Inputs& in, const real* y,
+                         const real* kept, const Cotangents& given, const Gradients& out) {
   if (out.x) expect_writing(out.x, s.steps * s.batch * s.inputs * sizeof(real));
   const Parts split(s, groups, pool);
   const int64_t count = split.count();
@@ -72,24 +75,36 @@ inline void run_backward(ffi::ThreadPool& pool, int64_t groups, const Sizes& s, 
     work[n].set(&parts[shared + n * each], Sums(s, parts[shared - 1], n * apart));
   });
   std::vector<Team> teams = split.teams();
-  parallel(pool, count * split.team, s.products(), [&](int64_t n) { work[n % count].run(teams[n % count], split.steps); });
+  parallel(pool, count * split.team, s.products(),
+           [&](int64_t n) { work[n % count].run(teams[n % count], split.steps); });
   parallel(pool, groups * s.blocks, 8 * count * s.weights(), [&](int64_t n) {
     const int64_t group = n / s.blocks, block = n % s.blocks, head = s.head_of(block);
     const Sums first(s, parts[shared - 1], group * split.each * apart);
     const int64_t of_head = (group * s.heads + head) * s.head * kGates * s.head;
-    unpack_columns(s, first.w, split.each, apart, s.inputs, s.hidden, s.first(block), block, out.w + group * s.inputs * kGates * s.hidden);
-    unpack_columns(s, first.u, split.each, apart, s.head, s.head, s.first(block) - head * s.head, block, out.u + of_head);
+    unpack_columns(s, first.w, split.each, apart, s.inputs, s.hidden, s.first(block), block,
+                   out.w + group * s.inputs * kGates * s.hidden);
+    unpack_columns(s, first.u, split.each, apart, s.head, s.head, s.first(block) - head * s.head, block,
+                   out.u + of_head);
     unpack_rows(s, first.bias, split.each, apart, kGates, block, out.bias + group * kGates * s.hidden);
-    unpack_rows(s, first.rest_bias, split.each, apart, Cell::rest, block, out.rest_bias + group * Cell::rest * s.hidden);
+    unpack_rows(s, first.rest_bias, split.each, apart, Cell::rest, block,
+                out.rest_bias + group * Cell::rest * s.hidden);
     unpack_rows(s, first.units, split.each, apart, Cell::units, block, out.units + group * Cell::units * s.hidden);
   });
 }
 
-inline Inputs inputs_of(const Array& x, const Array& w, const Array& u, const Array& bias, const Array& rest_bias, const Array& units,
-                        const Array& start, const Array& target, const Array& recurrent_mask, const ffi::Buffer<ffi::S32>& lengths,
-                        const ffi::Buffer<ffi::PRED>& resets) {
-  return {x.typed_data(), w.typed_data(), u.typed_data(), or_null(bias), or_null(rest_bias), or_null(units), start.typed_data(),
-          or_null(target), or_null(recurrent_mask), lengths.element_count() ? lengths.typed_data() : nullptr,
+inline Inputs inputs_of(const Array& x, const Array& w, const Array& u, const Array& bias, const Array& rest_bias,
+                        const Array& units, const Array& start, const Array& target, const Array& recurrent_mask,
+                        const ffi::Buffer<ffi::S32>& lengths, const ffi::Buffer<ffi::PRED>& resets) {
+  return {x.typed_data(),
+          w.typed_data(),
+          u.typed_data(),
+          or_null(bias),
+          or_null(rest_bias),
+          or_null(units),
+          start.typed_data(),
+          or_null(target),
+          or_null(recurrent_mask),
+          lengths.element_count() ? lengths.typed_data() : nullptr,
           resets.element_count() ? resets.typed_data() : nullptr};
 }
 
@@ -104,25 +119,28 @@ ffi::Error said(Body&& body) {
 }
 
 template <bool Keep>
-ffi::Error forward(ffi::ThreadPool pool, bool time_major, Array x, Array w, Array u, Array bias, Array rest_bias, Array units, Array start,
-                   Array target, Array recurrent_mask, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::PRED> resets, Result y, Result last,
-                   Result kept) {
+ffi::Error forward(ffi::ThreadPool pool, bool time_major, Array x, Array w, Array u, Array bias, Array rest_bias,
+                   Array units, Array start, Array target, Array recurrent_mask, ffi::Buffer<ffi::S32> lengths,
+                   ffi::Buffer<ffi::PRED> resets, Result y, Result last, Result kept) {
   const Inputs in = inputs_of(x, w, u, bias, rest_bias, units, start, target, recurrent_mask, lengths, resets);
   return said([&] {
-    run_forward<Keep>(pool, sizes_of(x, w, u, time_major), in, {y->typed_data(), last->typed_data(), kept->typed_data()});
+    run_forward<Keep>(pool, sizes_of(x, w, u, time_major), in,
+                      {y->typed_data(), last->typed_data(), kept->typed_data()});
   });
 }
 
-inline ffi::Error backward(ffi::ThreadPool pool, bool time_major, int64_t groups, Array x, Array w, Array u, Array bias, Array rest_bias, Array units,
-                           Array start, Array target, Array recurrent_mask, ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::PRED> resets,
-                           Array y, Array kept, Array dy, Array dlast, Result dx, Result dw, Result du, Result dbias, Result drest_bias,
-                           Result dunits, Result dstart, Result dtarget) {
+inline ffi::Error backward(ffi::ThreadPool pool, bool time_major, int64_t groups, Array x, Array w, Array u, Array bias,
+                           Array rest_bias, Array units, Array start, Array target, Array recurrent_mask,
+                           ffi::Buffer<ffi::S32> lengths, ffi::Buffer<ffi::PRED> resets, Array y, Array kept, Array dy,
+                           Array dlast, Result dx, Result dw, Result du, Result dbias, Result drest_bias, Result dunits,
+                           Result dstart, Result dtarget) {
   const Inputs in = inputs_of(x, w, u, bias, rest_bias, units, start, target, recurrent_mask, lengths, resets);
   real* to_x = dx->element_count() ? dx->typed_data() : nullptr;
   return said([&] {
-    run_backward(pool, groups, sizes_of(x, w, u, time_major), in, y.typed_data(), kept.typed_data(), {dy.typed_data(), dlast.typed_data()},
-                 {to_x, dw->typed_data(), du->typed_data(), dbias->typed_data(), drest_bias->typed_data(), dunits->typed_data(),
-                  dstart->typed_data(), dtarget->typed_data()});
+    run_backward(pool, groups, sizes_of(x, w, u, time_major), in, y.typed_data(), kept.typed_data(),
+                 {dy.typed_data(), dlast.typed_data()},
+                 {to_x, dw->typed_data(), du->typed_data(), dbias->typed_data(), drest_bias->typed_data(),
+                  dunits->typed_data(), dstart->typed_data(), dtarget->typed_data()});
   });
 }
 
@@ -131,9 +149,17 @@ inline auto bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>().Attr<bool>("
 template <class Bound>
 auto with_inputs(Bound&& bound) {
   return std::move(bound)
-      .template Arg<Array>().template Arg<Array>().template Arg<Array>().template Arg<Array>().template Arg<Array>()
-      .template Arg<Array>().template Arg<Array>().template Arg<Array>().template Arg<Array>()
-      .template Arg<ffi::Buffer<ffi::S32>>().template Arg<ffi::Buffer<ffi::PRED>>();
+      .template Arg<Array>()
+      .template Arg<Array>()
+      .template Arg<Array>()
+      .template Arg<Array>()
+      .template Arg<Array>()
+      .template Arg<Array>()
+      .template Arg<Array>()
+      .template Arg<Array>()
+      .template Arg<Array>()
+      .template Arg<ffi::Buffer<ffi::S32>>()
+      .template Arg<ffi::Buffer<ffi::PRED>>();
 }
 
 }  // namespace rnn
@@ -144,15 +170,21 @@ RNN_VISIBLE XLA_FFI_Error* rnn_forward(XLA_FFI_CallFrame*);
 RNN_VISIBLE XLA_FFI_Error* rnn_forward_keeping(XLA_FFI_CallFrame*);
 RNN_VISIBLE XLA_FFI_Error* rnn_backward(XLA_FFI_CallFrame*);
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    rnn_forward, rnn::forward<false>,
-    rnn::with_inputs(rnn::bind()).Ret<rnn::Array>().Ret<rnn::Array>().Ret<rnn::Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    rnn_forward_keeping, rnn::forward<true>,
-    rnn::with_inputs(rnn::bind()).Ret<rnn::Array>().Ret<rnn::Array>().Ret<rnn::Array>());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    rnn_backward, rnn::backward,
-    rnn::with_inputs(rnn::bind().Attr<int64_t>("groups"))
-        .Arg<rnn::Array>().Arg<rnn::Array>().Arg<rnn::Array>().Arg<rnn::Array>()
-        .Ret<rnn::Array>().Ret<rnn::Array>().Ret<rnn::Array>().Ret<rnn::Array>()
-        .Ret<rnn::Array>().Ret<rnn::Array>().Ret<rnn::Array>().Ret<rnn::Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_forward, rnn::forward<false>,
+                              rnn::with_inputs(rnn::bind()).Ret<rnn::Array>().Ret<rnn::Array>().Ret<rnn::Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_forward_keeping, rnn::forward<true>,
+                              rnn::with_inputs(rnn::bind()).Ret<rnn::Array>().Ret<rnn::Array>().Ret<rnn::Array>());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_backward, rnn::backward,
+                              rnn::with_inputs(rnn::bind().Attr<int64_t>("groups"))
+                                  .Arg<rnn::Array>()
+                                  .Arg<rnn::Array>()
+                                  .Arg<rnn::Array>()
+                                  .Arg<rnn::Array>()
+                                  .Ret<rnn::Array>()
+                                  .Ret<rnn::Array>()
+                                  .Ret<rnn::Array>()
+                                  .Ret<rnn::Array>()
+                                  .Ret<rnn::Array>()
+                                  .Ret<rnn::Array>()
+                                  .Ret<rnn::Array>()
+                                  .Ret<rnn::Array>());

@@ -30,8 +30,9 @@ inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Sizes {
   int64_t steps, batch, inputs, hidden, heads;
-  int64_t head, padded, units, blocks, lanes;  // units of a head, padded; of all heads, padded; vectors of them; times gates
-  int64_t x_row, x_step, y_row, y_step;        // strides of inputs and outputs, between sequences and between steps
+  int64_t head, padded, units, blocks,
+      lanes;                             // units of a head, padded; of all heads, padded; vectors of them; times gates
+  int64_t x_row, x_step, y_row, y_step;  // strides of inputs and outputs, between sequences and between steps
 
   Sizes(int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t heads, bool time_major)
       : steps(steps), batch(batch), inputs(inputs), hidden(hidden), heads(heads) {
@@ -47,9 +48,7 @@ struct Sizes {
   // A vector of units: its head, where it begins among the caller's units, and how many are real.
   int64_t head_of(int64_t block) const { return block * kLanes / padded; }
   int64_t first(int64_t block) const { return head_of(block) * head + block * kLanes % padded; }
-  int count(int64_t block) const {
-    return int(std::clamp<int64_t>(head - block * kLanes % padded, 0, kLanes));
-  }
+  int count(int64_t block) const { return int(std::clamp<int64_t>(head - block * kLanes % padded, 0, kLanes)); }
 };
 
 // ------------------------------------------------------------------------------------------ memory
@@ -60,7 +59,8 @@ inline void expect_writing(void* data, size_t bytes) {
   constexpr uintptr_t kPage = 4096;
   uintptr_t begin = rounded(reinterpret_cast<uintptr_t>(data), kPage);
   uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (end > begin && end - begin >= size_t(4) << 20) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (end > begin && end - begin >= size_t(4) << 20)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
 
@@ -94,9 +94,7 @@ class Memory {
     explicit Block(size_t wanted) : bytes(wanted), owner(::operator new(wanted + kAlign), Free{}) {
       expect_writing(data(), bytes);
     }
-    void* data() const {
-      return reinterpret_cast<void*>(rounded(reinterpret_cast<uintptr_t>(owner.get()), kAlign));
-    }
+    void* data() const { return reinterpret_cast<void*>(rounded(reinterpret_cast<uintptr_t>(owner.get()), kAlign)); }
     static constexpr size_t kAlign = size_t(2) << 20;
     struct Free {
       void operator()(void* p) const { ::operator delete(p); }
@@ -134,7 +132,8 @@ void parallel(ffi::ThreadPool& pool, int64_t count, int64_t work, Body&& body) {
   };
   auto shared = std::make_shared<Shared>();
   auto take = [shared, count, &body] {  // one that comes late finds nothing left and does not touch `body`
-    for (int64_t n; (n = shared->next.fetch_add(1)) < count;) body(n), shared->done.fetch_add(1, std::memory_order_release);
+    for (int64_t n; (n = shared->next.fetch_add(1)) < count;)
+      body(n), shared->done.fetch_add(1, std::memory_order_release);
   };
   try {
     for (int64_t n = 1; n < std::min(count, threads(pool, work)); n++) pool.Schedule(std::function<void()>(take));
@@ -201,7 +200,8 @@ struct Parts {
   int64_t rows, groups, each, team;  // sequences, groups of them, parts of a group, threads of a part
   bool steps;                        // whether these share the steps too, and not only products over several of them
 
-  // Parts do not wait for each other, but each reads the whole matrix; threads of a team share it, and wait after every step.
+  // Parts do not wait for each other, but each reads the whole matrix; threads of a team share it, and wait after every
+  // step.
   Parts(const Sizes& s, int64_t groups, const ffi::ThreadPool& pool) : rows(s.batch), groups(groups) {
     constexpr int64_t kWaiting = 1 << 17;  // multiplications and additions of a step, to a thread, that are worth it
     const int64_t count = std::max<int64_t>(1, threads(pool, s.products()) / groups), own = rows / groups;

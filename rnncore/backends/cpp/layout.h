@@ -1,7 +1,8 @@
 // From the caller's arrays to the loops' and back.
 //
 // Units stand in vectors, the gates of a vector side by side, and the vectors one after the other: [block][gate][lane].
-// A matrix with these columns is kept as [block][gates / kColumns][row][kColumns][lane], so that a product reads it in order.
+// A matrix with these columns is kept as [block][gates / kColumns][row][kColumns][lane], so that a product reads it in
+// order.
 #pragma once
 
 #include "job.h"
@@ -9,7 +10,8 @@
 namespace rnn {
 
 // `from` is (rows, gates, width), `first` where the block begins in its last axis.
-inline void pack_columns(const Sizes& s, const real* from, int64_t rows, int64_t width, int64_t first, int64_t block, real* to) {
+inline void pack_columns(const Sizes& s, const real* from, int64_t rows, int64_t width, int64_t first, int64_t block,
+                         real* to) {
   to += block * kGates * rows * kLanes;
   for (int g = 0; g < kGates; g += kColumns)
     for (int64_t k = 0; k < rows; k++)
@@ -18,8 +20,8 @@ inline void pack_columns(const Sizes& s, const real* from, int64_t rows, int64_t
 }
 
 // The inverse, of the sum over `parts` such arrays, each `apart` from the one before.
-inline void unpack_columns(
-    const Sizes& s, const real* from, int64_t parts, int64_t apart, int64_t rows, int64_t width, int64_t first, int64_t block, real* to) {
+inline void unpack_columns(const Sizes& s, const real* from, int64_t parts, int64_t apart, int64_t rows, int64_t width,
+                           int64_t first, int64_t block, real* to) {
   from += block * kGates * rows * kLanes;
   for (int g = 0; g < kGates; g += kColumns)
     for (int64_t k = 0; k < rows; k++)
@@ -36,7 +38,8 @@ inline void pack_rows(const Sizes& s, const real* from, int count, int64_t block
     store(to + (block * count + m) * kLanes, load(from + m * s.hidden + s.first(block), s.count(block)));
 }
 
-inline void unpack_rows(const Sizes& s, const real* from, int64_t parts, int64_t apart, int count, int64_t block, real* to) {
+inline void unpack_rows(const Sizes& s, const real* from, int64_t parts, int64_t apart, int count, int64_t block,
+                        real* to) {
   for (int m = 0; m < count; m++) {
     vec sum = load(from + (block * count + m) * kLanes);
     for (int64_t n = 1; n < parts; n++) sum += load(from + n * apart + (block * count + m) * kLanes);
@@ -56,18 +59,20 @@ struct Transposed {
       for (int g = 0; g < kGates; g++)
         for (int lane = 0; lane < kLanes; lane++) {
           const bool real_one = j < columns && lane < count;
-          to[j / (kWide * kLanes) * panel() + ((block * kGates + g) * kLanes + lane) * kWide * kLanes + j % (kWide * kLanes)] =
-              real_one ? from[(j * kGates + g) * width + first + lane] : 0;
+          to[j / (kWide * kLanes) * panel() + ((block * kGates + g) * kLanes + lane) * kWide * kLanes +
+             j % (kWide * kLanes)] = real_one ? from[(j * kGates + g) * width + first + lane] : 0;
         }
   }
 };
 
 // One sequence's units, (H,), to the padded ones, and back.
 inline void spread(const Sizes& s, const real* from, real* to) {
-  for (int64_t block = 0; block < s.blocks; block++) store(to + block * kLanes, load(from + s.first(block), s.count(block)));
+  for (int64_t block = 0; block < s.blocks; block++)
+    store(to + block * kLanes, load(from + s.first(block), s.count(block)));
 }
 inline void collect(const Sizes& s, const real* from, real* to) {
-  for (int64_t block = 0; block < s.blocks; block++) store(to + s.first(block), load(from + block * kLanes), s.count(block));
+  for (int64_t block = 0; block < s.blocks; block++)
+    store(to + s.first(block), load(from + block * kLanes), s.count(block));
 }
 
 inline vec masked(const Sizes& s, const real* recurrent_mask, int64_t row, int64_t block, vec h) {
@@ -75,8 +80,8 @@ inline vec masked(const Sizes& s, const real* recurrent_mask, int64_t row, int64
 }
 
 // The inputs of a chunk, (step, sequence) by row.
-inline void gather_inputs(
-    const Sizes& s, const real* x, int64_t lo, int64_t n, int64_t t0, int64_t count, real* to, int64_t ld) {
+inline void gather_inputs(const Sizes& s, const real* x, int64_t lo, int64_t n, int64_t t0, int64_t count, real* to,
+                          int64_t ld) {
   for (int64_t t = 0; t < count; t++)
     for (int64_t r = 0; r < n; r++)
       std::memcpy(to + (t * n + r) * ld, x + (lo + r) * s.x_row + (t0 + t) * s.x_step, s.inputs * sizeof(real));

@@ -15,7 +15,8 @@ constexpr int kRows = 4;
 // C[r, c] += sum_k A(r, k) B(k, c).  B(k, c) are `Columns` vectors at b + k ldb.
 // A(r, k) is a[r lda + k], or where it lies across a[k lda + r].
 template <int Rows, int Columns, bool Across>
-RNN_INLINE void multiply(const real* a, int64_t lda, const real* b, int64_t ldb, int64_t depth, vec (&c)[Rows][Columns]) {
+RNN_INLINE void multiply(const real* a, int64_t lda, const real* b, int64_t ldb, int64_t depth,
+                         vec (&c)[Rows][Columns]) {
   for (int64_t k = 0; k < depth; k++, b += ldb) {
     vec w[Columns];
     for (int n = 0; n < Columns; n++) w[n] = load(b + n * kLanes);

@@ -55,10 +55,14 @@ RNN_INLINE vec signum(vec x) { return x > 0 ? all(1) : (x < 0 ? all(-1) : x); }
 
 template <int N>
 RNN_INLINE vec power(vec x) {
-  if constexpr (N < 0) return 1 / power<-N>(x);
-  else if constexpr (N == 0) return all(1);
-  else if constexpr (N == 1) return x;
-  else return N % 2 ? x * power<N / 2>(x * x) : power<N / 2>(x * x);
+  if constexpr (N < 0)
+    return 1 / power<-N>(x);
+  else if constexpr (N == 0)
+    return all(1);
+  else if constexpr (N == 1)
+    return x;
+  else
+    return N % 2 ? x * power<N / 2>(x * x) : power<N / 2>(x * x);
 }
 
 template <real (*F)(real)>
@@ -72,7 +76,8 @@ RNN_INLINE vec each(vec x, vec y) {
   return x;
 }
 
-// x = n ln 2 + f with |f| <= ln(2) / 2; the scale is 2^(n - Less), and the rest e^f - 1, by Taylor's series within 2e-8 of it.
+// x = n ln 2 + f with |f| <= ln(2) / 2; the scale is 2^(n - Less), and the rest e^f - 1, by Taylor's series within 2e-8
+// of it.
 struct Reduced {
   vec scale, rest;
 };
