@@ -20,31 +20,42 @@ inline void append(std::vector<int64_t>& to, const std::vector<int64_t>& more) {
   to.insert(to.end(), more.begin(), more.end());
 }
 
+// Of all parts, whose sizes differ by one sequence, the most that each piece of working memory holds.
+template <class Work>
+std::vector<int64_t> largest(const std::vector<Work>& work) {
+  std::vector<int64_t> most = work[0].sizes();
+  for (const Work& one : work) {
+    const auto sizes = one.sizes();
+    for (size_t n = 0; n < most.size(); n++) most[n] = std::max(most[n], sizes[n]);
+  }
+  return most;
+}
+
 template <bool Keep>
 void run_forward(ffi::ThreadPool& pool, const Sizes& s, const Inputs& in, const Outputs& out) {
   expect_writing(out.y, s.steps * s.batch * s.hidden * sizeof(real));
   if (Keep) expect_writing(out.kept, s.steps * s.batch * s.units * Cell::residuals * sizeof(real));
   const Parts split(s, 1, pool);
   const int64_t count = split.count();
+  Weights weights;
+  std::vector<Forward<Keep>> work;
+  work.reserve(count);
+  for (int64_t n = 0; n < count; n++) work.emplace_back(s, in, weights, out, split.first(n), split.end(n));
   auto sizes = Weights::sizes(s);
   const size_t shared = sizes.size();
-  size_t each = 0;
-  std::vector<Forward<Keep>> work;
+  const auto own = largest(work);
+  for (int64_t n = 0; n < split.slots(s, pool); n++) append(sizes, own);
   Memory memory;
-  Weights weights;
-  work.reserve(count);
-  for (int64_t n = 0; n < count; n++) {
-    work.emplace_back(s, in, weights, out, split.first(n), split.end(n));
-    each = work.back().sizes().size();
-    append(sizes, work.back().sizes());
-  }
   auto parts = memory.parts(sizes);
   weights = Weights(parts.data());
-  parallel(pool, s.blocks, 8 * s.weights(), [&](int64_t block) { weights.pack(s, in, block); });
+  parallel(pool, s.blocks, 8 * s.weights(), [&](int64_t block, int64_t) { weights.pack(s, in, block); });
   std::vector<Team> teams = split.teams();
-  for (int64_t n = 0; n < count; n++) work[n].set(&parts[shared + n * each]);
-  parallel(pool, count * split.team, s.products(),
-           [&](int64_t n) { work[n % count].run(teams[n % count], split.steps); });
+  parallel(pool, count * split.team, s.products(), [&](int64_t n, int64_t thread) {
+    const int64_t part = n % count;
+    Forward<Keep> mine = work[part];
+    mine.set(&parts[shared + split.slot(part, thread) * own.size()]);
+    mine.run(teams[part], split.steps);
+  });
 }
 
 inline void run_backward(ffi::ThreadPool& pool, int64_t groups, const Sizes& s, const Inputs& in, const real* y,
@@ -54,32 +65,32 @@ inline void run_backward(ffi::ThreadPool& pool, int64_t groups, const Sizes& s, 
   const int64_t count = split.count();
   int64_t apart = 0;  // between the sums of one part and the next
   for (int64_t n : Sums::sizes(s)) apart += rounded(n, kPad);
+  Transposes p(s);
+  std::vector<Backward> work;
+  work.reserve(count);
+  for (int64_t n = 0; n < count; n++) work.emplace_back(s, in, p, y, kept, given, out, split.first(n), split.end(n));
   auto sizes = Transposes::sizes(s, out.x);
   sizes.push_back(count * apart);
   const size_t shared = sizes.size();
-  size_t each = 0;
-  std::vector<Backward> work;
+  const auto own = largest(work);
+  for (int64_t n = 0; n < split.slots(s, pool); n++) append(sizes, own);
   Memory memory;
-  Transposes p(s);
-  work.reserve(count);
-  for (int64_t n = 0; n < count; n++) {
-    work.emplace_back(s, in, p, y, kept, given, out, split.first(n), split.end(n));
-    each = work.back().sizes().size();
-    append(sizes, work.back().sizes());
-  }
   auto parts = memory.parts(sizes);
+  real* const sums = parts[shared - 1];
   p.set(parts.data(), out.x);
-  parallel(pool, s.blocks, 8 * s.weights(), [&](int64_t block) { p.pack(s, in, block); });
-  parallel(pool, count, 8 * count * s.weights(), [&](int64_t n) {
-    std::fill_n(parts[shared - 1] + n * apart, apart, real(0));
-    work[n].set(&parts[shared + n * each], Sums(s, parts[shared - 1], n * apart));
-  });
+  parallel(pool, s.blocks, 8 * s.weights(), [&](int64_t block, int64_t) { p.pack(s, in, block); });
+  parallel(pool, count, 8 * count * s.weights(),
+           [&](int64_t n, int64_t) { std::fill_n(sums + n * apart, apart, real(0)); });
   std::vector<Team> teams = split.teams();
-  parallel(pool, count * split.team, s.products(),
-           [&](int64_t n) { work[n % count].run(teams[n % count], split.steps); });
-  parallel(pool, groups * s.blocks, 8 * count * s.weights(), [&](int64_t n) {
+  parallel(pool, count * split.team, s.products(), [&](int64_t n, int64_t thread) {
+    const int64_t part = n % count;
+    Backward mine = work[part];
+    mine.set(&parts[shared + split.slot(part, thread) * own.size()], Sums(s, sums, part * apart));
+    mine.run(teams[part], split.steps);
+  });
+  parallel(pool, groups * s.blocks, 8 * count * s.weights(), [&](int64_t n, int64_t) {
     const int64_t group = n / s.blocks, block = n % s.blocks, head = s.head_of(block);
-    const Sums first(s, parts[shared - 1], group * split.each * apart);
+    const Sums first(s, sums, group * split.each * apart);
     const int64_t of_head = (group * s.heads + head) * s.head * kGates * s.head;
     unpack_columns(s, first.w, split.each, apart, s.inputs, s.hidden, s.first(block), block,
                    out.w + group * s.inputs * kGates * s.hidden);

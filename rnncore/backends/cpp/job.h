@@ -30,8 +30,8 @@ inline int64_t rounded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct Sizes {
   int64_t steps, batch, inputs, hidden, heads;
-  int64_t head, padded, units, blocks,
-      lanes;                             // units of a head, padded; of all heads, padded; vectors of them; times gates
+  int64_t head, padded, units, blocks;   // units of a head; padded; of all heads, padded; vectors of these
+  int64_t lanes;                         // padded units times gates
   int64_t x_row, x_step, y_row, y_step;  // strides of inputs and outputs, between sequences and between steps
 
   Sizes(int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t heads, bool time_major)
@@ -74,7 +74,7 @@ class Memory {
   ~Memory() {
     constexpr size_t kMost = size_t(128) << 20;
     std::lock_guard<std::mutex> lock(mutex());
-    if (block_.bytes <= kMost && idle().size() < 4) idle().push_back(std::move(block_));
+    if (block_.bytes && block_.bytes <= kMost && idle().size() < 4) idle().push_back(std::move(block_));
   }
   // `count` numbers for each size, one after the other, not set to anything.
   std::vector<real*> parts(const std::vector<int64_t>& sizes) {
@@ -124,22 +124,23 @@ inline int64_t threads(const ffi::ThreadPool& pool, int64_t work) {
 
 constexpr int kSpins = 1000;  // how often a thread looks before it gives way to others
 
-// body(n) for all n below `count`, on the caller's thread and those of XLA's pool that come in time.
+// body(n, which thread) for all n below `count`, on the caller's thread, 0, and those of XLA's pool that come in time.
 template <class Body>
 void parallel(ffi::ThreadPool& pool, int64_t count, int64_t work, Body&& body) {
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
   };
   auto shared = std::make_shared<Shared>();
-  auto take = [shared, count, &body] {  // one that comes late finds nothing left and does not touch `body`
+  auto take = [shared, count, &body](int64_t thread) {  // one that comes late finds nothing and does not touch `body`
     for (int64_t n; (n = shared->next.fetch_add(1)) < count;)
-      body(n), shared->done.fetch_add(1, std::memory_order_release);
+      body(n, thread), shared->done.fetch_add(1, std::memory_order_release);
   };
   try {
-    for (int64_t n = 1; n < std::min(count, threads(pool, work)); n++) pool.Schedule(std::function<void()>(take));
+    for (int64_t n = 1; n < std::min(count, threads(pool, work)); n++)
+      pool.Schedule(std::function<void()>([take, n] { take(n); }));
   } catch (const std::bad_alloc&) {  // those that were asked may use what an exception would take away
   }
-  take();
+  take(0);
   for (int spins = 0; shared->done.load(std::memory_order_acquire) < count; spins++)
     if (spins > kSpins) std::this_thread::yield();
 }
@@ -209,6 +210,11 @@ struct Parts {
     each = std::clamp<int64_t>(own / (steps ? kRows : 2), 1, count);
     team = count / each;
   }
+  // Working memory: one for each part, or where parts run alone for each thread, which may run many.
+  int64_t slots(const Sizes& s, const ffi::ThreadPool& pool) const {
+    return team > 1 ? count() : std::min(count(), threads(pool, s.products()));
+  }
+  int64_t slot(int64_t part, int64_t thread) const { return team > 1 ? part : thread; }
   std::vector<Team> teams() const {
     std::vector<Team> all;
     for (int64_t n = 0; n < count(); n++) all.emplace_back(team == 1);
