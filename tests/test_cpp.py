@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 import platform
 import re
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import two_devices
 
 import rnncore
 from rnncore import sequence
@@ -309,33 +308,9 @@ def test_the_same_bits_every_time_and_from_several_threads():
         cases.assert_close(again, first, 0.0)
 
 
-SHARDED = """
-import jax, jax.numpy as jnp, rnncore
-from jax.sharding import AxisType, PartitionSpec as P
-import cases
-jax.config.update("jax_enable_x64", True)
-case = cases.BY_ID["lstm_both-heads"]
-problem = cases.draw(case, batch=(6,), lengths=True, resets=True)
-def gradient(name):
-    def local(params, *rest):
-        def loss(params):
-            return jnp.sum(cases.runner(case, cases.Mode(name, "reverse"))(params, *rest)[1] ** 2)
-        return jax.grad(loss)(params)
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), *[P("batch")] * 4), out_specs=P()))
-got = gradient("cpp")(*problem)
-cases.assert_close(got, gradient("scan")(*problem), 1e-12)
-print("ok")
-"""
-
-
 def test_the_batch_over_devices():
     """Inside shard_map, over two: the gradients are summed over both."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(rnncore.__file__).parents[1])])
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "ok", done.stdout + done.stderr
+    two_devices.assert_gradients_are_summed("cpp", "float64", cases.FLOAT64)
 
 
 # ------------------------------------------------------------------- the text and the compiler

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import subprocess
-import sys
 import types
-from pathlib import Path
 from typing import Any
 
 import cases
@@ -16,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import plain_kernels
 import pytest
+import two_devices
 
 import rnncore
 from rnncore import pointwise, sequence
@@ -140,36 +137,17 @@ def test_refusals_of_cells():
         cases.runner(case, cases.Mode(NAME, "reverse"))(*cases.draw(case, dtype=jnp.float32))
 
 
-SHARDED = """
-import types
-import jax, jax.numpy as jnp, rnncore
-from jax.sharding import AxisType, PartitionSpec as P
-import cases, plain_kernels
+PLAIN = """
+import types, plain_kernels
 from rnncore.backends import BACKENDS, fused
 run = lambda *call: fused.run(*call, plain_kernels.KERNELS)
 BACKENDS["plain"] = types.SimpleNamespace(unsupported=fused.unsupported, run=run)
-case = cases.BY_ID["lstm_both-heads"]
-problem = cases.draw(case, batch=(6,), dtype=jnp.float32, lengths=True, resets=True)
-def gradient(name):
-    def local(params, *rest):
-        def loss(params):
-            return jnp.sum(cases.runner(case, cases.Mode(name, "reverse"))(params, *rest)[1] ** 2)
-        return jax.grad(loss)(params)
-    mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), *[P("batch")] * 4), out_specs=P()))
-got = gradient("plain")(*problem)
-cases.assert_close(got, gradient("scan")(*problem), 2e-5)
-print("ok")
 """
 
 
 def test_the_batch_over_devices():
     """Inside shard_map, over two: the gradients are summed over both."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(rnncore.__file__).parents[1])])
-    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stdout.strip() == "ok", done.stdout + done.stderr
+    two_devices.assert_gradients_are_summed(NAME, "float32", FLOAT32, PLAIN)
 
 
 # ------------------------------------------------------------------------------------- the body
