@@ -5,7 +5,8 @@
 
 A step is <outputs, cotangent> and its gradients in terms of all parameters and of the inputs.  All policies take
 turns, A B C A B C; times are in terms of Flax's within a round.  Memory is the compiler's account of the
-temporaries.  Where B T is small enough, gradients are compared with a float64 reference.
+temporaries; what "cpp" keeps for its next call, some MiB, is not in it.  Where B T is small enough, gradients are
+compared with a float64 reference.
 """
 
 from __future__ import annotations
@@ -42,9 +43,10 @@ def measure(args: argparse.Namespace, write: records.Writer) -> None:
     calls: dict[str, Callable[[], Any]] = {}
     found: dict[str, dict[str, Any]] = {}
     turns: dict[str, dict[str, Any]] = {}
-    progress = Progress(len(POLICIES) * (1 + args.rounds))
+    names = policies.available(POLICIES)
+    progress = Progress(len(names) * (1 + args.rounds))
     try:
-        for name in POLICIES:
+        for name in names:
             progress.case(f"compiling {name}")
             layer = policies.lstm(name, hidden)
             forward = jax_programs.layer_by_layer(layer.apply)
@@ -59,7 +61,7 @@ def measure(args: argparse.Namespace, write: records.Writer) -> None:
         timing.take_turns(calls, args.rounds, args.seconds, lambda: progress.tick(1), turns=turns)
     finally:
         progress.close()
-        done = timing.complete_rounds(turns) if len(turns) == len(POLICIES) else {}
+        done = timing.complete_rounds(turns) if len(turns) == len(names) else {}
         for record in in_terms_of_flax(found, done):
             write("memory", **record)
             print(line(record), flush=True)

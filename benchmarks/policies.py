@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 import rnncore
 from benchmarks.peers.flax_linen import to_core, to_flax
+from rnncore.backends import BACKENDS
 
-FLAX = "flax.linen"
+FLAX, CPP = "flax.linen", "reverse, backend='cpp'"
 # Options of `rnncore.unroll`.
 OPTIONS: dict[str, dict[str, Any]] = {
     "any": {"differentiation": "any"},
@@ -23,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "reverse, recompute='chunk'": {"differentiation": "reverse", "recompute": "chunk"},
     "reverse, residual_dtype=bfloat16": {"differentiation": "reverse", "residual_dtype": jnp.bfloat16},
     "reverse, checkpoint_every=16": {"differentiation": "reverse", "checkpoint_every": 16},
+    CPP: {"differentiation": "reverse", "backend": "cpp"},
 }
 
 
@@ -38,6 +42,14 @@ class Layer(NamedTuple):
     apply: Callable[[Any, Any], Any]
     own: Callable[[Any], Any]
     core: Callable[[Any], Any]
+
+
+def available(names: Sequence[str]) -> tuple[str, ...]:
+    """Those that can run here; of the others stderr is told why not."""
+    why = BACKENDS["cpp"].missing_compiler(jax.default_backend())
+    if CPP in names and why is not None:
+        print(f"{CPP}: {why}", file=sys.stderr)
+    return tuple(name for name in names if name != CPP or why is None)
 
 
 def lstm(name: str, hidden: int) -> Layer:

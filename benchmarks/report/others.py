@@ -66,7 +66,8 @@ def memory(results: Results) -> str | None:
         head = ("policy", "(B, T, D, H)", "ms", "of Flax's time", "temporary MiB", "of Flax's memory")
         caption = (
             f"A gradient step of a float32 LSTM layer. Medians of {rounds(records)} interleaved rounds; in terms of "
-            f"flax.linen's `RNN(OptimizedLSTMCell)` in the same run. MiB: temporary memory of the compiled step. "
+            f"flax.linen's `RNN(OptimizedLSTMCell)` in the same run. MiB: temporary memory of the compiled step, "
+            "without what `cpp` keeps for its next call. "
             f"{words.place(run)}. {words.NOISE}"
         )
         told += [words.table(head, rows), caption, words.state(run)]
@@ -98,7 +99,8 @@ def compiling(results: Results) -> str | None:
         size = f" of a float32 LSTM layer, B={shape[0]}, D={shape[1]}, H={shape[2]}" if shape else ""
         caption = (
             f"Seconds to lower and compile a gradient step{size}, median [least..largest] of "
-            f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'}. {words.place(run)}."
+            f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'}. "
+            f"Those of the C++ compiler, once for a cell, are not among `cpp`'s. {words.place(run)}."
         )
         told += [words.table(head, rows), caption, words.state(run)]
     return "\n\n".join(filter(None, told)) or None
