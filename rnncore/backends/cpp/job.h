@@ -8,10 +8,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "product.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -53,17 +49,6 @@ struct Sizes {
 
 // ------------------------------------------------------------------------------------------ memory
 
-// Asks for large pages where an array is about to be written for the first time: fresh memory comes page by page.
-inline void expect_writing(void* data, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-  constexpr uintptr_t kPage = 4096;
-  uintptr_t begin = rounded(reinterpret_cast<uintptr_t>(data), kPage);
-  uintptr_t end = (reinterpret_cast<uintptr_t>(data) + bytes) / kPage * kPage;
-  if (end > begin && end - begin >= size_t(4) << 20)
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 // Working memory of a call, kept for the next one.
 class Memory {
  public:
@@ -91,11 +76,9 @@ class Memory {
  private:
   struct Block {
     Block() = default;
-    explicit Block(size_t wanted) : bytes(wanted), owner(::operator new(wanted + kAlign), Free{}) {
-      expect_writing(data(), bytes);
-    }
+    explicit Block(size_t wanted) : bytes(wanted), owner(::operator new(wanted + kAlign), Free{}) {}
     void* data() const { return reinterpret_cast<void*>(rounded(reinterpret_cast<uintptr_t>(owner.get()), kAlign)); }
-    static constexpr size_t kAlign = size_t(2) << 20;
+    static constexpr size_t kAlign = 64;
     struct Free {
       void operator()(void* p) const { ::operator delete(p); }
     };
