@@ -295,8 +295,9 @@ def interrupt(process: subprocess.Popen, shown: Path) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=20)
             return
-        before = trained(shown)
-        time.sleep(2)
+        before, until = trained(shown), time.monotonic() + 12  # the bar moves once in ten seconds at least
+        while process.poll() is None and trained(shown) == before and time.monotonic() < until:
+            time.sleep(0.2)
         if trained(shown) == before:
             return  # it has heard, and is slow to write
 
