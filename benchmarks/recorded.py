@@ -42,7 +42,7 @@ def run(
         try:
             machine = records.machine()
             writer(
-                "run", argv=sys.argv[1:] if argv is None else argv, started=records.now(), machine=machine,
+                "run", argv=records.asked(argv), started=records.now(), machine=machine,
                 commit=machine["commit"], tag=tag, quick=False, rounds=rounds, seconds=seconds,
             )  # fmt: skip
             measure(args, writer)

@@ -6,9 +6,10 @@ import importlib.metadata
 import json
 import math
 import re
+import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,12 @@ class Writer:
 
     def close(self) -> None:
         self._file.close()
+
+
+def asked(argv: Sequence[str] | None) -> list[str]:
+    """The options of a run without --out and its path, which say something of a machine and not of the run."""
+    given = iter(sys.argv[1:] if argv is None else argv)
+    return [a for a in given if not (a == "--out" and [next(given, None)]) and not a.startswith("--out=")]
 
 
 def now() -> str:

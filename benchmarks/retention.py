@@ -34,7 +34,7 @@ from jax.nn.initializers import glorot_uniform
 from tqdm import tqdm
 
 import rnncore
-from benchmarks.records import RESULTS, machine, now
+from benchmarks.records import RESULTS, asked, machine, now
 from rnncore import analysis, initializers
 
 CELLS: dict[str, Any] = {"Elman": rnncore.Elman, "LSTM": rnncore.LSTM, "GRU": rnncore.GRU, "MGU": rnncore.MGU}
@@ -187,7 +187,7 @@ def opening(args: argparse.Namespace, argv: list[str]) -> dict[str, Any]:
     """The record of the run."""
     started, ran_on = now(), machine()
     return {
-        "record": "run", "run": f"retention {started}", "argv": argv, "started": started, "machine": ran_on,
+        "record": "run", "run": f"retention {started}", "argv": asked(argv), "started": started, "machine": ran_on,
         "commit": ran_on["commit"], "tag": "retention", "quick": args.quick, "rounds": 1, "seconds": None,
     }  # fmt: skip
 

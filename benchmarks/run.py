@@ -207,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         try:
             where = records.machine()
             writer(
-                "run", argv=sys.argv[1:] if argv is None else argv, started=records.now(), machine=where,
+                "run", argv=records.asked(argv), started=records.now(), machine=where,
                 commit=where["commit"], **told,
             )  # fmt: skip
             reason = run_all(cases(chosen, args.precision, platform, args.quick), args, settings, writer)

@@ -164,5 +164,10 @@ def test_wrong_options_are_refused(script, options, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_where_the_records_went_is_not_recorded(measured):
+    (run,) = measured.runs
+    assert run.head["argv"] == TINY and records.asked(["--out=x", "--shape", "1"]) == ["--shape", "1"]
+
+
 def test_names_of_policies_are_known():
     assert {*memory.POLICIES, *compiling.CONTENDERS} == {policies.FLAX, *policies.OPTIONS}

@@ -264,7 +264,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "states": ({"states": True}, "return_states=True: its"),
     "checkpoint_every": ({"checkpoint_every": 8}, "checkpoint_every: its"),
     "recompute": ({"recompute": "gates"}, "recompute='gates': its"),
-    "residual_dtype": ({"residual_dtype": "bfloat16"}, "residual_dtype: its"),
+    "residual_dtype": ({"residual_dtype": "bfloat16"}, "residual_dtype='bfloat16': its"),
     "empty batch": ({"batch_shape": (2, 0)}, "no empty batch, and this one is (2, 0)"),
     "cpu": ({"platform": "cpu"}, "it needs an NVIDIA GPU, and JAX runs on cpu here"),
 }

@@ -28,7 +28,9 @@ ALLOWED = {
     ("cells", "recurrence"), ("pointwise", "cells"), ("torch_weights", "stack"), ("compose", "sequence"),
     ("modules", "sequence"), ("modules", "compose"), ("sequence", "_checks"),
 }  # fmt: skip
-SHARED_BY_BACKENDS = ("body", "chunks", "fused", "request", "inplace", "recur", "rewritten", "stacks", "sweep")
+SHARED_BY_BACKENDS = (
+    "batching", "body", "chunks", "fused", "request", "inplace", "recur", "rewritten", "stacks", "sweep",
+)  # fmt: skip
 FLAX = ("linen", "nnx")
 
 

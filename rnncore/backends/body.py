@@ -21,7 +21,7 @@ import numpy as np
 from rnncore import _compat, pointwise
 from rnncore._types import Array
 from rnncore.backends.rewritten import REWRITTEN
-from rnncore.cells.base import PointwiseCell, named
+from rnncore.cells.base import CellParams, PointwiseCell, named
 
 Tiles = tuple[Array, ...]
 
@@ -93,6 +93,15 @@ class Body:
     @functools.cached_property
     def width(self) -> int:
         return sum(not self._is_unit(n) for n in self._split.needed)
+
+    def recurrent_biases(self, params: CellParams) -> tuple[Array | None, list[Array]]:
+        """r's biases: of the gates that see z + r alone as (G, H) to add to z, or None; (H,) for each of `rest`."""
+        gates, biases = self.cell.gates, params.recurrent_bias
+        rows = {} if biases is None else dict(zip(self.cell.recurrent_bias, biases, strict=True))
+        none = jnp.zeros((self.cell.hidden_size,), params.input_kernel.dtype)
+        ours = [none if g in self.rest else rows.get(name, none) for g, name in enumerate(gates)]
+        added = any(name in rows and g not in self.rest for g, name in enumerate(gates))
+        return jnp.stack(ours) if added else None, [rows.get(gates[g], none) for g in self.rest]
 
     # ------------------------------------------------------------------------------------ tracing
 

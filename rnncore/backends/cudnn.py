@@ -26,7 +26,7 @@ from jax import lax
 
 from rnncore import _compat, _lengths
 from rnncore._types import Array
-from rnncore.backends.request import Operands, Request, Result
+from rnncore.backends.request import Operands, Request, Result, only_reverse_and_without
 from rnncore.cells.base import CellParams
 from rnncore.cells.lstm import LSTM, LSTMCarry
 from rnncore.recurrence import Dense
@@ -66,22 +66,11 @@ def unsupported(request: Request) -> str | None:
         return f"it takes float32 only; parameters, inputs and carry are {', '.join(sorted(request.dtypes))}"
     if request.precision not in TF32_ALLOWED:
         return f"it multiplies in float32 or TF32, and jax.default_matmul_precision is {request.precision!r}"
-    if request.differentiation != "reverse":
-        return "it has reverse mode of first order only: say differentiation='reverse'"
-    for what, asked in (
-        ("resets", request.resets),
-        ("recurrent_mask", request.mask),
-        ("zoneout", request.stay),
-        ("return_states=True", request.states),
-        ("checkpoint_every", request.checkpoint_every is not None),
-        (f"recompute={request.recompute!r}", request.recompute != "nothing"),
-        ("residual_dtype", request.residual_dtype is not None),
-    ):
-        if asked:
-            return f"{what}: its call runs all steps and shows the outputs and the last carry only"
-    if 0 in request.batch_shape:
-        return f"it takes no empty batch, and this one is {request.batch_shape}"
-    return None
+    return only_reverse_and_without(
+        request,
+        ("resets", "recurrent_mask", "zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
+        "its call runs all steps and shows the outputs and the last carry only",
+    )
 
 
 def unchosen(request: Request) -> str | None:

@@ -26,7 +26,8 @@ from jax.custom_batching import custom_vmap
 from rnncore import _compat
 from rnncore._types import Array
 from rnncore.backends import body
-from rnncore.backends.request import Operands, Request, Result
+from rnncore.backends.batching import into_batch, out_of_batch
+from rnncore.backends.request import Operands, Request, Result, only_reverse_and_without
 from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.recurrence import Dense, Heads
 
@@ -107,20 +108,12 @@ def unsupported(request: Request) -> str | None:
     if not isinstance(cell.recurrence, Dense | Heads):
         name = type(cell.recurrence).__name__
         return f"{name} recurrences have no matrix to keep on the chip; it has kernels for Dense and Heads"
-    if request.differentiation != "reverse":
-        return "it has reverse mode of first order only: say differentiation='reverse'"
-    for what, asked in (
-        ("recurrent_mask", request.mask),
-        ("zoneout", request.stay),
-        ("return_states=True", request.states),
-        ("checkpoint_every", request.checkpoint_every is not None),
-        (f"recompute={request.recompute!r}", request.recompute != "nothing"),
-    ):
-        if asked:
-            return f"{what}: its kernel runs all steps at once, with lengths and resets only, and keeps the carries"
-    if 0 in request.batch_shape:
-        return f"it takes no empty batch, and this one is {request.batch_shape}"
-    return body.why_not_as_declared(cell, "mix", "output", "split")
+    refused = only_reverse_and_without(
+        request,
+        ("recurrent_mask", "zoneout", "return_states", "checkpoint_every", "recompute"),
+        "its kernel runs all steps at once, with lengths and resets only, and keeps the carries",
+    )
+    return refused or body.why_not_as_declared(cell, "mix", "output", "split")
 
 
 def head_size(cell: PointwiseCell) -> int:
@@ -140,9 +133,11 @@ def run(request: Request, params: CellParams, operands: Operands, kernels: Kerne
 
     xs = operands.xs.reshape(request.steps, rows, -1)
     z = cell.project(params, xs)
-    z, rest_bias = _with_recurrent_bias(cell, params, z)
+    added, rest_bias = body.of(cell, (1, 1)).recurrent_biases(params)
+    z = z if added is None else z + added.reshape(-1)
     moving = _Moving(
-        z, params.recurrent_kernel, rest_bias, tuple(params.units), tuple(map(flat, operands.carry)),
+        z, params.recurrent_kernel, jnp.stack(rest_bias) if rest_bias else None, tuple(params.units),
+        tuple(map(flat, operands.carry)),
         None if operands.resets is None else tuple(map(flat, operands.target)),
     )  # fmt: skip
     lengths = None if operands.lengths is None else jnp.clip(operands.lengths.reshape(rows), 0, request.steps)
@@ -151,17 +146,6 @@ def run(request: Request, params: CellParams, operands: Operands, kernels: Kerne
     last, hs = _recurrence(cell, kernels, stored)(moving, _Given(lengths, resets))
     carry = type(operands.carry)(*(a.reshape(*request.batch_shape, hidden) for a in last))
     return Result(carry, hs.reshape(request.steps, *request.batch_shape, hidden), None, None)
-
-
-def _with_recurrent_bias(cell: PointwiseCell, params: CellParams, z: Array) -> tuple[Array, Array | None]:
-    """(z, bias of r of the gates in `Body.rest`): of a gate that sees z + r alone, r's bias is one of z as well."""
-    rest = body.of(cell, (1, 1)).rest
-    biases = params.recurrent_bias
-    rows = {} if biases is None else dict(zip(cell.recurrent_bias, biases, strict=True))
-    none = jnp.zeros((cell.hidden_size,), z.dtype)
-    if any(name in rows and g not in rest for g, name in enumerate(cell.gates)):
-        z = z + jnp.concatenate([none if g in rest else rows.get(name, none) for g, name in enumerate(cell.gates)])
-    return z, jnp.stack([rows.get(cell.gates[g], none) for g in rest]) if rest else None
 
 
 class _Moving(NamedTuple):
@@ -316,22 +300,16 @@ def _over_batch(kernel: Callable) -> Callable:
                 "on the chip. Map over sequences only, or use backend='scan'."
             )
 
-        def merged(a: Array, is_batched: bool, axis: int) -> Array:
-            a = jnp.moveaxis(a, 0, axis) if is_batched else jnp.repeat(jnp.expand_dims(a, axis), size, axis)
-            return a.reshape(*a.shape[:axis], -1, *a.shape[axis + 2 :])
-
         fields = {
-            name: jax.tree.map(functools.partial(merged, axis=axis), getattr(loop, name), getattr(loop_batched, name))
+            name: jax.tree.map(
+                functools.partial(into_batch, size, axis), getattr(loop, name), getattr(loop_batched, name)
+            )
             for name, axis in _BATCH.items()
         }
-        stacks = jax.tree.map(lambda a, b: merged(a, b, a.ndim - b - 2), tuple(stacks), tuple(stacks_batched))
+        stacks = jax.tree.map(lambda a, b: into_batch(size, a.ndim - b - 2, a, b), tuple(stacks), tuple(stacks_batched))
         out = call(loop._replace(**fields), *stacks)
 
-        def parted(a: Array) -> Array:
-            axis = a.ndim - 2
-            return jnp.moveaxis(a.reshape(*a.shape[:axis], size, -1, *a.shape[axis + 1 :]), axis, 0)
-
-        out = jax.tree.map(parted, out)
+        out = jax.tree.map(lambda a: out_of_batch(size, a.ndim - 2, a), out)
         return out, jax.tree.map(lambda _: True, out)
 
     call.def_vmap(rule)

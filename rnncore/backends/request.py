@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from rnncore._types import Array, Differentiation
@@ -49,6 +50,31 @@ class Request:
     recompute: str
     residual_dtype: str | None = None
     time_axis: int = 0
+
+
+_OPTIONS: dict[str, Callable[[Request], bool]] = {
+    "resets": lambda r: r.resets,
+    "recurrent_mask": lambda r: r.mask,
+    "zoneout": lambda r: r.stay,
+    "return_states": lambda r: r.states,
+    "checkpoint_every": lambda r: r.checkpoint_every is not None,
+    "recompute": lambda r: r.recompute != "nothing",
+    "residual_dtype": lambda r: r.residual_dtype not in (None, r.dtype),
+}
+
+
+def only_reverse_and_without(request: Request, options: Sequence[str], because: str) -> str | None:
+    """Reason why a backend of reverse mode that lacks these options of `unroll` cannot serve the request, or None."""
+    if request.differentiation != "reverse":
+        return "it has reverse mode of first order only: say differentiation='reverse'"
+    shown = {"return_states": "=True", "recompute": f"={request.recompute!r}"}
+    shown["residual_dtype"] = f"={request.residual_dtype!r}"
+    for option in options:
+        if _OPTIONS[option](request):
+            return f"{option}{shown.get(option, '')}: {because}"
+    if 0 in request.batch_shape:
+        return f"it takes no empty batch, and this one is {request.batch_shape}"
+    return None
 
 
 class Operands(NamedTuple):

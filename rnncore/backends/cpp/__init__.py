@@ -21,7 +21,8 @@ the units of a head padded to a multiple of 16.  The same call gives the same bi
 from __future__ import annotations
 
 from rnncore.backends import body
-from rnncore.backends.request import Operands, Request, Result
+from rnncore.backends.cpp import compiler, emit, recurrence
+from rnncore.backends.request import Operands, Request, Result, only_reverse_and_without
 from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.recurrence import Dense, Heads
 
@@ -30,37 +31,27 @@ DTYPES = ("float32", "float64")
 
 def unsupported(request: Request) -> str | None:
     """Reason why this backend cannot serve the request, or None."""
-    from rnncore.backends.cpp import emit
-
     cell = request.cell
     if not isinstance(cell, PointwiseCell):
         return f"{type(cell).__name__} is not a PointwiseCell, so no loop can be made of its pointwise update"
     if not isinstance(cell.recurrence, Dense | Heads):
         return f"{type(cell.recurrence).__name__} recurrences have no product; it has loops for Dense and Heads"
-    if request.differentiation != "reverse":
-        return "it has reverse mode of first order only: say differentiation='reverse'"
-    for what, asked in (
-        ("zoneout", request.stay),
-        ("return_states=True", request.states),
-        ("checkpoint_every", request.checkpoint_every is not None),
-        (f"recompute={request.recompute!r}", request.recompute != "nothing"),
-        (f"residual_dtype={request.residual_dtype!r}", request.residual_dtype not in (None, request.dtype)),
-    ):
-        if asked:
-            return f"{what}: its loop runs all steps at once and keeps what the derivative needs as it is"
+    refused = only_reverse_and_without(
+        request,
+        ("zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
+        "its loop runs all steps at once and keeps what the derivative needs as it is",
+    )
+    if refused is not None:
+        return refused
     if request.dtype not in DTYPES or request.dtypes != {request.dtype}:
         got = ", ".join(sorted(request.dtypes))
         return f"it takes float32 or float64, one of them; parameters, inputs and carry are {got}"
-    if 0 in request.batch_shape:
-        return f"it takes no empty batch, and this one is {request.batch_shape}"
     changed = body.why_not_as_declared(cell, "project", "mix", "output", "split")
     return changed or missing_compiler(request.platform) or emit.why_not(cell, request.dtype)
 
 
 def missing_compiler(platform: str) -> str | None:
     """Reason why its loops cannot run on this platform, or None."""
-    from rnncore.backends.cpp import compiler
-
     if platform != "cpu":
         return f"it needs a CPU, and JAX runs on {platform} here"
     if compiler.find() is None:
@@ -82,6 +73,4 @@ def keeps_time_axis(request: Request) -> bool:
 
 def run(request: Request, params: CellParams, operands: Operands) -> Result:
     """Runs the cell, see `Operands` and `Result`."""
-    from rnncore.backends.cpp import recurrence
-
     return recurrence.run(request, params, operands)

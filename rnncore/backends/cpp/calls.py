@@ -11,9 +11,10 @@ from jax.custom_batching import custom_vmap
 
 from rnncore import _compat
 from rnncore._types import Array
+from rnncore.backends.batching import into_batch, out_of_batch
 
 PAD = 16
-"""Units of a head are padded to a multiple of this in what the forward call keeps: kPad of job.h."""
+"""Units of a head are padded to a multiple of this in what the forward call keeps: kPad of sizes.h."""
 
 
 class Moving(NamedTuple):
@@ -134,18 +135,12 @@ def _over_batch(run: Callable, inputs: tuple, outputs: tuple, groups: int = 1) -
             out = jax.lax.map(one, [a for a, b in zip(args, batched, strict=True) if b])
             return out, tuple(True for _ in out)
 
-        def merged(a: Array, is_batched: bool, axis: int | None) -> Array:
-            if axis is None or a.shape == (0,):
-                return a
-            a = jnp.moveaxis(a, 0, axis) if is_batched else jnp.repeat(jnp.expand_dims(a, axis), size, axis)
-            return a.reshape(*a.shape[:axis], size * a.shape[axis + 1], *a.shape[axis + 2 :])
+        def merged(a: Array, is_mapped: bool, axis: int | None) -> Array:
+            return a if axis is None or a.shape == (0,) else into_batch(size, axis, a, is_mapped)
 
         def parted(a: Array, axis: int | None) -> Array:
-            if a.shape == (0,):
-                return a
-            axis = axis or 0  # the groups of the maps are the outer ones
-            apart = (*a.shape[:axis], size, a.shape[axis] // size, *a.shape[axis + 1 :])
-            return jnp.moveaxis(a.reshape(apart), axis, 0)
+            # Of sums over groups, the groups of the maps are the outer ones.
+            return a if a.shape == (0,) else out_of_batch(size, axis or 0, a)
 
         out = _over_batch(run, inputs, outputs, groups * size)(*map(merged, args, batched, inputs))
         return tuple(map(parted, out, outputs)), tuple(a.shape != (0,) for a in out)

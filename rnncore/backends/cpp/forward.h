@@ -2,6 +2,7 @@
 #pragma once
 
 #include "layout.h"
+#include "threads.h"
 
 namespace rnn {
 

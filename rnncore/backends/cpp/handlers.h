@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward.h"
+#include "memory.h"
 
 namespace rnn {
 
@@ -52,7 +53,7 @@ void run_forward(ffi::ThreadPool& pool, const Sizes& s, const Inputs& in, const 
     const int64_t part = n % count;
     Forward<Keep> mine = work[part];
     mine.set(&parts[shared + split.slot(part, thread) * own.size()]);
-    mine.run(teams[part], split.steps);
+    mine.run(teams[part], split.together);
   });
 }
 
@@ -83,7 +84,7 @@ inline void run_backward(ffi::ThreadPool& pool, int64_t groups, const Sizes& s, 
     const int64_t part = n % count;
     Backward mine = work[part];
     mine.set(&parts[shared + split.slot(part, thread) * own.size()], Sums(s, sums, part * apart));
-    mine.run(teams[part], split.steps);
+    mine.run(teams[part], split.together);
   });
   parallel(pool, groups * s.blocks, 8 * count * s.weights(), [&](int64_t n, int64_t) {
     const int64_t group = n / s.blocks, block = n % s.blocks, head = s.head_of(block);

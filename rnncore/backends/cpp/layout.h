@@ -5,7 +5,7 @@
 // order.
 #pragma once
 
-#include "job.h"
+#include "sizes.h"
 
 namespace rnn {
 

@@ -63,14 +63,9 @@ def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
 def _biases(cell: PointwiseCell, params: CellParams) -> tuple[Array, Array]:
     """(bias of z, bias of r of the gates that do not see z + r alone): r's other biases are z's as well."""
     hidden, dtype = cell.hidden_size, params.input_kernel.dtype
-    rest = body.of(cell, (1, 1), dtype.name).rest
-    recurrent = params.recurrent_bias
-    rows = {} if recurrent is None else dict(zip(cell.recurrent_bias, recurrent, strict=True))
-    zero = jnp.zeros((hidden,), dtype)
+    added, rest = body.of(cell, (1, 1), dtype.name).recurrent_biases(params)
     bias = jnp.zeros((len(cell.gates), hidden), dtype) if params.bias is None else params.bias
-    if any(name in rows and g not in rest for g, name in enumerate(cell.gates)):
-        bias = bias + jnp.stack([zero if g in rest else rows.get(name, zero) for g, name in enumerate(cell.gates)])
-    return bias, _rows([rows.get(cell.gates[g], zero) for g in rest], hidden, dtype)
+    return bias if added is None else bias + added, _rows(rest, hidden, dtype)
 
 
 @jax.tree_util.register_static

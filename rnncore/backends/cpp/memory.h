@@ -1,0 +1,59 @@
+// Working memory.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "sizes.h"
+
+namespace rnn {
+
+// Working memory of a call, kept for the next one.
+class Memory {
+ public:
+  Memory() {
+    std::lock_guard<std::mutex> lock(mutex());
+    if (!idle().empty()) block_ = std::move(idle().back()), idle().pop_back();
+  }
+  ~Memory() {
+    constexpr size_t kMost = size_t(128) << 20;
+    std::lock_guard<std::mutex> lock(mutex());
+    if (block_.bytes && block_.bytes <= kMost && idle().size() < 4) idle().push_back(std::move(block_));
+  }
+  // `count` numbers for each size, one after the other, not set to anything.
+  std::vector<real*> parts(const std::vector<int64_t>& sizes) {
+    constexpr int64_t kLine = 64 / sizeof(real);
+    int64_t total = 0;
+    for (int64_t n : sizes) total += rounded(n, kLine) + kLine;
+    if (block_.bytes < total * sizeof(real)) block_ = Block(total * sizeof(real));
+    std::vector<real*> out;
+    real* at = static_cast<real*>(block_.data());
+    for (int64_t n : sizes) out.push_back(at), at += rounded(n, kLine) + kLine;
+    return out;
+  }
+
+ private:
+  struct Block {
+    Block() = default;
+    explicit Block(size_t wanted) : bytes(wanted), owner(::operator new(wanted + kAlign), Free{}) {}
+    void* data() const { return reinterpret_cast<void*>(rounded(reinterpret_cast<uintptr_t>(owner.get()), kAlign)); }
+    static constexpr size_t kAlign = 64;
+    struct Free {
+      void operator()(void* p) const { ::operator delete(p); }
+    };
+    size_t bytes = 0;
+    std::unique_ptr<void, Free> owner;
+  };
+  static std::mutex& mutex() {
+    static std::mutex* one = new std::mutex;
+    return *one;
+  }
+  static std::vector<Block>& idle() {
+    static auto* all = new std::vector<Block>;
+    return *all;
+  }
+  Block block_;
+};
+
+}  // namespace rnn
