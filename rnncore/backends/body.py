@@ -98,7 +98,7 @@ class Body:
         """r's biases: of the gates that see z + r alone as (G, H) to add to z, or None; (H,) for each of `rest`."""
         gates, biases = self.cell.gates, params.recurrent_bias
         rows = {} if biases is None else dict(zip(self.cell.recurrent_bias, biases, strict=True))
-        none = jnp.zeros((self.cell.hidden_size,), params.input_kernel.dtype)
+        none = jnp.zeros((self.cell.hidden_size,), params.recurrent_kernel.dtype)
         ours = [none if g in self.rest else rows.get(name, none) for g, name in enumerate(gates)]
         added = any(name in rows and g not in self.rest for g, name in enumerate(gates))
         return jnp.stack(ours) if added else None, [rows.get(gates[g], none) for g in self.rest]
