@@ -18,8 +18,10 @@ import jax
 import jaxlib
 
 HEADERS = Path(__file__).parent
+# Clang for ARM, Apple's for one, has no -march=native.
+NATIVE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
+    "-std=c++17", "-O3", NATIVE, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math",
     "-fno-signed-zeros", "-fvisibility=hidden", "-fPIC", "-shared", "-w",
 )  # fmt: skip
 HANDLERS = ("forward", "forward_keeping", "backward")
@@ -82,7 +84,7 @@ def _version(compiler: str) -> str:
 
 
 def _processor() -> str:
-    """What -march=native stands for: a cache may be shared by machines of several kinds."""
+    """What NATIVE stands for: a cache may be shared by machines of several kinds."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -49,8 +49,8 @@ RNN_INLINE vec select(mask m, vec yes, vec no) { return m ? yes : no; }
 RNN_INLINE mask select(mask m, mask yes, mask no) { return (m & yes) | (~m & no); }
 RNN_INLINE vec numbers(mask m) { return m ? all(1) : all(0); }
 RNN_INLINE vec absolute(vec x) { return x < 0 ? -x : x + 0; }
-RNN_INLINE vec larger(vec a, vec b) { return (a > b) | (a != a) ? a : b; }  // NaN stays
-RNN_INLINE vec smaller(vec a, vec b) { return (a < b) | (a != a) ? a : b; }
+RNN_INLINE vec larger(vec a, vec b) { return ((a > b) | (a != a)) ? a : b; }  // NaN stays
+RNN_INLINE vec smaller(vec a, vec b) { return ((a < b) | (a != a)) ? a : b; }
 RNN_INLINE vec signum(vec x) { return x > 0 ? all(1) : (x < 0 ? all(-1) : x); }
 
 template <int N>
