@@ -32,8 +32,21 @@ std::vector<int64_t> largest(const std::vector<Work>& work) {
   return most;
 }
 
+// Bytes of the arrays over time that a run writes, its backward one included.
+struct Written {
+  size_t y, kept, dx;
+  Written(const Sizes& s, bool keep) {
+    const size_t line = s.steps * s.batch * sizeof(real);
+    y = line * s.hidden, kept = keep ? line * s.units * Cell::residuals : 0, dx = keep ? line * s.inputs : 0;
+  }
+  size_t all() const { return y + kept + dx; }
+};
+
 template <bool Keep>
 void run_forward(ffi::ThreadPool& pool, const Sizes& s, const Inputs& in, const Outputs& out) {
+  const Written bytes(s, Keep);
+  expect_writing(out.y, bytes.y, bytes.all());
+  if (Keep) expect_writing(out.kept, bytes.kept, bytes.all());
   const Parts split(s, 1, pool);
   const int64_t count = split.count();
   Weights weights;
@@ -59,6 +72,8 @@ void run_forward(ffi::ThreadPool& pool, const Sizes& s, const Inputs& in, const 
 
 inline void run_backward(ffi::ThreadPool& pool, int64_t groups, const Sizes& s, const Inputs& in, const real* y,
                          const real* kept, const Cotangents& given, const Gradients& out) {
+  const Written bytes(s, true);
+  if (out.x) expect_writing(out.x, bytes.dx, bytes.all());
   const Parts split(s, groups, pool);
   const int64_t count = split.count();
   int64_t apart = 0;  // between the sums of one part and the next

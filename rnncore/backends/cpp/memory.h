@@ -1,5 +1,9 @@
-// Working memory.
+// Memory: large pages for arrays that are new, and working memory.
 #pragma once
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <memory>
 #include <mutex>
@@ -8,6 +12,19 @@
 #include "sizes.h"
 
 namespace rnn {
+
+// Asks for large pages where an array is about to be written for the first time: fresh memory comes page by page.
+// `all` are the bytes of all such arrays: for many of them the kernel has to move other memory until it finds large
+// pages in one piece, which takes longer than they save.
+inline void expect_writing(void* data, size_t bytes, size_t all) {
+#if defined(MADV_HUGEPAGE)
+  constexpr uintptr_t kPage = 4096;
+  constexpr size_t kLeast = size_t(4) << 20, kMost = size_t(128) << 20;
+  const uintptr_t from = rounded(reinterpret_cast<uintptr_t>(data), kPage);
+  if (bytes >= kLeast && all <= kMost)
+    madvise(reinterpret_cast<void*>(from), (bytes - kPage) / kPage * kPage, MADV_HUGEPAGE);
+#endif
+}
 
 // Working memory of a call, kept for the next one.
 class Memory {
