@@ -302,10 +302,18 @@ def interrupt(process: subprocess.Popen, shown: Path) -> None:
             return  # it has heard, and is slow to write
 
 
+# What is started in the background, and all that it starts, ignores Ctrl-C; the script here must not.
+HEARING = (
+    "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "sys.argv.pop(0); sys.path.insert(0, sys.argv.pop(0)); runpy.run_path(sys.argv[0], run_name='__main__')"
+)
+
+
 def test_ctrl_c_on_the_running_script(tmp_path):
     roots = [str(Path(rnncore.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, roots))}
-    command = [sys.executable, EXAMPLES / "gradient_retention.py", *SMALL, "--cell", "rnn", "--steps", "1000000"]
+    script = [sys.executable, "-c", HEARING, EXAMPLES, EXAMPLES / "gradient_retention.py"]
+    command = [*script, *SMALL, "--cell", "rnn", "--steps", "1000000"]
     shown = tmp_path / "shown"
     with (
         shown.open("w") as errors,
