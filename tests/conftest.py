@@ -4,11 +4,11 @@ import importlib.metadata
 import os
 
 # The tests compile some thousand small programs and run each once or twice: without LLVM's
-# optimisations that takes half the time.  What XLA itself does to a program stays as it is.
+# optimisations that takes half the time.  XLA's own passes over a program stay as they are.
 _FLAGS = "--xla_backend_optimization_level=0 "
 if importlib.metadata.version("jax").startswith("0.10."):
-    # Half of the rest goes into its new emitters of fused operations; it still has the old ones.  Newer versions,
-    # which are tested too, have the new ones alone.
+    # Half of the rest goes into XLA's new emitters of fused operations, and this version still has the old ones.
+    # Newer versions, which are tested too, have the new ones alone.
     _FLAGS += "--xla_cpu_use_fusion_emitters=false "
 os.environ["XLA_FLAGS"] = _FLAGS + os.environ.get("XLA_FLAGS", "")
 
