@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import rnncore
 from benchmarks.peers.flax_linen import to_core, to_flax
-from rnncore.backends import BACKENDS
+from rnncore.sequence.backends import BACKENDS
 
 FLAX, CPP = "flax.linen", "reverse, backend='cpp'"
 # Options of `rnncore.unroll`.

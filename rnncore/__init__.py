@@ -12,18 +12,18 @@ from rnncore.cells import IndRNN as IndRNN
 from rnncore.cells import LSTMCarry as LSTMCarry
 from rnncore.cells import PointwiseCell as PointwiseCell
 from rnncore.cells import ResetBeforeGRU as ResetBeforeGRU
-from rnncore.compose import unroll_stack as unroll_stack
-from rnncore.recurrence import Dense as Dense
-from rnncore.recurrence import Diagonal as Diagonal
-from rnncore.recurrence import Heads as Heads
-from rnncore.recurrence import Recurrence as Recurrence
-from rnncore.sequence import BackendChoice as BackendChoice
-from rnncore.sequence import States as States
-from rnncore.sequence import explain_backend as explain_backend
-from rnncore.sequence import unroll as unroll
-from rnncore.stack import Stack as Stack
-from rnncore.stack import StackParams as StackParams
-from rnncore.torch_weights import from_torch as from_torch
-from rnncore.torch_weights import to_torch as to_torch
+from rnncore.cells.recurrent_kernels import Dense as Dense
+from rnncore.cells.recurrent_kernels import Diagonal as Diagonal
+from rnncore.cells.recurrent_kernels import Heads as Heads
+from rnncore.cells.recurrent_kernels import Recurrence as Recurrence
+from rnncore.layers.compose import unroll_stack as unroll_stack
+from rnncore.layers.stack import Stack as Stack
+from rnncore.layers.stack import StackParams as StackParams
+from rnncore.layers.torch_weights import from_torch as from_torch
+from rnncore.layers.torch_weights import to_torch as to_torch
+from rnncore.sequence.call import BackendChoice as BackendChoice
+from rnncore.sequence.call import States as States
+from rnncore.sequence.call import explain_backend as explain_backend
+from rnncore.sequence.call import unroll as unroll
 
 __version__ = "0.1.0"

@@ -10,7 +10,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import rnncore
-from rnncore.backends import pallas_tpu, pallas_tpu_kernels
+from rnncore.kernels import pallas_tpu
+from rnncore.kernels.pallas_tpu import kernels as pallas_tpu_kernels
 
 STEPS, FEATURES = 5, 3
 CELL = rnncore.GRU(4)

@@ -1,4 +1,4 @@
-"""The kernels of `fused.Kernels` in plain JAX: what every backend's kernels have to compute."""
+"""The kernels of `host.Kernels` in plain JAX: what every backend's kernels have to compute."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rnncore.backends import body, fused
+from rnncore.kernels import host, kernel_body
 
 WIDE = jnp.float32
 
@@ -21,9 +21,9 @@ def gates_of(slab: jax.Array, count: int) -> list[jax.Array]:
     return [a.astype(WIDE) for a in jnp.split(slab, count, -1)]
 
 
-def forward(cell: Any, loop: fused.Loop, z: jax.Array, keep: str | None) -> fused.Kept:
+def forward(cell: Any, loop: host.Loop, z: jax.Array, keep: str | None) -> host.Kept:
     rows, hidden, count = z.shape[1], cell.hidden_size, len(cell.gates)
-    part = body.of(cell, (rows, hidden))
+    part = kernel_body.of(cell, (rows, hidden))
     units = tuple(jnp.broadcast_to(u, (rows, hidden)) for u in loop.units)
     start, target = wide(loop.start), wide(loop.target or ())
 
@@ -31,7 +31,7 @@ def forward(cell: Any, loop: fused.Loop, z: jax.Array, keep: str | None) -> fuse
         (carry, last), (t, z, resets) = state, now
         if resets is not None:
             carry = tuple(jnp.where(resets[:, None], a, b) for a, b in zip(target, carry, strict=True))
-        rs = gates_of(fused.mix(cell, loop.kernel, carry[part.hidden].astype(z.dtype)[None])[0], count)
+        rs = gates_of(host.mix(cell, loop.kernel, carry[part.hidden].astype(z.dtype)[None])[0], count)
         for n, gate in enumerate(part.rest):
             rs[gate] = rs[gate] + loop.rest_bias[n]
         carry = part.forward(units, tuple(gates_of(z, count)), tuple(rs), carry)
@@ -41,12 +41,12 @@ def forward(cell: Any, loop: fused.Loop, z: jax.Array, keep: str | None) -> fuse
         return (carry, last), (carry[part.hidden].astype(z.dtype), tuple(others))
 
     (_, last), (hs, others) = lax.scan(step, (start, start), (jnp.arange(z.shape[0]), z, loop.resets))
-    return fused.Kept(hs, others, last)
+    return host.Kept(hs, others, last)
 
 
-def backward(cell: Any, loop: fused.Loop, residuals: Any, dhs: jax.Array, dlast: Any) -> fused.Cotangents:
+def backward(cell: Any, loop: host.Loop, residuals: Any, dhs: jax.Array, dlast: Any) -> host.Cotangents:
     steps, rows, hidden = dhs.shape
-    count, part = len(cell.gates), body.of(cell, (rows, hidden))
+    count, part = len(cell.gates), kernel_body.of(cell, (rows, hidden))
     units = tuple(jnp.broadcast_to(u, (rows, hidden)) for u in loop.units)
     zeros = jnp.zeros_like(dhs[0], WIDE)
 
@@ -60,7 +60,7 @@ def backward(cell: Any, loop: fused.Loop, residuals: Any, dhs: jax.Array, dlast:
         dunits = tuple(a + b for a, b in zip(dunits, more, strict=True))
         apart = iter(drest)
         dr = jnp.stack([a if additive else next(apart) for a, additive in zip(dzs, part.additive, strict=True)], 1)
-        dr = dr.astype(loop.kernel.dtype).reshape(rows, count, -1, fused.head_size(cell))
+        dr = dr.astype(loop.kernel.dtype).reshape(rows, count, -1, host.head_size(cell))
         back = jnp.einsum("bgne,ndge->bnd", dr, loop.kernel, preferred_element_type=WIDE).reshape(rows, hidden)
         ds = tuple(a + back if n == part.hidden else a for n, a in enumerate(ds))
         if resets is not None:
@@ -74,7 +74,7 @@ def backward(cell: Any, loop: fused.Loop, residuals: Any, dhs: jax.Array, dlast:
     begin = (dlast if loop.lengths is None else none, none if loop.resets is not None else None, (zeros,) * len(units))
     inputs = (jnp.arange(steps), residuals, dhs, loop.resets)
     (ds, dtarget, dunits), (dz, rest) = lax.scan(step, begin, inputs, reverse=True)
-    return fused.Cotangents(dz, rest, ds, dtarget, dunits)
+    return host.Cotangents(dz, rest, ds, dtarget, dunits)
 
 
-KERNELS = fused.Kernels(forward, backward)
+KERNELS = host.Kernels(forward, backward)

@@ -32,8 +32,10 @@ import test_pallas_tpu
 from tqdm import tqdm
 
 import rnncore
-from rnncore import sequence
-from rnncore.backends import pallas_tpu, pallas_tpu_kernels, pallas_tpu_plan
+from rnncore.kernels import pallas_tpu
+from rnncore.kernels.pallas_tpu import kernels as pallas_tpu_kernels
+from rnncore.kernels.pallas_tpu import plan as pallas_tpu_plan
+from rnncore.sequence import call as sequence
 
 Rng = np.random.Generator
 PRODUCTS = rnncore.Dense | rnncore.Heads

@@ -21,8 +21,9 @@ from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import make_cell, make_problem
 from benchmarks.peers.reference import reference
 from benchmarks.report import gpu
-from rnncore import sequence
-from rnncore.backends import BACKENDS, body
+from rnncore.kernels import kernel_body
+from rnncore.sequence import call as sequence
+from rnncore.sequence.backends import BACKENDS
 
 LSTM, LAYERS = workloads.WORKLOADS["tiny-lstm"], workloads.WORKLOADS["tiny-layers"]
 HEADS = workloads.Workload("heads", "a test", "lstm", 2, 6, 5, 4, heads=2, recurrence="heads")
@@ -290,6 +291,6 @@ def test_a_floor_is_shown_for_all_steps():
 
 def test_the_own_cell_is_the_same_work_for_a_kernel():
     """As many operations of every kind as the built-in LSTM, forward and backward."""
-    own, built_in = (body.of(cell, (64, 8)) for cell in (OwnLSTM(64), rnncore.LSTM(64)))
+    own, built_in = (kernel_body.of(cell, (64, 8)) for cell in (OwnLSTM(64), rnncore.LSTM(64)))
     for a, b in ((own._forward, built_in._forward), (own._backward, built_in._backward)):
         assert Counter(e.primitive.name for e in a.eqns) == Counter(e.primitive.name for e in b.eqns)

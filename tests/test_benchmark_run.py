@@ -16,7 +16,7 @@ from benchmarks import bounds, measure, records, run, timing, workloads
 from benchmarks.peers import PEERS, Built, Case, Peer, rnncore_peer, torch_peer
 from benchmarks.peers.problem import make_problem
 from benchmarks.peers.reference import reference
-from rnncore.backends.cpp import compiler
+from rnncore.kernels.cpp import compiler
 
 TIME = {
     "record", "run", "workload", "cell", "recurrence", "B", "T", "D", "H", "heads", "layers", "contender", "library",

@@ -19,8 +19,8 @@ import pytest
 import two_devices
 
 import rnncore
-from rnncore import sequence
-from rnncore.backends.cpp import compiler, emit, recurrence
+from rnncore.kernels.cpp import compiler, emit, recurrence
+from rnncore.sequence import call as sequence
 
 CPP, SCAN = cases.Mode("cpp", "reverse"), cases.Mode("scan", "reverse")
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.

@@ -14,8 +14,10 @@ from cases import assert_close, cotangents
 from jax.experimental import rnn
 
 import rnncore
-from rnncore import LSTM, Heads, LSTMCarry, Stack, _compat, compose, sequence
-from rnncore.backends import BACKENDS, Request
+from rnncore import LSTM, Heads, LSTMCarry, Stack, _compat
+from rnncore.layers import compose
+from rnncore.sequence import call as sequence
+from rnncore.sequence.backends import BACKENDS, Request
 
 CUDNN = BACKENDS["cudnn"]
 B, T, D, H = 4, 6, 3, 5

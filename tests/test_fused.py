@@ -15,9 +15,11 @@ import pytest
 import two_devices
 
 import rnncore
-from rnncore import pointwise, sequence
-from rnncore.backends import BACKENDS, body, fused
-from rnncore.backends.rewritten import REWRITTEN
+from rnncore.cells import pointwise
+from rnncore.kernels import host, kernel_body
+from rnncore.kernels.op_lowerings import REWRITTEN
+from rnncore.sequence import call as sequence
+from rnncore.sequence.backends import BACKENDS
 
 IDS = (
     "elman_relu", "elman_silu", "lstm-heads", "lstm_both-dense", "lstm_no_bias", "lstm_functions", "gru-heads",
@@ -32,7 +34,7 @@ NAME = "plain"
 def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A backend of plain kernels."""
     backend = types.SimpleNamespace(
-        unsupported=fused.unsupported, run=lambda *call: fused.run(*call, plain_kernels.KERNELS)
+        unsupported=host.unsupported, run=lambda *call: host.run(*call, plain_kernels.KERNELS)
     )
     monkeypatch.setitem(BACKENDS, NAME, backend)
     yield
@@ -139,9 +141,10 @@ def test_refusals_of_cells():
 
 PLAIN = """
 import types, plain_kernels
-from rnncore.backends import BACKENDS, fused
-run = lambda *call: fused.run(*call, plain_kernels.KERNELS)
-BACKENDS["plain"] = types.SimpleNamespace(unsupported=fused.unsupported, run=run)
+from rnncore.kernels import host
+from rnncore.sequence.backends import BACKENDS
+run = lambda *call: host.run(*call, plain_kernels.KERNELS)
+BACKENDS["plain"] = types.SimpleNamespace(unsupported=host.unsupported, run=run)
 """
 
 
@@ -184,7 +187,7 @@ BODIES = {"odd": Odd(4), "caught": CAUGHT, "gelu": GELU} | {
 @pytest.mark.parametrize("cell", BODIES.values(), ids=BODIES)
 def test_the_body_is_the_cell_and_its_vjp(cell: Any):
     shape = (8, 16)
-    part, rng = body.of(cell, shape), np.random.default_rng(0)
+    part, rng = kernel_body.of(cell, shape), np.random.default_rng(0)
     counts = (len(cell.units), len(cell.gates), len(cell.gates), len(cell.Carry._fields))
     units, zs, rs, carry = (tiles(rng, n, shape) for n in counts)
     dcarry = tiles(rng, len(carry), shape)
@@ -240,11 +243,11 @@ def test_unusual_uses_of_known_operations_are_named():
         return jax.lax.select_n((x > 0).astype(jnp.int32) + (x > 1), x, 2 * x, -x)
 
     cell = dataclasses.replace(cases.BY_ID["elman_silu"].cell, activation_fn=three)
-    assert "`select_n of more than two`" in (body.of(cell, (8, 16)).why_not(pointwise.ELEMENTWISE) or "")
+    assert "`select_n of more than two`" in (kernel_body.of(cell, (8, 16)).why_not(pointwise.ELEMENTWISE) or "")
 
 
 def test_an_operation_that_a_kernel_language_lacks_is_named():
     cell = dataclasses.replace(cases.BY_ID["elman_silu"].cell, activation_fn=jnp.arctan)
-    why = body.of(cell, (8, 16)).why_not({"add", "mul", "div"})
+    why = kernel_body.of(cell, (8, 16)).why_not({"add", "mul", "div"})
     assert why == "the update of Elman applies `atan`, which its kernel language lacks"
-    assert body.of(cell, (8, 16)).why_not({"add", "mul", "div", "atan", "broadcast_in_dim"}) is None
+    assert kernel_body.of(cell, (8, 16)).why_not({"add", "mul", "div", "atan", "broadcast_in_dim"}) is None

@@ -10,27 +10,22 @@ from pathlib import Path
 import pytest
 
 import rnncore
-from rnncore.backends import BACKENDS
 
 ROOT = Path(rnncore.__file__).parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("_types", "_compat", "_pallas", "_lengths", "_products", "initializers"),
-    ("recurrence", "cells", "pointwise"),
-    ("stack", "torch_weights"),
-    ("backends",),
-    ("_checks", "sequence", "compose", "modules"),
+    ("cells",),
+    ("recurrence",),
+    ("kernels",),
+    ("sequence",),
+    ("layers",),
+    ("flax_modules",),
     ("linen", "nnx", "analysis", "training", "gpu"),
 )
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
-# What may be shared on one floor: (who, what).
-ALLOWED = {
-    ("cells", "recurrence"), ("pointwise", "cells"), ("torch_weights", "stack"), ("compose", "sequence"),
-    ("modules", "sequence"), ("modules", "compose"), ("sequence", "_checks"),
-}  # fmt: skip
-SHARED_BY_BACKENDS = (
-    "batching", "body", "chunks", "fused", "request", "inplace", "recur", "rewritten", "stacks", "sweep",
-)  # fmt: skip
+SHARED_BY_CELLS = ("base", "pointwise", "recurrent_kernels")
+SHARED_BY_KERNELS = ("host", "kernel_body", "op_lowerings")
 FLAX = ("linen", "nnx")
 
 
@@ -76,9 +71,9 @@ def edges() -> list[tuple[str, str]]:
 
 
 def test_the_files_are_found():
-    assert {"rnncore", "rnncore.cells.lstm", "rnncore.backends.scan", "rnncore.sequence"} <= FILES.keys()
+    assert {"rnncore", "rnncore.cells.lstm", "rnncore.recurrence.scan", "rnncore.sequence"} <= FILES.keys()
     assert ("rnncore.cells.lstm", "rnncore.cells.base") in edges()
-    assert ("rnncore.sequence", "rnncore.backends") in edges()
+    assert ("rnncore.sequence.call", "rnncore.sequence.backends") in edges()
     assert "jax.numpy" in imports("rnncore._lengths")
 
 
@@ -99,7 +94,6 @@ def test_equal_floors_do_not_import_each_other():
         if floor(a) == floor(b)
         and part(a) != part(b)
         and floor(a) not in FREE_WITHIN
-        and (part(a), part(b)) not in ALLOWED
     ]
     assert not wrong
 
@@ -121,27 +115,28 @@ def test_no_imports_in_a_circle():
         order += free
 
 
-def test_backends_do_not_import_each_other():
-    package = "rnncore.backends."
+def test_kernels_do_not_import_each_other():
+    package = "rnncore.kernels."
+    pairs = [(a.removeprefix(package), b.removeprefix(package)) for a, b in edges() if a.startswith(package)]
     wrong = [
         (a, b)
-        for a, b in edges()
-        if a.startswith(package) and b.startswith(package) and b.removeprefix(package) not in SHARED_BY_BACKENDS
-        # A backend has files of its own: pallas_tpu_plan, mosaic_gpu.plan.
-        and not any(a.startswith(package + own) and b.startswith(package + own) for own in BACKENDS)
+        for a, b in pairs
+        if not b.startswith("rnncore.") and b not in SHARED_BY_KERNELS and a.split(".")[0] != b.split(".")[0]
     ]
     assert not wrong
 
 
-def test_backends_are_reached_through_their_table():
-    wrong = [(a, b) for a, b in edges() if b.startswith("rnncore.backends.") and part(a) != "backends"]
-    assert not wrong
+def test_kernels_are_reached_through_the_table_of_backends():
+    wrong = [(a, b) for a, b in edges() if b.startswith("rnncore.kernels") and part(a) != "kernels"]
+    assert {a for a, _ in wrong} == {"rnncore.sequence.backends"}
 
 
 def test_cells_import_no_cell_but_their_base():
     package = "rnncore.cells."
     wrong = [
-        (a, b) for a, b in edges() if a.startswith(package) and b.startswith(package) and b != "rnncore.cells.base"
+        (a, b)
+        for a, b in edges()
+        if a.startswith(package) and b.startswith(package) and b.removeprefix(package) not in SHARED_BY_CELLS
     ]
     assert not wrong
 

@@ -23,11 +23,13 @@ import numpy as np
 import pytest
 
 import rnncore
-from rnncore import _pallas, sequence
-from rnncore.backends import BACKENDS, body
-from rnncore.backends.mosaic_gpu import plan as plans
-from rnncore.backends.mosaic_gpu import tiles
-from rnncore.backends.mosaic_gpu.kernels import kernels
+from rnncore import _pallas
+from rnncore.kernels import kernel_body
+from rnncore.kernels.mosaic_gpu import plan as plans
+from rnncore.kernels.mosaic_gpu import tiles
+from rnncore.kernels.mosaic_gpu.kernels import kernels
+from rnncore.sequence import call as sequence
+from rnncore.sequence.backends import BACKENDS
 
 GPU = BACKENDS["mosaic_gpu"]
 FEATURES, STEPS = 16, 5
@@ -313,7 +315,7 @@ class Every(rnncore.PointwiseCell):
 
 
 def test_every_known_operation_lowers():
-    part = body.of(Every(64), (64, 8))
+    part = kernel_body.of(Every(64), (64, 8))
     used = {e.primitive.name for e in (*part._forward.eqns, *part._backward.eqns)}
     sometimes = {"bitcast_convert_type", "broadcast_in_dim", "convert_element_type"}  # by the version of JAX
     assert GPU.KNOWN <= used | sometimes, GPU.KNOWN - used
@@ -324,7 +326,7 @@ def test_every_known_operation_lowers():
 SHARDED = """
 import jax, jax.numpy as jnp, rnncore
 from jax.sharding import AxisType, PartitionSpec as P
-from rnncore.backends import BACKENDS
+from rnncore.sequence.backends import BACKENDS
 backend = BACKENDS["mosaic_gpu"]
 backend.missing_gpu = lambda platform: None
 cell, dtype = rnncore.LSTM(16, coupled=True, peepholes=True), jnp.bfloat16
@@ -394,7 +396,7 @@ def request_of(cell: Any, batch: tuple[int, ...] = (16,), **fields: Any) -> Any:
         "resets": False, "mask": False, "stay": False, "states": False, "differentiation": "reverse",
         "checkpoint_every": None, "recompute": "nothing",
     }  # fmt: skip
-    return rnncore.backends.Request(**(values | fields))
+    return rnncore.sequence.backends.Request(**(values | fields))
 
 
 REFUSED: list[tuple[str, Callable[[], Any], str]] = [

@@ -18,9 +18,12 @@ import numpy as np
 import pytest
 
 import rnncore
-from rnncore import GRU, LSTM, Heads, sequence
-from rnncore.backends import Request, pallas_tpu, pallas_tpu_kernels
-from rnncore.backends import pallas_tpu_plan as plans
+from rnncore import GRU, LSTM, Heads
+from rnncore.kernels import pallas_tpu
+from rnncore.kernels.pallas_tpu import kernels as pallas_tpu_kernels
+from rnncore.kernels.pallas_tpu import plan as plans
+from rnncore.sequence import call as sequence
+from rnncore.sequence.backends import Request
 
 TPU, SCAN = cases.Mode("pallas_tpu", "reverse"), cases.Mode("scan", "reverse")
 B, T = 11, 7

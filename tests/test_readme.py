@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 from rnncore import linen
-from rnncore.backends.cpp import compiler
+from rnncore.kernels.cpp import compiler
 
 README = Path(__file__).resolve().parent.parent / "README.md"
 MIGRATION = README.parent / "docs" / "migration.md"

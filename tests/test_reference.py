@@ -12,7 +12,7 @@ import pytest
 import reference
 from cases import Case, Mode
 
-from rnncore.backends import BACKENDS
+from rnncore.sequence.backends import BACKENDS
 
 
 def test_the_table_has_every_backend():

@@ -15,7 +15,7 @@ import reference
 from cases import Case, Mode, Problem
 
 import rnncore
-from rnncore import sequence
+from rnncore.sequence import call as sequence
 
 AUTODIFF = Mode("autodiff", "any")
 DEAR = ("elman_silu", "lstm_both-dense", "gru-heads", "user_fast_slow-dense")

@@ -17,8 +17,9 @@ from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import Problem, make_cell
 from benchmarks.peers.reference import with_given_products
 from benchmarks.workloads import Workload
-from rnncore.backends import BACKENDS, mosaic_gpu
-from rnncore.backends.mosaic_gpu.plan import Plan, plan_of
+from rnncore.kernels import mosaic_gpu
+from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
+from rnncore.sequence.backends import BACKENDS
 
 ANY, REVERSE, GRAPH, CUDNN = "rnncore any", "rnncore reverse", "rnncore reverse, CUDA graph", "rnncore cudnn"
 CPP, MOSAIC, OWN, TPU = "rnncore cpp", "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"

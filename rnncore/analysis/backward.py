@@ -20,7 +20,7 @@ from rnncore import _lengths
 from rnncore._types import Array, PyTree
 from rnncore.analysis.trajectory import check_finite
 from rnncore.cells.base import Cell, PointwiseCell
-from rnncore.sequence import explain_backend, unroll
+from rnncore.sequence.call import explain_backend, unroll
 
 
 class Backward(NamedTuple):

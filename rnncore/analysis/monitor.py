@@ -20,8 +20,8 @@ from rnncore.analysis.gates import gate_statistics
 from rnncore.analysis.lyapunov import lyapunov_exponents
 from rnncore.analysis.trajectory import Trajectory, trajectory
 from rnncore.cells.base import Cell, PointwiseCell
-from rnncore.compose import unroll_stack
-from rnncore.stack import Stack, StackParams
+from rnncore.layers.compose import unroll_stack
+from rnncore.layers.stack import Stack, StackParams
 
 
 class Monitor:

@@ -9,13 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rnncore import pointwise
 from rnncore._types import Array, PyTree
 from rnncore.analysis.backward import backward
 from rnncore.analysis.lyapunov import lyapunov_exponents
 from rnncore.analysis.trajectory import trailing, trajectory
+from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
-from rnncore.sequence import unroll
+from rnncore.sequence.call import unroll
 
 NO_GRADIENT = 1e-20
 """Squared norm of a gradient below which a step does not count, as in the released code."""

@@ -15,7 +15,7 @@ import numpy as np
 from rnncore._lengths import check_lengths
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell
-from rnncore.sequence import unroll
+from rnncore.sequence.call import unroll
 
 
 class StepInput(NamedTuple):

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rnncore import _products, initializers
 from rnncore._types import Array, Initializer, PyTree
-from rnncore.recurrence import Dense, Recurrence
+from rnncore.cells.recurrent_kernels import Dense, Recurrence
 
 
 class HiddenCarry(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Activation
 from rnncore.cells.base import PointwiseCell
-from rnncore.recurrence import Diagonal, Recurrence
+from rnncore.cells.recurrent_kernels import Diagonal, Recurrence
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from rnncore import modules
+from rnncore import flax_modules as modules
 from rnncore._types import Array
 
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax.linen.linear import default_kernel_init
 
-from rnncore import modules
+from rnncore import flax_modules as modules
 from rnncore._types import Array, Initializer
 from rnncore.linen import trees
 

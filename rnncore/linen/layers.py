@@ -10,9 +10,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rnncore import cells, initializers, modules
+from rnncore import cells, initializers
+from rnncore import flax_modules as modules
 from rnncore._types import Activation, Array, Differentiation, Initializer
-from rnncore.stack import Merge, Stack, StackParams
+from rnncore.layers.stack import Merge, Stack, StackParams
 
 
 class Layers(nn.Module):

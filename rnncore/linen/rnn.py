@@ -14,8 +14,9 @@ from flax.core import FrozenDict
 from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
-from rnncore import modules, pointwise
+from rnncore import flax_modules as modules
 from rnncore._types import Array, Differentiation
+from rnncore.cells import pointwise
 from rnncore.linen import trees
 from rnncore.linen.convert import TREES
 from rnncore.linen.scan import has_plain_parameters, scan_over

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from rnncore import modules
+from rnncore import flax_modules as modules
 from rnncore._types import Array
 from rnncore.nnx import initial
 from rnncore.nnx.rnn import RNN

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rnncore import modules
+from rnncore import flax_modules as modules
 from rnncore._types import Array, Differentiation
 from rnncore.nnx import initial, trees
 from rnncore.nnx.scan import scan_over

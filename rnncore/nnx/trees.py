@@ -15,9 +15,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from rnncore import pointwise
 from rnncore._types import Array
-from rnncore.cells import GRU, LSTM, MGU, CellParams, Elman, IndRNN, PointwiseCell
+from rnncore.cells import GRU, LSTM, MGU, CellParams, Elman, IndRNN, PointwiseCell, pointwise
 from rnncore.cells.base import named
 from rnncore.nnx import gated, lstm, simple
 

@@ -1,0 +1,228 @@
+"""What the RNN modules of both Flax flavours share.  No Flax in here."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rnncore import _lengths, sequence
+from rnncore._types import Array, PyTree
+from rnncore.cells import CellParams, PointwiseCell, pointwise
+from rnncore.cells.recurrent_kernels import Dense, Heads, Recurrence
+from rnncore.layers.compose import unroll_stack
+from rnncore.layers.stack import Stack, StackParams
+from rnncore.sequence.call import States
+
+
+def to_core(cell: PointwiseCell, carry: Any) -> Any:
+    """Flax's carry, (c, h) or h, as the functional cell's named tuple."""
+    fields = cell.Carry._fields
+    if len(fields) == 1:
+        return cell.Carry(carry)
+    if not isinstance(carry, tuple | list) or len(carry) != len(fields):
+        raise ValueError(
+            f"`cell(carry=<{type(carry).__name__}>, ...)`: expected the tuple ({', '.join(fields)}), as "
+            "`cell.initialize_carry` makes it."
+        )
+    return cell.Carry(*carry)
+
+
+def from_core(carry: Any) -> Any:
+    """The functional cell's named tuple as Flax's carry, (c, h) or h."""
+    return carry[0] if len(carry) == 1 else tuple(carry)
+
+
+def time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
+    """Where time lies in the inputs of an RNN module, or ValueError."""
+    if not hasattr(inputs, "ndim"):
+        raise ValueError(
+            f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
+            "give episode boundaries as `resets`."
+        )
+    if inputs.ndim < feature_axes + 1:
+        raise ValueError(
+            f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {feature_axes + 1} axes, time and "
+            "features."
+        )
+    return 0 if time_major else inputs.ndim - feature_axes - 1
+
+
+def cast(tree: PyTree, dtype: Any) -> PyTree:
+    """The floating point arrays of a tree in this dtype, where there is one."""
+    if dtype is None:
+        return tree
+
+    def one(a: Any) -> Any:
+        return jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a
+
+    return jax.tree.map(one, tree)
+
+
+def result_of(rnn: Any, result: tuple[Any, ...], return_carry: bool) -> Any:
+    """What an RNN module returns of (carry, outputs[, States])."""
+    last, outputs, *states = result
+    outputs = cast(outputs, rnn.output_dtype)
+    chosen = (last, outputs, *states) if return_carry else (outputs, *states)
+    return chosen[0] if len(chosen) == 1 else chosen
+
+
+def refuse_options(rnn: Any, scan: str, why: str) -> None:
+    """NotImplementedError for options of `rnncore.unroll` on a module that runs under Flax's scan."""
+    for name, default in (("checkpoint_every", None), ("recompute", "nothing"), ("backend", None)):
+        if getattr(rnn, name) != default:
+            raise NotImplementedError(
+                f"`RNN({type(rnn.cell).__name__}(...), {name}={getattr(rnn, name)!r})`: this cell runs under {scan}, "
+                f"where {name} means nothing, because {why}. Leave it out, or use a cell of rnncore."
+            )
+
+
+def unroll(
+    rnn: Any, core: PointwiseCell, params: CellParams, inputs: Array, carry: Any, step_shape: tuple[int, ...], *,
+    return_states: bool, **options: Any,
+) -> tuple[Any, ...]:  # fmt: skip
+    """(carry, outputs[, States]) of an RNN module through `rnncore.unroll`, in Flax's carries and dtypes."""
+    xs = jnp.asarray(inputs, params.input_kernel.dtype)
+    start = to_core(core, carry)
+    last, outputs, *states = sequence.unroll(
+        core, params, xs, initial_carry=start, return_states=return_states, differentiation=rnn.differentiation,
+        checkpoint_every=rnn.checkpoint_every, recompute=rnn.recompute, backend=rnn.backend, **options,
+    )  # fmt: skip
+    # The outputs have the dtype of a step's output, also where the carry has another one.
+    step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(step_shape, xs.dtype)))
+    states = [s._replace(carries=from_core(s.carries)) for s in states]
+    return (from_core(last), outputs.astype(step[1].dtype), *states)
+
+
+def scan_cell(
+    scan: Callable[..., Any], rnn: Any, inputs: Array, carry: Any, time_axis: int, *, seq_lengths: Any, resets: Any,
+    reverse: bool, keep_order: bool, return_carry: bool, return_states: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    """(carry, outputs[, States]) of an RNN module whose cell need not be known: Flax's scan, with lengths done right.
+
+    Args:
+      scan: Flax's scan over the cell: (step, carry, xs) -> (carry, ys), where step is
+        (cell, carry, x) -> (carry, y) and all is time-major.
+      rnn: the module; all others: see its call.
+    """
+    features = rnn.cell.num_feature_axes
+    xs = jnp.moveaxis(inputs, time_axis, 0)
+    steps, batch_shape = xs.shape[0], xs.shape[1 : xs.ndim - features]
+    lengths = None if seq_lengths is None else _lengths.check_lengths(seq_lengths, batch_shape, steps)
+    if lengths is not None:
+        flat = xs.reshape(*xs.shape[: xs.ndim - features], math.prod(xs.shape[xs.ndim - features :]))
+        xs = _lengths.blank_padding(flat, lengths).reshape(xs.shape)
+    if resets is not None:
+        resets = jnp.asarray(resets)
+        expected = (*batch_shape[:time_axis], steps, *batch_shape[time_axis:])
+        if resets.dtype != jnp.bool_ or resets.shape != expected:
+            raise ValueError(f"`RNN(cell)(resets=<{resets.dtype} {resets.shape}>)`: expected bool {expected}.")
+        resets = jnp.moveaxis(resets, time_axis, 0)
+    if reverse:
+        xs, resets = _lengths.reverse_time((xs, resets), lengths)
+    # The last valid carry travels along, so that no history of carries is stacked for it.
+    last = carry if lengths is not None and return_carry else None
+    if last is not None or resets is not None:
+        _check_batch(rnn.cell, carry, batch_shape)
+
+    def step(cell: Any, state: Any, now: Any) -> Any:
+        (before, last), (x, reset, t) = state, now
+        if reset is not None:
+            before = jax.tree.map(lambda a, b: jnp.where(_expand(reset, a), a, b), carry, before)
+        new, y = cell(before, x)
+        new = _in_dtypes_of(before, new)
+        if last is not None:
+            assert lengths is not None
+            last = _lengths.last_valid(last, jax.tree.map(lambda a: a[None], new), lengths, t)
+        return (new, last), (y, new if return_states else None)
+
+    (end, last), ys = scan(step, (carry, last), (xs, resets, jnp.arange(steps)))
+    if reverse and keep_order:
+        ys = _lengths.reverse_time(ys, lengths)
+    outputs, carries = jax.tree.map(lambda a: jnp.moveaxis(a, 0, time_axis), ys)
+    states = (States(carries, None),) if return_states else ()
+    return (end if last is None else last, outputs, *states)
+
+
+def _expand(mask: Array, like: Array) -> Array:
+    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+
+
+def _in_dtypes_of(before: PyTree, new: PyTree) -> PyTree:
+    """The new carry in the dtypes of the old one, where both are floating; other faults are for the scan to tell."""
+    if not pointwise.same_structure(before, new):
+        return new
+
+    def one(b: Any, n: Any) -> Any:
+        both = jnp.issubdtype(b.dtype, jnp.floating) and jnp.issubdtype(n.dtype, jnp.floating)
+        return n.astype(b.dtype) if both else n
+
+    return jax.tree.map(one, before, new)
+
+
+def _check_batch(cell: Any, carry: Any, batch_shape: tuple[int, ...]) -> None:
+    for leaf in jax.tree.leaves(carry):
+        if jnp.shape(leaf)[: len(batch_shape)] != batch_shape:
+            raise ValueError(
+                f"`RNN({type(cell).__name__}(...))(seq_lengths or resets)`: the cell's carry has an array of shape "
+                f"{jnp.shape(leaf)}, expected the batch axes {batch_shape} in front."
+            )
+
+
+# ------------------------------------------------------------------------------------- several layers
+
+
+def recurrence(heads: int) -> Recurrence:
+    """The structure of a recurrent kernel with so many heads."""
+    return Dense() if heads == 1 else Heads(heads)
+
+
+def run_layers(
+    layers: Any, stack: Stack, params: StackParams, xs: Array, *, initial_carry: Any, return_carry: bool | None,
+    **options: Any,
+) -> Any:  # fmt: skip
+    """What a module of several layers returns: its fields and the options of a call through `unroll_stack`."""
+    last, outputs, *states = unroll_stack(
+        stack, params, xs, initial_carry=initial_carry, dtype=layers.dtype,
+        carry_dtype=layers.carry_dtype if initial_carry is not None else carry_dtype(layers),
+        output_dtype=layers.output_dtype, time_major=layers.time_major, differentiation=layers.differentiation,
+        checkpoint_every=layers.checkpoint_every, recompute=layers.recompute, backend=layers.backend, **options,
+    )  # fmt: skip
+    carry = (last,) if (layers.return_carry if return_carry is None else return_carry) else ()
+    result = (*carry, outputs, *states)
+    return result[0] if len(result) == 1 else result
+
+
+def carry_dtype(layers: Any) -> Any:
+    """The dtype of the layers' own initial carry: that of the parameters where no other is asked for."""
+    return layers.param_dtype if layers.carry_dtype is None else layers.carry_dtype
+
+
+# ------------------------------------------------------------------------------------ both directions
+
+
+def concatenate(a: Array, b: Array) -> Array:
+    """Features of both directions side by side: Flax's default merge."""
+    return jnp.concatenate([a, b], axis=-1)
+
+
+def refuse_reverse(reverse: bool | None) -> None:
+    """NotImplementedError for a Bidirectional that is asked to read backwards."""
+    if reverse:
+        raise NotImplementedError(
+            "`Bidirectional(...)(inputs, reverse=True)`: both directions are read already; flip the inputs, or swap "
+            "forward_rnn and backward_rnn."
+        )
+
+
+def check_children(layer: Any, time_major: bool) -> None:
+    """ValueError where a Bidirectional would hand its batch to a child as time."""
+    for name in ("forward_rnn", "backward_rnn"):
+        if getattr(getattr(layer, name), "time_major", False) and not time_major:
+            raise ValueError(
+                f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would hand its batch "
+                "axis to this child as time; give Bidirectional time_major=True as well."
+            )

@@ -1,0 +1,1 @@
+"""Loops made from a cell's pointwise update for one kind of machine, and NVIDIA's library."""

@@ -1,0 +1,100 @@
+"""Backend "mosaic_gpu": a whole run in one kernel, made from any pointwise cell by Pallas's Mosaic GPU.
+
+U stays in the shared memory of one thread block (heads up to 128 units for an LSTM), or of several that
+exchange h after every step: up to 16 as a cluster, more, H = 1024 for an LSTM, as a grid; see `plan.py` for
+the layout and the bytes.  Carries are float32 in registers; h is rounded to the dtype where it enters the
+product and where it is given out; functions are the GPU's approximate instructions (tanh has an error below
+2^-10.9).  A step's inputs are loaded a few steps ahead.  Reverse mode keeps the carries of every step,
+forms what the cell's vjp needs for all steps at once, and its kernel is the transposed loop (`host.py`).
+
+Platform: NVIDIA Hopper (compute capability 9.0: the matrix instructions are wgmma).  Cells: every
+PointwiseCell whose operations the kernel language has, with a dense recurrence or heads of a multiple of 16
+units.  Dtypes: bfloat16 or float16, of parameters, inputs and carries alike.  Lengths, resets and any number
+of batch axes: yes; masks, zoneout, states, chunks: no.  Differentiation: reverse mode of first order; vmap over
+sequences, not over parameters; shard_map over the batch.  The same call gives the same bits: no atomic sums.
+
+Blocks of a grid wait for each other, so all of them have to run at once: another kernel that fills the GPU
+at the same time can make both wait for ever.
+
+Not yet run on a GPU.  What is tested: one block and clusters in JAX's interpreter on a CPU, with its detection
+of races, and every kind lowered for CUDA; ptxas takes them for sm_90a (benchmarks/NOTES.md).  The grid's
+counters cannot be interpreted; its data flow is the clusters'.  So it is chosen only where it is named.
+"""
+
+from __future__ import annotations
+
+import math
+
+from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.kernels import host, kernel_body
+from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of, too_few_processors
+from rnncore.recurrence.request import Operands, Request, Result
+
+DTYPES = ("bfloat16", "float16")
+KNOWN = frozenset(
+    "abs add and bitcast_convert_type broadcast_in_dim clamp convert_element_type cos div eq exp2 ge gt le log "
+    "lt max min mul ne neg or round rsqrt select_n sign sin sub tanh xor".split()
+)
+"""Elementwise operations that Mosaic GPU lowers in every supported JAX; `rewritten.py` says some more by these."""
+PROVEN: frozenset[str] = frozenset()
+"""Kinds of layouts, "block", "cluster" or "grid", that have given right results on a GPU."""
+
+
+def unsupported(request: Request) -> str | None:
+    """Reason why this backend cannot serve the request, or None."""
+    why = host.unsupported(request) or missing_gpu(request.platform)
+    if why is not None:
+        return why
+    cell = request.cell
+    assert isinstance(cell, PointwiseCell)
+    if request.dtype not in DTYPES or request.dtypes != {request.dtype}:
+        return (
+            f"the matrix unit takes {' or '.join(DTYPES)}, of parameters, inputs and carry alike; "
+            f"these are {', '.join(sorted(request.dtypes))}"
+        )
+    if request.residual_dtype not in (None, request.dtype):
+        return f"residual_dtype={request.residual_dtype!r}: its kernels keep what they keep in {request.dtype}"
+    plan = plan_for(request)
+    if isinstance(plan, str):
+        return plan
+    return too_few_processors(plan) or kernel_body.of(cell, plan.tile).why_not(KNOWN)
+
+
+def unchosen(request: Request) -> str | None:
+    """Reason why this backend runs only where it is named, or None."""
+    plan = plan_for(request)
+    kind = "block" if isinstance(plan, str) else plan.sync or "block"
+    if kind in PROVEN:
+        return None
+    return f"only where it is named: its kernels of kind {kind!r} have not run on a GPU yet"
+
+
+def missing_gpu(platform: str) -> str | None:
+    """Reason why the kernels cannot run on this platform, or None."""
+    if platform != "gpu":
+        return f"it needs an NVIDIA Hopper GPU, and JAX runs on {platform} here"
+    import jax
+
+    capability = getattr(jax.devices()[0], "compute_capability", "unknown")
+    if str(capability) != "9.0":
+        return f"its matrix instructions are Hopper's, compute capability 9.0, and this GPU has {capability}"
+    return None
+
+
+def plan_for(request: Request) -> Plan | str:
+    """The layout, or the reason why there is none: by the shapes alone."""
+    cell = request.cell
+    assert isinstance(cell, PointwiseCell)
+    return plan_of(cell, math.prod(request.batch_shape), request.lengths or request.resets, request.resets)
+
+
+def run(request: Request, params: CellParams, operands: Operands) -> Result:
+    """Runs the cell, see `Operands` and `Result`."""
+    return host.run(request, params, operands, the_kernels())
+
+
+def the_kernels() -> host.Kernels:
+    """The kernels; imported late, because Pallas takes a while to import."""
+    from rnncore.kernels.mosaic_gpu.kernels import kernels
+
+    return kernels()

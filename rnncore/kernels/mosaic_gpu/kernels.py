@@ -1,0 +1,119 @@
+"""Lays a recurrence out for the Mosaic GPU kernels and runs them: see `host.Kernels`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+
+from rnncore import _compat
+from rnncore._types import Array
+from rnncore.cells.base import PointwiseCell
+from rnncore.kernels import host, kernel_body
+from rnncore.kernels.mosaic_gpu import backward, forward
+from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of, too_few_processors
+from rnncore.kernels.mosaic_gpu.tiles import flags
+
+
+def kernels(interpret: bool = False) -> host.Kernels:
+    """The two kernels; with `interpret` they run on a CPU, which takes JAX 0.11 or newer."""
+    return host.Kernels(functools.partial(_forward, interpret), functools.partial(_backward, interpret))
+
+
+def _planned(cell: PointwiseCell, loop: host.Loop, rows: int) -> Plan:
+    plan = plan_of(cell, rows, not (loop.lengths is None and loop.resets is None), loop.resets is not None)
+    why = plan if isinstance(plan, str) else too_few_processors(plan)
+    if why is not None:  # `unsupported` asks for the batch outside of vmap
+        raise NotImplementedError(f"`unroll(backend='mosaic_gpu')`: {why}. Use backend='scan'.")
+    assert isinstance(plan, Plan)
+    return plan
+
+
+def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, keep: str | None) -> host.Kept:
+    steps, rows, _ = z.shape
+    plan = _planned(cell, loop, rows)
+    part, dtype = kernel_body.of(cell, plan.tile), z.dtype
+    whole = plan.tiles * plan.batch
+    over = functools.partial(_padded, rows=whole, dtype=dtype)
+    bias = () if loop.rest_bias is None else tuple(loop.rest_bias)
+    target_r = None
+    if loop.resets is not None:
+        assert loop.target is not None
+        target_r = over(host.mix(cell, loop.kernel, loop.target[part.hidden].astype(dtype)[None])[0])
+    arrays = forward.Arrays(
+        z=over(z),
+        kernel=_split_rows(plan, loop.kernel.transpose(0, 2, 3, 1)).astype(dtype),
+        start=tuple(map(over, loop.start)),
+        target=() if loop.resets is None else tuple(map(over, loop.target)),  # type: ignore[arg-type]
+        target_r=target_r,
+        units=tuple(_rows(a, whole, dtype) for a in loop.units),
+        rest_bias=tuple(_rows(a, whole, dtype) for a in bias),
+        flags=_flags(loop, steps, plan, whole, dtype),
+    )
+    found = forward.run(
+        plan, part, arrays, keep is not None, loop.lengths is not None, interpret, _types(z)
+    )  # fmt: skip
+    last = tuple(a[:rows].astype(jnp.float32) for a in found.last)
+    if loop.lengths is not None:
+        never = (loop.lengths == 0)[:, None]
+        last = tuple(jnp.where(never, b.astype(a.dtype), a) for a, b in zip(last, loop.start, strict=True))
+    others = tuple(a[:, :rows].astype(keep) for a in found.others)
+    return host.Kept(found.hs[:, :rows], others, last)
+
+
+def _backward(
+    interpret: bool, cell: PointwiseCell, loop: host.Loop, residuals: tuple[Array, ...], dhs: Array, dlast: Any
+) -> host.Cotangents:
+    steps, rows, _ = dhs.shape
+    plan = _planned(cell, loop, rows)
+    part, dtype = kernel_body.of(cell, plan.tile), loop.kernel.dtype
+    whole = plan.tiles * plan.batch
+    over = functools.partial(_padded, rows=whole, dtype=dtype)
+    arrays = backward.Arrays(
+        residuals=tuple(map(over, residuals)),
+        dhs=over(dhs),
+        dlast=tuple(map(over, dlast)),
+        kernel=_split_inputs(plan, loop.kernel).astype(dtype),
+        units=tuple(_rows(a, whole, dtype) for a in loop.units),
+        flags=_flags(loop, steps, plan, whole, dtype),
+    )
+    found = backward.run(
+        plan, part, arrays, loop.lengths is not None, loop.resets is not None, interpret, _types(dhs)
+    )  # fmt: skip
+    start, target, units = (
+        tuple(a[:rows].astype(jnp.float32) for a in group) for group in (found.start, found.target, found.units)
+    )
+    rest = None if found.rest is None else found.rest[:, :rows]
+    return host.Cotangents(found.z[:, :rows], rest, start, target if loop.resets is not None else None, units)
+
+
+def _padded(a: Array, rows: int, dtype: Any) -> Array:
+    """(..., B, H) with as many sequences as the tiles have, in the kernel's dtype."""
+    return jnp.pad(a.astype(dtype), [(0, 0)] * (a.ndim - 2) + [(0, rows - a.shape[-2]), (0, 0)])
+
+
+def _rows(a: Array, rows: int, dtype: Any) -> Array:
+    return jnp.broadcast_to(a.astype(dtype), (rows, a.shape[-1]))
+
+
+def _flags(loop: host.Loop, steps: int, plan: Plan, rows: int, dtype: Any) -> Array | None:
+    marks = flags(loop.lengths, loop.resets, steps, plan.units)
+    return None if marks is None else _padded(marks, rows, dtype)
+
+
+def _split_rows(plan: Plan, kernel: Array) -> Array:
+    """(N, G, d out, d in) to (N, blocks, W, G * units, d in): the rows that each warpgroup multiplies."""
+    parts = kernel.reshape(plan.heads, plan.gates, plan.blocks, plan.groups, plan.units, plan.size)
+    return parts.transpose(0, 2, 3, 1, 4, 5).reshape(plan.heads, plan.blocks, plan.groups, -1, plan.size)
+
+
+def _split_inputs(plan: Plan, kernel: Array) -> Array:
+    """(N, d in, G, d out) to (N, blocks, W, G * units, d out): for each gate the rows of a warpgroup's units."""
+    parts = kernel.reshape(plan.heads, plan.blocks, plan.groups, plan.units, plan.gates, plan.size)
+    return parts.transpose(0, 1, 2, 4, 3, 5).reshape(plan.heads, plan.blocks, plan.groups, -1, plan.size)
+
+
+def _types(like: Array) -> Any:
+    """Makes output types of shapes: in the dtype of an array, and differing over the devices that it differs over."""
+    return lambda shape: _compat.result_like(shape, like.dtype, like)

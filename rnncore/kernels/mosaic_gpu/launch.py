@@ -1,0 +1,85 @@
+"""What both kernels are launched with: the shared memory of a block, and the blocks of the grid."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from rnncore import _compat, _pallas
+from rnncore.kernels.mosaic_gpu.plan import Plan
+from rnncore.kernels.mosaic_gpu.tiles import BLOCK, GROUP, THREADS
+
+
+class Scratch(NamedTuple):
+    """A block's shared memory."""
+
+    kernel: Any
+    h: Any
+    inputs: Any
+    stage: Any
+    target_r: Any
+    sums: Any
+    loaded: Any
+    arrived: Any
+    input_barriers: Any
+    met: Any
+    cluster: Any
+
+
+def allocate(
+    plan: Plan, dtype: Any, stages: int, inputs: int, staged: int, h: tuple[int, ...], *, target_r: bool = False,
+    sums: bool = False,
+) -> Scratch:  # fmt: skip
+    """What a block allocates.
+
+    Args:
+      stages, inputs: steps whose inputs are there at once, and tiles of one.
+      staged: tiles for outputs.
+      h: how many arrays of (sequences, d) the product reads.
+      target_r: whether there is a tile per gate for what resets return to.
+      sums: whether products are summed over the gates, see `Plan.sum_rows`.
+    """
+    tile = (plan.lines, plan.units)
+    return Scratch(
+        kernel=_pallas.shared((plan.groups, plan.gates * plan.units, plan.size), dtype),
+        h=_pallas.shared((*h, plan.lines, plan.size), dtype),
+        inputs=_pallas.shared((plan.groups, stages, inputs, *tile), dtype),
+        stage=_pallas.shared((plan.groups, staged, *tile), dtype),
+        target_r=_pallas.shared((plan.groups, plan.gates, *tile), dtype) if target_r else None,
+        sums=plgpu.SMEM((plan.sum_rows, plan.units), jnp.float32) if sums else None,
+        loaded=plgpu.Barrier(num_barriers=plan.groups),
+        arrived=plgpu.Barrier(num_arrivals=plan.gates if sums else 1, num_barriers=1),
+        input_barriers=plgpu.Barrier(num_arrivals=inputs, num_barriers=plan.groups * stages),
+        met=plgpu.Barrier(num_arrivals=plan.groups),
+        cluster=plgpu.ClusterBarrier(collective_axes=(BLOCK,)) if plan.sync == "cluster" else None,
+    )
+
+
+def call(plan: Plan, body: Any, arrays: Any, out: Any, scratch: Any, interpret: bool) -> Any:
+    """Runs a kernel `body(arrays, results, scratch)` of named tuples of refs on the plan's blocks."""
+    given, given_tree = _flattened(arrays)
+    types, out_tree = _flattened(out)
+    parts, scratch_tree = _flattened(scratch)
+
+    def flat(*refs: Any) -> None:
+        a, b = len(given), len(given) + len(types)
+        body(given_tree.unflatten(refs[:a]), out_tree.unflatten(refs[a:b]), scratch_tree.unflatten(refs[b:]))
+
+    grid: dict[str, Any] = {"grid": (plan.heads * plan.tiles,), "grid_names": (GROUP,)}
+    if plan.sync == "cluster":
+        grid |= {"cluster": (plan.blocks,), "cluster_names": (BLOCK,)}
+    elif plan.sync == "grid":
+        grid = {"grid": (plan.heads * plan.tiles, plan.blocks), "grid_names": (GROUP, BLOCK)}
+    # approximate: tanh in one instruction, with an error below that of the 16 bits that h is rounded to.
+    kernel = _pallas.gpu_kernel(
+        flat, types, parts, interpret, True, num_threads=plan.groups, thread_name=THREADS, **grid
+    )  # fmt: skip
+    with _compat.in_32_bits():
+        return out_tree.unflatten(kernel(*given))
+
+
+def _flattened(tree: Any) -> tuple[list, Any]:
+    return jax.tree.flatten(tree)

@@ -1,0 +1,1 @@
+"""Layers and directions of a cell, and the weights of other libraries."""

@@ -1,0 +1,208 @@
+"""unroll_stack: layers of a cell over a sequence."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rnncore import _compat, _lengths
+from rnncore._types import Array, Differentiation
+from rnncore.layers.stack import Merge, Stack, StackParams
+from rnncore.sequence.backends import BACKENDS
+from rnncore.sequence.call import explain_backend, unroll
+
+
+def unroll_stack(
+    stack: Stack,
+    params: StackParams,
+    xs: Array,
+    *,
+    key: Array | None = None,
+    initial_carry: Any = None,
+    dtype: Any = None,
+    carry_dtype: Any = None,
+    output_dtype: Any = None,
+    seq_lengths: Any = None,
+    resets: Any = None,
+    time_major: bool = False,
+    return_states: bool = False,
+    differentiation: Differentiation = "any",
+    checkpoint_every: int | None = None,
+    recompute: str = "nothing",
+    residual_dtype: Any = None,
+    backend: str | None = None,
+) -> Any:
+    """Runs a stack over time.
+
+    Feeding a stream in pieces, each with the carry that the one before returned, equals feeding it
+    whole, if it is unidirectional and no key is given.
+
+    Args:
+      stack: the description.
+      params: its parameters, as `stack.init` makes them.
+      xs: inputs (*batch, T, D), or (T, *batch, D) with `time_major`.
+      key: for dropout, recurrent dropout and zoneout, as in training.  None runs without: zoneout then
+        takes its expectation, s_t = rate s_{t-1} + (1 - rate) update.
+      initial_carry: for each layer a tuple of carries, one for each direction, as this function
+        returns them; by default the stack's own, learned or zeros.
+      dtype: dtype of the products, to which inputs and parameters are cast; None promotes them.
+      carry_dtype: dtype of the carries; None takes that of `initial_carry`, else of the products.
+      output_dtype: dtype of the outputs of the last layer; None takes that of the products.
+      seq_lengths, time_major, return_states: as in `rnncore.unroll`.
+      differentiation, checkpoint_every, recompute, residual_dtype, backend: likewise, for every layer.  With backend
+        "cudnn" all layers and directions are one call of the library, but one for each of them where
+        dropout between layers is drawn or `merge` is not "concat".
+      resets: booleans of xs's shape without D: True at the first step of an episode.  The carry then
+        returns to the stack's own initial carry, also where `initial_carry` is another one.  The
+        backward direction returns there after that step, on its way into the episode before.
+
+    Returns:
+      (carry, outputs), or (carry, outputs, states) with `return_states`: for each layer a tuple of
+      `rnncore.States`, one for each direction, in the order of the inputs.
+
+    Raises:
+      ValueError, NotImplementedError: as `rnncore.unroll` does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> stack = rnncore.Stack(rnncore.GRU(4), num_layers=2)
+      >>> params, xs = stack.init(jax.random.key(0), 3), jax.random.normal(jax.random.key(1), (2, 6, 3))
+      >>> carry, whole = rnncore.unroll_stack(stack, params, xs)
+      >>> carry, first = rnncore.unroll_stack(stack, params, xs[:, :2])
+      >>> carry, rest = rnncore.unroll_stack(stack, params, xs[:, 2:], initial_carry=carry)
+      >>> bool(jnp.allclose(whole, jnp.concatenate([first, rest], axis=1), atol=1e-6))
+      True
+
+    Source: see `Stack`.  torch.nn.LSTM returns (outputs, (h, c)) with all layers and directions
+    stacked on one axis.
+    """
+    xs = jnp.asarray(xs)
+    time_axis = 0 if time_major else xs.ndim - 2
+    batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]
+    dtype = jnp.result_type(xs, *jax.tree.leaves(params.layers)) if dtype is None else dtype
+    layers, xs = jax.tree.map(lambda a: a.astype(dtype), (params.layers, xs))
+    start = stack.start(params, batch_shape, dtype if carry_dtype is None else carry_dtype)
+    carry = start
+    if initial_carry is not None:
+        carry = _checked(stack, initial_carry)
+        if carry_dtype is not None:
+            carry = jax.tree.map(lambda a: jnp.asarray(a, carry_dtype), carry)
+    back = None if resets is None else _backward_resets(jnp.asarray(resets), seq_lengths, time_axis)
+    if backend == "cudnn" and xs.shape[time_axis] and _is_one_call(stack, key):
+        ends, ys = _one_call(
+            stack, layers, carry, xs, seq_lengths, resets=resets, time_major=time_major, return_states=return_states,
+            differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
+            residual_dtype=residual_dtype,
+        )  # fmt: skip
+        return ends, ys.astype(dtype if output_dtype is None else output_dtype)
+    keys: Any = [[None] * (stack.directions + 1)] * stack.num_layers
+    if key is not None:
+        keys = jax.random.split(key, (stack.num_layers, stack.directions + 1))
+    ends, states = [], []
+    for level, weights in enumerate(layers):
+        results = []
+        for way, own in enumerate(weights):
+            results.append(
+                unroll(
+                    stack.cell, own, xs, initial_carry=carry[level][way], seq_lengths=seq_lengths,
+                    resets=back if way else resets, reset_carry=None if resets is None else start[level][way],
+                    **_regularisers(stack, keys[level][way], batch_shape, xs.shape[time_axis], time_axis, xs.dtype),
+                    reverse=bool(way), keep_order=True, time_major=time_major, return_states=return_states,
+                    differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
+                    residual_dtype=residual_dtype, backend=backend,
+                )
+            )  # fmt: skip
+        last = level + 1 == stack.num_layers
+        ys = _merge(stack.merge, [ys for _, ys, *_ in results])
+        xs = ys.astype(output_dtype if last and output_dtype is not None else dtype)
+        ends.append(tuple(end for end, *_ in results))
+        states.append(tuple(more[0] for _, _, *more in results if more))
+        if key is not None and stack.dropout and not last:
+            keep = 1 - stack.dropout
+            # A product, not a selection: with an explicit mesh it takes on the sharding of the data.
+            xs = xs * (jax.random.bernoulli(keys[level][stack.directions], keep, xs.shape) / keep).astype(dtype)
+    return (tuple(ends), xs, tuple(states)) if return_states else (tuple(ends), xs)
+
+
+def _is_one_call(stack: Stack, key: Array | None) -> bool:
+    """Whether cuDNN's own way of putting layers and directions together is that of this stack."""
+    plain = not any(stack.zoneout or ()) and (key is None or not stack.is_random)
+    return plain and (stack.directions == 1 or stack.merge == "concat")
+
+
+def _one_call(stack: Stack, layers: Any, carry: Any, xs: Array, seq_lengths: Any, **options: Any) -> Any:
+    """All layers and directions at once, after the checks that `unroll` makes of each of them."""
+    for size, own, start in zip(
+        stack.sizes(xs.shape[-1]).values(), itertools.chain(*layers), itertools.chain(*carry), strict=True
+    ):
+        inputs: Any = jax.ShapeDtypeStruct((*xs.shape[:-1], size), xs.dtype)
+        explain_backend(
+            stack.cell, own, inputs, initial_carry=start, seq_lengths=seq_lengths, backend="cudnn", **options
+        )
+    time_axis = 0 if options["time_major"] else xs.ndim - 2
+    if seq_lengths is not None:
+        batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]
+        seq_lengths = _lengths.check_lengths(seq_lengths, batch_shape, xs.shape[time_axis])
+    return _run_layers(layers, carry, xs, seq_lengths, time_axis, _compat.matmul_precision())
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def _run_layers(layers: Any, carry: Any, xs: Array, lengths: Any, time_axis: int, precision: str | None) -> Any:
+    xs = jnp.moveaxis(xs, time_axis, 0)
+    ends, ys = BACKENDS["cudnn"].run_layers(layers, carry, xs, lengths, precision)
+    return ends, jnp.moveaxis(ys, 0, time_axis)
+
+
+def _checked(stack: Stack, carry: Any) -> Any:
+    arranged = isinstance(carry, tuple | list) and len(carry) == stack.num_layers
+    if not arranged or any(
+        not isinstance(layer, tuple | list) or hasattr(layer, "_fields") or len(layer) != stack.directions
+        for layer in carry
+    ):
+        raise ValueError(
+            f"`unroll_stack(initial_carry=<{type(carry).__name__}>)`: expected a tuple of {stack.num_layers}, for each "
+            f"layer a tuple of {stack.directions}, for each direction a carry, as `unroll_stack` returns it."
+        )
+    return carry
+
+
+def _regularisers(
+    stack: Stack, key: Array | None, batch: tuple[int, ...], steps: int, time_axis: int, dtype: Any
+) -> dict[str, Any]:
+    """The recurrent mask and zoneout of one layer and direction."""
+    zoneout = stack.zoneout if any(stack.zoneout or ()) else None
+    if key is None:
+        return {"zoneout": zoneout}
+    size = stack.cell.hidden_size
+    mask_key, *keys = jax.random.split(key, 1 + len(zoneout or ()))
+    mask, keep = None, 1 - stack.recurrent_dropout
+    if stack.recurrent_dropout:
+        mask = jax.random.bernoulli(mask_key, keep, (*batch, size)).astype(dtype) / keep
+    if zoneout is not None:
+        shape = (*batch[:time_axis], steps, *batch[time_axis:], size)
+        draws = (jax.random.bernoulli(k, rate, shape) if rate else None for k, rate in zip(keys, zoneout, strict=True))
+        zoneout = type(zoneout)(*draws)
+    return {"recurrent_mask": mask, "zoneout": zoneout}
+
+
+def _merge(merge: Merge, ways: list[Array]) -> Array:
+    if len(ways) == 1:
+        return ways[0]
+    forward, backward = ways
+    if merge == "concat":
+        return jnp.concatenate(ways, -1)
+    if merge == "mul":
+        return forward * backward
+    return forward + backward if merge == "sum" else (forward + backward) / 2
+
+
+def _backward_resets(resets: Array, lengths: Any, time_axis: int) -> Array:
+    """Backwards an episode is entered at its last step: one before the first of the next, if that is a valid one."""
+    steps = resets.shape[time_axis]
+    following = jnp.arange(1, steps + 1).reshape((steps,) + (1,) * (resets.ndim - time_axis - 1))
+    ends = steps if lengths is None else jnp.expand_dims(lengths, time_axis)
+    return jnp.roll(resets, -1, time_axis) & (following < ends)

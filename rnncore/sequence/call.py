@@ -1,0 +1,383 @@
+"""unroll: a cell over a sequence.  Checks once, brings to time-major, chooses a backend, calls it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rnncore import _compat, _lengths
+from rnncore._types import Array, Differentiation, PyTree
+from rnncore.cells import pointwise
+from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.sequence import checks as _checks
+from rnncore.sequence.backends import BACKENDS, Operands, Request, unchosen
+
+RECOMPUTE = ("nothing", "gates", "chunk")
+
+
+class States(NamedTuple):
+    """What happened inside, with the time axis where the input has it.
+
+    Fields:
+      carries: the carry after every step; with `include_initial` T + 1 of them, the initial one first.
+      gates: what the cell calls its gates, at every step.
+    """
+
+    carries: Any
+    gates: Any
+
+
+class BackendChoice(NamedTuple):
+    """Which backend runs, why, and why not each of the others; prints as a short report."""
+
+    name: str
+    reason: str
+    rejected: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join(
+            [f"backend {self.name!r}: {self.reason}"] + [f"not {name!r}: {why}" for name, why in self.rejected.items()]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """Where time lies and which way it runs."""
+
+    time_major: bool
+    reverse: bool
+    keep_order: bool
+    include_initial: bool
+
+
+class _Call(NamedTuple):
+    """A checked call: what is static, and the arrays."""
+
+    request: Request
+    layout: _Layout
+    arrays: tuple[Any, ...]
+
+
+def unroll(
+    cell: Cell,
+    params: PyTree,
+    xs: Array,
+    *,
+    initial_carry: Any = None,
+    seq_lengths: Any = None,
+    resets: Any = None,
+    reset_carry: Any = None,
+    recurrent_mask: Any = None,
+    zoneout: Any = None,
+    reverse: bool = False,
+    keep_order: bool = False,
+    time_major: bool = False,
+    return_states: bool = False,
+    include_initial: bool = False,
+    differentiation: Differentiation = "any",
+    checkpoint_every: int | None = None,
+    recompute: str = "nothing",
+    residual_dtype: Any = None,
+    backend: str | None = None,
+) -> Any:
+    """Runs a cell over time.
+
+    s_t = update(params, s_{t-1}, project(params, x_t)),   y_t = output(s_t),   s_0 = initial_carry
+
+    Args:
+      cell: the description of the cell.
+      params: its parameters, as `cell.init` makes them.
+      xs: inputs (*batch, T, D), or (T, *batch, D) with `time_major`; any number of batch axes, none
+        too; floating point.
+      initial_carry: carry of (*batch, H) arrays in the structure of `cell.initial_carry`; zeros by
+        default.  Its dtypes are those of the carry throughout.
+      seq_lengths: integers (*batch), 0 to T.  The returned carry is the one after step length - 1,
+        the initial one where the length is 0.  Outputs past the length go on from the padding, as in
+        Flax (backend "cudnn": they are zeros); NaN and inf in the padding count as 0.  Outside jit
+        values out of range are an error; inside jit they cannot be seen: a negative length then acts as 0,
+        one above T as T.  Finite padding is run as it is: if it overflows the state, gradients can still
+        become NaN.
+      resets: booleans of the shape of xs without D.  Where True the carry returns to `reset_carry`
+        before that step (the first of an episode); in the order of processing.
+      reset_carry: the carry that resets return to; the initial carry by default.  Give it where the
+        initial carry is what an earlier piece of the same stream ended with.
+      recurrent_mask: (*batch, H), multiplies h_{t-1} where it enters the recurrent product, the same at
+        every step: a scaled dropout mask gives variational dropout.  A constant to derivatives.
+      zoneout: what of the old carry stays: the carry's named tuple with, for each field, None, a number
+        (the share that stays, s = share s_{t-1} + (1 - share) update), or an array of xs's shape with H
+        in D's place, of shares or of booleans (where True the unit keeps its value).  A constant to
+        derivatives.  For an LSTM h is formed from the new c before zoneout, as in its paper.
+      reverse: run from the last step to the first; with lengths, from the last valid one.
+      keep_order: with `reverse`, outputs and states in the order of the inputs and not of processing.
+      time_major: the time axis is the first one, of inputs, resets, outputs and states.
+      return_states: also return every carry and every gate.
+      include_initial: with `return_states`, the carries start with the initial one.
+      differentiation: "any", every mode and order of differentiation; or "reverse", reverse mode of
+        first order only, which on a CPU takes 0.8 of the time and 0.6 of the memory.
+      checkpoint_every: K, steps to a chunk of the outer of two levels of loops.  A chunk projects its
+        inputs, runs, and sums its weight gradients.  None: the backend chooses, with `recompute` about
+        sqrt(T).
+      recompute: what reverse mode forms again: "nothing", all carries and gates are kept; "gates",
+        the carries are kept, the projected inputs and gates are two products more; "chunk", only the
+        carry of every K-th step is kept and the chunk runs again.  With "reverse" the temporary memory of
+        a gradient step is, in arrays of T x B x H and besides gradients of inputs and outputs, at most
+
+          "nothing"  1 + R + 5 G K/T             R: what a step's derivative needs; LSTM 5, GRU 4, MGU 3, Elman 1
+          "gates"    F + (5 G + R) K/T           F: fields of the carry; LSTM 2, the others 1
+          "chunk"    1 + F/K + (5 G + R) K/T     G: gates
+
+        and what does not grow with T.  With "any" JAX keeps copies of chunks too: at B = 64, T = 1024, D = H =
+        256 an LSTM takes 10.1, 6.0 and 4.1 arrays against 6.1, 2.6 and 1.3 with "reverse" and flax.linen's 16.
+      residual_dtype: dtype in which "reverse" stores what it keeps, bfloat16 for half of R; None stores it
+        as it is.  A GPU's memory traffic is the reason for it; gradients are then as exact as that dtype.
+      backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
+        and "autodiff" run everywhere.  With differentiation="reverse" and only where they are named: "cpp" compiles any
+        pointwise cell for this machine's CPU and is fastest there; "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu"
+        run all steps in one kernel made from any pointwise cell; "cudnn" is NVIDIA's library, for plain float32 LSTMs.
+
+    Returns:
+      (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,
+      outputs are (*batch, T, H), or (T, *batch, H) with `time_major`.
+
+    Raises:
+      ValueError: shapes, dtypes, lengths or options that make no sense.
+      NotImplementedError: the named backend cannot do this; the message says why.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> cell = rnncore.LSTM(hidden_size=8, forget_bias=1.0)
+      >>> params = cell.init(jax.random.key(0), 3)
+      >>> carry, ys = rnncore.unroll(cell, params, jnp.ones((2, 5, 3)), seq_lengths=jnp.array([5, 0]))
+      >>> ys.shape, carry.c.shape, float(jnp.abs(carry.h[1]).max())
+      ((2, 5, 8), (2, 8), 0.0)
+
+    Source: the two-level scan is that of Chen et al. (2016), arXiv:1604.06174; variational dropout Gal
+    and Ghahramani (2016), arXiv:1512.05287; zoneout Krueger et al. (2017), arXiv:1606.01305.  flax.linen.RNN takes
+    one batch axis with lengths and returns a padded step's carry for length 0; torch.nn.LSTM returns
+    (outputs, (h, c)) and wants packed sequences.
+    """
+    call = _prepare(
+        cell, params, xs, initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout,
+        _Layout(time_major, reverse, keep_order, include_initial),
+        return_states, differentiation, checkpoint_every, recompute, residual_dtype,
+    )  # fmt: skip
+    choice = _choose(call.request, backend)
+    carry, outputs, states = _run(call.request, call.layout, choice.name, *call.arrays)
+    return (carry, outputs, states) if return_states else (carry, outputs)
+
+
+def explain_backend(
+    cell: Cell,
+    params: PyTree,
+    xs: Array,
+    *,
+    initial_carry: Any = None,
+    seq_lengths: Any = None,
+    resets: Any = None,
+    reset_carry: Any = None,
+    recurrent_mask: Any = None,
+    zoneout: Any = None,
+    reverse: bool = False,
+    keep_order: bool = False,
+    time_major: bool = False,
+    return_states: bool = False,
+    include_initial: bool = False,
+    differentiation: Differentiation = "any",
+    checkpoint_every: int | None = None,
+    recompute: str = "nothing",
+    residual_dtype: Any = None,
+    backend: str | None = None,
+) -> BackendChoice:
+    """Which backend `unroll` takes for the same arguments, why, and why not the others.
+
+    Args:
+      As in `unroll`; arrays may be `jax.ShapeDtypeStruct`s.
+
+    Returns:
+      `BackendChoice`, which prints as a report.
+
+    Raises:
+      As `unroll` does.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> cell = rnncore.ResetBeforeGRU(8)
+      >>> print(rnncore.explain_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3))))
+      backend 'autodiff': the first that can serve this call
+      not 'mosaic_gpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
+      not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
+      not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
+      not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
+      not 'cudnn': ResetBeforeGRU is not rnncore.LSTM, the only cell that jax.experimental.rnn has
+    """
+    call = _prepare(
+        cell, params, xs, initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout,
+        _Layout(time_major, reverse, keep_order, include_initial),
+        return_states, differentiation, checkpoint_every, recompute, residual_dtype,
+    )  # fmt: skip
+    return _choose(call.request, backend)
+
+
+def _choose(request: Request, backend: str | None) -> BackendChoice:
+    """The named backend, or the first that can serve the request."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
+    reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
+    if all(reasons.values()):
+        every = "; ".join(f"{name}: {why}" for name, why in reasons.items())
+        raise NotImplementedError(f"`unroll({type(request.cell).__name__}, ...)`: no backend can do this: {every}.")
+    if backend is not None:
+        if reasons[backend] is not None:
+            raise NotImplementedError(
+                f"`unroll(backend={backend!r})`: {reasons[backend]}. Use backend=None to let rnncore choose."
+            )
+        others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
+        return BackendChoice(backend, "named by the caller", others)
+    reasons = {name: why or unchosen(name, request) for name, why in reasons.items()}
+    name = next(name for name, why in reasons.items() if why is None)
+    others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
+    return BackendChoice(name, "the first that can serve this call", others)
+
+
+def _prepare(
+    cell: Cell, params: PyTree, xs: Any, initial_carry: Any, seq_lengths: Any, resets: Any, reset_carry: Any,
+    mask: Any, zoneout: Any, layout: _Layout, states: bool, differentiation: Differentiation,
+    checkpoint_every: int | None, recompute: str, residual_dtype: Any,
+) -> _Call:  # fmt: skip
+    """All checks of a call, in one place."""
+    if not isinstance(cell, Cell):
+        got = f"`unroll(cell=<{type(cell).__name__}>)`"
+        raise ValueError(f"{got}: expected an rnncore cell, such as rnncore.LSTM(256), made and not its class.")
+    if not isinstance(xs, jax.ShapeDtypeStruct):
+        xs = jnp.asarray(xs)
+    if not jnp.issubdtype(xs.dtype, jnp.floating):
+        raise ValueError(f"`unroll(xs=<{xs.dtype} {xs.shape}>)`: expected floating point; embed or convert it first.")
+    if xs.ndim < 2:
+        raise ValueError(f"`unroll(xs=<{xs.dtype} {xs.shape}>)`: expected (*batch, T, D), at least two axes.")
+    time_axis = 0 if layout.time_major else xs.ndim - 2
+    steps, batch_shape = xs.shape[time_axis], xs.shape[: xs.ndim - 2] if not layout.time_major else xs.shape[1:-1]
+    for name, value, allowed in (
+        ("differentiation", differentiation, get_args(Differentiation)),
+        ("recompute", recompute, RECOMPUTE),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`unroll({name}={value!r})`: expected one of {', '.join(map(repr, allowed))}.")
+    if checkpoint_every is not None and (not isinstance(checkpoint_every, int | np.integer) or checkpoint_every < 1):
+        raise ValueError(f"`unroll(checkpoint_every={checkpoint_every!r})`: expected at least 1 step, or None.")
+    if residual_dtype is not None:
+        _checks.check_residual_dtype(residual_dtype, differentiation)
+    if layout.include_initial and not states:
+        raise ValueError("`unroll(include_initial=True)`: means something with return_states=True only.")
+    if layout.keep_order and layout.include_initial and layout.reverse and seq_lengths is not None:
+        raise ValueError(
+            "`unroll(include_initial=True, keep_order=True, reverse=True, seq_lengths=...)`: the initial carry has no "
+            "place of its own in that order; use keep_order=False."
+        )
+    if isinstance(cell, PointwiseCell):
+        pointwise.check_elementwise(cell)
+    _checks.check_params(cell, params, xs)
+    z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
+    dtype = jax.tree.leaves(z)[0].dtype
+    for name, carry in (("initial_carry", initial_carry), ("reset_carry", reset_carry)):
+        if carry is not None:
+            _checks.check_carry(name, cell, carry, batch_shape, dtype)
+    if reset_carry is not None and resets is None:
+        raise ValueError("`unroll(reset_carry=...)`: means something with resets only.")
+    if seq_lengths is not None:
+        seq_lengths = _lengths.check_lengths(seq_lengths, batch_shape, steps)
+    if resets is not None:
+        resets = _checks.check_resets(resets, xs.shape[:-1])
+    if mask is not None:
+        mask = _checks.check_mask(mask, (*batch_shape, cell.hidden_size))
+    if zoneout is not None:
+        zoneout = _checks.check_zoneout(cell, zoneout, (*xs.shape[:-1], cell.hidden_size))
+    request = Request(
+        cell=cell, steps=steps, batch_shape=batch_shape, input_size=xs.shape[-1], dtype=dtype.name,
+        dtypes=frozenset(jnp.result_type(a).name for a in jax.tree.leaves((params, xs, initial_carry))),
+        precision=_compat.matmul_precision(), platform=jax.default_backend(), devices=jax.device_count(),
+        lengths=seq_lengths is not None, resets=resets is not None, mask=mask is not None,
+        stay=zoneout is not None, states=states,
+        differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
+        residual_dtype=None if residual_dtype is None else jnp.dtype(residual_dtype).name,
+    )  # fmt: skip
+    operands = Operands(xs, initial_carry, reset_carry, seq_lengths, resets, mask, zoneout)
+    return _Call(request, layout, (params, operands))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _run(
+    request: Request, layout: _Layout, backend: str, params: PyTree, given: Operands
+) -> tuple[Any, Array, States | None]:
+    """The run itself, in processing order and, where the backend wants it, time-major inside."""
+    cell = request.cell
+    xs, carry, target, lengths, resets, mask, stay = given
+    keeps = getattr(BACKENDS[backend], "keeps_time_axis", lambda request: False)
+    if not layout.time_major and not layout.reverse and request.steps and keeps(request):
+        request = dataclasses.replace(request, time_axis=len(request.batch_shape))
+    axis = request.time_axis
+    steps = (request.steps,) + (1,) * (len(request.batch_shape) + 1)
+    full = jax.tree.map(jnp.ndim, stay)  # a share for all steps has no axes
+    if not layout.time_major:
+        xs = jnp.moveaxis(xs, -2, axis)
+        resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
+        stay = jax.tree.map(lambda a, n: jnp.moveaxis(a, -2, 0) if n else a, stay, full)
+    stay = jax.tree.map(lambda a, n: a if n else jnp.broadcast_to(a, steps), stay, full)
+    if carry is None:
+        carry = cell.initial_carry(request.batch_shape, request.dtype)
+    if lengths is not None:
+        xs = _lengths.blank_padding(xs, lengths, axis)
+    resets = None if resets is None else resets[..., None]
+    if layout.reverse:
+        xs, resets = _lengths.reverse_time((xs, resets), lengths)
+        stay = jax.tree.map(lambda a, n: _lengths.reverse_time(a, lengths) if n else a, stay, full)
+    target = carry if target is None else jax.tree.map(lambda a, c: jnp.asarray(a, c.dtype), target, carry)
+    mask, stay = jax.lax.stop_gradient((mask, stay))
+    operands = Operands(xs, carry, target, lengths, resets, mask, stay)
+    params, operands = _follow(params, operands, axis)
+
+    if request.steps == 0:
+        outputs, states = _empty(cell, params, xs, operands.carry)
+        last = operands.carry
+    else:
+        last, outputs, *rest = BACKENDS[backend].run(request, params, operands)
+        states = States(*rest)
+
+    if layout.reverse and layout.keep_order:
+        outputs, states = _lengths.reverse_time((outputs, states), lengths)
+    if request.states and layout.include_initial:
+        first = jax.tree.map(lambda a: a[None], operands.carry)
+        pair = (states.carries, first) if layout.reverse and layout.keep_order else (first, states.carries)
+        states = states._replace(carries=jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair))
+    if not layout.time_major:
+        outputs = jnp.moveaxis(outputs, axis, len(request.batch_shape))
+        states = jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(request.batch_shape)), states)
+    return last, outputs, states if request.states else None
+
+
+def _follow(params: PyTree, operands: Operands, axis: int) -> tuple[PyTree, Operands]:
+    """Parameters and carries made to differ over the devices that the data differs over.
+
+    Inside shard_map this puts the sum of the parameters' gradients over devices outside the loop.
+    """
+    axes = frozenset().union(*map(_compat.varying_axes, jax.tree.leaves(operands)))
+    params, operands = jax.tree.map(lambda a: _compat.vary_over(a, axes), (params, operands))
+    xs, carry, target, stay = operands.xs, operands.carry, operands.target, operands.stay
+    if xs.shape[axis]:
+        # With an explicit mesh zeros of the data's sharding bring the carries and selections to it.
+        like = jnp.moveaxis(jnp.zeros_like(xs[..., :1]), axis, 0)
+        carry, target = jax.tree.map(lambda a: a + like[0].astype(a.dtype), (carry, target))
+        stay = jax.tree.map(lambda a: a | like.astype(bool) if a.dtype == jnp.bool_ else a, stay)
+    return params, operands._replace(carry=carry, target=target, stay=stay)
+
+
+def _empty(cell: Cell, params: PyTree, xs: Array, carry: Any) -> tuple[Array, States]:
+    """Outputs and states of no steps at all."""
+    x = jnp.zeros(xs.shape[1:], xs.dtype)
+    new, gates = jax.eval_shape(lambda: cell.update(params, carry, cell.project(params, x)))
+    stack = functools.partial(jax.tree.map, lambda a: jnp.zeros((0, *a.shape), a.dtype))
+    return jnp.zeros((0, *cell.output(carry).shape), cell.output(carry).dtype), States(stack(new), stack(gates))

@@ -1,0 +1,112 @@
+"""Checks of what `unroll` is given, each with its error."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rnncore._types import Array, PyTree
+from rnncore.cells import pointwise
+from rnncore.cells.base import Cell, CellParams, PointwiseCell
+
+
+@functools.lru_cache(maxsize=256)
+def _expected_params(cell: Cell, input_size: int) -> PyTree:
+    """Shapes of the parameters that `cell.init` makes."""
+    return jax.eval_shape(lambda: cell.init(jax.random.key(0), input_size))
+
+
+def check_params(cell: Cell, params: PyTree, xs: Any) -> None:
+    """Structure and shapes of the parameters; a bias may be None."""
+    got = f"`unroll({type(cell).__name__}, params, xs=<{xs.dtype} {xs.shape}>)`"
+    want = _expected_params(cell, xs.shape[-1])
+    if isinstance(cell, PointwiseCell) and isinstance(params, CellParams):
+        want = want._replace(**{name: None for name in ("bias", "recurrent_bias") if getattr(params, name) is None})
+        # Without per-unit parameters any empty tuple will do.
+        want = want if cell.units or params.units else want._replace(units=params.units)
+    advice = f"make them by `cell.init(key, {xs.shape[-1]})`"
+    if not pointwise.same_structure(params, want):
+        raise ValueError(
+            f"{got}: the parameters are a {type(params).__name__} of {len(jax.tree.leaves(params))} arrays, expected "
+            f"a {type(want).__name__} of {len(jax.tree.leaves(want))}; {advice}."
+        )
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    wrong = [(p, jnp.shape(a), w.shape) for (p, a), w in zip(leaves, jax.tree.leaves(want), strict=True)]
+    wrong = [(path, have, shape) for path, have, shape in wrong if have != shape]
+    if [jax.tree_util.keystr(path) for path, _, _ in wrong] == [".input_kernel"] and wrong[0][1][1:] == wrong[0][2][1:]:
+        raise ValueError(
+            f"{got}: the inputs have D = {xs.shape[-1]} features, the parameters expect D = {wrong[0][1][0]}."
+        )
+    for path, have, shape in wrong:
+        raise ValueError(
+            f"{got}: params{jax.tree_util.keystr(path)} has shape {have}, expected {shape} for D = {xs.shape[-1]} and "
+            f"hidden_size = {cell.hidden_size}; {advice}."
+        )
+
+
+def check_carry(name: str, cell: Cell, carry: Any, batch_shape: tuple[int, ...], dtype: Any) -> None:
+    expected = jax.eval_shape(functools.partial(cell.initial_carry, batch_shape, dtype))
+    if not pointwise.same_structure(carry, expected):
+        raise ValueError(
+            f"`unroll({name}=<{type(carry).__name__}>)`: expected {type(expected).__name__}"
+            f"{getattr(expected, '_fields', '')}, as `cell.initial_carry(batch_shape)` makes it."
+        )
+    for got, want in zip(jax.tree.leaves(carry), jax.tree.leaves(expected), strict=True):
+        if jnp.shape(got) != want.shape or not jnp.issubdtype(jnp.result_type(got), jnp.floating):
+            raise ValueError(
+                f"`unroll({name}=<{jnp.result_type(got)} {jnp.shape(got)}>)`: expected floating point "
+                f"{want.shape}, the batch axes of xs and the hidden size."
+            )
+
+
+def check_resets(resets: Any, shape: tuple[int, ...]) -> Array:
+    resets = jnp.asarray(resets)
+    if resets.dtype != np.bool_ or resets.shape != shape:
+        raise ValueError(
+            f"`unroll(resets=<{resets.dtype} {resets.shape}>)`: expected bool {shape}, the axes of xs but for features."
+        )
+    return resets
+
+
+def check_mask(mask: Any, shape: tuple[int, ...]) -> Array:
+    mask = jnp.asarray(mask)
+    if mask.shape != shape:
+        raise ValueError(
+            f"`unroll(recurrent_mask=<{mask.dtype} {mask.shape}>)`: expected {shape}, the batch axes of xs and H."
+        )
+    return mask
+
+
+def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
+    expected = type(jax.eval_shape(cell.initial_carry))
+    if type(zoneout) is not expected:
+        raise ValueError(
+            f"`unroll(zoneout=<{type(zoneout).__name__}>)`: expected {expected.__name__}{expected._fields} with None, "
+            "a share or an array for each."
+        )
+    for name, stay in zip(zoneout._fields, zoneout, strict=True):
+        if stay is None:
+            continue
+        number = jnp.ndim(stay) == 0
+        got = f"`unroll(zoneout={expected.__name__}({name}={stay if number else jnp.shape(stay)}))`"
+        if not number and jnp.shape(stay) != shape:
+            raise ValueError(f"{got}: expected a number or an array {shape}, the axes of xs with H for features.")
+        if number and not isinstance(stay, jax.core.Tracer) and not 0 <= stay <= 1:
+            raise ValueError(f"{got}: expected a share from 0 to 1.")
+    return type(zoneout)(*(None if stay is None else jnp.asarray(stay) for stay in zoneout))
+
+
+def check_residual_dtype(dtype: Any, differentiation: str) -> None:
+    got = f"`unroll(residual_dtype={dtype!r}, differentiation={differentiation!r})`"
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if not floating:
+        raise ValueError(f"{got}: expected a floating dtype, such as jnp.bfloat16, or None.")
+    if differentiation != "reverse":
+        raise ValueError(f"{got}: means something with differentiation='reverse' only.")
