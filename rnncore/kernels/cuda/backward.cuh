@@ -1,0 +1,177 @@
+// The backward loop: the transposed linearised step from the last to the first, dh_{t-1} += dr_t U^T.  Blocks exchange
+// dr as they exchange h in the forward loop.
+#pragma once
+
+namespace rnn {
+
+constexpr int kGates = Cell::gates, kFields = Cell::fields, kHidden = Cell::hidden, kKept = Cell::residuals;
+using Sums = Product<1, kGates * kChunks, Plan::in_registers, Plan::in_shared>;
+
+// Null where there is none.
+struct Backward {
+  const Words* matrix;            // see Product::load
+  const Stored* residuals;        // (residuals, T, B, H)
+  const float* units;             // (units, H)
+  const Element* dhs;             // (T, B, H)
+  const float* dlast;             // (fields, B, H)
+  const float* recurrent_mask;    // (B, H)
+  const int* lengths;             // (B)
+  const unsigned char* resets;    // (T, B)
+  const void* stay[kFields];      // (T, B, H), bytes or float
+  Stored* dz;                     // (T, B, G, H)
+  Stored* drest;                  // (T, B, rest, H)
+  Element* exchange;              // (T, B, heads, G, padded size): dr, where dz and drest are not that
+  float* dstart;                  // (fields, B, H)
+  float* dtarget;                 // (fields, B, H)
+  float* dunits;                  // (units, B, H)
+  long long steps, batch, heads;
+};
+
+RNN_DEVICE float staying(const void* stay, int field, long long at) {
+  return Plan::stay(field) == 1 ? float(static_cast<const unsigned char*>(stay)[at] != 0)
+                                : load(static_cast<const float*>(stay) + at);
+}
+
+RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
+  const Here at(in.batch);
+  const long long hidden = in.heads * Plan::size, line = in.batch * hidden, first = (long long)at.head * Plan::size;
+  char* memory = shared_memory();
+  Sums matrix;
+  matrix.load(at, in.matrix, reinterpret_cast<Words*>(memory));
+  memory += Sums::kSharedWords * sizeof(Words);
+  const Partial<1> partial = {reinterpret_cast<float*>(memory)};
+  memory += Partial<1>::kFloats * sizeof(float);
+  const Board<kGates> board = {memory};
+  if (kAlone)
+    for (int i = at.thread; i < Board<kGates>::kSize / 4; i += kThreads) reinterpret_cast<u32*>(memory)[i] = 0;
+
+  float ds[kOwn][kFields], units[kOwn][Cell::units + 1], dunits[kOwn][Cell::units + 1], mask[kOwn];
+  float dtarget[kOwn][kFields];
+  Stored residuals[kOwn][kKept + 1];
+  Element dh[kOwn];
+  auto each = [&](auto&& body) {
+    RNN_UNROLL for (int j = 0; j < kOwn; j++) {
+      const Pair pair(at, j);
+      const long long row = at.sequence(pair.row);
+      if (pair.mine) body(j, pair, row, pair.unit < Plan::size && row < in.batch, row * hidden + first + pair.unit);
+    }
+  };
+  auto fetch_inputs = [&](long long t) {
+    each([&](int j, const Pair&, long long, bool there, long long place) {
+      if (!there) return;
+      RNN_UNROLL for (int m = 0; m < kKept; m++) residuals[j][m] = load(in.residuals + (m * in.steps + t) * line + place);
+      dh[j] = load(in.dhs + t * line + place);
+    });
+  };
+  each([&](int j, const Pair& pair, long long, bool there, long long place) {
+    RNN_UNROLL for (int f = 0; f < kFields; f++) ds[j][f] = dtarget[j][f] = 0;
+    RNN_UNROLL for (int m = 0; m < Cell::units; m++)
+      units[j][m] = there ? load(in.units + m * hidden + first + pair.unit) : 0.f, dunits[j][m] = 0;
+    RNN_UNROLL for (int m = 0; m < kKept; m++) narrow(0.f, residuals[j][m]);
+    narrow(0.f, dh[j]);
+    mask[j] = Plan::mask && there ? load(in.recurrent_mask + place) : 1.f;
+  });
+  if (kAlone) sync_block();
+  fetch_inputs(in.steps - 1);
+
+  for (long long t = in.steps - 1;; t--) {
+    const int parity = int(t & 1);
+    if (t + 1 < in.steps) {  // what step t + 1 gives to the carry that it began with
+      float r[1][Plan::tiles][4] = {};
+      if (kAlone) {
+        matrix.sum(at, r, false, [&](int n, int chunk) {
+          return reinterpret_cast<const Words*>(board.of(1 - parity, 8 * n + at.r))[chunk * 4 + at.q];
+        });
+      } else {
+        matrix.sum(at, r, true, [&](int n, int chunk) {
+          const long long row = at.sequence(8 * n + at.r), there = (t + 1) * in.batch + row;
+          if (row >= in.batch) return Words{{0, 0, 0, 0}};
+          const int gate = chunk / kChunks, k = chunk % kChunks * kChunk + at.q * 4 * kPerWord;
+          if (Plan::apart)
+            return load_shared_between_blocks(
+                in.exchange + ((there * in.heads + at.head) * kGates + gate) * kPadded + k);
+          int apart = -1;
+          RNN_UNROLL for (int g = 0; g < kGates; g++)
+            if (g == gate) apart = Plan::rest_of(g);
+          return load_shared_between_blocks(
+              apart < 0 ? in.dz + (there * kGates + gate) * hidden + first + k
+                        : in.drest + (there * Cell::rest + apart) * hidden + first + k);
+        });
+      }
+      if (kShared) {
+        partial.put(at, parity, r);
+        sync_block();
+      }
+      each([&](int j, const Pair& pair, long long row, bool there, long long) {
+        float total;
+        if constexpr (kShared)
+          total = partial.get(parity, pair, 0);
+        else
+          total = r[0][j / 4][j % 4];
+        ds[j][kHidden] += total * mask[j];
+        if (Plan::resets && there && in.resets[(t + 1) * in.batch + row])
+          RNN_UNROLL for (int f = 0; f < kFields; f++) dtarget[j][f] += ds[j][f], ds[j][f] = 0;
+      });
+    }
+    if (t < 0) break;
+    each([&](int j, const Pair& pair, long long row, bool there, long long place) {
+      vec kept[kKept + 1], after[kFields], staid[kFields], dp[Cell::units + 1], dz[kGates], dr[Cell::rest + 1],
+          before[kFields];
+      RNN_UNROLL for (int m = 0; m < kKept; m++) kept[m] = wide(residuals[j][m]);
+      const bool ends = there && t + 1 == (Plan::lengths ? in.lengths[row] : in.steps);
+      RNN_UNROLL for (int f = 0; f < kFields; f++) {
+        after[f] = ds[j][f];
+        if (ends) after[f] += load(in.dlast + f * line + place);
+      }
+      after[kHidden] += wide(dh[j]);
+      RNN_UNROLL for (int f = 0; f < kFields; f++) {
+        staid[f] = 0;
+        if (Plan::stay(f) && there) {
+          const float share = staying(in.stay[f], f, t * line + place);
+          staid[f] = share == 0 ? 0.f : share * after[f], after[f] = share == 1 ? 0.f : (1 - share) * after[f];
+        }
+      }
+      Cell::backward(units[j], kept, after, dp, dz, dr, before);
+      RNN_UNROLL for (int f = 0; f < kFields; f++) ds[j][f] = before[f] + staid[f];
+      RNN_UNROLL for (int m = 0; m < Cell::units; m++) dunits[j][m] += dp[m];
+      RNN_UNROLL for (int g = 0; g < kGates; g++) {
+        const int apart = Plan::rest_of(g);
+        const float recurrent = apart < 0 ? dz[g] : dr[apart < 0 ? 0 : apart];
+        const long long lies = ((t * in.batch + row) * kGates + g) * hidden + first + pair.unit;
+        const long long lies_apart = ((t * in.batch + row) * Cell::rest + apart) * hidden + first + pair.unit;
+        if (kAlone) {
+          if (there) narrow(recurrent, reinterpret_cast<Element*>(board.of(parity, pair.row))[g * kPadded + pair.unit]);
+        } else {
+          Element entering;
+          narrow(Plan::apart && !there ? 0.f : recurrent, entering);
+          const u32 word = as_word(entering);
+          if (pair.unit % kPerWord == 0) {
+            if (Plan::apart) {
+              if (row < in.batch && pair.unit < kPadded)
+                store_shared_between_blocks(
+                    in.exchange + (((t * in.batch + row) * in.heads + at.head) * kGates + g) * kPadded + pair.unit, word);
+            } else if (there) {
+              store_shared_between_blocks(apart < 0 ? (void*)(in.dz + lies) : (void*)(in.drest + lies_apart), word);
+            }
+          }
+        }
+        if (there) {
+          if (kAlone || Plan::apart || apart >= 0) narrow(dz[g], in.dz[lies]);
+          if ((kAlone || Plan::apart) && apart >= 0) narrow(recurrent, in.drest[lies_apart]);
+        }
+      }
+    });
+    if (t > 0) fetch_inputs(t - 1);
+    if (kAlone) sync_block();
+  }
+  each([&](int j, const Pair&, long long, bool there, long long place) {
+    if (!there) return;
+    RNN_UNROLL for (int f = 0; f < kFields; f++) {
+      in.dstart[f * line + place] = ds[j][f];
+      if (Plan::resets) in.dtarget[f * line + place] = dtarget[j][f];
+    }
+    RNN_UNROLL for (int m = 0; m < Cell::units; m++) in.dunits[m * line + place] = dunits[j][m];
+  });
+}
+
+}  // namespace rnn

@@ -1,0 +1,182 @@
+// The forward loop: every block keeps its rows of the matrix for all steps, and blocks that share a head wait for each
+// other's h, nothing else: h of every step has its own place in memory, filled beforehand with words that no number has.
+#pragma once
+
+namespace rnn {
+
+constexpr int kGates = Cell::gates, kFields = Cell::fields, kHidden = Cell::hidden;
+using Sums = Product<kGates, kChunks, Plan::in_registers, Plan::in_shared>;
+
+// Null where there is none.  `start_x` and `target_x` are h as it enters the product, the recurrent mask applied.
+struct Forward {
+  const Element* z;             // (T, B, G, H)
+  const Words* matrix;          // see Product::load
+  const float* rest_bias;       // (rest, H)
+  const float* units;           // (units, H)
+  const float* start;           // (fields, B, H)
+  const float* start_x;         // (B, H)
+  const float* target;          // (fields, B, H)
+  const float* target_x;        // (B, H)
+  const float* recurrent_mask;  // (B, H)
+  const int* lengths;           // (B)
+  const unsigned char* resets;  // (T, B)
+  const void* stay[kFields];    // (T, B, H), bytes or float
+  Element* hs;                  // (T, B, H)
+  Element* exchange;            // (T, B, heads, padded size): what enters the product of each step, where hs is not that
+  Stored* residuals;            // (residuals, T, B, H), see Cell::keep
+  float* others;                // (fields - 1, T, B, H): the carry without h
+  float* last;                  // (fields, B, H)
+  long long steps, batch, heads;
+};
+
+// How much of the old carry stays; 0 or 1 where `stay` is made of bytes.
+RNN_DEVICE float staying(const void* stay, int field, long long at) {
+  return Plan::stay(field) == 1 ? float(static_cast<const unsigned char*>(stay)[at] != 0)
+                                : load(static_cast<const float*>(stay) + at);
+}
+RNN_DEVICE float kept(float share, float old, float updated, int field) {
+  if (Plan::stay(field) == 1) return share != 0 ? old : updated;
+  return share * old + (1 - share) * updated;
+}
+
+RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
+  const Here at(in.batch);
+  const long long hidden = in.heads * Plan::size, line = in.batch * hidden, first = (long long)at.head * Plan::size;
+  char* memory = shared_memory();
+  Sums matrix;
+  matrix.load(at, in.matrix, reinterpret_cast<Words*>(memory));
+  memory += Sums::kSharedWords * sizeof(Words);
+  const Partial<kGates> partial = {reinterpret_cast<float*>(memory)};
+  memory += Partial<kGates>::kFloats * sizeof(float);
+  const Board<1> board = {memory};
+  if (kAlone)  // sequences and units that there are not
+    for (int i = at.thread; i < Board<1>::kSize / 4; i += kThreads) reinterpret_cast<u32*>(memory)[i] = 0;
+
+  float carry[kOwn][kFields], constant[kOwn][Cell::units + Cell::rest + 1];
+  float residuals[kOwn][Cell::residuals + 1];
+  Element z[kOwn][kGates];
+  bool back[kOwn];
+  auto each = [&](auto&& body) {
+    RNN_UNROLL for (int j = 0; j < kOwn; j++) {
+      const Pair pair(at, j);
+      const long long row = at.sequence(pair.row);
+      if (pair.mine) body(j, pair, row, pair.unit < Plan::size && row < in.batch, row * hidden + first + pair.unit);
+    }
+  };
+  auto fetch_inputs = [&](long long t) {
+    each([&](int j, const Pair& pair, long long row, bool there, long long place) {
+      if (!there) return;
+      const Element* from = in.z + (t * in.batch + row) * kGates * hidden + first + pair.unit;
+      RNN_UNROLL for (int g = 0; g < kGates; g++) z[j][g] = load(from + g * hidden);
+      if (Plan::resets) back[j] = in.resets[t * in.batch + row];
+    });
+  };
+  each([&](int j, const Pair& pair, long long row, bool there, long long place) {
+    RNN_UNROLL for (int f = 0; f < kFields; f++) carry[j][f] = there ? load(in.start + f * line + place) : 0.f;
+    RNN_UNROLL for (int g = 0; g < kGates; g++) narrow(0.f, z[j][g]);
+    back[j] = false;
+    RNN_UNROLL for (int m = 0; m < Cell::units; m++)
+      constant[j][m] = there ? load(in.units + m * hidden + first + pair.unit) : 0.f;
+    RNN_UNROLL for (int m = 0; m < Cell::rest; m++)
+      constant[j][Cell::units + m] = there ? load(in.rest_bias + m * hidden + first + pair.unit) : 0.f;
+    constant[j][Cell::units + Cell::rest] = Plan::mask && there ? load(in.recurrent_mask + place) : 1.f;
+    if (Plan::lengths && there && in.lengths[row] == 0)
+      RNN_UNROLL for (int f = 0; f < kFields; f++) in.last[f * line + place] = carry[j][f];
+  });
+  if (kAlone) sync_block();
+  fetch_inputs(0);
+
+  for (long long t = 0; t < in.steps; t++) {
+    const int parity = int(t & 1);
+    float r[kGates][Plan::tiles][4] = {};
+    if (t == 0) {
+      matrix.sum(at, r, false, [&](int n, int chunk) {
+        const long long row = at.sequence(8 * n + at.r);
+        const int k = chunk * kChunk + at.q * 4 * kPerWord;
+        if (row >= in.batch) return Words{{0, 0, 0, 0}};
+        const float* from = Plan::resets && in.resets[row] ? in.target_x : in.start_x;
+        return rounded(from + row * hidden + first + k, Plan::size - k);
+      });
+    } else if (kAlone) {
+      matrix.sum(at, r, false, [&](int n, int chunk) {
+        return reinterpret_cast<const Words*>(board.of(parity, 8 * n + at.r))[chunk * 4 + at.q];
+      });
+    } else {
+      const Element* from = Plan::apart ? in.exchange + (t * in.batch * in.heads + at.head) * kPadded
+                                        : in.hs + (t - 1) * line + first;
+      const long long pitch = Plan::apart ? in.heads * kPadded : hidden;
+      matrix.sum(at, r, true, [&](int n, int chunk) {
+        const long long row = at.sequence(8 * n + at.r);
+        if (row >= in.batch) return Words{{0, 0, 0, 0}};
+        return load_shared_between_blocks(from + row * pitch + chunk * kChunk + at.q * 4 * kPerWord);
+      });
+    }
+    if (kShared) {
+      partial.put(at, parity, r);
+      sync_block();
+    }
+    each([&](int j, const Pair& pair, long long row, bool there, long long place) {
+      vec zs[kGates], rest[Cell::rest + 1], old[kFields], s[kFields];
+      RNN_UNROLL for (int g = 0; g < kGates; g++) {
+        float total;
+        if constexpr (kShared)
+          total = partial.get(parity, pair, g);
+        else
+          total = r[g][j / 4][j % 4];
+        zs[g] = wide(z[j][g]);
+        if (Plan::rest_of(g) < 0)
+          zs[g] += total;
+        else
+          rest[Plan::rest_of(g)] = total + constant[j][Cell::units + Plan::rest_of(g)];
+      }
+      if (Plan::resets && back[j])
+        RNN_UNROLL for (int f = 0; f < kFields; f++) carry[j][f] = load(in.target + f * line + place);
+      RNN_UNROLL for (int f = 0; f < kFields; f++) old[f] = carry[j][f];
+      if constexpr (Plan::keeps)
+        Cell::keep(constant[j], zs, rest, old, s, residuals[j]);
+      else
+        Cell::forward(constant[j], zs, rest, old, s);
+      RNN_UNROLL for (int f = 0; f < kFields; f++)
+        if (Plan::stay(f) && there) s[f] = kept(staying(in.stay[f], f, t * line + place), old[f], s[f], f);
+      RNN_UNROLL for (int f = 0; f < kFields; f++) carry[j][f] = s[f];
+      Element h;
+      narrow(s[kHidden], h);
+      if (kAlone) {
+        float x = s[kHidden] * constant[j][Cell::units + Cell::rest];
+        if (Plan::resets && there && t + 1 < in.steps && in.resets[(t + 1) * in.batch + row])
+          x = load(in.target_x + place);
+        if (there) narrow(x, reinterpret_cast<Element*>(board.of(1 - parity, pair.row))[pair.unit]);
+        if (there) in.hs[t * line + place] = h;
+      } else if (Plan::apart) {
+        float x = there ? s[kHidden] * constant[j][Cell::units + Cell::rest] : 0.f;
+        if (Plan::resets && there && t + 1 < in.steps && in.resets[(t + 1) * in.batch + row])
+          x = load(in.target_x + place);
+        Element entering;
+        narrow(x, entering);
+        const u32 word = as_word(entering);
+        if (t + 1 < in.steps && row < in.batch && pair.unit < kPadded && pair.unit % kPerWord == 0)
+          store_shared_between_blocks(
+              in.exchange + (((t + 1) * in.batch + row) * in.heads + at.head) * kPadded + pair.unit, word);
+        if (there) in.hs[t * line + place] = h;
+      } else {
+        const u32 word = as_word(h);
+        if (there && pair.unit % kPerWord == 0) store_shared_between_blocks(in.hs + t * line + place, word);
+      }
+    });
+    each([&](int j, const Pair& pair, long long row, bool there, long long place) {
+      if (!there) return;
+      if (Plan::keeps)
+        RNN_UNROLL for (int m = 0; m < Cell::residuals; m++)
+          narrow(residuals[j][m], in.residuals[(m * in.steps + t) * line + place]);
+      if (Plan::states)
+        RNN_UNROLL for (int f = 0; f < kFields; f++)
+          if (f != kHidden) in.others[((f - (f > kHidden)) * in.steps + t) * line + place] = carry[j][f];
+      if (t + 1 == (Plan::lengths ? in.lengths[row] : in.steps))
+        RNN_UNROLL for (int f = 0; f < kFields; f++) in.last[f * line + place] = carry[j][f];
+    });
+    if (t + 1 < in.steps) fetch_inputs(t + 1);
+    if (kAlone) sync_block();
+  }
+}
+
+}  // namespace rnn
