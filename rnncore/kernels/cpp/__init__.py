@@ -21,12 +21,12 @@ the units of a head padded to a multiple of 16.  The same call gives the same bi
 from __future__ import annotations
 
 from rnncore.cells.base import CellParams, PointwiseCell
-from rnncore.cells.recurrent_kernels import Dense, Heads
+from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cpp import compiler, emit, recurrence
-from rnncore.recurrence.request import Operands, Request, Result, only_reverse_and_without
+from rnncore.recurrence.request import Operands, Request, Result
 
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 def unsupported(request: Request) -> str | None:
@@ -34,20 +34,19 @@ def unsupported(request: Request) -> str | None:
     cell = request.cell
     if not isinstance(cell, PointwiseCell):
         return f"{type(cell).__name__} is not a PointwiseCell, so no loop can be made of its pointwise update"
-    if not isinstance(cell.recurrence, Dense | Heads):
-        return f"{type(cell.recurrence).__name__} recurrences have no product; it has loops for Dense and Heads"
-    refused = only_reverse_and_without(
-        request,
-        ("zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
-        "its loop runs all steps at once and keeps what the derivative needs as it is",
-    )
-    if refused is not None:
-        return refused
-    if request.dtype not in DTYPES or request.dtypes != {request.dtype}:
-        got = ", ".join(sorted(request.dtypes))
-        return f"it takes float32 or float64, one of them; parameters, inputs and carry are {got}"
+    if not isinstance(cell.recurrence, Dense | Heads | Diagonal):
+        return f"{type(cell.recurrence).__name__} recurrences: it has loops for Dense, Heads and Diagonal"
+    if request.differentiation != "reverse":
+        return "it has reverse mode of first order only: say differentiation='reverse'"
+    if not request.dtypes | {request.dtype, request.residual_dtype or "float32"} <= set(DTYPES):
+        got = ", ".join(sorted(request.dtypes | {request.residual_dtype or request.dtype}))
+        return f"it takes {', '.join(DTYPES)}; parameters, inputs, carry and residuals are {got}"
     changed = kernel_body.why_not_as_declared(cell, "project", "mix", "output", "split")
-    return changed or missing_compiler(request.platform) or emit.why_not(cell, request.dtype)
+    return (
+        changed
+        or missing_compiler(request.platform)
+        or emit.why_not(cell, recurrence.variant_of(request, request.dtype, request.dtype))
+    )
 
 
 def missing_compiler(platform: str) -> str | None:
