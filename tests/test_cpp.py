@@ -20,7 +20,7 @@ import rnncore
 from rnncore.kernels.cpp import compiler, emit, recurrence
 from rnncore.sequence import call as sequence
 
-CPP, SCAN = cases.Mode("cpp", "reverse"), cases.Mode("scan", "reverse")
+CPP, SCAN = "cpp", "scan"
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
 FLOAT32 = 1e-5
 IDS = ("elman_relu", "lstm-dense", "lstm_both-heads", "lstm_functions", "gru-heads", "user_fast_slow-heads")
@@ -95,7 +95,7 @@ def test_a_reset_carry_of_its_own():
     case = cases.BY_ID["lstm_both-heads"]
     problem = cases.draw(case, resets=True, lengths=True)
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(mode: str) -> Any:
         def loss(target: Any) -> Any:
             out = cases.runner(case, mode, reset_carry=target)(*problem)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(out))
@@ -200,7 +200,7 @@ def test_an_empty_batch(options: dict):
     compare(case, nothing._replace(params=one.params), 0.0, **options)
 
 
-def errors_in(case: cases.Case, problem: cases.Problem, dtypes: Any, mode: cases.Mode, **options: Any) -> list[float]:
+def errors_in(case: cases.Case, problem: cases.Problem, dtypes: Any, mode: str, **options: Any) -> list[float]:
     """Of every result and gradient in these dtypes (params, xs, carry), in terms of its largest number in float64."""
     cast = [jax.tree.map(lambda a, d=d: a.astype(d), a) for a, d in zip(problem[:3], dtypes, strict=True)]
     narrow = problem._replace(params=cast[0], xs=cast[1], carry=cast[2])
@@ -279,8 +279,8 @@ def test_functions():
     x = np.concatenate([-size, [0.0], size, np.linspace(-87, 88, 4001)]).astype(np.float32)
     x = np.concatenate([x, [np.nan, 1e30, -1e30, 100, -100]]).astype(np.float32)
 
-    def run(mode: cases.Mode) -> Any:
-        options: Any = {"backend": mode.backend, "differentiation": "reverse"}
+    def run(mode: str) -> Any:
+        options: Any = {"backend": mode}
         return jax.tree.map(lambda a: np.asarray(a[:, 0]), rnncore.unroll(cell, params, x[:, None, None], **options)[0])
 
     got, want = run(CPP), run(SCAN)
@@ -307,7 +307,7 @@ def test_long_sums_of_weight_gradients():
     @jax.jit
     def gradient(params: Any, xs: Any) -> Any:
         backend = "cpp" if xs.dtype == jnp.float32 else "scan"
-        return jax.grad(lambda p: rnncore.unroll(cell, p, xs, differentiation="reverse", backend=backend)[1].sum())(
+        return jax.grad(lambda p: rnncore.unroll(cell, p, xs, backend=backend)[1].sum())(
             params
         )
 
@@ -345,7 +345,7 @@ def test_vmap_of_gradients(over: str):
         ),
     }.get(over, problem)
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(mode: str) -> Any:
         def loss(params: Any, xs: Any, carry: Any, lengths: Any, resets: Any) -> Any:
             out = cases.runner(case, mode)(params, xs, carry, lengths, resets)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(out))
@@ -362,7 +362,7 @@ def test_gradient_of_a_vmap_and_checkpoint():
     case = cases.BY_ID["gru-heads"]
     problem = cases.draw(case, batch=(3, 2))
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(mode: str) -> Any:
         def loss(params: Any, xs: Any, carry: Any) -> Any:
             run = jax.checkpoint(cases.runner(case, mode))
             return jnp.sum(jax.vmap(run, (None, 0, 0))(params, xs, carry)[1] ** 2)
@@ -376,7 +376,7 @@ def test_vmap_over_nothing():
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case, batch=(1, 2))
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(mode: str) -> Any:
         def loss(params: Any, xs: Any) -> Any:
             return jnp.sum(cases.runner(case, mode)(params, xs, None)[1])
 
@@ -410,7 +410,7 @@ def test_memory_of_a_gradient_step():
     params, xs = cell.init(jax.random.key(0), 32, jnp.float32), jnp.ones((8, 256, 32), jnp.float32)
 
     def loss(params: Any, xs: Any) -> Any:
-        return jnp.sum(rnncore.unroll(cell, params, xs, backend="cpp", differentiation="reverse")[1])
+        return jnp.sum(rnncore.unroll(cell, params, xs, backend="cpp")[1])
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, xs).compile()
     arrays = compiled.memory_analysis().temp_size_in_bytes / (4 * 8 * 256 * 32)
@@ -421,7 +421,7 @@ def test_gradients_of_the_parameters_alone():
     case = cases.BY_ID["lstm_both-heads"]
     problem = cases.draw(case, resets=True)
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(mode: str) -> Any:
         return jax.grad(lambda p: jnp.sum(cases.runner(case, mode)(p, *problem[1:])[1] ** 2))(problem.params)
 
     cases.assert_close(gradient(CPP), gradient(SCAN), cases.FLOAT64)
@@ -504,7 +504,6 @@ def test_two_cells_in_one_process_do_not_share_symbols():
 @pytest.mark.parametrize(
     ("id", "options", "why"),
     [
-        ("lstm-dense", {"differentiation": "any"}, "differentiation='reverse'"),
         ("lstm-dense", {"residual_dtype": jnp.float8_e4m3fn}, "it takes float32, .* residuals .* float8_e4m3fn"),
         ("reset_before_gru", {}, "not a PointwiseCell"),
     ],
@@ -512,7 +511,7 @@ def test_two_cells_in_one_process_do_not_share_symbols():
 def test_refusals(id: str, options: dict, why: str):
     case = cases.BY_ID[id]
     problem = cases.draw(case)
-    options = {"differentiation": "reverse", "backend": "cpp"} | options
+    options = {"backend": "cpp"} | options
     with pytest.raises(NotImplementedError, match=why):
         rnncore.unroll(case.cell, problem.params, problem.xs, **options)
 
@@ -522,11 +521,11 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     odd = rnncore.Elman(4, activation_fn=jax.lax.erf_inv)
     xs = jnp.ones((2, 3, 4))
     with pytest.raises(NotImplementedError, match="Elman applies `erf_inv`, for which it has no C"):
-        rnncore.unroll(odd, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse")
+        rnncore.unroll(odd, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp")
 
     rounding = rnncore.Elman(4, activation_fn=lambda x: jnp.tanh(x).astype(jnp.bfloat16).astype(x.dtype))
     with pytest.raises(NotImplementedError, match="Elman applies `convert_element_type` to bfloat16"):
-        rnncore.unroll(rounding, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse")
+        rnncore.unroll(rounding, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp")
 
     class Doubled(rnncore.LSTM):
         def project(self, params: Any, xs: Any) -> Any:
@@ -535,7 +534,7 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     doubled = Doubled(4)
     with pytest.raises(NotImplementedError, match="Doubled has a `project` of its own"):
         rnncore.unroll(
-            doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse"
+            doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp"
         )
     monkeypatch.setattr(compiler, "find", lambda: None)
     with pytest.raises(NotImplementedError, match="C.. compiler, and none is found: install one, or name it in CXX"):
@@ -545,5 +544,5 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
 def test_chosen_only_where_it_is_named():
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case)
-    choice = rnncore.explain_backend(case.cell, problem.params, problem.xs, differentiation="reverse")
+    choice = rnncore.explain_backend(case.cell, problem.params, problem.xs)
     assert choice.name == "scan" and choice.rejected["cpp"].startswith("only where it is named")

@@ -134,7 +134,7 @@ def test_a_library_that_cannot_be_loaded_is_made_again(fresh: Path, commands: li
     """Whole, but for another machine."""
     compiler.targets("int one;")
     (path,) = libraries(fresh)
-    key = path.name.split("-")[0]
+    key = path.name.rpartition("-")[0]
     path.unlink()
     other = fresh / "other"
     other.write_bytes(b"for another machine")

@@ -46,7 +46,7 @@ def directory() -> Path | None:
 def load(key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
     """The library of a key, from the disk or by `make`, which writes it to a path.
 
-    Its name has the digest of its contents, so that what is not whole is never loaded.
+    A key may be the beginning of one.  Names have digests of the contents, so that what is not whole is never loaded.
 
     Raises:
       UntrustedError: somebody else can write it.
@@ -66,10 +66,10 @@ def load(key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
 
 
 def _found(where: Path, key: str) -> ctypes.CDLL | None:
-    for path in sorted(where.glob(f"{key}-*.so")):
+    for path in sorted(where.glob(f"{key}*.so")):
         _check(path, "file")
         try:
-            if path.name == _name(key, path):
+            if path.name == _name(path.name.rpartition("-")[0], path):
                 return ctypes.CDLL(str(path))
         except OSError as error:  # such as one for another machine
             _log.info("%s is made again: %s", path, error)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_batching import custom_vmap
 
-from rnncore import _compat
 from rnncore._types import Array
 from rnncore.kernels.cpp.emit import Variant
-from rnncore.recurrence.batching import into_batch, out_of_batch
+from rnncore.recurrence.batching import over_batch
 
 PAD = 16
 """Units of a head are padded to a multiple of this in what the forward call keeps: kPad of sizes.h."""
@@ -139,7 +136,7 @@ class Calls:
 
         inputs, (y, last, states) = self._axes
         outputs = (y, last, 1, states)
-        found = _over_batch(run, inputs, outputs)(*moving, *given)
+        found = over_batch(run, inputs, outputs)(*moving, *given)
         return Out(found[0], found[1], found[3]), found[2]
 
     def backward(self, moving: Moving, given: Given, y: Array, kept: Array, dout: Out, inputs: bool) -> Moving:
@@ -155,57 +152,15 @@ class Calls:
             return self._call(2, self._shape(moving)[1], groups, tuple(zip(shapes, types, strict=True)), args)
 
         batch, (rows, last, states) = self._axes
-        found = _over_batch(run, (*batch, rows, 1, rows, last, states), batch[: len(Moving._fields)])(
+        found = over_batch(run, (*batch, rows, 1, rows, last, states), batch[: len(Moving._fields)])(
             *moving, *given, y, kept, *dout
         )
         return Moving(*(a[0] if axis is None else a for a, axis in zip(found, batch, strict=False)))
 
     def _call(self, handler: int, rows: int, groups: int, shapes: Any, args: tuple[Array, ...]) -> tuple[Array, ...]:
-        axes = _compat.varying_axes(args[0])
         if not rows:
-            return tuple(_compat.vary_over(jnp.zeros(*one), axes) for one in shapes)
+            return tuple(jnp.zeros(*one) for one in shapes)
         results = [jax.ShapeDtypeStruct(*one) for one in shapes]
         call = jax.ffi.ffi_call(self.targets[handler], results)
         zoneout = np.asarray(self.zoneout, np.int64)
-        found = call(*args, time_major=self.time_major, groups=groups, every=self.every, zoneout=zoneout)
-        return tuple(_compat.vary_over(a, axes) for a in found)
-
-
-def _over_batch(run: Callable, inputs: tuple, outputs: tuple, groups: int = 1) -> Callable:
-    """`run(groups, ...)` as a function that takes vmap into the batch.
-
-    Sequences lie in `groups` of equal size, one after the other.  Inputs and outputs are given by where their
-    batch lies; None: the sequences share an input, and an output is a sum over each group, with the groups as
-    its first axis.  A vmap over a shared input runs one call after the other.
-    """
-
-    @custom_vmap
-    def call(*args: Array) -> Any:
-        return run(groups, *args)
-
-    def rule(size: int, batched: list[bool], *args: Array) -> Any:
-        if size == 0:
-            one_of_each = [jax.ShapeDtypeStruct(a.shape[b:], a.dtype) for a, b in zip(args, batched, strict=True)]
-            out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(call, *one_of_each))
-            return out, tuple(True for _ in out)
-        if any(b and axis is None for b, axis in zip(batched, inputs, strict=True)):
-
-            def one(mapped: list[Array]) -> Any:
-                rest = iter(mapped)
-                return call(*(next(rest) if b else a for a, b in zip(args, batched, strict=True)))
-
-            out = jax.lax.map(one, [a for a, b in zip(args, batched, strict=True) if b])
-            return out, tuple(True for _ in out)
-
-        def merged(a: Array, is_mapped: bool, axis: int | None) -> Array:
-            return a if axis is None or a.shape == (0,) else into_batch(size, axis, a, is_mapped)
-
-        def parted(a: Array, axis: int | None) -> Array:
-            # Of sums over groups, the groups of the maps are the outer ones.
-            return a if a.shape == (0,) else out_of_batch(size, axis or 0, a)
-
-        out = _over_batch(run, inputs, outputs, groups * size)(*map(merged, args, batched, inputs))
-        return tuple(map(parted, out, outputs)), tuple(a.shape != (0,) for a in out)
-
-    call.def_vmap(rule)
-    return call
+        return tuple(call(*args, time_major=self.time_major, groups=groups, every=self.every, zoneout=zoneout))

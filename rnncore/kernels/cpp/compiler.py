@@ -103,6 +103,18 @@ def why_not(source: str, what: str = "a cell") -> str | None:
             return _failed[source]
 
 
+def missing(source: str) -> str | None:
+    """Reason why a source has no handlers here and can get none, or None; nothing is compiled."""
+    with _lock:
+        if source in _names or find() is not None:
+            return None
+        try:
+            _registered(source, "a cell", keep=True)
+            return None
+        except (CompilerError, cache.UntrustedError, OSError) as error:
+            return str(error)
+
+
 _names: dict[str, dict[str, str]] = {}
 
 
@@ -124,16 +136,17 @@ def _library(source: str, what: str, keep: bool) -> tuple[ctypes.CDLL, str]:
     if shipped is not None:
         return shipped
     command = find()
-    if command is None:
-        raise CompilerError("no C++ compiler: install one, or name it in CXX.")
-    key = key_of(source, *FLAGS, *command, _version(command), jaxlib.__version__, _processor())
+    key = key_of(source, *FLAGS, jaxlib.__version__, _processor())
+    by = "" if command is None else hashlib.sha256("\0".join([*command, _version(command)]).encode()).hexdigest()[:8]
 
     def make(to: Path) -> None:
+        if command is None:
+            raise CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
         _announce(what, to)
         compile_to(to, source, (*command, *FLAGS), what)
 
     try:
-        return cache.load(key, make), key
+        return cache.load(f"{key}-{by}", make), key
     except OSError as error:
         if keep:
             where = cache.directory() or "a home directory that does not exist"
