@@ -47,13 +47,13 @@ def problem(
 
 
 def plain(cell: Any, run: kernels.Run, z: Any, rounded: Any = None) -> tuple[Any, Any]:
-    """(hs, last), step by step; `rounded` is applied to h where it enters the product."""
+    """(hs, last, others, gates), step by step; `rounded` is applied to h where it enters the product."""
     heads, size, count, _ = run.kernel.shape
     rows, hidden = run.start[0].shape
     rest = kernel_body.of(cell, (1, 1)).rest
     fields = cell.Carry._fields
     h = fields.index("h")
-    carry, last, hs = run.start, run.start, []
+    carry, last, hs, others, gates = run.start, run.start, [], [], []
     p = type("p", (), dict(zip(cell.units, run.units, strict=True))) if cell.units else None
     for t in range(z.shape[0]):
         if run.resets is not None:
@@ -64,7 +64,7 @@ def plain(cell: Any, run: kernels.Run, z: Any, rounded: Any = None) -> tuple[Any
         for n, g in enumerate(rest):
             r = r.at[g].add(run.rest_bias[n])
         zs = z[t].reshape(rows, count, hidden)
-        new, _ = cell.pointwise(p, cell.Gates(*(zs[:, g] for g in range(count))), cell.Gates(*r), cell.Carry(*carry))
+        new, emitted = cell.pointwise(p, cell.Gates(*(zs[:, g] for g in range(count))), cell.Gates(*r), cell.Carry(*carry))
         if run.stay is not None:
             def blend(k: Any, old: Any, new: Any) -> Any:
                 return new if k is None else jnp.where(k, old, new) if k.dtype == bool else k * old + (1 - k) * new
@@ -72,11 +72,13 @@ def plain(cell: Any, run: kernels.Run, z: Any, rounded: Any = None) -> tuple[Any
             new = tuple(blend(None if k is None else k[t], a, b) for k, a, b in zip(run.stay, carry, new, strict=True))
         carry = tuple(new)
         hs.append(carry[h])
+        others.append([a for n, a in enumerate(carry) if n != h])
+        gates.append(jax.tree.leaves(emitted))
         if run.lengths is None:
             last = carry
         else:
             last = tuple(jnp.where((run.lengths == t + 1)[:, None], b, a) for a, b in zip(last, carry, strict=True))
-    return jnp.stack(hs), last
+    return jnp.stack(hs), last, [jnp.stack(a) for a in zip(*others, strict=True)], [jnp.stack(a) for a in zip(*gates, strict=True)]
 
 
 def in_float64(tree: Any) -> Any:
@@ -90,15 +92,18 @@ def relative(got: Any, wanted: Any) -> float:
     return float("nan") if any(np.isnan(errors)) else max(errors, default=0.0)
 
 
-def check(settings: kernels.Settings, cell: Any, rows: int, steps: int, dtype: str, **options: Any) -> dict[str, float]:
+def check(
+    settings: kernels.Settings, cell: Any, rows: int, steps: int, dtype: str, states: bool = False, **options: Any
+) -> dict[str, float]:  # fmt: skip
     """Relative errors of all that the two kernels give, against float64."""
     run, z = problem(cell, rows, steps, dtype, **options)
     draw = np.random.default_rng(1)
     hidden = cell.hidden_size
     dhs = jnp.asarray(draw.normal(size=(steps, rows, hidden)), dtype)
     dlast = tuple(jnp.asarray(draw.normal(size=(rows, hidden)), "float32") for _ in run.start)
-    kept = kernels.forward(settings, cell, run, z, dtype, states=True)
-    found = kernels.backward(settings, cell, run, kept.residuals, dhs, dlast)
+    kept = kernels.forward(settings, cell, run, z, dtype, states=states)
+    extra = [tuple(jnp.asarray(draw.normal(size=a.shape), "float32") for a in b or ()) for b in (kept.others, kept.gates)]
+    found = kernels.backward(settings, cell, run, kept.residuals, dhs, dlast, *(extra if states else ()))
 
     wide, z64 = in_float64(run), in_float64(z)
     names = ("rest_bias", "units", "start", "target")
@@ -106,8 +111,9 @@ def check(settings: kernels.Settings, cell: Any, rows: int, steps: int, dtype: s
     def fun(z: Any, moving: Any) -> Any:
         return plain(cell, wide._replace(**dict(zip(names, moving, strict=True))), z)
 
-    (hs, last), back = jax.vjp(fun, z64, tuple(getattr(wide, n) for n in names))
-    dz, (drest_bias, dunits, dstart, dtarget) = back((in_float64(dhs), in_float64(dlast)))
+    (hs, last, others, gates), back = jax.vjp(fun, z64, tuple(getattr(wide, n) for n in names))
+    given = [list(in_float64(a)) if states else jax.tree.map(jnp.zeros_like, b) for a, b in zip(extra, (others, gates), strict=True)]  # fmt: skip
+    dz, (drest_bias, dunits, dstart, dtarget) = back((in_float64(dhs), in_float64(dlast), *given))
     if run.lengths is not None:  # which the kernel leaves to its caller
         never = (run.lengths == 0)[:, None]
         dstart = tuple(a - jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
@@ -117,4 +123,5 @@ def check(settings: kernels.Settings, cell: Any, rows: int, steps: int, dtype: s
         "drest": relative(got_rest, drest_bias), "dstart": relative(found.start, dstart),
         "dtarget": relative(found.target, dtarget),
         "dunits": relative([a.astype("float64").sum(0) for a in found.units], list(dunits)),
+        "states": relative([list(kept.others), list(kept.gates)], [others, gates]) if states else 0.0,
     }  # fmt: skip

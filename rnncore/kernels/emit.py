@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore import _compat
-from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import kernel_body
 
 BITWISE = ("and", "or", "xor", "not")
@@ -46,34 +45,38 @@ class Language:
     qualifier: str
 
 
-def why_not(cell: PointwiseCell, dtype: str, language: Language) -> str | None:
-    """Reason why the cell cannot be written in the language, or None."""
+def why_not(part: kernel_body.Body, language: Language) -> str | None:
+    """Reason why a cell cannot be written in the language, or None."""
     try:
-        struct(cell, dtype, language)
+        struct(part, language)
     except Unsayable as error:
-        return f"{type(cell).__name__} applies {error}, for which it has no {language.name}"
+        return f"{type(part.cell).__name__} applies {error}, for which it has no {language.name}"
     return None
 
 
-def struct(cell: PointwiseCell, dtype: str, language: Language) -> list[str]:
+def struct(part: kernel_body.Body, language: Language) -> list[str]:
     """The lines of `struct Cell`."""
-    part = kernel_body.of(cell, (1, 1), dtype)
+    cell, dtype = part.cell, part.dtype
     units, gates, fields, rest = len(cell.units), len(cell.gates), len(cell.Carry._fields), len(part.rest)
     arguments = [("p", units), ("z", gates), ("r", rest), ("s", fields)]
+    results = [("out", fields), ("gates", part.emitted)]
     functions = (
-        ("forward", part.folded, arguments, [("out", fields)]),
-        ("keep", part.keeping, arguments, [("out", fields), ("kept", part.width)]),
+        ("forward", part.folded, arguments, results),
+        ("keep", part.keeping, arguments, [*results, ("kept", part.width)]),
         (
-            "backward", part.transposed, [("p", units), ("kept", part.width), ("ds", fields)],
+            "backward", part.transposed,
+            [("p", units), ("kept", part.width), ("ds", fields), ("dgates", part.emitted)],
             [("dp", units), ("dz", gates), ("dr", rest), ("dold", fields)],
         ),
     )  # fmt: skip
     constants = {
         "gates": gates, "fields": fields, "hidden": part.hidden, "units": units, "residuals": part.width, "rest": rest,
+        "emitted": part.emitted,
     }  # fmt: skip
     rest_of = ", ".join(str(part.rest.index(g) if g in part.rest else -1) for g in range(gates))
     lines = [
         "struct Cell {",
+        f"  static constexpr bool states = {'true' if part.states else 'false'};",
         "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in constants.items()) + ";",
         f"  static constexpr int rest_of[gates] = {{{rest_of}}};  // among `rest`; -1: z and r of it are added up",
     ]

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from rnncore.cells.base import PointwiseCell
-from rnncore.kernels import emit
+from rnncore.kernels import emit, kernel_body
 
 _LANE_BY_LANE = (
     "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 floor log log1p nextafter pow sin sinh "
@@ -59,6 +59,27 @@ OPERATIONS: dict[str, str] = {
 
 
 
+class Variant(NamedTuple):
+    """What a compiled file is of, besides the cell.
+
+    Fields:
+      real: dtype of all arithmetic, of parameters and of carries: float32 or float64.
+      stored: dtype of inputs, outputs and states over time.
+      residual: dtype of what is kept for the derivative.
+      states: whether states and gates can be returned.
+    """
+
+    real: str
+    stored: str
+    residual: str
+    states: bool = False
+
+
+def body(cell: PointwiseCell, variant: Variant) -> kernel_body.Body:
+    """The update, what its derivative keeps, and its transpose."""
+    return kernel_body.of(cell, (1, 1), variant.real, variant.states)
+
+
 def _number(value: Any, dtype: Any) -> str:
     if dtype == jnp.bool_:
         return "~none()" if value else "none()"
@@ -74,19 +95,23 @@ CPP = emit.Language("C++", OPERATIONS, _number, lambda kind, value: f"({kind})({
 
 
 @functools.lru_cache(maxsize=256)
-def why_not(cell: PointwiseCell, dtype: str) -> str | None:
+def why_not(cell: PointwiseCell, variant: Variant) -> str | None:
     """Reason why the cell cannot be written in C++, or None."""
-    return emit.why_not(cell, dtype, CPP)
+    return emit.why_not(body(cell, variant), CPP)
+
+
+_TYPES = {"float64": "double", "float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 @functools.lru_cache(maxsize=256)
-def source(cell: PointwiseCell, dtype: str) -> str:
+def source(cell: PointwiseCell, variant: Variant) -> str:
     """The whole file for one cell."""
+    types = ("REAL", variant.real), ("STORED", variant.stored), ("RESIDUAL", variant.residual)
     lines = [
-        f"#define RNN_REAL {'double' if dtype == 'float64' else 'float'}",
+        *(f"#define RNN_{name} {_TYPES[of]}" for name, of in types),
         '#include "vectors.h"',
         "namespace rnn {",
-        *emit.struct(cell, dtype, CPP),
+        *emit.struct(body(cell, variant), CPP),
         "}  // namespace rnn",
         '#include "handlers.h"',
     ]

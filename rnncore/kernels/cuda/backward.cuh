@@ -14,6 +14,8 @@ struct Backward {
   const float* units;             // (units, H)
   const Element* dhs;             // (T, B, H)
   const float* dlast;             // (fields, B, H)
+  const float* dothers;           // (fields - 1, T, B, H): of the carry without h
+  const float* dgates;            // (emitted, T, B, H)
   const float* recurrent_mask;    // (B, H)
   const int* lengths;             // (B)
   const unsigned char* resets;    // (T, B)
@@ -116,14 +118,18 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
     if (t < 0) break;
     each([&](int j, const Pair& pair, long long row, bool there, long long place) {
       vec kept[kKept + 1], after[kFields], staid[kFields], dp[Cell::units + 1], dz[kGates], dr[Cell::rest + 1],
-          before[kFields];
+          before[kFields], dgates[Cell::emitted + 1];
       RNN_UNROLL for (int m = 0; m < kKept; m++) kept[m] = wide(residuals[j][m]);
       const bool ends = there && t + 1 == (Plan::lengths ? in.lengths[row] : in.steps);
       RNN_UNROLL for (int f = 0; f < kFields; f++) {
         after[f] = ds[j][f];
         if (ends) after[f] += load(in.dlast + f * line + place);
+        if (Cell::states && there && f != kHidden)
+          after[f] += load(in.dothers + ((f - (f > kHidden)) * in.steps + t) * line + place);
       }
       after[kHidden] += wide(dh[j]);
+      RNN_UNROLL for (int m = 0; m < Cell::emitted; m++)
+        dgates[m] = there ? load(in.dgates + (m * in.steps + t) * line + place) : 0.f;
       RNN_UNROLL for (int f = 0; f < kFields; f++) {
         staid[f] = 0;
         if (Plan::stay(f) && there) {
@@ -131,7 +137,7 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
           staid[f] = share == 0 ? 0.f : share * after[f], after[f] = share == 1 ? 0.f : (1 - share) * after[f];
         }
       }
-      Cell::backward(units[j], kept, after, dp, dz, dr, before);
+      Cell::backward(units[j], kept, after, dgates, dp, dz, dr, before);
       RNN_UNROLL for (int f = 0; f < kFields; f++) ds[j][f] = before[f] + staid[f];
       RNN_UNROLL for (int m = 0; m < Cell::units; m++) dunits[j][m] += dp[m];
       RNN_UNROLL for (int g = 0; g < kGates; g++) {

@@ -82,7 +82,7 @@ PRODUCTS = {"mma": 0, "tf32": 1, "3xtf32": 2, "fma": 3}
 @functools.lru_cache(maxsize=256)
 def why_not(cell: PointwiseCell) -> str | None:
     """Reason why the cell cannot be written in CUDA, or None."""
-    return emit.why_not(cell, "float32", CUDA)
+    return emit.why_not(kernel_body.of(cell, (1, 1)), CUDA)
 
 
 @functools.lru_cache(maxsize=256)
@@ -94,7 +94,6 @@ def source(cell: PointwiseCell, plan: Plan) -> str:
     }  # fmt: skip
     flags = {
         "lengths": plan.lengths, "resets": plan.resets, "mask": plan.mask, "apart": plan.apart, "keeps": plan.keeps,
-        "states": plan.states,
     }  # fmt: skip
     fields, rest = len(cell.Carry._fields), kernel_body.of(cell, (1, 1)).rest
     rest_of = tuple(rest.index(g) if g in rest else -1 for g in range(len(cell.gates)))
@@ -104,7 +103,7 @@ def source(cell: PointwiseCell, plan: Plan) -> str:
         '#include "device.cuh"',
         '#include "scalars.cuh"',
         "namespace rnn {",
-        *emit.struct(cell, "float32", CUDA),
+        *emit.struct(kernel_body.of(cell, (1, 1), "float32", plan.states), CUDA),
         "struct Plan {",
         "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in values.items()) + ";",
         "  static constexpr bool "

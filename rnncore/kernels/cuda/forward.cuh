@@ -25,6 +25,7 @@ struct Forward {
   Element* exchange;            // (T, B, heads, padded size): what enters the product of each step, where hs is not that
   Stored* residuals;            // (residuals, T, B, H), see Cell::keep
   float* others;                // (fields - 1, T, B, H): the carry without h
+  float* gates;                 // (emitted, T, B, H)
   float* last;                  // (fields, B, H)
   long long steps, batch, heads;
 };
@@ -53,7 +54,7 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
     for (int i = at.thread; i < Board<1>::kSize / 4; i += kThreads) reinterpret_cast<u32*>(memory)[i] = 0;
 
   float carry[kOwn][kFields], constant[kOwn][Cell::units + Cell::rest + 1];
-  float residuals[kOwn][Cell::residuals + 1];
+  float residuals[kOwn][Cell::residuals + 1], gates[kOwn][Cell::emitted + 1];
   Element z[kOwn][kGates];
   bool back[kOwn];
   auto each = [&](auto&& body) {
@@ -133,9 +134,9 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
         RNN_UNROLL for (int f = 0; f < kFields; f++) carry[j][f] = load(in.target + f * line + place);
       RNN_UNROLL for (int f = 0; f < kFields; f++) old[f] = carry[j][f];
       if constexpr (Plan::keeps)
-        Cell::keep(constant[j], zs, rest, old, s, residuals[j]);
+        Cell::keep(constant[j], zs, rest, old, s, gates[j], residuals[j]);
       else
-        Cell::forward(constant[j], zs, rest, old, s);
+        Cell::forward(constant[j], zs, rest, old, s, gates[j]);
       RNN_UNROLL for (int f = 0; f < kFields; f++)
         if (Plan::stay(f) && there) s[f] = kept(staying(in.stay[f], f, t * line + place), old[f], s[f], f);
       RNN_UNROLL for (int f = 0; f < kFields; f++) carry[j][f] = s[f];
@@ -168,9 +169,11 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
       if (Plan::keeps)
         RNN_UNROLL for (int m = 0; m < Cell::residuals; m++)
           narrow(residuals[j][m], in.residuals[(m * in.steps + t) * line + place]);
-      if (Plan::states)
+      if (Cell::states) {
         RNN_UNROLL for (int f = 0; f < kFields; f++)
           if (f != kHidden) in.others[((f - (f > kHidden)) * in.steps + t) * line + place] = carry[j][f];
+        RNN_UNROLL for (int m = 0; m < Cell::emitted; m++) in.gates[(m * in.steps + t) * line + place] = gates[j][m];
+      }
       if (t + 1 == (Plan::lengths ? in.lengths[row] : in.steps))
         RNN_UNROLL for (int f = 0; f < kFields; f++) in.last[f * line + place] = carry[j][f];
     });

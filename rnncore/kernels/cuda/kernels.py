@@ -70,13 +70,14 @@ class Kept(NamedTuple):
     Fields:
       hs: (T, B, H), in z's dtype.
       residuals: (width, T, B, H), `Body.residuals` of every step, or None.
-      others: the carry's other fields after every step, each (T, B, H) float32, or None.
+      others, gates: the carry's other fields and the gates of every step, each (T, B, H) float32, or None.
       last: (B, H) float32 per field, after the last valid step, `start` where there is none.
     """
 
     hs: Array
     residuals: Array | None
     others: tuple[Array, ...] | None
+    gates: tuple[Array, ...] | None
     last: tuple[Array, ...]
 
 
@@ -132,6 +133,7 @@ def forward(
     hidden, dtype = heads * size, run.kernel.dtype
     fields, width = cell.Carry._fields, kernel_body.of(cell, (1, 1)).width
     h, others = fields.index("h"), len(fields) - 1
+    emitted = kernel_body.of(cell, (1, 1), "float32", states).emitted
     plan = layout(
         settings, cell, "forward", run, rows, stored or dtype.name, keeps=stored is not None, states=states
     )  # fmt: skip
@@ -149,24 +151,26 @@ def forward(
             jax.ShapeDtypeStruct((steps, rows, heads, plan.padded), dtype) if plan.apart else None,
             None if stored is None else jax.ShapeDtypeStruct((width, steps, rows, hidden), stored),
             jax.ShapeDtypeStruct((others, steps, rows, hidden), "float32") if states and others else None,
+            jax.ShapeDtypeStruct((emitted, steps, rows, hidden), "float32") if emitted else None,
             jax.ShapeDtypeStruct((len(fields), rows, hidden), "float32"),
         ),
         filled=() if plan.blocks == 1 else (1,) if plan.apart else (0,),
         scalars=(steps, rows, heads),
     )  # fmt: skip
-    hs, _, residuals, stacks, last = settings.launch(call)
-    return Kept(hs, residuals, (() if stacks is None else tuple(stacks)) if states else None, tuple(last))
+    hs, _, residuals, stacks, gates, last = settings.launch(call)
+    return Kept(hs, residuals, _parts(stacks) if states else None, _parts(gates) if states else None, tuple(last))
 
 
 def backward(
-    settings: Settings, cell: PointwiseCell, run: Run, residuals: Array, dhs: Array, dlast: tuple[Array, ...]
-) -> Cotangents:
+    settings: Settings, cell: PointwiseCell, run: Run, residuals: Array, dhs: Array, dlast: tuple[Array, ...],
+    dothers: tuple[Array, ...] | None = None, dgates: tuple[Array, ...] | None = None,
+) -> Cotangents:  # fmt: skip
     """The transposed loop over dhs (T, B, H); dlast enters after step length - 1, nowhere for length 0."""
     steps, rows, hidden = dhs.shape
     heads, _, gates, _ = run.kernel.shape
     dtype, stored = run.kernel.dtype, residuals.dtype
     fields, rest = len(cell.Carry._fields), len(kernel_body.of(cell, (1, 1)).rest)
-    plan = layout(settings, cell, "backward", run, rows, stored.name)
+    plan = layout(settings, cell, "backward", run, rows, stored.name, states=dothers is not None)
 
     def sums(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, rows, hidden), "float32")
@@ -176,7 +180,7 @@ def backward(
         plan=plan,
         inputs=(
             rows_of_inputs(plan, run.kernel), residuals, _stacked(run.units), dhs.astype(dtype), _stacked(dlast),
-            _float(run.mask), run.lengths, run.resets, *_stays(run.stay, fields),
+            _stacked(dothers or ()), _stacked(dgates or ()), _float(run.mask), run.lengths, run.resets, *_stays(run.stay, fields),
         ),
         outputs=(
             jax.ShapeDtypeStruct((steps, rows, gates * hidden), stored),
@@ -191,7 +195,7 @@ def backward(
     )  # fmt: skip
     dz, drest, _, dstart, dtarget, dunits = settings.launch(call)
     return Cotangents(
-        dz, drest, tuple(dstart), None if dtarget is None else tuple(dtarget), () if dunits is None else tuple(dunits)
+        dz, drest, tuple(dstart), None if dtarget is None else tuple(dtarget), _parts(dunits)
     )
 
 
@@ -230,6 +234,10 @@ def rows_of_inputs(plan: Plan, kernel: Array) -> Array:
 
 def _stacked(arrays: tuple[Array, ...]) -> Array | None:
     return jnp.stack([a.astype(jnp.float32) for a in arrays]) if arrays else None
+
+
+def _parts(a: Array | None) -> tuple[Array, ...]:
+    return () if a is None else tuple(a)
 
 
 def _float(a: Array | None) -> Array | None:
