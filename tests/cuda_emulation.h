@@ -7,11 +7,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -58,6 +60,7 @@ struct Block {
   }
 };
 struct Self {
+  const std::vector<std::unique_ptr<Block>>* all;
   Block* block;
   int thread, number, turn;
   Warp& warp() const { return *block->warps[thread / 32]; }
@@ -75,14 +78,20 @@ const u32 (*tell(const u32 (&words)[N]))[6] {
   return to;
 }
 
-inline void launch(int blocks, int threads, int shared, const std::function<void()>& kernel) {
+inline int cluster;
+inline std::vector<std::unique_ptr<Barrier>> clusters;
+
+inline void launch(int blocks, int threads, int shared, int in_cluster, const std::function<void()>& kernel) {
+  cluster = in_cluster;
+  clusters.clear();
+  for (int n = 0; n < blocks / cluster; n++) clusters.push_back(std::make_unique<Barrier>(cluster * threads));
   std::vector<std::unique_ptr<Block>> all;
   std::vector<std::thread> running;
   for (int b = 0; b < blocks; b++) all.push_back(std::make_unique<Block>(threads, shared));
   for (int b = 0; b < blocks; b++)
     for (int t = 0; t < threads; t++)
       running.emplace_back([&, b, t] {
-        self = {all[b].get(), t, b, 0};
+        self = {&all, all[b].get(), t, b, 0};
         kernel();
       });
   for (auto& thread : running) thread.join();
@@ -114,6 +123,7 @@ inline u32 from_lane_above(u32 value, int lanes) {
   const int lane = grid::self.lane(), from = lane + lanes < 32 ? lane + lanes : lane;
   return grid::tell<1>({value})[from][0];
 }
+inline u32 from_lane(u32 value, int lane) { return grid::tell<1>({value})[lane][0]; }
 inline float from_lane(float value, int lane) { return float_of(grid::tell<1>({bits_of(value)})[lane][0]); }
 inline bool any_in_warp(bool value) {
   const auto told = grid::tell<1>({value});
@@ -145,6 +155,7 @@ template <class T>
 T load(const T* p) {
   return *p;
 }
+inline void prefetch(const void*) {}
 inline Words load_shared_between_blocks(const void* p) {
   Words w;
   for (int n = 0; n < 4; n++) w.v[n] = __atomic_load_n(static_cast<const u32*>(p) + n, __ATOMIC_RELAXED);
@@ -153,6 +164,41 @@ inline Words load_shared_between_blocks(const void* p) {
 inline void store_shared_between_blocks(void* p, u32 value) {
   __atomic_store_n(static_cast<u32*>(p), value, __ATOMIC_RELAXED);
 }
+
+// Signals count bytes under one lock; a phase ends when as many have come as were expected.
+struct Signal {
+  int phase, bytes;  // expected less those that came
+};
+namespace grid {
+inline std::mutex lock;
+inline std::condition_variable changed;
+inline void count(Signal* signal, int bytes, bool expected) {
+  signal->bytes += bytes;
+  signal->phase |= expected ? 2 : 0;  // its one arrival
+  if (signal->phase & 2 && signal->bytes == 0) signal->phase = (signal->phase & 1) ^ 1, changed.notify_all();
+}
+}  // namespace grid
+inline void start(Signal* signal) { *signal = {0, 0}; }
+inline void expect(Signal* signal, int bytes) {
+  std::lock_guard<std::mutex> hold(grid::lock);
+  grid::count(signal, bytes, true);
+}
+inline void wait(const Signal* signal, int phase) {
+  std::unique_lock<std::mutex> hold(grid::lock);
+  grid::changed.wait(hold, [&] { return (signal->phase & 1) != phase; });
+}
+template <class T>
+T* in_block(T* here, int block) {
+  const grid::Self& self = grid::self;
+  const int size = grid::cluster, first = self.number / size * size;
+  return reinterpret_cast<T*>((*self.all)[first + block]->memory.get() + (reinterpret_cast<const char*>(here) - self.block->memory.get()));
+}
+inline void send(const Words& w, const void* to, const Signal* signal, int block) {
+  std::lock_guard<std::mutex> hold(grid::lock);
+  std::memcpy(const_cast<void*>(static_cast<const void*>(in_block(static_cast<const char*>(to), block))), &w, sizeof w);
+  grid::count(const_cast<Signal*>(in_block(signal, block)), -int(sizeof w), false);
+}
+inline void sync_cluster() { grid::clusters[grid::self.number / grid::cluster]->wait(); }
 
 inline float fast_tanh(float x) { return std::tanh(x); }
 inline float fast_exp(float x) { return std::exp(x); }

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from rnncore.kernels.cuda import kernels
-from rnncore.kernels.cuda.plan import Device
+from rnncore.kernels.cuda.plan import Device, Plan, Shape, layouts
 
 HERE = Path(__file__).parent
 HEADERS = HERE.parent / "rnncore" / "kernels" / "cuda"
@@ -27,8 +27,8 @@ def library(source: str, direction: str, *options: str) -> Any:
     """`emulate(blocks, threads, shared, arguments)` of a generated file."""
     name = direction.capitalize()
     text = f"""{source}
-extern "C" void emulate(int blocks, int threads, int shared, const void* arguments) {{
-  rnn::grid::launch(blocks, threads, shared, [&] {{
+extern "C" void emulate(int blocks, int threads, int shared, int cluster, const void* arguments) {{
+  rnn::grid::launch(blocks, threads, shared, cluster, [&] {{
     rnn::rnn_{direction}(*static_cast<const rnn::{name}*>(arguments));
   }});
 }}
@@ -55,10 +55,17 @@ def launch(call: kernels.Call, *options: str) -> list[Any]:
     words = [0 if a is None or not a.size else a.ctypes.data for a in (*inputs, *outputs)] + list(call.scalars)
     arguments = (ctypes.c_uint64 * len(words))(*words)
     plan = call.plan
-    library(call.source, plan.direction, *options)(plan.grid, plan.threads, plan.shared, arguments)
+    library(call.source, plan.shape.direction, *options)(plan.grid, plan.threads, plan.shared, plan.cluster, arguments)
     return [None if a is None else jax.numpy.asarray(a) for a in outputs]
 
 
-def settings(device: Device = SMALL, product: str = "mma", *options: str) -> kernels.Settings:
-    """What runs the kernels here."""
-    return kernels.Settings(device, product, lambda call: launch(call, *options))
+def settings(device: Device = SMALL, product: str = "mma", *options: str, **fixed: Any) -> kernels.Settings:
+    """What runs the kernels here; of a plan's fields `fixed` are as given."""
+
+    def choose(device: Device, shape: Shape) -> Plan | str:
+        def fits(plan: Plan) -> bool:
+            return all(getattr(plan, name) == value for name, value in fixed.items())
+
+        return min(filter(fits, layouts(device, shape)), key=lambda plan: plan.step, default="no such layout")
+
+    return kernels.Settings(device, product, lambda call: launch(call, *options), choose)

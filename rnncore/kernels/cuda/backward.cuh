@@ -44,8 +44,7 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
   const Partial<1> partial = {reinterpret_cast<float*>(memory)};
   memory += Partial<1>::kFloats * sizeof(float);
   const Board<kGates> board = {memory};
-  if (kAlone)
-    for (int i = at.thread; i < Board<kGates>::kSize / 4; i += kThreads) reinterpret_cast<u32*>(memory)[i] = 0;
+  board.begin(at);
 
   float ds[kOwn][kFields], units[kOwn][Cell::units + 1], dunits[kOwn][Cell::units + 1], mask[kOwn];
   float dtarget[kOwn][kFields];
@@ -59,10 +58,14 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
     }
   };
   auto fetch_inputs = [&](long long t) {
-    each([&](int j, const Pair&, long long, bool there, long long place) {
+    each([&](int j, const Pair& pair, long long, bool there, long long place) {
       if (!there) return;
       RNN_UNROLL for (int m = 0; m < kKept; m++) residuals[j][m] = load(in.residuals + (m * in.steps + t) * line + place);
       dh[j] = load(in.dhs + t * line + place);
+      if (pair.unit % 16 == 0 && t >= kEarly) {
+        RNN_UNROLL for (int m = 0; m < kKept; m++) prefetch(in.residuals + (m * in.steps + t - kEarly) * line + place);
+        prefetch(in.dhs + (t - kEarly) * line + place);
+      }
     });
   };
   each([&](int j, const Pair& pair, long long, bool there, long long place) {
@@ -73,16 +76,17 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
     narrow(0.f, dh[j]);
     mask[j] = Plan::mask && there ? load(in.recurrent_mask + place) : 1.f;
   });
-  if (kAlone) sync_block();
   fetch_inputs(in.steps - 1);
 
   for (long long t = in.steps - 1;; t--) {
     const int parity = int(t & 1);
     if (t + 1 < in.steps) {  // what step t + 1 gives to the carry that it began with
       float r[1][Plan::tiles][4] = {};
-      if (kAlone) {
-        matrix.sum(at, r, false, [&](int n, int chunk) {
-          return reinterpret_cast<const Words*>(board.of(1 - parity, 8 * n + at.r))[chunk * 4 + at.q];
+      if (!kGrid) {
+        const int n = int(in.steps - 2 - t);
+        board.ready(n);
+        matrix.sum(at, r, false, [&](int tile, int chunk) {
+          return board.row(n % 2, 8 * tile + at.r)[chunk * 4 + at.q];
         });
       } else {
         matrix.sum(at, r, true, [&](int n, int chunk) {
@@ -116,6 +120,7 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
       });
     }
     if (t < 0) break;
+    board.arm(at, int(in.steps - 1 - t));
     each([&](int j, const Pair& pair, long long row, bool there, long long place) {
       vec kept[kKept + 1], after[kFields], staid[kFields], dp[Cell::units + 1], dz[kGates], dr[Cell::rest + 1],
           before[kFields], dgates[Cell::emitted + 1];
@@ -145,11 +150,11 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
         const float recurrent = apart < 0 ? dz[g] : dr[apart < 0 ? 0 : apart];
         const long long lies = ((t * in.batch + row) * kGates + g) * hidden + first + pair.unit;
         const long long lies_apart = ((t * in.batch + row) * Cell::rest + apart) * hidden + first + pair.unit;
-        if (kAlone) {
-          if (there) narrow(recurrent, reinterpret_cast<Element*>(board.of(parity, pair.row))[g * kPadded + pair.unit]);
+        Element entering;
+        narrow(there ? recurrent : 0.f, entering);
+        if (!kGrid) {
+          board.write(at, int(in.steps - 1 - t), pair.row, pair.unit, g, there, entering);
         } else {
-          Element entering;
-          narrow(Plan::apart && !there ? 0.f : recurrent, entering);
           const u32 word = as_word(entering);
           if (pair.unit % kPerWord == 0) {
             if (Plan::apart) {
@@ -162,14 +167,15 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
           }
         }
         if (there) {
-          if (kAlone || Plan::apart || apart >= 0) narrow(dz[g], in.dz[lies]);
-          if ((kAlone || Plan::apart) && apart >= 0) narrow(recurrent, in.drest[lies_apart]);
+          if (!kGrid || Plan::apart || apart >= 0) narrow(dz[g], in.dz[lies]);
+          if ((!kGrid || Plan::apart) && apart >= 0) narrow(recurrent, in.drest[lies_apart]);
         }
       }
     });
     if (t > 0) fetch_inputs(t - 1);
     if (kAlone) sync_block();
   }
+  if (kCluster) sync_cluster();  // no block ends while another may still write to it
   each([&](int j, const Pair&, long long, bool there, long long place) {
     if (!there) return;
     RNN_UNROLL for (int f = 0; f < kFields; f++) {

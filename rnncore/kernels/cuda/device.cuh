@@ -33,6 +33,7 @@ RNN_DEVICE char* shared_memory() {
 RNN_DEVICE void sync_block() { __syncthreads(); }
 RNN_DEVICE u32 from_lane_above(u32 value, int lanes) { return __shfl_down_sync(~0u, value, lanes); }
 RNN_DEVICE float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
+RNN_DEVICE u32 from_lane(u32 value, int lane) { return __shfl_sync(~0u, value, lane); }
 RNN_DEVICE bool any_in_warp(bool value) { return __any_sync(~0u, value); }
 RNN_DEVICE void give_up() { __trap(); }
 
@@ -60,6 +61,9 @@ RNN_DEVICE Words load(const Words* p) {
   return {{v.x, v.y, v.z, v.w}};
 }
 
+// Brings a line into the L2 cache.
+RNN_DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
 // What other blocks write, and for them.
 RNN_DEVICE Words load_shared_between_blocks(const void* p) {
   Words w;
@@ -70,6 +74,50 @@ RNN_DEVICE Words load_shared_between_blocks(const void* p) {
 RNN_DEVICE void store_shared_between_blocks(void* p, u32 value) {
   asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(p), "r"(value) : "memory");
 }
+
+// What the blocks of a cluster write into each other's shared memory, and how they hear that all of it is there.
+struct Signal {
+  unsigned long long word;
+};
+#if __CUDA_ARCH__ >= 900
+RNN_DEVICE u32 shared_address(const void* p) { return u32(__cvta_generic_to_shared(p)); }
+RNN_DEVICE u32 in_block(u32 address, int block) {
+  u32 there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(address), "r"(block));
+  return there;
+}
+RNN_DEVICE void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+RNN_DEVICE void start(Signal* signal) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;\nfence.mbarrier_init.release.cluster;" ::"r"(shared_address(signal))
+               : "memory");
+}
+RNN_DEVICE void expect(Signal* signal, int bytes) {
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;\n}" ::"r"(
+                   shared_address(signal)), "r"(bytes) : "memory");
+}
+RNN_DEVICE void wait(const Signal* signal, int phase) {
+  u32 done = 0;
+  for (int tries = 0; !done; tries++) {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+                 "selp.u32 %0, 1, 0, p;\n}" : "=r"(done) : "r"(shared_address(signal)), "r"(phase) : "memory");
+    if (tries == 1 << 24) give_up();
+  }
+}
+// To the same place in the shared memory of a block of the cluster, whose signal hears of 16 bytes.
+RNN_DEVICE void send(const Words& w, const void* to, const Signal* signal, int block) {
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+                   in_block(shared_address(to), block)), "r"(w.v[0]), "r"(w.v[1]), "r"(w.v[2]), "r"(w.v[3]),
+               "r"(in_block(shared_address(signal), block)) : "memory");
+}
+#else  // no clusters: nothing calls these
+RNN_DEVICE void sync_cluster() { give_up(); }
+RNN_DEVICE void start(Signal*) { give_up(); }
+RNN_DEVICE void expect(Signal*, int) { give_up(); }
+RNN_DEVICE void wait(const Signal*, int) { give_up(); }
+RNN_DEVICE void send(const Words&, const void*, const Signal*, int) { give_up(); }
+#endif
 
 RNN_DEVICE float fast_tanh(float x) {
   float y;

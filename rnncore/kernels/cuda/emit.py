@@ -87,38 +87,40 @@ def why_not(cell: PointwiseCell) -> str | None:
 
 @functools.lru_cache(maxsize=256)
 def source(cell: PointwiseCell, plan: Plan) -> str:
-    """The whole file for one cell and one layout; `plan.direction` names its kernel."""
+    """The whole file for one cell and one layout, whose direction names its kernel."""
+    shape = plan.shape
     values = {
-        "size": plan.size, "blocks": plan.blocks, "groups": plan.groups, "split": plan.split, "tiles": plan.tiles,
+        "size": shape.size, "blocks": plan.blocks, "groups": plan.groups, "split": plan.split, "tiles": plan.tiles,
         "in_registers": plan.in_registers, "in_shared": plan.in_shared,
     }  # fmt: skip
     flags = {
-        "lengths": plan.lengths, "resets": plan.resets, "mask": plan.mask, "apart": plan.apart, "keeps": plan.keeps,
+        "cluster": plan.sync == "cluster", "apart": plan.apart, "lengths": shape.lengths, "resets": shape.resets,
+        "mask": shape.mask, "keeps": shape.keeps,
     }  # fmt: skip
     fields, rest = len(cell.Carry._fields), kernel_body.of(cell, (1, 1)).rest
     rest_of = tuple(rest.index(g) if g in rest else -1 for g in range(len(cell.gates)))
     lines = [
-        f"#define RNN_PRODUCT {PRODUCTS[plan.product]}",
-        f"#define RNN_FAST {int(plan.dtype != 'float32')}",
+        f"#define RNN_PRODUCT {PRODUCTS[shape.product]}",
+        f"#define RNN_FAST {int(shape.dtype != 'float32')}",
         '#include "device.cuh"',
         '#include "scalars.cuh"',
         "namespace rnn {",
-        *emit.struct(kernel_body.of(cell, (1, 1), "float32", plan.states), CUDA),
+        *emit.struct(kernel_body.of(cell, (1, 1), "float32", shape.states), CUDA),
         "struct Plan {",
         "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in values.items()) + ";",
         "  static constexpr bool "
         + ", ".join(f"{name} = {str(value).lower()}" for name, value in flags.items())
         + ";",
         "  // What stays of a field of the carry: 0 nothing, 1 by booleans, 2 by shares.",
-        f"  static RNN_CONSTANT int stay(int n) {{ return {_chosen(plan.stay or (0,) * fields)}; }}",
+        f"  static RNN_CONSTANT int stay(int n) {{ return {_chosen(shape.stay or (0,) * fields)}; }}",
         "  // Cell::rest_of, for indices that only the unrolled loop knows.",
         f"  static RNN_CONSTANT int rest_of(int n) {{ return {_chosen(rest_of)}; }}",
         "};",
-        f"using Element = {TYPES[plan.dtype]};",
-        f"using Stored = {TYPES[plan.stored]};",
+        f"using Element = {TYPES[shape.dtype]};",
+        f"using Stored = {TYPES[shape.stored]};",
         "}  // namespace rnn",
         '#include "product.cuh"',
-        f'#include "{plan.direction}.cuh"',
+        f'#include "{shape.direction}.cuh"',
     ]
     return "\n".join([*lines, ""])
 

@@ -50,8 +50,7 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
   const Partial<kGates> partial = {reinterpret_cast<float*>(memory)};
   memory += Partial<kGates>::kFloats * sizeof(float);
   const Board<1> board = {memory};
-  if (kAlone)  // sequences and units that there are not
-    for (int i = at.thread; i < Board<1>::kSize / 4; i += kThreads) reinterpret_cast<u32*>(memory)[i] = 0;
+  board.begin(at);
 
   float carry[kOwn][kFields], constant[kOwn][Cell::units + Cell::rest + 1];
   float residuals[kOwn][Cell::residuals + 1], gates[kOwn][Cell::emitted + 1];
@@ -69,6 +68,8 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
       if (!there) return;
       const Element* from = in.z + (t * in.batch + row) * kGates * hidden + first + pair.unit;
       RNN_UNROLL for (int g = 0; g < kGates; g++) z[j][g] = load(from + g * hidden);
+      if (pair.unit % 16 == 0 && t + kEarly < in.steps)
+        RNN_UNROLL for (int g = 0; g < kGates; g++) prefetch(from + (kEarly * in.batch * kGates + g) * hidden);
       if (Plan::resets) back[j] = in.resets[t * in.batch + row];
     });
   };
@@ -84,7 +85,6 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
     if (Plan::lengths && there && in.lengths[row] == 0)
       RNN_UNROLL for (int f = 0; f < kFields; f++) in.last[f * line + place] = carry[j][f];
   });
-  if (kAlone) sync_block();
   fetch_inputs(0);
 
   for (long long t = 0; t < in.steps; t++) {
@@ -98,10 +98,9 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
         const float* from = Plan::resets && in.resets[row] ? in.target_x : in.start_x;
         return rounded(from + row * hidden + first + k, Plan::size - k);
       });
-    } else if (kAlone) {
-      matrix.sum(at, r, false, [&](int n, int chunk) {
-        return reinterpret_cast<const Words*>(board.of(parity, 8 * n + at.r))[chunk * 4 + at.q];
-      });
+    } else if (!kGrid) {
+      board.ready(int(t) - 1);
+      matrix.sum(at, r, false, [&](int n, int chunk) { return board.row(1 - parity, 8 * n + at.r)[chunk * 4 + at.q]; });
     } else {
       const Element* from = Plan::apart ? in.exchange + (t * in.batch * in.heads + at.head) * kPadded
                                         : in.hs + (t - 1) * line + first;
@@ -112,6 +111,7 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
         return load_shared_between_blocks(from + row * pitch + chunk * kChunk + at.q * 4 * kPerWord);
       });
     }
+    if (t + 1 < in.steps) board.arm(at, int(t));
     if (kShared) {
       partial.put(at, parity, r);
       sync_block();
@@ -142,22 +142,20 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
       RNN_UNROLL for (int f = 0; f < kFields; f++) carry[j][f] = s[f];
       Element h;
       narrow(s[kHidden], h);
-      if (kAlone) {
-        float x = s[kHidden] * constant[j][Cell::units + Cell::rest];
-        if (Plan::resets && there && t + 1 < in.steps && in.resets[(t + 1) * in.batch + row])
-          x = load(in.target_x + place);
-        if (there) narrow(x, reinterpret_cast<Element*>(board.of(1 - parity, pair.row))[pair.unit]);
-        if (there) in.hs[t * line + place] = h;
-      } else if (Plan::apart) {
+      if (!kGrid || Plan::apart) {
         float x = there ? s[kHidden] * constant[j][Cell::units + Cell::rest] : 0.f;
         if (Plan::resets && there && t + 1 < in.steps && in.resets[(t + 1) * in.batch + row])
           x = load(in.target_x + place);
         Element entering;
         narrow(x, entering);
-        const u32 word = as_word(entering);
-        if (t + 1 < in.steps && row < in.batch && pair.unit < kPadded && pair.unit % kPerWord == 0)
-          store_shared_between_blocks(
-              in.exchange + (((t + 1) * in.batch + row) * in.heads + at.head) * kPadded + pair.unit, word);
+        if (!kGrid) {
+          if (t + 1 < in.steps) board.write(at, int(t), pair.row, pair.unit, 0, there, entering);
+        } else {
+          const u32 word = as_word(entering);
+          if (t + 1 < in.steps && row < in.batch && pair.unit < kPadded && pair.unit % kPerWord == 0)
+            store_shared_between_blocks(
+                in.exchange + (((t + 1) * in.batch + row) * in.heads + at.head) * kPadded + pair.unit, word);
+        }
         if (there) in.hs[t * line + place] = h;
       } else {
         const u32 word = as_word(h);
@@ -180,6 +178,7 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
     if (t + 1 < in.steps) fetch_inputs(t + 1);
     if (kAlone) sync_block();
   }
+  if (kCluster) sync_cluster();  // no block ends while another may still write to it
 }
 
 }  // namespace rnn

@@ -18,6 +18,27 @@ using Stream = struct CUstream_st*;
 constexpr int kTooLarge = 720;  // CUDA_ERROR_COOPERATIVE_LAUNCH_TOO_LARGE
 constexpr int kDynamicSharedMemory = 8;  // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
+// CUlaunchAttribute and CUlaunchConfig of cuda.h
+struct Attribute {
+  int id;
+  char pad[4];
+  union {
+    char room[64];
+    struct {
+      unsigned x, y, z;
+    } cluster;
+    int cooperative;
+  };
+};
+struct Launch {
+  unsigned grid[3], block[3], shared;
+  Stream stream;
+  Attribute* attributes;
+  unsigned count;
+};
+constexpr int kCooperative = 2, kClusterDimension = 4;    // CUlaunchAttributeID
+constexpr int kNonPortableCluster = 14;  // CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED
+
 struct Driver {
   int (*library)(void**, const void*, void*, void*, unsigned, void*, void*, unsigned) = nullptr;
   int (*kernel)(void**, void*, const char*) = nullptr;
@@ -25,7 +46,7 @@ struct Driver {
   int (*attribute)(int, int, void*, int) = nullptr;
   int (*capture_mode)(int*) = nullptr;
   int (*fill)(unsigned long long, unsigned char, size_t, Stream) = nullptr;
-  int (*launch)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, Stream, void**) = nullptr;
+  int (*launch)(const Launch*, void*, void**, void**) = nullptr;
   int (*words)(int, const char**) = nullptr;
   std::string missing;
 
@@ -34,12 +55,22 @@ struct Driver {
     find(driver, library, "cuLibraryLoadData"), find(driver, kernel, "cuLibraryGetKernel");
     find(driver, device, "cuCtxGetDevice"), find(driver, attribute, "cuKernelSetAttribute");
     find(driver, capture_mode, "cuThreadExchangeStreamCaptureMode"), find(driver, fill, "cuMemsetD8Async");
-    find(driver, launch, "cuLaunchCooperativeKernel"), find(driver, words, "cuGetErrorString");
+    find(driver, launch, "cuLaunchKernelEx"), find(driver, words, "cuGetErrorString");
   }
   template <class F>
   void find(void* driver, F& f, const char* name) {
     f = driver ? reinterpret_cast<F>(dlsym(driver, name)) : nullptr;
     if (!f) missing = name;
+  }
+  // `together`: all blocks run at once, or it is an error; the blocks of a cluster do in any case.
+  int start(void* kernel, unsigned blocks, unsigned threads, unsigned shared, unsigned cluster, bool together,
+            Stream stream, void** parameters) const {
+    Attribute attributes[2] = {};
+    unsigned count = 0;
+    if (together) attributes[count].id = kCooperative, attributes[count++].cooperative = 1;
+    if (cluster > 1) attributes[count].id = kClusterDimension, attributes[count++].cluster = {cluster, 1, 1};
+    const Launch launch = {{blocks, 1, 1}, {threads, 1, 1}, shared, stream, attributes, count};
+    return this->launch(&launch, kernel, parameters, nullptr);
   }
   std::string said(int code) const {
     const char* text = nullptr;
@@ -52,19 +83,19 @@ struct Driver {
 class Kernels {
  public:
   int find(const Driver& driver, std::string_view key, ffi::Span<const uint8_t> code, const char* name, int shared,
-           void** found) {
+           int cluster, void** found) {
     std::lock_guard<std::mutex> lock(mutex_);
     // While somebody records a graph, loading is allowed in this mode only.
     int mode = 2;
     driver.capture_mode(&mode);
-    const int result = load(driver, std::string(key), code, name, shared, found);
+    const int result = load(driver, std::string(key), code, name, shared, cluster, found);
     driver.capture_mode(&mode);
     return result;
   }
 
  private:
   int load(const Driver& driver, const std::string& key, ffi::Span<const uint8_t> code, const char* name, int shared,
-           void** found) {
+           int cluster, void** found) {
     void*& kernel = kernels_[key];
     if (!kernel) {
       void* library = nullptr;
@@ -75,8 +106,11 @@ class Kernels {
     int device = 0;
     if (int bad = driver.device(&device)) return bad;
     bool& allowed = allowed_[{key, device}];
-    if (!allowed)
+    if (!allowed) {
       if (int bad = driver.attribute(kDynamicSharedMemory, shared, kernel, device)) return bad;
+      if (cluster > 8)
+        if (int bad = driver.attribute(kNonPortableCluster, 1, kernel, device)) return bad;
+    }
     allowed = true, *found = kernel;
     return 0;
   }
@@ -86,14 +120,14 @@ class Kernels {
 };
 
 ffi::Error run(Stream stream, ffi::Span<const uint8_t> code, std::string_view key, std::string_view name, int64_t blocks,
-               int64_t threads, int64_t shared, int64_t filled, ffi::Span<const int64_t> scalars,
+               int64_t threads, int64_t shared, int64_t cluster, bool together, int64_t filled, ffi::Span<const int64_t> scalars,
                ffi::RemainingArgs arguments, ffi::RemainingRets results) {
   static const Driver driver;
   static Kernels kernels;
   auto failed = [&](const std::string& what) { return ffi::Error::Internal("rnncore's CUDA loop: " + what); };
   if (!driver.missing.empty()) return failed("the driver has no " + driver.missing + "; it takes one for CUDA 12 or newer");
   void* kernel = nullptr;
-  if (int bad = kernels.find(driver, key, code, std::string(name).c_str(), int(shared), &kernel))
+  if (int bad = kernels.find(driver, key, code, std::string(name).c_str(), int(shared), int(cluster), &kernel))
     return failed("the kernel cannot be loaded: " + driver.said(bad));
   std::vector<uint64_t> words;
   for (size_t n = 0; n < arguments.size(); n++) {
@@ -111,7 +145,8 @@ ffi::Error run(Stream stream, ffi::Span<const uint8_t> code, std::string_view ke
   }
   words.insert(words.end(), scalars.begin(), scalars.end());
   void* parameters[] = {words.data()};
-  const int bad = driver.launch(kernel, unsigned(blocks), 1, 1, unsigned(threads), 1, 1, unsigned(shared), stream, parameters);
+  const int bad = driver.start(kernel, unsigned(blocks), unsigned(threads), unsigned(shared), unsigned(cluster), together,
+                               stream, parameters);
   if (bad == kTooLarge)
     return failed(std::to_string(blocks) + " blocks of " + std::to_string(threads) + " threads with " +
                   std::to_string(shared) + " bytes of shared memory wait for each other, and this GPU cannot run all of "
@@ -131,6 +166,8 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_cuda, rnn::run,
                                   .Attr<int64_t>("blocks")
                                   .Attr<int64_t>("threads")
                                   .Attr<int64_t>("shared")
+                                  .Attr<int64_t>("cluster")
+                                  .Attr<bool>("together")
                                   .Attr<int64_t>("filled")
                                   .Attr<ffi::Span<const int64_t>>("scalars")
                                   .RemainingArgs()

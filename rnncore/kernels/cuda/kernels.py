@@ -12,7 +12,7 @@ from rnncore._types import Array
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cuda import emit
-from rnncore.kernels.cuda.plan import Device, Plan, plan_of
+from rnncore.kernels.cuda.plan import Device, Plan, Shape, plan_of
 
 
 class Call(NamedTuple):
@@ -100,11 +100,12 @@ class Cotangents(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """Where and how: the GPU, `emit.PRODUCTS`'s name for the product, and what launches."""
+    """Where and how: the GPU, `emit.PRODUCTS`'s name for the product, what launches, and what chooses the layout."""
 
     device: Device
     product: str
     launch: Launch
+    choose: Callable[[Device, Shape], Plan | str] = plan_of
 
 
 def layout(
@@ -113,12 +114,13 @@ def layout(
 ) -> Plan:  # fmt: skip
     """The layout of a run of so many sequences, or NotImplementedError."""
     heads, size, gates, _ = run.kernel.shape
-    plan = plan_of(
-        settings.device, direction, run.kernel.dtype.name, stored, settings.product, gates=gates, size=size,
-        heads=heads, sequences=rows, width=kernel_body.of(cell, (1, 1)).width, fields=len(cell.Carry._fields),
+    shape = Shape(
+        direction, run.kernel.dtype.name, stored, settings.product, gates=gates, fields=len(cell.Carry._fields),
+        width=kernel_body.of(cell, (1, 1)).width, size=size, heads=heads, sequences=rows,
         lengths=run.lengths is not None, resets=run.resets is not None, mask=run.mask is not None, keeps=keeps,
         states=states, stay=_kinds(run.stay),
     )  # fmt: skip
+    plan = settings.choose(settings.device, shape)
     if isinstance(plan, str):
         raise NotImplementedError(f"`unroll(backend='cuda')`: {plan}, or use backend='scan'.")
     return plan
@@ -148,13 +150,13 @@ def forward(
         ),
         outputs=(
             jax.ShapeDtypeStruct((steps, rows, hidden), dtype),
-            jax.ShapeDtypeStruct((steps, rows, heads, plan.padded), dtype) if plan.apart else None,
+            jax.ShapeDtypeStruct((steps, rows, heads, plan.shape.padded), dtype) if plan.apart else None,
             None if stored is None else jax.ShapeDtypeStruct((width, steps, rows, hidden), stored),
             jax.ShapeDtypeStruct((others, steps, rows, hidden), "float32") if states and others else None,
             jax.ShapeDtypeStruct((emitted, steps, rows, hidden), "float32") if emitted else None,
             jax.ShapeDtypeStruct((len(fields), rows, hidden), "float32"),
         ),
-        filled=() if plan.blocks == 1 else (1,) if plan.apart else (0,),
+        filled=() if plan.sync != "grid" else (1,) if plan.apart else (0,),
         scalars=(steps, rows, heads),
     )  # fmt: skip
     hs, _, residuals, stacks, gates, last = settings.launch(call)
@@ -185,12 +187,12 @@ def backward(
         outputs=(
             jax.ShapeDtypeStruct((steps, rows, gates * hidden), stored),
             jax.ShapeDtypeStruct((steps, rows, rest * hidden), stored) if rest else None,
-            jax.ShapeDtypeStruct((steps, rows, heads, gates, plan.padded), dtype) if plan.apart else None,
+            jax.ShapeDtypeStruct((steps, rows, heads, gates, plan.shape.padded), dtype) if plan.apart else None,
             sums(fields),
             None if run.resets is None else sums(fields),
             sums(len(run.units)) if run.units else None,
         ),
-        filled=() if plan.blocks == 1 else (2,) if plan.apart else (0, 1) if rest else (0,),
+        filled=() if plan.sync != "grid" else (2,) if plan.apart else (0, 1) if rest else (0,),
         scalars=(steps, rows, heads),
     )  # fmt: skip
     dz, drest, _, dstart, dtarget, dunits = settings.launch(call)
@@ -207,25 +209,23 @@ def backward(
 
 def rows_of_outputs(plan: Plan, kernel: Array) -> Array:
     """(N, d in, G, d out) for the forward product: rows are units that come out, k those that go in."""
-    each = plan.in_registers + plan.in_shared + plan.streamed
-    depth, width = plan.split * each * plan.chunk, plan.blocks * plan.groups * 16
+    depth, width = plan.split * plan.each * plan.shape.chunk, plan.blocks * plan.groups * 16
     heads, size, gates, _ = kernel.shape
     whole = jnp.pad(kernel, ((0, 0), (0, depth - size), (0, 0), (0, width - size)))
     parts = whole.reshape(
-        heads, plan.split, each, 4, 2, 2, plan.chunk // 16, gates, plan.blocks, plan.groups, 2, 8
+        heads, plan.split, plan.each, 4, 2, 2, plan.shape.chunk // 16, gates, plan.blocks, plan.groups, 2, 8
     )  # fmt: skip
     return parts.transpose(0, 8, 9, 1, 2, 7, 4, 11, 3, 5, 10, 6)
 
 
 def rows_of_inputs(plan: Plan, kernel: Array) -> Array:
     """The same for the backward product: rows are units that went in, k the gates of those that came out."""
-    each = plan.in_registers + plan.in_shared + plan.streamed
     heads, size, gates, _ = kernel.shape
-    width, chunks = plan.blocks * plan.groups * 16, gates * plan.padded // plan.chunk
-    whole = jnp.pad(kernel, ((0, 0), (0, width - size), (0, 0), (0, plan.padded - size)))
-    whole = whole.reshape(heads, width, chunks, plan.chunk)
-    whole = jnp.pad(whole, ((0, 0), (0, 0), (0, plan.split * each - chunks), (0, 0)))
-    parts = whole.reshape(heads, plan.blocks, plan.groups, 2, 8, plan.split, each, 4, 2, 2, plan.chunk // 16)
+    width, chunks = plan.blocks * plan.groups * 16, gates * plan.shape.padded // plan.shape.chunk
+    whole = jnp.pad(kernel, ((0, 0), (0, width - size), (0, 0), (0, plan.shape.padded - size)))
+    whole = whole.reshape(heads, width, chunks, plan.shape.chunk)
+    whole = jnp.pad(whole, ((0, 0), (0, 0), (0, plan.split * plan.each - chunks), (0, 0)))
+    parts = whole.reshape(heads, plan.blocks, plan.groups, 2, 8, plan.split, plan.each, 4, 2, 2, plan.shape.chunk // 16)
     return parts.transpose(0, 1, 2, 5, 6, 8, 4, 7, 9, 3, 10)
 
 

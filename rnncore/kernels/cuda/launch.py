@@ -27,14 +27,15 @@ _PROCESSORS, _MAJOR, _MINOR, _SHARED, _CLOCK = 16, 75, 76, 97, 13
 
 def launch(call: Call, device: Device) -> list[Any]:
     """Runs a call, see `kernels.Call`."""
-    name = f"rnn_{call.plan.direction}"
-    code, key = nvrtc.code_for(call.source, device.capability, f"the {call.plan.direction} loop of a cell")
+    name = f"rnn_{call.plan.shape.direction}"
+    code, key = nvrtc.code_for(call.source, device.capability, f"the {call.plan.shape.direction} loop of a cell")
     results = [jax.ShapeDtypeStruct((0,), "float32") if out is None else out for out in call.outputs]
     arrays = [jnp.zeros((0,), "float32") if a is None else a for a in call.inputs]
     axes = frozenset().union(*map(_compat.varying_axes, arrays))
     found = jax.ffi.ffi_call(target(), results)(
         *(_compat.vary_over(a, axes) for a in arrays), code=np.frombuffer(code, np.uint8), key=key, name=name,
         blocks=np.int64(call.plan.grid), threads=np.int64(call.plan.threads), shared=np.int64(call.plan.shared),
+        cluster=np.int64(call.plan.cluster), together=call.plan.sync == "grid",
         filled=np.int64(sum(1 << n for n in call.filled)), scalars=np.array(call.scalars, np.int64),
     )  # fmt: skip
     found = [_compat.vary_over(a, axes) for a in found]

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
+import itertools
+from collections.abc import Iterator
 
 ROWS, COLUMNS = 16, 8
 """Units and sequences of one instruction of the matrix unit."""
@@ -54,22 +55,18 @@ DEVICES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """A layout.
+class Shape:
+    """What a run asks for.
 
     Fields:
       direction: "forward" or "backward".
       dtype: of the product's operands: "bfloat16", "float16" or "float32".
       stored: of what is kept for the derivative.
       product: "mma", "tf32", "3xtf32" or "fma".
+      gates, fields, width: of the cell: G, its carry's fields, its residuals.
       size, heads, sequences: units of a head, heads, B.
-      blocks, groups, split, tiles: see above.
-      in_registers, in_shared, streamed: chunks of k of a warp by where they lie.
-      shared: bytes of shared memory of a block.
-      step: predicted microseconds of a step.
       lengths, resets, mask: whether there are lengths, resets, a recurrent mask.
-      keeps, states: whether residuals, and the carries of all steps, are given out.
-      apart: whether what enters the product has an array of its own.
+      keeps, states: whether residuals, and the carries and gates of all steps, are given out.
       stay: for each field of the carry 0, 1 or 2: no zoneout, by booleans, by shares; empty for none at all.
     """
 
@@ -77,9 +74,66 @@ class Plan:
     dtype: str
     stored: str
     product: str
+    gates: int
+    fields: int
+    width: int
     size: int
     heads: int
     sequences: int
+    lengths: bool = False
+    resets: bool = False
+    mask: bool = False
+    keeps: bool = False
+    states: bool = False
+    stay: tuple[int, ...] = ()
+
+    @property
+    def chunk(self) -> int:
+        """Numbers of k in 64 bytes."""
+        return 64 // (4 if self.dtype == "float32" else 2)
+
+    @property
+    def chunks(self) -> int:
+        """Of k, for one gate."""
+        return -(-self.size // self.chunk)
+
+    @property
+    def padded(self) -> int:
+        """Units of a head in whole chunks."""
+        return self.chunks * self.chunk
+
+    @property
+    def rows(self) -> int:
+        """Groups of units."""
+        return -(-self.size // ROWS)
+
+    @property
+    def sets(self) -> int:
+        """Fragments of a group."""
+        return self.gates if self.direction == "forward" else 1
+
+    @property
+    def depth(self) -> int:
+        """Chunks of k in all."""
+        return self.chunks * (1 if self.direction == "forward" else self.gates)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A layout.
+
+    Fields:
+      shape: of what.
+      sync: how the blocks of a head wait for each other: "none" for one, "cluster" or "grid".
+      blocks, groups, split, tiles: see above.
+      in_registers, in_shared, streamed: chunks of k of a warp by where they lie.
+      shared: bytes of shared memory of a block.
+      apart: whether what enters the product has an array of its own.
+      step: predicted microseconds of a step.
+    """
+
+    shape: Shape
+    sync: str
     blocks: int
     groups: int
     split: int
@@ -88,14 +142,13 @@ class Plan:
     in_shared: int
     streamed: int
     shared: int
+    apart: bool
     step: float
-    lengths: bool = False
-    resets: bool = False
-    mask: bool = False
-    keeps: bool = False
-    states: bool = False
-    apart: bool = False
-    stay: tuple[int, ...] = ()
+
+    @property
+    def each(self) -> int:
+        """Chunks of k of a warp."""
+        return self.in_registers + self.in_shared + self.streamed
 
     @property
     def threads(self) -> int:
@@ -103,21 +156,12 @@ class Plan:
 
     @property
     def grid(self) -> int:
-        return self.heads * self.blocks * -(-self.sequences // (COLUMNS * self.tiles))
+        return self.shape.heads * self.blocks * -(-self.shape.sequences // (COLUMNS * self.tiles))
 
     @property
-    def chunk(self) -> int:
-        """Numbers of k in 64 bytes."""
-        return 64 // _bytes(self.dtype)
-
-    @property
-    def padded(self) -> int:
-        """Units of a head in whole chunks."""
-        return -(-self.size // self.chunk) * self.chunk
-
-
-def _bytes(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
+    def cluster(self) -> int:
+        """Blocks of a cluster."""
+        return self.blocks if self.sync == "cluster" else 1
 
 
 def products(dtype: str, precision: str | None, capability: int) -> str:
@@ -131,112 +175,92 @@ def products(dtype: str, precision: str | None, capability: int) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(
-    device: Device, direction: str, dtype: str, stored: str, product: str, *, gates: int, size: int, heads: int,
-    sequences: int, width: int, fields: int, lengths: bool = False, resets: bool = False, mask: bool = False,
-    keeps: bool = False, states: bool = False, stay: tuple[int, ...] = (),
-) -> Plan | str:  # fmt: skip
-    """The layout with the shortest predicted step, or the reason why there is none.
-
-    Args:
-      gates, width, fields: of the cell: G, its residuals and its carry's fields.
-    """
-    if dtype == "bfloat16" and device.capability < 80:
+def plan_of(device: Device, shape: Shape) -> Plan | str:
+    """The layout with the shortest predicted step, or the reason why there is none."""
+    if shape.dtype == "bfloat16" and device.capability < 80:
         return f"bfloat16 takes a GPU of compute capability 8.0, and this one has {device.capability / 10}"
-    best: Plan | None = None
-    chunk = 64 // _bytes(dtype)
-    chunks = -(-size // chunk)
-    sets, depth = (gates, chunks) if direction == "forward" else (1, gates * chunks)
-    rows = -(-size // ROWS)
-    for groups in (1, 2, 3, 4, 6, 8, 12, 16):
-        if groups > rows and groups > 1:
-            continue
-        for tiles in (1, 2, 4):
-            if tiles > 1 and COLUMNS * (tiles // 2) >= sequences:
-                continue
-            for split in (1, 2, 3, 4, 6, 8, 12, 16):
-                if groups * split > 16 or split > depth:
-                    continue
-                found = _laid_out(
-                    device, direction, dtype, product, gates, size, heads, sequences, width, fields, groups, tiles,
-                    split, sets, depth, rows, resets, mask, stored,
-                )  # fmt: skip
-                if found is not None and (best is None or found.step < best.step):
-                    best = dataclasses.replace(
-                        found, stored=stored, lengths=lengths, resets=resets, mask=mask, keeps=keeps,
-                        states=states, stay=stay
-                    )
+    best = min(layouts(device, shape), key=lambda plan: plan.step, default=None)
     if best is None:
         return (
-            f"{heads} heads of {size} units with {sequences} sequences take more blocks than {device.name}'s "
-            f"{device.processors} multiprocessors run at once; give it fewer sequences at a time"
+            f"{shape.heads} heads of {shape.size} units with {shape.sequences} sequences take more blocks than "
+            f"{device.name}'s {device.processors} multiprocessors run at once; give it fewer sequences at a time"
         )
     return best
 
 
+def layouts(device: Device, shape: Shape) -> Iterator[Plan]:
+    """All that fit."""
+    for groups, tiles, split in itertools.product(_GROUPS, _TILES, _SPLITS):
+        blocks = -(-shape.rows // groups)
+        if groups > max(shape.rows, 1) or groups * split > 16 or split > shape.depth:
+            continue
+        if tiles > 1 and COLUMNS * (tiles // 2) >= shape.sequences:
+            continue
+        for sync in ("none",) if blocks == 1 else ("cluster", "grid"):
+            found = _laid_out(device, shape, sync, blocks, groups, split, tiles)
+            if found is not None:
+                yield found
+
+
+_GROUPS, _TILES, _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16), (1, 2, 4), (1, 2, 3, 4, 6, 8, 12, 16)
+_CLUSTERS = (2, 4, 8, 16)
+
+
 def _laid_out(
-    device: Device, direction: str, dtype: str, product: str, gates: int, size: int, heads: int, sequences: int,
-    width: int, fields: int, groups: int, tiles: int, split: int, sets: int, depth: int, rows: int, resets: bool,
-    mask: bool, stored: str,
-) -> Plan | None:  # fmt: skip
-    threads, each = 32 * groups * split, -(-depth // split)
-    blocks = -(-rows // groups)
-    alone = blocks == 1
-    tile_count = -(-sequences // (COLUMNS * tiles))
-    grid = heads * tile_count * blocks
+    device: Device, shape: Shape, sync: str, blocks: int, groups: int, split: int, tiles: int
+) -> Plan | None:
+    grid = shape.heads * -(-shape.sequences // (COLUMNS * tiles)) * blocks
+    if sync == "grid" and grid > device.processors:
+        return None
+    whole = blocks * groups * ROWS == shape.padded
+    if sync == "cluster" and not (whole and device.capability in (90, 100) and blocks in _CLUSTERS):
+        return None
+    sets, each, warps = shape.sets, -(-shape.depth // split), groups * split
     ahead = 1 if tiles >= 4 else min(each, 8 // tiles)
-    own = 4 * tiles if split == 1 else -(-128 * tiles * groups // threads)
+    own = 4 * tiles if split == 1 else -(-128 * tiles * groups // (32 * warps))
     # Registers of a thread: sums, chunks that have come in, what its units carry and read ahead, and the rest.
-    inputs = gates + 1 if direction == "forward" else width + 1
-    taken = 4 * sets * tiles + 4 * tiles * ahead * (2 if each > ahead else 1) + own * (2 * fields + inputs) + 64
-    # Two blocks to a multiprocessor where they need each other's time.
-    per = 1
-    limit = min(255, REGISTERS // threads // 8 * 8)
+    inputs = shape.gates + 1 if shape.direction == "forward" else shape.width + 1
+    taken = 4 * sets * tiles + 4 * tiles * ahead * (2 if each > ahead else 1) + own * (2 * shape.fields + inputs) + 64
+    limit = min(255, REGISTERS // (32 * warps) // 8 * 8)
     in_registers = min(each, max(0, limit - taken) // (8 * sets))
-    chunk_bytes = groups * split * sets * 1024
-    partial = 2 * groups * split * sets * tiles * 512 if split > 1 else 0
-    padded = -(-size // (64 // _bytes(dtype))) * 64
-    line = padded if direction == "forward" else padded * gates
-    board = 2 * COLUMNS * tiles * (-(-line // 128) * 128 + 64) if alone else 0
+    chunk_bytes = warps * sets * 1024
+    partial = 2 * warps * sets * tiles * 512 if split > 1 else 0
+    line = shape.depth * 64
+    board = 2 * COLUMNS * tiles * (-(-line // 128) * 128 + 64) + 128 if sync != "grid" else 0
     room = device.shared - partial - board
     if room < 0:
         return None
     in_shared = min(each - in_registers, room // chunk_bytes)
     streamed = each - in_registers - in_shared
-    if grid > device.processors * per:
-        return None
-    apart = not alone and (mask or resets if direction == "forward" else stored != dtype)
-    apart = apart or (not alone and size % (64 // _bytes(dtype)) != 0)
-    step = _microseconds(
-        device, direction, dtype, product, gates, sequences, width, groups, tiles, split, sets, each, in_shared,
-        streamed, blocks, grid, own, line,
+    changed = shape.mask or shape.resets if shape.direction == "forward" else shape.stored != shape.dtype
+    apart = sync == "grid" and (changed or shape.size != shape.padded)
+    plan = Plan(
+        shape, sync, blocks, groups, split, tiles, in_registers, in_shared, streamed,
+        in_shared * chunk_bytes + partial + board, apart, 0.0,
     )  # fmt: skip
-    return Plan(
-        direction, dtype, "", product, size, heads, sequences, blocks, groups, split, tiles, in_registers, in_shared,
-        streamed, in_shared * chunk_bytes + partial + board, step, apart=apart,
-    )  # fmt: skip
+    return dataclasses.replace(plan, step=_microseconds(device, shape, plan, own))
 
 
-def _microseconds(
-    device: Device, direction: str, dtype: str, product: str, gates: int, sequences: int, width: int, groups: int,
-    tiles: int, split: int, sets: int, each: int, in_shared: int, streamed: int, blocks: int, grid: int, own: int,
-    line: int,
-) -> float:  # fmt: skip
-    """A step by its parts, one after the other, in cycles of a multiprocessor; the figures are those of Hopper."""
-    warps, alone = groups * split, blocks == 1
-    passes = {"mma": 1, "tf32": 1, "3xtf32": 3, "fma": 24}[product]
-    issue = 2 * each * sets * tiles * passes * math.ceil(warps / 4) * 8
-    chain = 2 * each * passes * 33 / max(1, min(1, sets * tiles))
-    cycles = max(issue, chain)
-    cycles += (in_shared * warps * sets * 1024) / 128  # the matrix from shared memory
-    cycles += (streamed * warps * sets * 1024) / 64 * max(1.0, grid / device.processors)
-    read = COLUMNS * tiles * line
-    if alone:
-        cycles += 60 + read * groups / 128
+def _microseconds(device: Device, shape: Shape, plan: Plan, own: int) -> float:
+    """A step by its parts, one after the other, in cycles: the figures were measured on an H200."""
+    warps, sets, tiles, split = plan.groups * plan.split, shape.sets, plan.tiles, plan.split
+    each = plan.each
+    passes = {"mma": 1, "tf32": 2, "3xtf32": 8, "fma": 40}[shape.product]
+    products = 2 * each * sets * tiles * passes
+    cycles = max(7 * products * -(-warps // 4), 30 * 2 * each * passes)
+    cycles += plan.in_shared * warps * sets * 1024 / 128
+    busy = min(plan.grid, device.processors)
+    cycles += plan.streamed * warps * sets * 1024 * max(1 / 64, busy / (2500 * device.processors / 132))
+    read = COLUMNS * tiles * shape.depth * 64
+    if plan.sync == "grid":
+        cycles += 1700 + read / 48
     else:
-        cycles += 1200 + read / 48 + read * grid / (3000 * device.processors / 132)
+        cycles += 60 + read * plan.groups / 128
+        if plan.sync == "cluster":
+            cycles += 600 + 15 * plan.blocks
     if split > 1:
-        cycles += 80 + warps * sets * tiles * 512 / 128 + own * sets * split * math.ceil(warps / 4)
-    functions = 5 if direction == "forward" else 2
-    cycles += 100 + own * functions * 8 * math.ceil(min(warps, groups * tiles * 4 / max(own, 1)) / 4) + own * 20
-    return cycles / device.clock / 1000
+        cycles += 100 + warps * sets * tiles * 4 + own * sets * split * 1.5
+    functions = 5 if shape.direction == "forward" else 2
+    cycles += 150 + own * (8 * functions + 2 * shape.width) * -(-min(warps, plan.groups * tiles * 4 // own) // 4)
+    waves = 1 if plan.sync == "grid" else -(-plan.grid // device.processors)
+    return waves * cycles / device.clock / 1000

@@ -10,7 +10,8 @@ namespace rnn {
 constexpr int kPerWord = 4 / sizeof(Element), kChunk = 16 * kPerWord;  // numbers in a word, in a chunk
 constexpr int kWarps = Plan::groups * Plan::split, kThreads = 32 * kWarps, kRows = 8 * Plan::tiles;
 constexpr int kChunks = (Plan::size + kChunk - 1) / kChunk, kPadded = kChunks * kChunk;  // of the units of a head
-constexpr bool kAlone = Plan::blocks == 1;
+constexpr bool kAlone = Plan::blocks == 1, kCluster = Plan::cluster, kGrid = !kAlone && !kCluster;
+constexpr int kEarly = 8;  // steps from when an input is brought into the L2 cache to its use
 constexpr u32 kNothing = ~0u;  // what a word holds that has not been written yet
 
 struct Here {
@@ -216,15 +217,51 @@ RNN_DEVICE Words rounded(const float* from, int count) {
   return w;
 }
 
-// The second operand of a block that has a whole head: in its own shared memory, rows 64 bytes apart from multiples of
-// 128, so that the eight rows of a fragment lie in different banks.
+// The second operand in shared memory, of a block that has a whole head or of each block of a cluster: rows 64 bytes
+// apart from multiples of 128, so that the eight rows of a fragment lie in different banks; two steps in turn.
 template <int Sets>
 struct Board {
   static constexpr int kBytes = Sets * kPadded * int(sizeof(Element));
   static constexpr int kPitch = (kBytes + 127) / 128 * 128 + 64;
-  static constexpr int kSize = kAlone ? 2 * kRows * kPitch : 0;
+  static constexpr int kSize = kGrid ? 0 : 128 + 2 * kRows * kPitch;
   char* memory;
-  RNN_DEVICE char* of(int parity, int row) const { return memory + (parity * kRows + row) * kPitch; }
+
+  RNN_DEVICE char* of(int parity, int row) const { return memory + 128 + (parity * kRows + row) * kPitch; }
+  RNN_DEVICE const Words* row(int parity, int row) const { return reinterpret_cast<const Words*>(of(parity, row)); }
+  RNN_DEVICE Signal* signal(int parity) const { return reinterpret_cast<Signal*>(memory) + parity; }
+
+  RNN_DEVICE void begin(const Here& at) const {
+    if (kAlone) {  // sequences and units that there are not stay 0
+      for (int i = at.thread; i < kSize / 4; i += kThreads) reinterpret_cast<u32*>(memory)[i] = 0;
+      sync_block();
+    }
+    if (kCluster) {
+      if (at.thread == 0) start(signal(0)), start(signal(1));
+      sync_cluster();
+    }
+  }
+  // What step `n` writes, counted from 0, goes to parity n % 2.
+  RNN_DEVICE void arm(const Here& at, int n) const {
+    if (kCluster && at.thread == 0) expect(signal(n % 2), kRows * kBytes);
+  }
+  RNN_DEVICE void ready(int n) const {
+    if (kCluster) wait(signal(n % 2), n / 2 % 2);
+  }
+  // A pair's number of one set; all lanes of a warp call it, and in a cluster all pairs count.
+  RNN_DEVICE void write(const Here& at, int n, int row, int unit, int set, bool there, Element x) const {
+    if (kAlone) {
+      if (there) reinterpret_cast<Element*>(of(n % 2, row))[set * kPadded + unit] = x;
+    } else {
+      constexpr int kPacket = 4 * kPerWord;  // units in 16 bytes, whose lanes share the blocks among them
+      const u32 word = as_word(x);
+      const int place = unit % kPacket, base = at.lane - place * kNeighbour;
+      Words packet;
+      RNN_UNROLL for (int i = 0; i < 4; i++) packet.v[i] = from_lane(word, base + i * kPerWord * kNeighbour);
+      const char* to = of(n % 2, row) + (set * kPadded + unit - place) * sizeof(Element);
+      RNN_UNROLL for (int block = 0; block < Plan::blocks; block += kPacket)
+        if (block + place < Plan::blocks) send(packet, to, signal(n % 2), block + place);
+    }
+  }
 };
 
 }  // namespace rnn
