@@ -18,7 +18,6 @@ import two_devices
 
 import rnncore
 from rnncore.kernels.cpp import compiler, emit, recurrence
-from rnncore.sequence import call as sequence
 
 CPP, SCAN = "cpp", "scan"
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
@@ -467,14 +466,18 @@ PROCESSORS = ["x86-64", "x86-64-v3"] if platform.machine() == "x86_64" else []
 def test_processors_with_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch):
     flags = tuple(flag.replace("native", processor) for flag in compiler.FLAGS)
     monkeypatch.setattr(compiler, "FLAGS", flags)
-    monkeypatch.setattr(compiler, "_registered", compiler._registered.__wrapped__)
-    recurrence._recurrence.cache_clear()
-    sequence._run.clear_cache()
+    monkeypatch.setattr(compiler, "_names", {})
+    forget()
     case = sized("lstm_both-heads", 40)
     problem = cases.draw(case, (7,), 20, 5, dtype=jnp.float32, lengths=True, resets=True)
     compare(case, problem._replace(params=jax.tree.map(lambda a: a / 4, problem.params)), FLOAT32)
-    recurrence._recurrence.cache_clear()
-    sequence._run.clear_cache()
+    forget()
+
+
+def forget() -> None:
+    """What refers to compiled cells."""
+    recurrence._calls.cache_clear()
+    cases.forget()
 
 
 class First(rnncore.PointwiseCell):
@@ -539,10 +542,3 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiler, "find", lambda: None)
     with pytest.raises(NotImplementedError, match="C.. compiler, and none is found: install one, or name it in CXX"):
         cases.runner(case, CPP)(*cases.draw(case))
-
-
-def test_chosen_only_where_it_is_named():
-    case = cases.BY_ID["lstm-dense"]
-    problem = cases.draw(case)
-    choice = rnncore.explain_backend(case.cell, problem.params, problem.xs)
-    assert choice.name == "scan" and choice.rejected["cpp"].startswith("only where it is named")
