@@ -16,7 +16,7 @@ Axes = Sequence[int | None] | Callable[[Array], int | None]
 
 
 def over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes) -> Callable[..., PyTree]:
-    """`call(groups, *arrays)`, which gives a pytree of arrays, as a function of the arrays that vmap takes into the batch.
+    """`call(groups, *arrays)`, which gives a pytree of arrays, as a function of arrays that vmap takes into the batch.
 
     Sequences lie in `groups` of equal size, one group after the other; outside of vmap there is one.  A vmap over an
     array that all sequences share, such as a parameter, runs one call after the other.
