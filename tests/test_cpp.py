@@ -18,7 +18,6 @@ import two_devices
 
 import rnncore
 from rnncore.kernels.cpp import compiler, emit, recurrence
-from rnncore.sequence import call as sequence
 
 CPP, SCAN = "cpp", "scan"
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
@@ -95,9 +94,9 @@ def test_a_reset_carry_of_its_own():
     case = cases.BY_ID["lstm_both-heads"]
     problem = cases.draw(case, resets=True, lengths=True)
 
-    def gradient(mode: str) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(target: Any) -> Any:
-            out = cases.runner(case, mode, reset_carry=target)(*problem)
+            out = cases.runner(case, backend, reset_carry=target)(*problem)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(out))
 
         return jax.value_and_grad(loss)(cases.cotangents(problem.carry, 5))
@@ -200,13 +199,13 @@ def test_an_empty_batch(options: dict):
     compare(case, nothing._replace(params=one.params), 0.0, **options)
 
 
-def errors_in(case: cases.Case, problem: cases.Problem, dtypes: Any, mode: str, **options: Any) -> list[float]:
+def errors_in(case: cases.Case, problem: cases.Problem, dtypes: Any, backend: str, **options: Any) -> list[float]:
     """Of every result and gradient in these dtypes (params, xs, carry), in terms of its largest number in float64."""
     cast = [jax.tree.map(lambda a, d=d: a.astype(d), a) for a, d in zip(problem[:3], dtypes, strict=True)]
     narrow = problem._replace(params=cast[0], xs=cast[1], carry=cast[2])
     exact = narrow._replace(**{n: jax.tree.map(lambda a: a.astype(jnp.float64), getattr(narrow, n))
                                for n in ("params", "xs", "carry")})  # fmt: skip
-    results, gradients, given = cases.pull(cases.runner(case, mode, **options), narrow)
+    results, gradients, given = cases.pull(cases.runner(case, backend, **options), narrow)
     # The cotangents are rounded to the dtypes of the results, the same for both.
     wide = jax.tree.map(lambda a: a.astype(jnp.float64), given)
     want = cases.puller(cases.runner(case, SCAN))(exact, wide)
@@ -230,7 +229,7 @@ def test_narrow_numbers_are_no_worse_than_the_scan(dtypes: Any):
     case = sized("lstm_both-heads", 20)
     problem = cases.draw(case, (5,), 20, 7, resets=True, lengths=True)
     problem = problem._replace(params=jax.tree.map(lambda a: a / 2, problem.params))
-    found, scan = (errors_in(case, problem, dtypes, mode) for mode in (CPP, SCAN))
+    found, scan = (errors_in(case, problem, dtypes, backend) for backend in (CPP, SCAN))
     eps = max(float(jnp.finfo(d).eps) for d in dtypes)
     assert max(found) <= 2 * eps, (found, scan)
     assert sum(found) <= 1.01 * sum(scan), (found, scan)  # of float32 parameters the inputs' rounding is all, of both
@@ -279,8 +278,8 @@ def test_functions():
     x = np.concatenate([-size, [0.0], size, np.linspace(-87, 88, 4001)]).astype(np.float32)
     x = np.concatenate([x, [np.nan, 1e30, -1e30, 100, -100]]).astype(np.float32)
 
-    def run(mode: str) -> Any:
-        options: Any = {"backend": mode}
+    def run(backend: str) -> Any:
+        options: Any = {"backend": backend}
         return jax.tree.map(lambda a: np.asarray(a[:, 0]), rnncore.unroll(cell, params, x[:, None, None], **options)[0])
 
     got, want = run(CPP), run(SCAN)
@@ -345,9 +344,9 @@ def test_vmap_of_gradients(over: str):
         ),
     }.get(over, problem)
 
-    def gradient(mode: str) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(params: Any, xs: Any, carry: Any, lengths: Any, resets: Any) -> Any:
-            out = cases.runner(case, mode)(params, xs, carry, lengths, resets)
+            out = cases.runner(case, backend)(params, xs, carry, lengths, resets)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(out))
 
         one = jax.value_and_grad(loss, (0, 1, 2))
@@ -362,9 +361,9 @@ def test_gradient_of_a_vmap_and_checkpoint():
     case = cases.BY_ID["gru-heads"]
     problem = cases.draw(case, batch=(3, 2))
 
-    def gradient(mode: str) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(params: Any, xs: Any, carry: Any) -> Any:
-            run = jax.checkpoint(cases.runner(case, mode))
+            run = jax.checkpoint(cases.runner(case, backend))
             return jnp.sum(jax.vmap(run, (None, 0, 0))(params, xs, carry)[1] ** 2)
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(*problem[:3])
@@ -376,9 +375,9 @@ def test_vmap_over_nothing():
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case, batch=(1, 2))
 
-    def gradient(mode: str) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(params: Any, xs: Any) -> Any:
-            return jnp.sum(cases.runner(case, mode)(params, xs, None)[1])
+            return jnp.sum(cases.runner(case, backend)(params, xs, None)[1])
 
         return jax.vmap(jax.grad(loss, (0, 1)), (None, 0))(problem.params, problem.xs[:0])
 
@@ -421,8 +420,8 @@ def test_gradients_of_the_parameters_alone():
     case = cases.BY_ID["lstm_both-heads"]
     problem = cases.draw(case, resets=True)
 
-    def gradient(mode: str) -> Any:
-        return jax.grad(lambda p: jnp.sum(cases.runner(case, mode)(p, *problem[1:])[1] ** 2))(problem.params)
+    def gradient(backend: str) -> Any:
+        return jax.grad(lambda p: jnp.sum(cases.runner(case, backend)(p, *problem[1:])[1] ** 2))(problem.params)
 
     cases.assert_close(gradient(CPP), gradient(SCAN), cases.FLOAT64)
 
@@ -467,14 +466,18 @@ PROCESSORS = ["x86-64", "x86-64-v3"] if platform.machine() == "x86_64" else []
 def test_processors_with_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch):
     flags = tuple(flag.replace("native", processor) for flag in compiler.FLAGS)
     monkeypatch.setattr(compiler, "FLAGS", flags)
-    monkeypatch.setattr(compiler, "_registered", compiler._registered.__wrapped__)
-    recurrence._recurrence.cache_clear()
-    sequence._run.clear_cache()
+    monkeypatch.setattr(compiler, "_names", {})
+    forget()
     case = sized("lstm_both-heads", 40)
     problem = cases.draw(case, (7,), 20, 5, dtype=jnp.float32, lengths=True, resets=True)
     compare(case, problem._replace(params=jax.tree.map(lambda a: a / 4, problem.params)), FLOAT32)
-    recurrence._recurrence.cache_clear()
-    sequence._run.clear_cache()
+    forget()
+
+
+def forget() -> None:
+    """What refers to compiled cells."""
+    recurrence._calls.cache_clear()
+    cases.forget()
 
 
 class First(rnncore.PointwiseCell):
@@ -539,10 +542,3 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(compiler, "find", lambda: None)
     with pytest.raises(NotImplementedError, match="C.. compiler, and none is found: install one, or name it in CXX"):
         cases.runner(case, CPP)(*cases.draw(case))
-
-
-def test_chosen_only_where_it_is_named():
-    case = cases.BY_ID["lstm-dense"]
-    problem = cases.draw(case)
-    choice = rnncore.explain_backend(case.cell, problem.params, problem.xs)
-    assert choice.name == "scan" and choice.rejected["cpp"].startswith("only where it is named")

@@ -14,6 +14,7 @@ from rnncore import _compat, _lengths
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.recurrence.backend import Backend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
 from rnncore.sequence.backends import BACKENDS
@@ -196,8 +197,8 @@ def unroll(
         return_states, include_initial, checkpoint_every, recompute, residual_dtype, backend,
     )  # fmt: skip
     request, layout, arrays = _prepare(cell, params, xs, options)
-    choice = choose(request, backend)
-    carry, outputs, states = _run(request, layout, choice.name, *arrays)
+    choice = choose(request, backend, prepare=True)
+    carry, outputs, states = _run(request, layout, BACKENDS[choice.name], *arrays)
     return (carry, outputs, states) if return_states else (carry, outputs)
 
 
@@ -229,8 +230,8 @@ def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> Ba
     return choose(_prepare(cell, params, xs, asked)[0], asked.backend)
 
 
-def choose(request: Request, backend: str | None) -> BackendChoice:
-    """The named backend, or the first that can serve the request."""
+def choose(request: Request, backend: str | None, prepare: bool = False) -> BackendChoice:
+    """The named backend, or the first that can serve the request; `prepare`: it is about to run."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
     reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
@@ -244,8 +245,12 @@ def choose(request: Request, backend: str | None) -> BackendChoice:
             )
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
         return BackendChoice(backend, "named by the caller", others)
-    reasons = {name: why or BACKENDS[name].must_be_named for name, why in reasons.items()}
-    name = next(name for name, why in reasons.items() if why is None)
+    reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
+    for name in reasons:
+        if prepare and reasons[name] is None:
+            reasons[name] = BACKENDS[name].prepare(request)
+        if reasons[name] is None:
+            break
     others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
     return BackendChoice(name, "the first that can serve this call", others)
 
@@ -311,13 +316,13 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
-    request: Request, layout: Layout, backend: str, differentiable: Differentiable, constants: Constants
+    request: Request, layout: Layout, backend: Backend, differentiable: Differentiable, constants: Constants
 ) -> tuple[Any, Array, States | None]:
     """The run itself, in processing order and, where the backend wants it, time-major inside."""
-    cell, loop = request.cell, BACKENDS[backend]
+    cell = request.cell
     params, xs, carry, reset_carry = differentiable
     lengths, resets, mask, zoneout = constants
-    if not layout.time_major and not layout.reverse and request.steps and loop.keeps_time_axis:
+    if not layout.time_major and not layout.reverse and request.steps and backend.keeps_time_axis:
         request = dataclasses.replace(request, time_axis=len(request.batch_shape))
     axis = request.time_axis
     if not layout.time_major:
@@ -342,7 +347,7 @@ def _run(
     if request.steps == 0:
         result = _empty(cell, differentiable)
     else:
-        result = loop.run(request, differentiable, constants)
+        result = backend.run(request, differentiable, constants)
     last, outputs, states = result.carry, result.outputs, States(result.carries, result.gates)
 
     if layout.reverse and layout.keep_order:

@@ -35,7 +35,7 @@ class Cpp(recurrence.CppLoops):
     """See the package."""
 
     name = "cpp"
-    must_be_named = "only where it is named: it calls the C++ compiler of this machine"
+    portable = False
     keeps_time_axis = True
 
     def unsupported(self, request: Request) -> str | None:
@@ -54,5 +54,23 @@ class Cpp(recurrence.CppLoops):
             return changed
         if request.platform != "cpu":
             return f"it needs a CPU, and JAX runs on {request.platform} here"
-        variant = recurrence.variant_of(request, request.dtype, request.dtype)
+        variant = recurrence.variant_of(request)
         return emit.why_not(cell, variant) or compiler.missing(emit.source(cell, variant))
+
+    def unchosen(self, request: Request) -> str | None:
+        if compiler.turned_off():
+            return "RNNCORE_CPP turns it off where it is not named"
+        if request.devices > 1:
+            return "only where it is named: data that is sharded over devices would be gathered to each of them"
+        return None
+
+    def prepare(self, request: Request) -> str | None:
+        variant = recurrence.variant_of(request)
+        return compiler.why_not(emit.source(request.cell, variant), recurrence.described(request.cell, variant))
+
+
+def missing_compiler(platform: str) -> str | None:
+    """Reason why a new cell cannot run on this platform, or None."""
+    if platform != "cpu":
+        return f"it needs a CPU, and JAX runs on {platform} here"
+    return None if compiler.find() else "it needs a C++ compiler, and none is found: install one, or name it in CXX"

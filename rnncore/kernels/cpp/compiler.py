@@ -116,6 +116,7 @@ def missing(source: str) -> str | None:
 
 
 _names: dict[str, dict[str, str]] = {}
+_taken: set[str] = set()
 
 
 def _registered(source: str, what: str, keep: bool = False) -> dict[str, str]:
@@ -123,9 +124,11 @@ def _registered(source: str, what: str, keep: bool = False) -> dict[str, str]:
         library, key = _library(source, what, keep)
         names = {}
         for handler in HANDLERS:
-            names[handler] = f"rnncore_{handler}_{key}"
-            function = jax.ffi.pycapsule(getattr(library, f"rnn_{handler}"))
-            jax.ffi.register_ffi_target(names[handler], function, platform="cpu")
+            name = names[handler] = f"rnncore_{handler}_{key}"
+            if name not in _taken:  # a process registers a name once
+                function = jax.ffi.pycapsule(getattr(library, f"rnn_{handler}"))
+                jax.ffi.register_ffi_target(name, function, platform="cpu")
+                _taken.add(name)
         _names[source] = names
     return _names[source]
 

@@ -21,10 +21,17 @@ from rnncore.recurrence.backend import LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
-def variant_of(request: Request, inputs: str, outputs: str) -> emit.Variant:
-    """The types of a run on inputs and carries of these dtypes."""
-    real = "float64" if "float64" in request.dtypes | {request.dtype} else "float32"
-    stored = inputs if inputs == outputs else real
+def described(cell: PointwiseCell, variant: emit.Variant) -> str:
+    """What is compiled, for messages."""
+    types = dict.fromkeys(variant[:3])
+    return f"{type(cell).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
+
+
+def variant_of(request: Request) -> emit.Variant:
+    """The types of a run.  A mixture is brought to the dtype of the sums before it, and back after it."""
+    dtypes = request.dtypes | {request.dtype}
+    real = "float64" if "float64" in dtypes else "float32"
+    stored = request.dtype if len(dtypes) == 1 else real
     residual = request.residual_dtype or stored
     if request.recompute != "nothing" or jnp.finfo(residual).bits > jnp.finfo(real).bits:
         residual = real
@@ -63,9 +70,9 @@ class CppLoops(LoopBackend):
         dtypes = {*run.variant[:3], *request.dtypes}
         if run.every or request.return_states or len(dtypes) > 1:
             return super().tangent(request, differentiable, constants, result, residuals, tangents)
-        steps, _, width, _ = residuals.shape
+        steps, rows, width, padded = residuals.shape
         heads, hidden = run.heads, request.cell.hidden_size
-        stacks = residuals.reshape(steps, -1, width, heads, residuals.shape[-1] // heads)[..., : hidden // heads]
+        stacks = residuals.reshape(steps, rows, width, heads, padded // heads)[..., : hidden // heads]
         stacks = jnp.moveaxis(stacks.reshape(steps, *request.batch_shape, width, hidden), -2, 0)
         return plain.tangent(request, differentiable, constants, result, tuple(stacks), tangents)
 
@@ -80,7 +87,7 @@ class _Run:
         self.request, self.cell, self.dtypes = request, cell, [a.dtype for a in start]
         self.rows, self.time_major = math.prod(request.batch_shape), request.time_axis == 0
         self.heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
-        self.variant = variant_of(request, differentiable.xs.dtype.name, start.h.dtype.name)
+        self.variant = variant_of(request)
         self.part = emit.body(cell, self.variant)
         self.every = 0
         if request.recompute != "nothing":
@@ -176,7 +183,7 @@ class _Run:
         outputs = out.y.reshape(*shape, hidden).astype(self.dtypes[h])
         if not self.request.return_states:
             return Result(last, outputs, None, None)
-        stacks = list(out.states.reshape(-1, steps, *batch, hidden))
+        stacks = list(out.states.reshape(out.states.shape[0], steps, *batch, hidden))
         others, gates = stacks[: len(fields) - 1], stacks[len(fields) - 1 :]
         carries = carry([*others[:h], jnp.moveaxis(outputs, self.request.time_axis, 0), *others[h:]])
         leaves, tree = jax.tree.flatten(self.part.gates)
@@ -207,5 +214,5 @@ def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
 @functools.lru_cache(maxsize=256)
 def _calls(cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int) -> Calls:
     part = emit.body(cell, variant)
-    targets = tuple(compiler.targets(emit.source(cell, variant), type(cell).__name__).values())
+    targets = tuple(compiler.targets(emit.source(cell, variant), described(cell, variant)).values())
     return Calls(targets, variant, part.width, len(cell.Carry._fields), part.emitted, time_major, zoneout, every)
