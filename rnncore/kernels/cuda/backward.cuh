@@ -19,7 +19,7 @@ struct Backward {
   const float* recurrent_mask;    // (B, H)
   const int* lengths;             // (B)
   const unsigned char* resets;    // (T, B)
-  const void* stay[kFields];      // (T, B, H), bytes or float
+  const void* stay[kFields];      // (T, B, H), bytes or float; or one float
   Stored* dz;                     // (T, B, G, H)
   Stored* drest;                  // (T, B, rest, H)
   Element* exchange;              // (T, B, heads, G, padded size): dr, where dz and drest are not that
@@ -31,7 +31,7 @@ struct Backward {
 
 RNN_DEVICE float staying(const void* stay, int field, long long at) {
   return Plan::stay(field) == 1 ? float(static_cast<const unsigned char*>(stay)[at] != 0)
-                                : load(static_cast<const float*>(stay) + at);
+                                : load(static_cast<const float*>(stay) + (Plan::stay(field) == 3 ? 0 : at));
 }
 
 RNN_KERNEL(kThreads) rnn_backward(const Backward in) {

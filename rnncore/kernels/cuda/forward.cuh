@@ -20,7 +20,7 @@ struct Forward {
   const float* recurrent_mask;  // (B, H)
   const int* lengths;           // (B)
   const unsigned char* resets;  // (T, B)
-  const void* stay[kFields];    // (T, B, H), bytes or float
+  const void* stay[kFields];    // (T, B, H), bytes or float; or one float
   Element* hs;                  // (T, B, H)
   Element* exchange;            // (T, B, heads, padded size): what enters the product of each step, where hs is not that
   Stored* residuals;            // (residuals, T, B, H), see Cell::keep
@@ -33,7 +33,7 @@ struct Forward {
 // How much of the old carry stays; 0 or 1 where `stay` is made of bytes.
 RNN_DEVICE float staying(const void* stay, int field, long long at) {
   return Plan::stay(field) == 1 ? float(static_cast<const unsigned char*>(stay)[at] != 0)
-                                : load(static_cast<const float*>(stay) + at);
+                                : load(static_cast<const float*>(stay) + (Plan::stay(field) == 3 ? 0 : at));
 }
 RNN_DEVICE float kept(float share, float old, float updated, int field) {
   if (Plan::stay(field) == 1) return share != 0 ? old : updated;

@@ -50,7 +50,8 @@ class Run(NamedTuple):
       mask: (B, H), multiplies h where it enters the product; or None.
       lengths: (B,) int32 from 0 to T, or None.
       resets: (T, B) booleans, or None.
-      stay: for each field of the carry None or what of it stays, (T, B, H) booleans or shares; or None.
+      stay: for each field of the carry None or what of it stays, (T, B, H) booleans or shares or one share;
+        or None.
     """
 
     kernel: Array
@@ -111,8 +112,8 @@ class Settings(NamedTuple):
 def layout(
     settings: Settings, cell: PointwiseCell, direction: str, run: Run, rows: int, stored: str, *, keeps: bool = False,
     states: bool = False,
-) -> Plan:  # fmt: skip
-    """The layout of a run of so many sequences, or NotImplementedError."""
+) -> Plan | str:  # fmt: skip
+    """The layout of a run of so many sequences, or the reason why there is none."""
     heads, size, gates, _ = run.kernel.shape
     shape = Shape(
         direction, run.kernel.dtype.name, stored, settings.product, gates=gates, fields=len(cell.Carry._fields),
@@ -120,16 +121,36 @@ def layout(
         lengths=run.lengths is not None, resets=run.resets is not None, mask=run.mask is not None, keeps=keeps,
         states=states, stay=_kinds(run.stay),
     )  # fmt: skip
-    plan = settings.choose(settings.device, shape)
-    if isinstance(plan, str):
-        raise NotImplementedError(f"`unroll(backend='cuda')`: {plan}, or use backend='scan'.")
-    return plan
+    return settings.choose(settings.device, shape)
+
+
+def _parted(one: Callable[..., Any], run: Run, rows: int, why: str, *stacks: Any) -> Any:
+    """`one(run, *stacks)` of the first half of the sequences, and of the others; stacks are (..., B, H)."""
+    if rows == 1:
+        raise NotImplementedError(f"`unroll(backend='cuda')`: {why}. Use backend='scan'.")
+
+    def of(part: slice) -> Any:
+        def first(tree: Any) -> Any:
+            return jax.tree.map(lambda a: a[part], tree)
+
+        stay = None if run.stay is None else jax.tree.map(lambda a: a[:, part] if a.ndim else a, run.stay)
+        some = run._replace(
+            start=first(run.start), target=first(run.target), mask=first(run.mask), lengths=first(run.lengths),
+            resets=None if run.resets is None else run.resets[:, part], stay=stay,
+        )  # fmt: skip
+        return one(some, *jax.tree.map(lambda a: a[..., part, :], stacks))
+
+    half = -(-rows // 2)
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], -2), of(slice(half)), of(slice(half, None)))
 
 
 def forward(
     settings: Settings, cell: PointwiseCell, run: Run, z: Array, stored: str | None, states: bool = False
 ) -> Kept:
-    """The loop over z (T, B, G*H), which has the kernel's dtype; residuals in `stored`, or none."""
+    """The loop over z (T, B, G*H), which has the kernel's dtype; residuals in `stored`, or none.
+
+    Sequences that cannot all run at once run some after the others.
+    """
     steps, rows, _ = z.shape
     heads, size, _, _ = run.kernel.shape
     hidden, dtype = heads * size, run.kernel.dtype
@@ -139,6 +160,8 @@ def forward(
     plan = layout(
         settings, cell, "forward", run, rows, stored or dtype.name, keeps=stored is not None, states=states
     )  # fmt: skip
+    if isinstance(plan, str):
+        return _parted(lambda *a: forward(settings, cell, *a, stored, states), run, rows, plan, z)
     start, target = _stacked(run.start), _stacked(run.target or ())
     call = Call(
         source=emit.source(cell, plan),
@@ -173,6 +196,9 @@ def backward(
     dtype, stored = run.kernel.dtype, residuals.dtype
     fields, rest = len(cell.Carry._fields), len(kernel_body.of(cell, (1, 1)).rest)
     plan = layout(settings, cell, "backward", run, rows, stored.name, states=dothers is not None)
+    if isinstance(plan, str):
+        stacks = (residuals, dhs, dlast, dothers, dgates)
+        return _parted(lambda *a: backward(settings, cell, *a), run, rows, plan, *stacks)
 
     def sums(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, rows, hidden), "float32")
@@ -252,7 +278,7 @@ def _entering(carry: Array | None, h: int, mask: Array | None) -> Array | None:
 def _kinds(stay: tuple[Array | None, ...] | None) -> tuple[int, ...]:
     if stay is None:
         return ()
-    return tuple(0 if a is None else 1 if a.dtype == jnp.bool_ else 2 for a in stay)
+    return tuple(0 if a is None else 1 if a.dtype == jnp.bool_ else 2 if a.ndim else 3 for a in stay)
 
 
 def _stays(stay: tuple[Array | None, ...] | None, fields: int) -> list[Array | None]:

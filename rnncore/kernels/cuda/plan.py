@@ -67,7 +67,7 @@ class Shape:
       size, heads, sequences: units of a head, heads, B.
       lengths, resets, mask: whether there are lengths, resets, a recurrent mask.
       keeps, states: whether residuals, and the carries and gates of all steps, are given out.
-      stay: for each field of the carry 0, 1 or 2: no zoneout, by booleans, by shares; empty for none at all.
+      stay: for each field of the carry 0 to 3: no zoneout, by booleans, by shares, by one share; empty for none at all.
     """
 
     direction: str
