@@ -92,6 +92,10 @@ def relative(got: Any, wanted: Any) -> float:
     return float("nan") if any(np.isnan(errors)) else max(errors, default=0.0)
 
 
+def _apart(slab: Any, hidden: int) -> list[Any]:
+    return [] if slab is None else jnp.split(jnp.asarray(slab), slab.shape[-1] // hidden, -1)
+
+
 def check(
     settings: kernels.Settings, cell: Any, rows: int, steps: int, dtype: str, states: bool = False, **options: Any
 ) -> dict[str, float]:  # fmt: skip
@@ -102,8 +106,8 @@ def check(
     dhs = jnp.asarray(draw.normal(size=(steps, rows, hidden)), dtype)
     dlast = tuple(jnp.asarray(draw.normal(size=(rows, hidden)), "float32") for _ in run.start)
     kept = kernels.forward(settings, cell, run, z, dtype, states=states)
-    extra = [tuple(jnp.asarray(draw.normal(size=a.shape), "float32") for a in b or ()) for b in (kept.others, kept.gates)]
-    found = kernels.backward(settings, cell, run, kept.residuals, dhs, dlast, *(extra if states else ()))
+    extra = [None if a is None else jnp.asarray(draw.normal(size=a.shape), "float32") for a in (kept.others, kept.gates)]
+    found = kernels.backward(settings, cell, run, kept.residuals, dhs, dlast, *extra, states)
 
     wide, z64 = in_float64(run), in_float64(z)
     names = ("rest_bias", "units", "start", "target")
@@ -112,7 +116,7 @@ def check(
         return plain(cell, wide._replace(**dict(zip(names, moving, strict=True))), z)
 
     (hs, last, others, gates), back = jax.vjp(fun, z64, tuple(getattr(wide, n) for n in names))
-    given = [list(in_float64(a)) if states else jax.tree.map(jnp.zeros_like, b) for a, b in zip(extra, (others, gates), strict=True)]  # fmt: skip
+    given = [jax.tree.map(jnp.zeros_like, b) if a is None else _apart(in_float64(a), hidden) for a, b in zip(extra, (others, gates), strict=True)]  # fmt: skip
     dz, (drest_bias, dunits, dstart, dtarget) = back((in_float64(dhs), in_float64(dlast), *given))
     if run.lengths is not None:  # which the kernel leaves to its caller
         never = (run.lengths == 0)[:, None]
@@ -123,5 +127,5 @@ def check(
         "drest": relative(got_rest, drest_bias), "dstart": relative(found.start, dstart),
         "dtarget": relative(found.target, dtarget),
         "dunits": relative([a.astype("float64").sum(0) for a in found.units], list(dunits)),
-        "states": relative([list(kept.others), list(kept.gates)], [others, gates]) if states else 0.0,
+        "states": relative([_apart(kept.others, hidden), _apart(kept.gates, hidden)], [others, gates]) if states else 0.0,
     }  # fmt: skip

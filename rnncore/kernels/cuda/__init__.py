@@ -124,5 +124,5 @@ class Cuda(LoopBackend):
         if request.return_states or request.dtype != "float32":
             return super().tangent(request, differentiable, constants, result, residuals, tangents)
         arrays = recurrence.Arrays(request, differentiable, constants)
-        stacks = recurrence.tangent_stacks(arrays, residuals)
+        stacks = arrays.residuals(residuals)
         return plain.tangent(request, differentiable, constants, result, stacks, tangents)

@@ -10,12 +10,12 @@ using Sums = Product<1, kGates * kChunks, Plan::in_registers, Plan::in_shared>;
 // Null where there is none.
 struct Backward {
   const Words* matrix;            // see Product::load
-  const Stored* residuals;        // (residuals, T, B, H)
+  const Stored* residuals;        // (T, B, residuals, H)
   const float* units;             // (units, H)
   const Element* dhs;             // (T, B, H)
   const float* dlast;             // (fields, B, H)
-  const float* dothers;           // (fields - 1, T, B, H): of the carry without h
-  const float* dgates;            // (emitted, T, B, H)
+  const float* dothers;           // (T, B, fields - 1, H): of the carry without h
+  const float* dgates;            // (T, B, emitted, H)
   const float* recurrent_mask;    // (B, H)
   const int* lengths;             // (B)
   const unsigned char* resets;    // (T, B)
@@ -26,7 +26,7 @@ struct Backward {
   float* dstart;                  // (fields, B, H)
   float* dtarget;                 // (fields, B, H)
   float* dunits;                  // (units, B, H)
-  long long steps, batch, heads;
+  long long steps, batch;
 };
 
 RNN_DEVICE float staying(const void* stay, int field, long long at) {
@@ -36,7 +36,9 @@ RNN_DEVICE float staying(const void* stay, int field, long long at) {
 
 RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
   const Here at(in.batch);
-  const long long hidden = in.heads * Plan::size, line = in.batch * hidden, first = (long long)at.head * Plan::size;
+  constexpr int hidden = Plan::heads * Plan::size, others = (kFields - 1) * hidden, width = kKept * hidden;
+  const long long line = in.batch * hidden;
+  const int first = at.head * Plan::size;
   char* memory = shared_memory();
   Sums matrix;
   matrix.load(at, in.matrix, reinterpret_cast<Words*>(memory));
@@ -54,24 +56,26 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
     RNN_UNROLL for (int j = 0; j < kOwn; j++) {
       const Pair pair(at, j);
       const long long row = at.sequence(pair.row);
-      if (pair.mine) body(j, pair, row, pair.unit < Plan::size && row < in.batch, row * hidden + first + pair.unit);
+      const int column = first + pair.unit;
+      if (pair.mine) body(j, pair, row, pair.unit < Plan::size && row < in.batch, row * hidden + column, column);
     }
   };
   auto fetch_inputs = [&](long long t) {
-    each([&](int j, const Pair& pair, long long, bool there, long long place) {
+    each([&](int j, const Pair& pair, long long row, bool there, long long place, int column) {
       if (!there) return;
-      RNN_UNROLL for (int m = 0; m < kKept; m++) residuals[j][m] = load(in.residuals + (m * in.steps + t) * line + place);
+      const Stored* from = in.residuals + (t * in.batch + row) * width + column;
+      RNN_UNROLL for (int m = 0; m < kKept; m++) residuals[j][m] = load(from + m * hidden);
       dh[j] = load(in.dhs + t * line + place);
       if (pair.unit % 16 == 0 && t >= kEarly) {
-        RNN_UNROLL for (int m = 0; m < kKept; m++) prefetch(in.residuals + (m * in.steps + t - kEarly) * line + place);
+        RNN_UNROLL for (int m = 0; m < kKept; m++) prefetch(from - kEarly * in.batch * width + m * hidden);
         prefetch(in.dhs + (t - kEarly) * line + place);
       }
     });
   };
-  each([&](int j, const Pair& pair, long long, bool there, long long place) {
+  each([&](int j, const Pair& pair, long long, bool there, long long place, int column) {
     RNN_UNROLL for (int f = 0; f < kFields; f++) ds[j][f] = dtarget[j][f] = 0;
     RNN_UNROLL for (int m = 0; m < Cell::units; m++)
-      units[j][m] = there ? load(in.units + m * hidden + first + pair.unit) : 0.f, dunits[j][m] = 0;
+      units[j][m] = there ? load(in.units + m * hidden + column) : 0.f, dunits[j][m] = 0;
     RNN_UNROLL for (int m = 0; m < kKept; m++) narrow(0.f, residuals[j][m]);
     narrow(0.f, dh[j]);
     mask[j] = Plan::mask && there ? load(in.recurrent_mask + place) : 1.f;
@@ -95,20 +99,20 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
           const int gate = chunk / kChunks, k = chunk % kChunks * kChunk + at.q * 4 * kPerWord;
           if (Plan::apart)
             return load_shared_between_blocks(
-                in.exchange + ((there * in.heads + at.head) * kGates + gate) * kPadded + k);
+                in.exchange + there * (Plan::heads * kGates * kPadded) + (at.head * kGates + gate) * kPadded + k);
           int apart = -1;
           RNN_UNROLL for (int g = 0; g < kGates; g++)
             if (g == gate) apart = Plan::rest_of(g);
           return load_shared_between_blocks(
-              apart < 0 ? in.dz + (there * kGates + gate) * hidden + first + k
-                        : in.drest + (there * Cell::rest + apart) * hidden + first + k);
+              apart < 0 ? in.dz + there * (kGates * hidden) + gate * hidden + first + k
+                        : in.drest + there * (Cell::rest * hidden) + apart * hidden + first + k);
         });
       }
       if (kShared) {
         partial.put(at, parity, r);
         sync_block();
       }
-      each([&](int j, const Pair& pair, long long row, bool there, long long) {
+      each([&](int j, const Pair& pair, long long row, bool there, long long, int) {
         float total;
         if constexpr (kShared)
           total = partial.get(parity, pair, 0);
@@ -121,7 +125,7 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
     }
     if (t < 0) break;
     board.arm(at, int(in.steps - 1 - t));
-    each([&](int j, const Pair& pair, long long row, bool there, long long place) {
+    each([&](int j, const Pair& pair, long long row, bool there, long long place, int column) {
       vec kept[kKept + 1], after[kFields], staid[kFields], dp[Cell::units + 1], dz[kGates], dr[Cell::rest + 1],
           before[kFields], dgates[Cell::emitted + 1];
       RNN_UNROLL for (int m = 0; m < kKept; m++) kept[m] = wide(residuals[j][m]);
@@ -130,11 +134,11 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
         after[f] = ds[j][f];
         if (ends) after[f] += load(in.dlast + f * line + place);
         if (Cell::states && there && f != kHidden)
-          after[f] += load(in.dothers + ((f - (f > kHidden)) * in.steps + t) * line + place);
+          after[f] += load(in.dothers + (t * in.batch + row) * others + (f - (f > kHidden)) * hidden + column);
       }
       after[kHidden] += wide(dh[j]);
       RNN_UNROLL for (int m = 0; m < Cell::emitted; m++)
-        dgates[m] = there ? load(in.dgates + (m * in.steps + t) * line + place) : 0.f;
+        dgates[m] = there ? load(in.dgates + (t * in.batch + row) * (Cell::emitted * hidden) + m * hidden + column) : 0.f;
       RNN_UNROLL for (int f = 0; f < kFields; f++) {
         staid[f] = 0;
         if (Plan::stay(f) && there) {
@@ -148,8 +152,8 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
       RNN_UNROLL for (int g = 0; g < kGates; g++) {
         const int apart = Plan::rest_of(g);
         const float recurrent = apart < 0 ? dz[g] : dr[apart < 0 ? 0 : apart];
-        const long long lies = ((t * in.batch + row) * kGates + g) * hidden + first + pair.unit;
-        const long long lies_apart = ((t * in.batch + row) * Cell::rest + apart) * hidden + first + pair.unit;
+        const long long lies = (t * in.batch + row) * (kGates * hidden) + g * hidden + column;
+        const long long lies_apart = (t * in.batch + row) * (Cell::rest * hidden) + apart * hidden + column;
         Element entering;
         narrow(there ? recurrent : 0.f, entering);
         if (!kGrid) {
@@ -160,7 +164,7 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
             if (Plan::apart) {
               if (row < in.batch && pair.unit < kPadded)
                 store_shared_between_blocks(
-                    in.exchange + (((t * in.batch + row) * in.heads + at.head) * kGates + g) * kPadded + pair.unit, word);
+                    in.exchange + (t * in.batch + row) * (Plan::heads * kGates * kPadded) + (at.head * kGates + g) * kPadded + pair.unit, word);
             } else if (there) {
               store_shared_between_blocks(apart < 0 ? (void*)(in.dz + lies) : (void*)(in.drest + lies_apart), word);
             }
@@ -176,7 +180,7 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
     if (kAlone) sync_block();
   }
   if (kCluster) sync_cluster();  // no block ends while another may still write to it
-  each([&](int j, const Pair&, long long, bool there, long long place) {
+  each([&](int j, const Pair&, long long, bool there, long long place, int column) {
     if (!there) return;
     RNN_UNROLL for (int f = 0; f < kFields; f++) {
       in.dstart[f * line + place] = ds[j][f];

@@ -90,7 +90,7 @@ def source(cell: PointwiseCell, plan: Plan) -> str:
     """The whole file for one cell and one layout, whose direction names its kernel."""
     shape = plan.shape
     values = {
-        "size": shape.size, "blocks": plan.blocks, "groups": plan.groups, "split": plan.split, "tiles": plan.tiles,
+        "size": shape.size, "heads": shape.heads, "blocks": plan.blocks, "groups": plan.groups, "split": plan.split, "tiles": plan.tiles,
         "in_registers": plan.in_registers, "in_shared": plan.in_shared,
     }  # fmt: skip
     flags = {

@@ -23,11 +23,11 @@ struct Forward {
   const void* stay[kFields];    // (T, B, H), bytes or float; or one float
   Element* hs;                  // (T, B, H)
   Element* exchange;            // (T, B, heads, padded size): what enters the product of each step, where hs is not that
-  Stored* residuals;            // (residuals, T, B, H), see Cell::keep
-  float* others;                // (fields - 1, T, B, H): the carry without h
-  float* gates;                 // (emitted, T, B, H)
+  Stored* residuals;            // (T, B, residuals, H), see Cell::keep
+  float* others;                // (T, B, fields - 1, H): the carry without h
+  float* gates;                 // (T, B, emitted, H)
   float* last;                  // (fields, B, H)
-  long long steps, batch, heads;
+  long long steps, batch;
 };
 
 // How much of the old carry stays; 0 or 1 where `stay` is made of bytes.
@@ -42,7 +42,9 @@ RNN_DEVICE float kept(float share, float old, float updated, int field) {
 
 RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
   const Here at(in.batch);
-  const long long hidden = in.heads * Plan::size, line = in.batch * hidden, first = (long long)at.head * Plan::size;
+  constexpr int hidden = Plan::heads * Plan::size, others = (kFields - 1) * hidden;
+  const long long line = in.batch * hidden;
+  const int first = at.head * Plan::size;
   char* memory = shared_memory();
   Sums matrix;
   matrix.load(at, in.matrix, reinterpret_cast<Words*>(memory));
@@ -60,27 +62,46 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
     RNN_UNROLL for (int j = 0; j < kOwn; j++) {
       const Pair pair(at, j);
       const long long row = at.sequence(pair.row);
-      if (pair.mine) body(j, pair, row, pair.unit < Plan::size && row < in.batch, row * hidden + first + pair.unit);
+      const int column = first + pair.unit;
+      if (pair.mine) body(j, pair, row, pair.unit < Plan::size && row < in.batch, row * hidden + column, column);
     }
   };
   auto fetch_inputs = [&](long long t) {
-    each([&](int j, const Pair& pair, long long row, bool there, long long place) {
+    each([&](int j, const Pair& pair, long long row, bool there, long long place, int column) {
       if (!there) return;
-      const Element* from = in.z + (t * in.batch + row) * kGates * hidden + first + pair.unit;
+      const Element* from = in.z + (t * in.batch + row) * (kGates * hidden) + column;
       RNN_UNROLL for (int g = 0; g < kGates; g++) z[j][g] = load(from + g * hidden);
       if (pair.unit % 16 == 0 && t + kEarly < in.steps)
-        RNN_UNROLL for (int g = 0; g < kGates; g++) prefetch(from + (kEarly * in.batch * kGates + g) * hidden);
+        RNN_UNROLL for (int g = 0; g < kGates; g++) prefetch(from + kEarly * in.batch * (kGates * hidden) + g * hidden);
       if (Plan::resets) back[j] = in.resets[t * in.batch + row];
     });
   };
-  each([&](int j, const Pair& pair, long long row, bool there, long long place) {
+  // Nobody waits for these.
+  auto put_out = [&](long long t) {
+    each([&](int j, const Pair& pair, long long row, bool there, long long place, int column) {
+      if (!there) return;
+      if (kAlone) narrow(carry[j][kHidden], in.hs[t * line + place]);
+      if (Plan::keeps)
+        RNN_UNROLL for (int m = 0; m < Cell::residuals; m++)
+          narrow(residuals[j][m], in.residuals[(t * in.batch + row) * (Cell::residuals * hidden) + m * hidden + column]);
+      if (Cell::states) {
+        RNN_UNROLL for (int f = 0; f < kFields; f++)
+          if (f != kHidden) in.others[(t * in.batch + row) * others + (f - (f > kHidden)) * hidden + column] = carry[j][f];
+        RNN_UNROLL for (int m = 0; m < Cell::emitted; m++)
+          in.gates[(t * in.batch + row) * (Cell::emitted * hidden) + m * hidden + column] = gates[j][m];
+      }
+      if (t + 1 == (Plan::lengths ? in.lengths[row] : in.steps))
+        RNN_UNROLL for (int f = 0; f < kFields; f++) in.last[f * line + place] = carry[j][f];
+    });
+  };
+  each([&](int j, const Pair& pair, long long row, bool there, long long place, int column) {
     RNN_UNROLL for (int f = 0; f < kFields; f++) carry[j][f] = there ? load(in.start + f * line + place) : 0.f;
     RNN_UNROLL for (int g = 0; g < kGates; g++) narrow(0.f, z[j][g]);
     back[j] = false;
     RNN_UNROLL for (int m = 0; m < Cell::units; m++)
-      constant[j][m] = there ? load(in.units + m * hidden + first + pair.unit) : 0.f;
+      constant[j][m] = there ? load(in.units + m * hidden + column) : 0.f;
     RNN_UNROLL for (int m = 0; m < Cell::rest; m++)
-      constant[j][Cell::units + m] = there ? load(in.rest_bias + m * hidden + first + pair.unit) : 0.f;
+      constant[j][Cell::units + m] = there ? load(in.rest_bias + m * hidden + column) : 0.f;
     constant[j][Cell::units + Cell::rest] = Plan::mask && there ? load(in.recurrent_mask + place) : 1.f;
     if (Plan::lengths && there && in.lengths[row] == 0)
       RNN_UNROLL for (int f = 0; f < kFields; f++) in.last[f * line + place] = carry[j][f];
@@ -102,21 +123,22 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
       board.ready(int(t) - 1);
       matrix.sum(at, r, false, [&](int n, int chunk) { return board.row(1 - parity, 8 * n + at.r)[chunk * 4 + at.q]; });
     } else {
-      const Element* from = Plan::apart ? in.exchange + (t * in.batch * in.heads + at.head) * kPadded
+      const Element* from = Plan::apart ? in.exchange + t * in.batch * (Plan::heads * kPadded) + at.head * kPadded
                                         : in.hs + (t - 1) * line + first;
-      const long long pitch = Plan::apart ? in.heads * kPadded : hidden;
+      const long long pitch = Plan::apart ? Plan::heads * kPadded : hidden;
       matrix.sum(at, r, true, [&](int n, int chunk) {
         const long long row = at.sequence(8 * n + at.r);
         if (row >= in.batch) return Words{{0, 0, 0, 0}};
         return load_shared_between_blocks(from + row * pitch + chunk * kChunk + at.q * 4 * kPerWord);
       });
     }
+    if (kAlone && t > 0) put_out(t - 1);  // while the product is under way
     if (t + 1 < in.steps) board.arm(at, int(t));
     if (kShared) {
       partial.put(at, parity, r);
       sync_block();
     }
-    each([&](int j, const Pair& pair, long long row, bool there, long long place) {
+    each([&](int j, const Pair& pair, long long row, bool there, long long place, int column) {
       vec zs[kGates], rest[Cell::rest + 1], old[kFields], s[kFields];
       RNN_UNROLL for (int g = 0; g < kGates; g++) {
         float total;
@@ -154,30 +176,19 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
           const u32 word = as_word(entering);
           if (t + 1 < in.steps && row < in.batch && pair.unit < kPadded && pair.unit % kPerWord == 0)
             store_shared_between_blocks(
-                in.exchange + (((t + 1) * in.batch + row) * in.heads + at.head) * kPadded + pair.unit, word);
+                in.exchange + ((t + 1) * in.batch + row) * (Plan::heads * kPadded) + at.head * kPadded + pair.unit, word);
         }
-        if (there) in.hs[t * line + place] = h;
+        if (there && !kAlone) in.hs[t * line + place] = h;
       } else {
         const u32 word = as_word(h);
         if (there && pair.unit % kPerWord == 0) store_shared_between_blocks(in.hs + t * line + place, word);
       }
     });
-    each([&](int j, const Pair& pair, long long row, bool there, long long place) {
-      if (!there) return;
-      if (Plan::keeps)
-        RNN_UNROLL for (int m = 0; m < Cell::residuals; m++)
-          narrow(residuals[j][m], in.residuals[(m * in.steps + t) * line + place]);
-      if (Cell::states) {
-        RNN_UNROLL for (int f = 0; f < kFields; f++)
-          if (f != kHidden) in.others[((f - (f > kHidden)) * in.steps + t) * line + place] = carry[j][f];
-        RNN_UNROLL for (int m = 0; m < Cell::emitted; m++) in.gates[(m * in.steps + t) * line + place] = gates[j][m];
-      }
-      if (t + 1 == (Plan::lengths ? in.lengths[row] : in.steps))
-        RNN_UNROLL for (int f = 0; f < kFields; f++) in.last[f * line + place] = carry[j][f];
-    });
-    if (t + 1 < in.steps) fetch_inputs(t + 1);
     if (kAlone) sync_block();
+    if (!kAlone) put_out(t);
+    if (t + 1 < in.steps) fetch_inputs(t + 1);
   }
+  if (kAlone) put_out(in.steps - 1);
   if (kCluster) sync_cluster();  // no block ends while another may still write to it
 }
 

@@ -70,15 +70,15 @@ class Kept(NamedTuple):
 
     Fields:
       hs: (T, B, H), in z's dtype.
-      residuals: (width, T, B, H), `Body.residuals` of every step, or None.
-      others, gates: the carry's other fields and the gates of every step, each (T, B, H) float32, or None.
+      residuals: (T, B, width*H), `Body.residuals` of every step, or None.
+      others, gates: the carry's other fields and the gates of every step, (T, B, n*H) float32, or None.
       last: (B, H) float32 per field, after the last valid step, `start` where there is none.
     """
 
     hs: Array
     residuals: Array | None
-    others: tuple[Array, ...] | None
-    gates: tuple[Array, ...] | None
+    others: Array | None
+    gates: Array | None
     last: tuple[Array, ...]
 
 
@@ -174,31 +174,31 @@ def forward(
         outputs=(
             jax.ShapeDtypeStruct((steps, rows, hidden), dtype),
             jax.ShapeDtypeStruct((steps, rows, heads, plan.shape.padded), dtype) if plan.apart else None,
-            None if stored is None else jax.ShapeDtypeStruct((width, steps, rows, hidden), stored),
-            jax.ShapeDtypeStruct((others, steps, rows, hidden), "float32") if states and others else None,
-            jax.ShapeDtypeStruct((emitted, steps, rows, hidden), "float32") if emitted else None,
+            None if stored is None else jax.ShapeDtypeStruct((steps, rows, width * hidden), stored),
+            jax.ShapeDtypeStruct((steps, rows, others * hidden), "float32") if states and others else None,
+            jax.ShapeDtypeStruct((steps, rows, emitted * hidden), "float32") if emitted else None,
             jax.ShapeDtypeStruct((len(fields), rows, hidden), "float32"),
         ),
         filled=() if plan.sync != "grid" else (1,) if plan.apart else (0,),
-        scalars=(steps, rows, heads),
+        scalars=(steps, rows),
     )  # fmt: skip
     hs, _, residuals, stacks, gates, last = settings.launch(call)
-    return Kept(hs, residuals, _parts(stacks) if states else None, _parts(gates) if states else None, tuple(last))
+    return Kept(hs, residuals, stacks, gates, tuple(last))
 
 
 def backward(
     settings: Settings, cell: PointwiseCell, run: Run, residuals: Array, dhs: Array, dlast: tuple[Array, ...],
-    dothers: tuple[Array, ...] | None = None, dgates: tuple[Array, ...] | None = None,
+    dothers: Array | None = None, dgates: Array | None = None, states: bool = False,
 ) -> Cotangents:  # fmt: skip
     """The transposed loop over dhs (T, B, H); dlast enters after step length - 1, nowhere for length 0."""
     steps, rows, hidden = dhs.shape
     heads, _, gates, _ = run.kernel.shape
     dtype, stored = run.kernel.dtype, residuals.dtype
     fields, rest = len(cell.Carry._fields), len(kernel_body.of(cell, (1, 1)).rest)
-    plan = layout(settings, cell, "backward", run, rows, stored.name, states=dothers is not None)
+    plan = layout(settings, cell, "backward", run, rows, stored.name, states=states)
     if isinstance(plan, str):
         stacks = (residuals, dhs, dlast, dothers, dgates)
-        return _parted(lambda *a: backward(settings, cell, *a), run, rows, plan, *stacks)
+        return _parted(lambda *a: backward(settings, cell, *a, states), run, rows, plan, *stacks)
 
     def sums(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, rows, hidden), "float32")
@@ -208,7 +208,7 @@ def backward(
         plan=plan,
         inputs=(
             rows_of_inputs(plan, run.kernel), residuals, _stacked(run.units), dhs.astype(dtype), _stacked(dlast),
-            _stacked(dothers or ()), _stacked(dgates or ()), _float(run.mask), run.lengths, run.resets, *_stays(run.stay, fields),
+            dothers, dgates, _float(run.mask), run.lengths, run.resets, *_stays(run.stay, fields),
         ),
         outputs=(
             jax.ShapeDtypeStruct((steps, rows, gates * hidden), stored),
@@ -219,7 +219,7 @@ def backward(
             sums(len(run.units)) if run.units else None,
         ),
         filled=() if plan.sync != "grid" else (2,) if plan.apart else (0, 1) if rest else (0,),
-        scalars=(steps, rows, heads),
+        scalars=(steps, rows),
     )  # fmt: skip
     dz, drest, _, dstart, dtarget, dunits = settings.launch(call)
     return Cotangents(

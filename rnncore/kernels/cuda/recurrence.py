@@ -73,6 +73,15 @@ class Arrays:
         """(T, *batch, H) with one batch axis."""
         return a.reshape(self.request.steps, self.rows, -1)
 
+    def residuals(self, slab: Array) -> tuple[Array, ...]:
+        """Each (T, *batch, H)."""
+        request = self.request
+        return tuple(a.reshape(request.steps, *request.batch_shape, -1) for a in self._apart(slab))
+
+    def _apart(self, slab: Array) -> list[Array]:
+        """(T, B, n*H) as n arrays (T, B, H)."""
+        return jnp.split(slab, slab.shape[-1] // self.cell.hidden_size, -1)
+
     def _carry(self, fields: Any) -> tuple[Array, ...]:
         return tuple(a.reshape(self.rows, -1).astype(jnp.float32) for a in fields)
 
@@ -91,12 +100,13 @@ class Arrays:
         outputs = stack(kept.hs).astype(self.dtypes[self.part.hidden])
         if not self.request.return_states:
             return Result(last, outputs, None, None)
-        carries = list(map(stack, kept.others or ()))
+        carries = [] if kept.others is None else [stack(a) for a in self._apart(kept.others)]
         carries.insert(self.part.hidden, outputs)
         leaves, tree = jax.tree.flatten(self.part.gates)
         # A cell may call a boolean or an integer a gate.
         dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
-        gates = [stack(a).astype(d) for a, d in zip(kept.gates or (), dtypes, strict=True)]
+        found = [] if kept.gates is None else self._apart(kept.gates)
+        gates = [stack(a).astype(d) for a, d in zip(found, dtypes, strict=True)]
         return Result(last, outputs, carry(carries), tree.unflatten(gates))
 
     def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Kept:
@@ -110,22 +120,23 @@ class Arrays:
     ) -> Differentiable:  # fmt: skip
         """The cotangents of what is differentiable; hs are the outputs, (T, B, H)."""
         part, count = self.part, len(self.cell.gates)
-        moving, back = jax.vjp(self.moving, differentiable)
-        run = self.run(moving)
+        given, back = jax.vjp(self.moving, differentiable)
+        run = self.run(given)
         dhs = self.flat(cotangents.outputs)
         dothers = dgates = None
         if self.request.return_states:
             stacks = [self.flat(a).astype(jnp.float32) for a in cotangents.carries]
             dhs = dhs.astype(jnp.float32) + stacks.pop(part.hidden)
-            dothers = tuple(stacks)
-            dgates = tuple(
-                self.flat(a).astype(jnp.float32) if jnp.issubdtype(a.dtype, jnp.floating) else
-                jnp.zeros((self.request.steps, self.rows, self.cell.hidden_size), jnp.float32)
-                for a in jax.tree.leaves(cotangents.gates)
-            )  # fmt: skip
+            dothers = jnp.concatenate(stacks, -1) if stacks else None
+            gates = jax.tree.leaves(cotangents.gates)
+            # A cell may call a boolean or an integer a gate.
+            moving = [jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(part.gates)]
+            slabs = [self.flat(a).astype(jnp.float32) if m else jnp.zeros_like(dhs, jnp.float32) for a, m in zip(gates, moving, strict=True)]  # fmt: skip
+            dgates = jnp.concatenate(slabs, -1) if slabs else None
         dlast = self._carry(cotangents.carry)
         found = _mapped(
-            lambda run, *a: kernels.backward(settings, self.cell, run, *a), run, residuals, dhs, dlast, dothers, dgates
+            lambda run, *a: kernels.backward(settings, self.cell, run, *a, self.request.return_states),
+            run, residuals, dhs, dlast, dothers, dgates,
         )
         entering = _entering(run, hs, part.hidden)
         dr = found.z
@@ -144,13 +155,7 @@ class Arrays:
             found.z, _kernel_cotangent(run.kernel, entering, dr.astype(entering.dtype)), drest,
             tuple(jnp.sum(a, 0) for a in found.units), dstart, found.target,
         )  # fmt: skip
-        return back(jax.tree.map(lambda d, a: d.astype(a.dtype), cotangents_of, moving))[0]
-
-
-def tangent_stacks(arrays: Arrays, residuals: Array) -> tuple[Array, ...]:
-    """The residuals, each (T, *batch, H)."""
-    request = arrays.request
-    return tuple(a.reshape(request.steps, *request.batch_shape, -1) for a in residuals)
+        return back(jax.tree.map(lambda d, a: d.astype(a.dtype), cotangents_of, given))[0]
 
 
 def _entering(run: kernels.Run, hs: Array, hidden: int) -> Array:
