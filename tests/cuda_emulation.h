@@ -128,7 +128,9 @@ inline float from_lane(float value, int lane) { return float_of(grid::tell<1>({b
 inline bool any_in_warp(bool value) {
   const auto told = grid::tell<1>({value});
   bool any = false;
+#ifndef RNN_WITHOUT_WAITING
   for (int n = 0; n < 32; n++) any |= told[n][0];
+#endif
   if (any) sched_yield();
   return any;
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import os
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
+import cuda_problems
 import jax
 import numpy as np
 
@@ -18,6 +20,7 @@ from rnncore.kernels.cuda.plan import Device, Plan, Shape, layouts
 
 HERE = Path(__file__).parent
 HEADERS = HERE.parent / "rnncore" / "kernels" / "cuda"
+EMULATED = f'-DRNN_EMULATED="{HERE / "cuda_emulation.h"}"'
 DIRECTORY = Path(tempfile.mkdtemp(prefix="rnncore-cuda-"))
 SMALL = Device("a small GPU", 4, 96 * 1024, 80)
 
@@ -36,7 +39,13 @@ extern "C" void emulate(int blocks, int threads, int shared, int cluster, const 
     path = DIRECTORY / f"{hashlib.sha256((text + repr(options)).encode()).hexdigest()[:16]}.so"
     path.with_suffix(".cc").write_text(text)
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-pthread", "-w", f"-I{HEADERS}"]
-    command += [f'-DRNN_EMULATED="{HERE / "cuda_emulation.h"}"', *options, str(path.with_suffix(".cc")), "-o", str(path)]
+    command += [
+        f'-DRNN_EMULATED="{HERE / "cuda_emulation.h"}"',
+        *options,
+        str(path.with_suffix(".cc")),
+        "-o",
+        str(path),
+    ]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(path)).emulate
 
@@ -57,6 +66,57 @@ def launch(call: kernels.Call, *options: str) -> list[Any]:
     plan = call.plan
     library(call.source, plan.shape.direction, *options)(plan.grid, plan.threads, plan.shared, plan.cluster, arguments)
     return outputs
+
+
+def races(cell: Any, dtype: str, product: str, layout: dict[str, Any], rows: int, *options: str) -> str:
+    """What ThreadSanitizer says of both kernels: they run in a process of their own, on numbers that do not matter."""
+    said = []
+
+    def alone(call: kernels.Call) -> list[Any]:
+        found = launch(call)
+        sizes = [0 if a is None else a.nbytes for a in (*call.inputs, *found)]
+        filled = [int(n - len(call.inputs) in call.filled) for n in range(len(sizes))]
+        plan, name = call.plan, call.plan.shape.direction
+        text = f"""{call.source}
+#include <cstdio>
+int main() {{
+  static const long sizes[] = {{{", ".join(map(str, sizes))}}};
+  static const int filled[] = {{{", ".join(map(str, filled))}}};
+  std::vector<uint64_t> words;
+  for (size_t n = 0; n < sizeof sizes / sizeof *sizes; n++) {{
+    char* place = sizes[n] ? static_cast<char*>(aligned_alloc(64, (sizes[n] + 63) / 64 * 64)) : nullptr;
+    if (place) std::memset(place, filled[n] ? 0xff : 0, sizes[n]);
+    words.push_back(reinterpret_cast<uint64_t>(place));
+  }}
+  for (long scalar : {{{", ".join(f"{n}L" for n in call.scalars)}}}) words.push_back(scalar);
+  rnn::grid::launch({plan.grid}, {plan.threads}, {plan.shared}, {plan.cluster}, [&] {{
+    rnn::rnn_{name}(*reinterpret_cast<const rnn::{name.capitalize()}*>(words.data()));
+  }});
+  std::puts("ended");
+}}
+"""
+        path = DIRECTORY / f"{hashlib.sha256((text + repr(options)).encode()).hexdigest()[:16]}.cc"
+        path.write_text(text)
+        command = ["g++", "-std=c++17", "-O1", "-g", "-fsanitize=thread", "-pthread", "-w", f"-I{HEADERS}"]
+        command += [
+            f'-DRNN_EMULATED="{HERE / "cuda_emulation.h"}"',
+            *options,
+            str(path),
+            "-o",
+            str(path.with_suffix("")),
+        ]
+        subprocess.run(command, check=True)
+        environment = os.environ | {"TSAN_OPTIONS": "report_thread_leaks=0 exitcode=0 report_bugs=1"}
+        run = subprocess.run([path.with_suffix("")], capture_output=True, text=True, env=environment, timeout=300)
+        assert "ended" in run.stdout, run.stderr[-2000:]
+        said.append(run.stderr)
+        return found
+
+    made = settings(Device("a small Hopper", 16, 96 * 1024, 90), product, **layout)._replace(launch=alone)
+    run, z = cuda_problems.problem(cell, rows, 3, dtype)
+    kept = kernels.forward(made, cell, run, z, dtype)
+    kernels.backward(made, cell, run, kept.residuals, kept.hs, run.start)
+    return "\n".join(said)
 
 
 def callback(call: kernels.Call, *options: str) -> list[Any]:

@@ -29,8 +29,8 @@ def problem(
         return tuple(normal(rows, hidden, scale=0.5) for _ in cell.Carry._fields)
 
     def staying(kind: int) -> Any:
-        shape = (steps, rows, hidden)
-        return None if kind == 0 else jnp.asarray(draw.random(shape) < 0.3 if kind == 1 else draw.random(shape), "float32" if kind == 2 else bool)  # fmt: skip
+        shares = draw.random((steps, rows, hidden) if kind < 3 else ())
+        return None if kind == 0 else jnp.asarray(shares < 0.3) if kind == 1 else jnp.asarray(shares, "float32")
 
     run = kernels.Run(
         kernel=normal(heads, size, count, size, scale=size**-0.5, of=dtype),
@@ -64,8 +64,11 @@ def plain(cell: Any, run: kernels.Run, z: Any, rounded: Any = None) -> tuple[Any
         for n, g in enumerate(rest):
             r = r.at[g].add(run.rest_bias[n])
         zs = z[t].reshape(rows, count, hidden)
-        new, emitted = cell.pointwise(p, cell.Gates(*(zs[:, g] for g in range(count))), cell.Gates(*r), cell.Carry(*carry))
+        new, emitted = cell.pointwise(
+            p, cell.Gates(*(zs[:, g] for g in range(count))), cell.Gates(*r), cell.Carry(*carry)
+        )
         if run.stay is not None:
+
             def blend(k: Any, old: Any, new: Any) -> Any:
                 return new if k is None else jnp.where(k, old, new) if k.dtype == bool else k * old + (1 - k) * new
 
@@ -78,7 +81,12 @@ def plain(cell: Any, run: kernels.Run, z: Any, rounded: Any = None) -> tuple[Any
             last = carry
         else:
             last = tuple(jnp.where((run.lengths == t + 1)[:, None], b, a) for a, b in zip(last, carry, strict=True))
-    return jnp.stack(hs), last, [jnp.stack(a) for a in zip(*others, strict=True)], [jnp.stack(a) for a in zip(*gates, strict=True)]
+    return (
+        jnp.stack(hs),
+        last,
+        [jnp.stack(a) for a in zip(*others, strict=True)],
+        [jnp.stack(a) for a in zip(*gates, strict=True)],
+    )
 
 
 def in_float64(tree: Any) -> Any:
@@ -106,8 +114,9 @@ def check(
     dhs = jnp.asarray(draw.normal(size=(steps, rows, hidden)), dtype)
     dlast = tuple(jnp.asarray(draw.normal(size=(rows, hidden)), "float32") for _ in run.start)
     kept = kernels.forward(settings, cell, run, z, dtype, states=states)
-    extra = [None if a is None else jnp.asarray(draw.normal(size=a.shape), "float32") for a in (kept.others, kept.gates)]
-    found = kernels.backward(settings, cell, run, kept.residuals, dhs, dlast, *extra, states)
+    states_given = (kept.others, kept.gates)
+    extra = [None if a is None else jnp.asarray(draw.normal(size=a.shape), "float32") for a in states_given]
+    found = kernels.backward(settings, cell, run, kept.residuals, dhs, dlast, *extra, states=states)
 
     wide, z64 = in_float64(run), in_float64(z)
     names = ("rest_bias", "units", "start", "target")
@@ -116,7 +125,8 @@ def check(
         return plain(cell, wide._replace(**dict(zip(names, moving, strict=True))), z)
 
     (hs, last, others, gates), back = jax.vjp(fun, z64, tuple(getattr(wide, n) for n in names))
-    given = [jax.tree.map(jnp.zeros_like, b) if a is None else _apart(in_float64(a), hidden) for a, b in zip(extra, (others, gates), strict=True)]  # fmt: skip
+    pairs = zip(extra, (others, gates), strict=True)
+    given = [jax.tree.map(jnp.zeros_like, b) if a is None else _apart(in_float64(a), hidden) for a, b in pairs]
     dz, (drest_bias, dunits, dstart, dtarget) = back((in_float64(dhs), in_float64(dlast), *given))
     if run.lengths is not None:  # which the kernel leaves to its caller
         never = (run.lengths == 0)[:, None]
@@ -127,5 +137,5 @@ def check(
         "drest": relative(got_rest, drest_bias), "dstart": relative(found.start, dstart),
         "dtarget": relative(found.target, dtarget),
         "dunits": relative([a.astype("float64").sum(0) for a in found.units], list(dunits)),
-        "states": relative([_apart(kept.others, hidden), _apart(kept.gates, hidden)], [others, gates]) if states else 0.0,
+        "states": relative([_apart(a, hidden) for a in states_given], [others, gates]) if states else 0.0,
     }  # fmt: skip

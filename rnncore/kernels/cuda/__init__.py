@@ -1,4 +1,4 @@
-"""Backend "cuda": a whole run in one kernel for any NVIDIA GPU, made from any pointwise cell and compiled where it runs.
+"""Backend "cuda": a whole run in one kernel for any NVIDIA GPU, made from any pointwise cell, compiled where it runs.
 
 The update, what its derivative needs, and its transpose are written as CUDA C++ (`emit.py`) and compiled with this
 library's loops (`forward.cuh`, `backward.cuh`) by NVRTC, once, and kept on the disk.  The recurrent matrix lies in
@@ -21,7 +21,6 @@ cannot is an error of the plan or of the launch, not a hang; a batch that is too
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 from rnncore._types import PyTree

@@ -177,7 +177,7 @@ RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
       }
     });
     if (t > 0) fetch_inputs(t - 1);
-    if (kAlone) sync_block();
+    if (kAlone || (kShared && Plan::sums == 1)) sync_block();
   }
   if (kCluster) sync_cluster();  // no block ends while another may still write to it
   each([&](int j, const Pair&, long long, bool there, long long place, int column) {

@@ -13,8 +13,8 @@ from rnncore.kernels import emit, kernel_body
 from rnncore.kernels.cuda.plan import Plan
 
 _FUNCTIONS = (
-    "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 expm1 floor lgamma log log1p nextafter pow "
-    "sin sinh sqrt tan"
+    "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 expm1 floor lgamma log log1p nextafter "
+    "pow sin sinh sqrt tan"
 ).split()
 
 OPERATIONS: dict[str, str] = {
@@ -90,8 +90,9 @@ def source(cell: PointwiseCell, plan: Plan) -> str:
     """The whole file for one cell and one layout, whose direction names its kernel."""
     shape = plan.shape
     values = {
-        "size": shape.size, "heads": shape.heads, "blocks": plan.blocks, "groups": plan.groups, "split": plan.split, "tiles": plan.tiles,
-        "in_registers": plan.in_registers, "in_shared": plan.in_shared,
+        "size": shape.size, "heads": shape.heads, "blocks": plan.blocks, "groups": plan.groups, "split": plan.split,
+        "tiles": plan.tiles, "in_registers": plan.in_registers, "in_shared": plan.in_shared, "ahead": plan.ahead,
+        "sums": plan.sums,
     }  # fmt: skip
     flags = {
         "cluster": plan.sync == "cluster", "apart": plan.apart, "lengths": shape.lengths, "resets": shape.resets,
@@ -108,9 +109,7 @@ def source(cell: PointwiseCell, plan: Plan) -> str:
         *emit.struct(kernel_body.of(cell, (1, 1), "float32", shape.states), CUDA),
         "struct Plan {",
         "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in values.items()) + ";",
-        "  static constexpr bool "
-        + ", ".join(f"{name} = {str(value).lower()}" for name, value in flags.items())
-        + ";",
+        "  static constexpr bool " + ", ".join(f"{name} = {str(value).lower()}" for name, value in flags.items()) + ";",
         "  // What stays of a field of the carry: 0 nothing, 1 by booleans, 2 by shares, 3 by one share.",
         f"  static RNN_CONSTANT int stay(int n) {{ return {_chosen(shape.stay or (0,) * fields)}; }}",
         "  // Cell::rest_of, for indices that only the unrolled loop knows.",

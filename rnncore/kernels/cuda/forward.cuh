@@ -184,7 +184,7 @@ RNN_KERNEL(kThreads) rnn_forward(const Forward in) {
         if (there && pair.unit % kPerWord == 0) store_shared_between_blocks(in.hs + t * line + place, word);
       }
     });
-    if (kAlone) sync_block();
+    if (kAlone || (kShared && Plan::sums == 1)) sync_block();
     if (!kAlone) put_out(t);
     if (t + 1 < in.steps) fetch_inputs(t + 1);
   }

@@ -161,7 +161,7 @@ def forward(
         settings, cell, "forward", run, rows, stored or dtype.name, keeps=stored is not None, states=states
     )  # fmt: skip
     if isinstance(plan, str):
-        return _parted(lambda *a: forward(settings, cell, *a, stored, states), run, rows, plan, z)
+        return _parted(lambda run, z: forward(settings, cell, run, z, stored, states), run, rows, plan, z)
     start, target = _stacked(run.start), _stacked(run.target or ())
     call = Call(
         source=emit.source(cell, plan),
@@ -188,7 +188,7 @@ def forward(
 
 def backward(
     settings: Settings, cell: PointwiseCell, run: Run, residuals: Array, dhs: Array, dlast: tuple[Array, ...],
-    dothers: Array | None = None, dgates: Array | None = None, states: bool = False,
+    dothers: Array | None = None, dgates: Array | None = None, *, states: bool = False,
 ) -> Cotangents:  # fmt: skip
     """The transposed loop over dhs (T, B, H); dlast enters after step length - 1, nowhere for length 0."""
     steps, rows, hidden = dhs.shape
@@ -198,7 +198,11 @@ def backward(
     plan = layout(settings, cell, "backward", run, rows, stored.name, states=states)
     if isinstance(plan, str):
         stacks = (residuals, dhs, dlast, dothers, dgates)
-        return _parted(lambda *a: backward(settings, cell, *a, states), run, rows, plan, *stacks)
+
+        def part(run: Run, *stacks: Any) -> Cotangents:
+            return backward(settings, cell, run, *stacks, states=states)
+
+        return _parted(part, run, rows, plan, *stacks)
 
     def sums(count: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, rows, hidden), "float32")
@@ -222,15 +226,13 @@ def backward(
         scalars=(steps, rows),
     )  # fmt: skip
     dz, drest, _, dstart, dtarget, dunits = settings.launch(call)
-    return Cotangents(
-        dz, drest, tuple(dstart), None if dtarget is None else tuple(dtarget), _parts(dunits)
-    )
+    return Cotangents(dz, drest, tuple(dstart), None if dtarget is None else tuple(dtarget), _parts(dunits))
 
 
 # ----------------------------------------------------------------------- the matrix, as fragments
 #
 # A chunk is 4 lanes (q) of 2 instructions (m) of 2 words (the halves of k) of one or two numbers (j); a group of rows
-# is 2 halves of 8 lanes (r).  The kernels read [head][block][group][part][chunk][set][m][r][q][half of k][half of rows].
+# is 2 halves of 8 lanes (r).  The order is [head][block][group][part][chunk][set][m][r][q][half of k][half of rows].
 
 
 def rows_of_outputs(plan: Plan, kernel: Array) -> Array:

@@ -8,8 +8,10 @@ import hashlib
 import importlib.util
 import logging
 import os
+import re
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from rnncore.kernels.cpp import cache, compiler
@@ -29,7 +31,7 @@ class NvrtcError(RuntimeError):
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """NVRTC: of the package nvidia-cuda-nvrtc that JAX was installed with, else of a CUDA toolkit; None where none is."""
+    """NVRTC, of the package that JAX was installed with, else of a CUDA toolkit; None where there is none."""
     for path in _candidates():
         try:
             folder = Path(path).parent
@@ -57,7 +59,7 @@ def _candidates() -> list[str]:
 
 
 def code_for(source: str, capability: int, what: str = "a cell") -> tuple[bytes, str]:
-    """(machine code, its key) of a generated file for a compute capability times ten; compiled where it has not been yet.
+    """(machine code, its key) of a generated file, for a compute capability times ten; compiled where it has not been.
 
     Raises:
       NvrtcError: there is no NVRTC, or it refuses the file.
@@ -99,6 +101,18 @@ def keep(to: Path, code: bytes, what: str) -> None:
 
 def compile_source(source: str, capability: int) -> bytes:
     """Machine code; for a GPU that this NVRTC does not know yet, PTX, which its driver compiles."""
+    return _compiled(source, capability, ())[0]
+
+
+def figures(source: str, capability: int) -> dict[str, int]:
+    """What the compiler says of a kernel: registers of a thread, and bytes that did not fit into them."""
+    said = _compiled(source, capability, ("--ptxas-options=-v",))[1]
+    found = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", said)
+    registers = re.findall(r"Used (\d+) registers", said)
+    return {name: int(count) for count, name in found} | {"registers": int(registers[0])}
+
+
+def _compiled(source: str, capability: int, more: Sequence[str]) -> tuple[bytes, str]:
     nvrtc = library()
     if nvrtc is None:
         raise NvrtcError("it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found")
@@ -106,22 +120,22 @@ def compile_source(source: str, capability: int) -> bytes:
     if not known:
         raise NvrtcError(f"NVRTC {'.'.join(map(str, _version()))} knows no GPU of compute capability {capability / 10}")
     exact = known[-1] == capability
-    options = [f"--gpu-architecture={'sm' if exact else 'compute'}_{known[-1]}", *OPTIONS]
+    options = [f"--gpu-architecture={'sm' if exact else 'compute'}_{known[-1]}", *OPTIONS, *more]
     headers = {path.name: path.read_bytes() for path in sorted(HEADERS.glob("*.cuh"))}
     program = ctypes.c_void_p()
     texts = (ctypes.c_char_p * len(headers))(*headers.values())
     names = (ctypes.c_char_p * len(headers))(*(name.encode() for name in headers))
     _succeed(
-        nvrtc,
-        nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"cell.cu", len(headers), texts, names),
+        nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"cell.cu", len(headers), texts, names)
     )
     try:
         given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
-        if nvrtc.nvrtcCompileProgram(program, len(options), given):
-            said = _bytes(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+        refused = nvrtc.nvrtcCompileProgram(program, len(options), given)
+        said = _bytes(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+        if refused:
             shown = "\n".join(said.splitlines()[:20])
             raise NvrtcError(f"NVRTC {' '.join(options)} refused what rnncore wrote:\n{shown}")
-        return _bytes(nvrtc, program, "CUBIN" if exact else "PTX")
+        return _bytes(nvrtc, program, "CUBIN" if exact else "PTX"), said
     finally:
         nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -127,6 +127,8 @@ class Plan:
       sync: how the blocks of a head wait for each other: "none" for one, "cluster" or "grid".
       blocks, groups, split, tiles: see above.
       in_registers, in_shared, streamed: chunks of k of a warp by where they lie.
+      ahead: chunks of the other operand that are fetched at a time.
+      sums: 2 where the warps' sums of one step lie beside those of the next, 1 where they wait for them.
       shared: bytes of shared memory of a block.
       apart: whether what enters the product has an array of its own.
       step: predicted microseconds of a step.
@@ -141,6 +143,8 @@ class Plan:
     in_registers: int
     in_shared: int
     streamed: int
+    ahead: int
+    sums: int
     shared: int
     apart: bool
     step: float
@@ -165,7 +169,7 @@ class Plan:
 
 
 def products(dtype: str, precision: str | None, capability: int) -> str:
-    """The way to form the product: float32 follows `jax.default_matmul_precision`, by default TF32 as elsewhere in JAX."""
+    """The way to form the product; float32 follows `jax.default_matmul_precision`, by default TF32 as JAX does."""
     if dtype != "float32":
         return "mma"
     if capability < 80:
@@ -206,9 +210,7 @@ _GROUPS, _TILES, _SPLITS = (1, 2, 3, 4, 6, 8, 12, 16), (1, 2, 4), (1, 2, 3, 4, 6
 _CLUSTERS = (2, 4, 8, 16)
 
 
-def _laid_out(
-    device: Device, shape: Shape, sync: str, blocks: int, groups: int, split: int, tiles: int
-) -> Plan | None:
+def _laid_out(device: Device, shape: Shape, sync: str, blocks: int, groups: int, split: int, tiles: int) -> Plan | None:
     grid = shape.heads * -(-shape.sequences // (COLUMNS * tiles)) * blocks
     if sync == "grid" and grid > device.processors:
         return None
@@ -216,41 +218,48 @@ def _laid_out(
     if sync == "cluster" and not (whole and device.capability in (90, 100) and blocks in _CLUSTERS):
         return None
     sets, each, warps = shape.sets, -(-shape.depth // split), groups * split
-    ahead = 1 if tiles >= 4 else min(each, 8 // tiles)
     own = 4 * tiles if split == 1 else -(-128 * tiles * groups // (32 * warps))
-    # Registers of a thread: sums, chunks that have come in, what its units carry and read ahead, and the rest.
     inputs = shape.gates + 1 if shape.direction == "forward" else shape.width + 1
-    taken = 4 * sets * tiles + 4 * tiles * ahead * (2 if each > ahead else 1) + own * (2 * shape.fields + inputs) + 64
     limit = min(255, REGISTERS // (32 * warps) // 8 * 8)
-    in_registers = min(each, max(0, limit - taken) // (8 * sets))
-    chunk_bytes = warps * sets * 1024
-    partial = 2 * warps * sets * tiles * 512 if split > 1 else 0
-    line = shape.depth * 64
-    board = 2 * COLUMNS * tiles * (-(-line // 128) * 128 + 64) + 128 if sync != "grid" else 0
-    room = device.shared - partial - board
-    if room < 0:
-        return None
-    in_shared = min(each - in_registers, room // chunk_bytes)
-    streamed = each - in_registers - in_shared
     changed = shape.mask or shape.resets if shape.direction == "forward" else shape.stored != shape.dtype
     apart = sync == "grid" and (changed or shape.size != shape.padded)
-    plan = Plan(
-        shape, sync, blocks, groups, split, tiles, in_registers, in_shared, streamed,
-        in_shared * chunk_bytes + partial + board, apart, 0.0,
-    )  # fmt: skip
-    return dataclasses.replace(plan, step=_microseconds(device, shape, plan, own))
+    line = shape.depth * 64
+    board = 2 * COLUMNS * tiles * (-(-line // 128) * 128 + 64) + 128 if sync != "grid" else 0
+    best: Plan | None = None
+    most = max(1, min(each, 8 // tiles))
+    for ahead, sums in itertools.product(sorted({most, -(-most // 2), 1}, reverse=True), (2, 1)):
+        # Registers of a thread: sums, chunks that have come in, what its units carry and read ahead, and the rest.
+        fetched = 4 * tiles * ahead * (2 if each > ahead else 1)
+        taken = 4 * sets * tiles + fetched + own * (2 * shape.fields + inputs + 4) + 60 + 2 * tiles
+        in_registers = min(each, max(0, limit - taken) // (8 * sets))
+        partial = sums * warps * sets * tiles * 512 if split > 1 else 0
+        room = device.shared - partial - board
+        if room < 0:
+            continue
+        chunk_bytes = warps * sets * 1024
+        in_shared = min(each - in_registers, room // chunk_bytes)
+        plan = Plan(
+            shape, sync, blocks, groups, split, tiles, in_registers, in_shared, each - in_registers - in_shared, ahead,
+            sums, in_shared * chunk_bytes + partial + board, apart, 0.0,
+        )  # fmt: skip
+        plan = dataclasses.replace(plan, step=_microseconds(device, plan, own))
+        best = plan if best is None or plan.step < best.step else best
+    return best
 
 
-def _microseconds(device: Device, shape: Shape, plan: Plan, own: int) -> float:
+def _microseconds(device: Device, plan: Plan, own: int) -> float:
     """A step by its parts, one after the other, in cycles: the figures were measured on an H200."""
-    warps, sets, tiles, split = plan.groups * plan.split, shape.sets, plan.tiles, plan.split
+    shape, warps, tiles, split = plan.shape, plan.groups * plan.split, plan.tiles, plan.split
+    sets = shape.sets
     each = plan.each
     passes = {"mma": 1, "tf32": 2, "3xtf32": 8, "fma": 40}[shape.product]
     products = 2 * each * sets * tiles * passes
-    cycles = max(7 * products * -(-warps // 4), 30 * 2 * each * passes)
+    cycles: float = max(7 * products * -(-warps // 4), 30 * 2 * each * passes)
     cycles += plan.in_shared * warps * sets * 1024 / 128
     busy = min(plan.grid, device.processors)
-    cycles += plan.streamed * warps * sets * 1024 * max(1 / 64, busy / (2500 * device.processors / 132))
+    cycles += 600 * (plan.streamed > 0) + plan.streamed * warps * sets * 1024 * max(
+        1 / 64, busy / (2500 * device.processors / 132)
+    )
     read = COLUMNS * tiles * shape.depth * 64
     if plan.sync == "grid":
         cycles += 1700 + read / 48
@@ -260,6 +269,7 @@ def _microseconds(device: Device, shape: Shape, plan: Plan, own: int) -> float:
             cycles += 600 + 15 * plan.blocks
     if split > 1:
         cycles += 100 + warps * sets * tiles * 4 + own * sets * split * 1.5
+    cycles += 300 * (-(-each // plan.ahead) - 1) * (plan.sync == "grid") + 60 * (plan.sums == 1)
     functions = 5 if shape.direction == "forward" else 2
     cycles += 150 + own * (8 * functions + 2 * shape.width) * -(-min(warps, plan.groups * tiles * 4 // own) // 4)
     waves = 1 if plan.sync == "grid" else -(-plan.grid // device.processors)

@@ -66,7 +66,7 @@ RNN_DEVICE void multiply_words(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1)
 template <int Sets, int Chunks, int InRegisters, int InShared>
 struct Product {
   static constexpr int kEach = (Chunks + Plan::split - 1) / Plan::split;  // chunks of a warp
-  static constexpr int kAhead = Plan::tiles >= 4 ? 1 : kEach < 8 / Plan::tiles ? kEach : 8 / Plan::tiles;
+  static constexpr int kAhead = Plan::ahead;  // fetched at a time
   static constexpr int kBatches = (kEach + kAhead - 1) / kAhead;
   static constexpr int kSharedWords = kWarps * InShared * Sets * 2 * 32;
 
@@ -90,33 +90,41 @@ struct Product {
 
   // `fetch(tile, chunk)` gives a lane's words of a chunk; where `waits`, again until they have been written.
   template <class Fetch>
-  RNN_DEVICE void sum(const Here& at, float (&to)[Sets][Plan::tiles][4], bool waits, Fetch&& fetch) const {
-    Words x[kBatches > 1 ? 2 : 1][kAhead][Plan::tiles];
-    auto get = [&](int batch) {
-      RNN_UNROLL for (int c = 0; c < kAhead; c++) {
-        const int chunk = at.part * kEach + batch * kAhead + c;
-        if (batch * kAhead + c < kEach && chunk < Chunks)
-          RNN_UNROLL for (int n = 0; n < Plan::tiles; n++) x[batch % 2][c][n] = fetch(n, chunk);
-        else
-          RNN_UNROLL for (int n = 0; n < Plan::tiles; n++) x[batch % 2][c][n] = Words{{0, 0, 0, 0}};
+  RNN_DEVICE void sum(const Here& at, float (&to)[Sets][Plan::tiles][4], bool waits, const Fetch& fetch) const {
+    Words now[kAhead][Plan::tiles], next[kAhead][Plan::tiles];
+    get<0>(at, now, fetch);
+    sum_from<0>(at, to, waits, fetch, now, next);
+  }
+
+ private:
+  template <int Batch, class Fetch>
+  RNN_DEVICE void get(const Here& at, Words (&x)[kAhead][Plan::tiles], const Fetch& fetch) const {
+    RNN_UNROLL for (int c = 0; c < kAhead; c++)
+      RNN_UNROLL for (int n = 0; n < Plan::tiles; n++) {
+        const int chunk = at.part * kEach + Batch * kAhead + c;
+        const bool there = Batch * kAhead + c < kEach && (kEach * Plan::split == Chunks || chunk < Chunks);
+        x[c][n] = there ? fetch(n, chunk) : Words{{0, 0, 0, 0}};
       }
-    };
-    get(0);
-    RNN_UNROLL for (int batch = 0; batch < kBatches; batch++) {
-      if (batch + 1 < kBatches) get(batch + 1);
-      if (waits) {
-        for (int tries = 0;; tries++) {
-          bool again = false;
-          RNN_UNROLL for (int c = 0; c < kAhead; c++)
-            RNN_UNROLL for (int n = 0; n < Plan::tiles; n++) again |= unwritten(x[batch % 2][c][n]);
-          if (!any_in_warp(again)) break;
-          if (tries == 1 << 27) give_up();  // about a minute: a block that this one waits for has been lost
-          get(batch);
-        }
+  }
+
+  // The next batch comes in while this one is multiplied.  A recursion, so that all indices of registers are constants.
+  template <int Batch, class Fetch>
+  RNN_DEVICE void sum_from(const Here& at, float (&to)[Sets][Plan::tiles][4], bool waits, const Fetch& fetch,
+                           Words (&now)[kAhead][Plan::tiles], Words (&next)[kAhead][Plan::tiles]) const {
+    if constexpr (Batch + 1 < kBatches) get<Batch + 1>(at, next, fetch);
+    if (waits) {
+      for (int tries = 0;; tries++) {
+        bool again = false;
+        RNN_UNROLL for (int c = 0; c < kAhead; c++)
+          RNN_UNROLL for (int n = 0; n < Plan::tiles; n++) again |= unwritten(now[c][n]);
+        if (!any_in_warp(again)) break;
+        if (tries == 1 << 27) give_up();  // about a minute: a block that this one waits for has been lost
+        get<Batch>(at, now, fetch);
       }
-      RNN_UNROLL for (int c = 0; c < kAhead; c++) {
-        const int i = batch * kAhead + c;
-        if (i >= kEach || at.part * kEach + i >= Chunks) continue;
+    }
+    RNN_UNROLL for (int c = 0; c < kAhead; c++) {
+      const int i = Batch * kAhead + c;
+      if (i < kEach && (kEach * Plan::split == Chunks || at.part * kEach + i < Chunks)) {
         RNN_UNROLL for (int m = 0; m < 2; m++)
           RNN_UNROLL for (int s = 0; s < Sets; s++) {
             u32 a[4];
@@ -130,10 +138,11 @@ struct Product {
               RNN_UNROLL for (int n = 0; n < 4; n++) a[n] = w.v[n];
             }
             RNN_UNROLL for (int n = 0; n < Plan::tiles; n++)
-              multiply_words(to[s][n], a, x[batch % 2][c][n].v[2 * m], x[batch % 2][c][n].v[2 * m + 1]);
+              multiply_words(to[s][n], a, now[c][n].v[2 * m], now[c][n].v[2 * m + 1]);
           }
       }
     }
+    if constexpr (Batch + 1 < kBatches) sum_from<Batch + 1>(at, to, waits, fetch, next, now);
   }
 };
 
@@ -166,11 +175,11 @@ struct Pair {
 // Sums of the warps that share k, in shared memory.
 template <int Sets>
 struct Partial {
-  static constexpr int kFloats = kShared ? 2 * kWarps * Sets * Plan::tiles * 128 : 0;
+  static constexpr int kFloats = kShared ? Plan::sums * kWarps * Sets * Plan::tiles * 128 : 0;
   float* memory;
 
   RNN_DEVICE float* of(int parity, int warp, int set, int tile) const {
-    return memory + (((parity * kWarps + warp) * Sets + set) * Plan::tiles + tile) * 128;
+    return memory + (((parity % Plan::sums * kWarps + warp) * Sets + set) * Plan::tiles + tile) * 128;
   }
   RNN_DEVICE void put(const Here& at, int parity, const float (&sums)[Sets][Plan::tiles][4]) const {
     RNN_UNROLL for (int s = 0; s < Sets; s++)

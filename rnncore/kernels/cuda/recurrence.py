@@ -107,12 +107,14 @@ class Arrays:
         dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
         found = [] if kept.gates is None else self._apart(kept.gates)
         gates = [stack(a).astype(d) for a, d in zip(found, dtypes, strict=True)]
-        return Result(last, outputs, carry(carries), tree.unflatten(gates))
+        return Result(last, outputs, carry(carries), jax.tree.unflatten(tree, gates))
 
     def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Kept:
         moving = self.moving(differentiable)
         states, stored = self.request.return_states, self.stored if keep else None
-        return _mapped(lambda run, z: kernels.forward(settings, self.cell, run, z, stored, states), self.run(moving), moving.z)
+        return _mapped(
+            lambda run, z: kernels.forward(settings, self.cell, run, z, stored, states), self.run(moving), moving.z
+        )
 
     def backward(
         self, settings: kernels.Settings, differentiable: Differentiable, hs: Array, residuals: Array,
@@ -131,19 +133,21 @@ class Arrays:
             gates = jax.tree.leaves(cotangents.gates)
             # A cell may call a boolean or an integer a gate.
             moving = [jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(part.gates)]
-            slabs = [self.flat(a).astype(jnp.float32) if m else jnp.zeros_like(dhs, jnp.float32) for a, m in zip(gates, moving, strict=True)]  # fmt: skip
+            zeros = jnp.zeros_like(dhs)
+            slabs = [self.flat(a).astype(jnp.float32) if m else zeros for a, m in zip(gates, moving, strict=True)]
             dgates = jnp.concatenate(slabs, -1) if slabs else None
         dlast = self._carry(cotangents.carry)
-        found = _mapped(
-            lambda run, *a: kernels.backward(settings, self.cell, run, *a, self.request.return_states),
-            run, residuals, dhs, dlast, dothers, dgates,
-        )
+
+        def call(run: kernels.Run, *stacks: Any) -> kernels.Cotangents:
+            return kernels.backward(settings, self.cell, run, *stacks, states=self.request.return_states)
+
+        found = _mapped(call, run, residuals, dhs, dlast, dothers, dgates)
         entering = _entering(run, hs, part.hidden)
         dr = found.z
         if found.rest is not None:
             apart = iter(jnp.split(found.rest, len(part.rest), -1))
-            gates = zip(jnp.split(found.z, count, -1), part.additive, strict=True)
-            dr = jnp.concatenate([dz if additive else next(apart) for dz, additive in gates], -1)
+            pairs = zip(jnp.split(found.z, count, -1), part.additive, strict=True)
+            dr = jnp.concatenate([dz if additive else next(apart) for dz, additive in pairs], -1)
         dstart = found.start
         if run.lengths is not None:
             never = (run.lengths == 0)[:, None]
@@ -187,7 +191,7 @@ def _mapped(call: Callable[..., Any], run: kernels.Run, *stacks: Any) -> Any:
     axes += [a.ndim - 2 for a in jax.tree.leaves(stacks)]
 
     def whole(groups: int, *flat: Array) -> Any:
-        run, stacks = tree.unflatten(flat)
+        run, stacks = jax.tree.unflatten(tree, flat)
         return call(run, *stacks)
 
     return over_batch(whole, axes, lambda a: a.ndim - 2)(*leaves)
