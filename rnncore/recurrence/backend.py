@@ -40,6 +40,11 @@ class Backend(abc.ABC):
         del request
         return None
 
+    def describe(self, request: Request) -> str | None:
+        """How it would run a request that it can serve, for `explain_backend`; None where there is nothing to say."""
+        del request
+        return None
+
     @abc.abstractmethod
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run, with its derivatives."""
