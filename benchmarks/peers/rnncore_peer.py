@@ -76,7 +76,7 @@ class RnncorePeer(Peer):
         """One trial for each kind of layout, and none of a kind that has proved itself."""
         if NAMED.get(contender) != "mosaic_gpu":
             return None
-        kind = _layout(case).sync or "block"
+        kind = _layout(case).kind
         if kind in mosaic_gpu.PROVEN:
             return None
         if kind not in self._faults:

@@ -37,7 +37,7 @@ KNOWN = frozenset(
 )
 """Elementwise operations that Mosaic GPU lowers in every supported JAX; `rewritten.py` says some more by these."""
 PROVEN: frozenset[str] = frozenset()
-"""Kinds of layouts, "block", "cluster" or "grid", that have given right results on a GPU."""
+"""Kinds of layouts (`plan.KINDS`) that have given right results on a GPU."""
 
 
 def unsupported(request: Request) -> str | None:
@@ -63,7 +63,7 @@ def unsupported(request: Request) -> str | None:
 def unchosen(request: Request) -> str | None:
     """Reason why this backend runs only where it is named, or None."""
     plan = plan_for(request)
-    kind = "block" if isinstance(plan, str) else plan.sync or "block"
+    kind = "block" if isinstance(plan, str) else plan.kind
     if kind in PROVEN:
         return None
     return f"only where it is named: its kernels of kind {kind!r} have not run on a GPU yet"
