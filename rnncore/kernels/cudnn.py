@@ -29,7 +29,8 @@ from rnncore._types import Array
 from rnncore.cells.base import CellParams
 from rnncore.cells.lstm import LSTM, LSTMCarry
 from rnncore.cells.recurrent_kernels import Dense
-from rnncore.recurrence.request import Operands, Request, Result, only_reverse_and_without
+from rnncore.recurrence.backend import Backend, without
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 SIGMOIDS = (jax.nn.sigmoid, lax.logistic)
 TANHS = (jnp.tanh, lax.tanh)
@@ -43,40 +44,45 @@ TF32_ALLOWED: dict[str | None, bool] = {
 """Value of `jax.default_matmul_precision` to whether cuDNN may round the factors of a product to TF32."""
 
 
-def unsupported(request: Request) -> str | None:
-    """Reason why this backend cannot serve the request, or None."""
-    cell = request.cell
-    if type(cell) is not LSTM:
-        return f"{type(cell).__name__} is not rnncore.LSTM, the only cell that jax.experimental.rnn has"
-    for option, is_plain in (
-        ("peepholes", not cell.peepholes),
-        ("coupled", not cell.coupled),
-        ("gate_fn", cell.gate_fn in SIGMOIDS),
-        ("activation_fn", cell.activation_fn in TANHS),
-        ("recurrence", type(cell.recurrence) is Dense),
-    ):
-        if not is_plain:
-            value = getattr(cell, option)
-            value = getattr(value, "__name__", repr(value))
-            return f"its LSTM is dense, with the standard gates and functions, and this one has {option}={value}"
-    missing = missing_library(request.platform)
-    if missing is not None:
-        return missing
-    if request.dtypes != {"float32"}:
-        return f"it takes float32 only; parameters, inputs and carry are {', '.join(sorted(request.dtypes))}"
-    if request.precision not in TF32_ALLOWED:
-        return f"it multiplies in float32 or TF32, and jax.default_matmul_precision is {request.precision!r}"
-    return only_reverse_and_without(
-        request,
-        ("resets", "recurrent_mask", "zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
-        "its call runs all steps and shows the outputs and the last carry only",
-    )
+class CuDNN(Backend):
+    """See the module."""
 
+    name = "cudnn"
+    must_be_named = "only where it is named: it has not been measured against 'scan' on a GPU yet"
 
-def unchosen(request: Request) -> str | None:
-    """Reason why this backend runs only where it is named."""
-    del request
-    return "only where it is named: it has not been measured against 'scan' on a GPU yet"
+    def unsupported(self, request: Request) -> str | None:
+        """Reason why this backend cannot serve the request, or None."""
+        cell = request.cell
+        if type(cell) is not LSTM:
+            return f"{type(cell).__name__} is not rnncore.LSTM, the only cell that jax.experimental.rnn has"
+        for option, is_plain in (
+            ("peepholes", not cell.peepholes),
+            ("coupled", not cell.coupled),
+            ("gate_fn", cell.gate_fn in SIGMOIDS),
+            ("activation_fn", cell.activation_fn in TANHS),
+            ("recurrence", type(cell.recurrence) is Dense),
+        ):
+            if not is_plain:
+                value = getattr(cell, option)
+                value = getattr(value, "__name__", repr(value))
+                return f"its LSTM is dense, with the standard gates and functions, and this one has {option}={value}"
+        missing = missing_library(request.platform)
+        if missing is not None:
+            return missing
+        if request.dtypes != {"float32"}:
+            return f"it takes float32 only; parameters, inputs and carry are {', '.join(sorted(request.dtypes))}"
+        if request.precision not in TF32_ALLOWED:
+            return f"it multiplies in float32 or TF32, and jax.default_matmul_precision is {request.precision!r}"
+        return without(
+            request,
+            ("resets", "recurrent_mask", "zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
+            "its call runs all steps and shows the outputs and the last carry only",
+        )
+
+    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        params, xs, start, _ = differentiable
+        ((carry,),), ys = run_layers([[params]], [[start]], xs, constants.lengths, request.precision)
+        return Result(carry, ys, None, None)
 
 
 def missing_library(platform: str) -> str | None:
@@ -91,12 +97,6 @@ def missing_library(platform: str) -> str | None:
     if not hasattr(rnn.gpu_rnn, "compute_rnn_workspace_reserve_space_sizes"):
         return "jax.experimental.rnn finds no library; install jax's CUDA plugin, as by `pip install jax[cuda13]`"
     return None
-
-
-def run(request: Request, params: CellParams, operands: Operands) -> Result:
-    """Runs the cell, see `Operands` and `Result`."""
-    carry, outputs = run_layers(((params,),), ((operands.carry,),), operands.xs, operands.lengths, request.precision)
-    return Result(carry[0][0], outputs, None, None)
 
 
 def run_layers(
