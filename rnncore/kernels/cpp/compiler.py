@@ -56,20 +56,23 @@ def targets(source: str) -> dict[str, str]:
 
 @functools.cache
 def _registered(source: str) -> dict[str, str]:
+    path = library(source)
+    handlers = ctypes.CDLL(str(path))
+    names = {}
+    for handler in HANDLERS:
+        names[handler] = f"rnncore_{handler}_{path.stem}"
+        function = jax.ffi.pycapsule(getattr(handlers, f"rnn_{handler}"))
+        jax.ffi.register_ffi_target(names[handler], function, platform="cpu")
+    return names
+
+
+def library(source: str) -> Path:
+    """A source as a shared library, compiled where it has not been yet; named after all that it depends on."""
     compiler = find()
     if compiler is None:
         raise CompilerError("no C++ compiler: install one, or name it in CXX.")
-    key = _key(source, compiler)
-    path = cache_directory() / f"{key}.so"
-    if not path.exists():
-        path = _compile(source, compiler, path)
-    library = ctypes.CDLL(str(path))
-    names = {}
-    for handler in HANDLERS:
-        names[handler] = f"rnncore_{handler}_{key}"
-        function = jax.ffi.pycapsule(getattr(library, f"rnn_{handler}"))
-        jax.ffi.register_ffi_target(names[handler], function, platform="cpu")
-    return names
+    path = cache_directory() / f"{_key(source, compiler)}.so"
+    return path if path.exists() else _compile(source, compiler, path)
 
 
 def _key(source: str, compiler: str) -> str:
