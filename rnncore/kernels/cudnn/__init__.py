@@ -1,166 +1,197 @@
-"""Backend "cudnn": LSTM layers in one call of NVIDIA's library, through `jax.experimental.rnn`.
+"""Backend "cudnn": layers and directions in one call of NVIDIA's library, called as PyTorch calls it.
 
-Platform: CUDA.  Cell: `rnncore.LSTM` with a dense recurrence and the standard functions.  Dtype: float32.
-Lengths and any number of batch axes: yes; resets, masks, zoneout, states, chunks: no.
-Differentiation: reverse mode of first order; no jvp, and no vmap: put the axis among the batch axes.
-Outputs past the length are zeros, with zero gradients, and not what the cell makes of the padding.
-Every call waits for the device once, to read the lengths on the host: no CUDA graph can hold it.  Data
-that is sharded over devices is gathered to each of them, unless shard_map (check_vma=False) parts it.
+Platform: CUDA, with cuDNN 9 (it comes with JAX's packages) and a C++ compiler, which compiles the calls once
+(`library.py`).  Cells: `rnncore.LSTM`, `GRU` and `Elman` (tanh or relu) with a dense recurrence and the standard
+functions.  Dtypes: float32, float16, or bfloat16 (cuDNN 9.13 or newer), of all arrays alike; sums are float32.  Products
+of float32 numbers are TF32 unless `jax.default_matmul_precision` says otherwise.  Which of cuDNN's algorithms runs is
+PyTorch's choice (`algorithm.py`), so that the two are of one speed.
 
-Not yet run on a GPU: what is tested is everything up to the library's call, with JAX's own reference
-(`lstm_ref`) in its place, and that the call is refused where there is no GPU.
+Lengths and any number of batch axes: yes; resets, masks, zoneout, states, chunks: no.  Outputs past the length are
+zeros, with zero derivatives, and not what the cell makes of the padding.  Where there are lengths an LSTM, and layers
+or directions in one call, take cuDNN's standard algorithm and wait for the device at each call, to read the lengths on
+the host: a CUDA graph cannot hold that.  A single GRU or Elman runs over the padding and waits for nothing.
 
-The weights go in one flat buffer: W_ih, W_hh of every layer and direction, then b_ih, b_hh of each, the
-gates in the order i, f, g, o, a row of a matrix for each unit.  rnncore's LSTM has one bias, so b_hh is 0.
+Differentiation: every mode and order.  Reverse mode of first order is cuDNN's; all else runs a scan.  vmap of a plain
+forward run makes more sequences of it, of anything else one call after the other.  Data that is sharded over devices is
+gathered to each of them, unless shard_map parts it.  Memory of a gradient step besides gradients: cuDNN's own reserve,
+which nothing documents.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from rnncore import _compat, _lengths
-from rnncore._types import Array
+from rnncore import _lengths
+from rnncore._types import Array, PyTree
 from rnncore.cells.base import CellParams
-from rnncore.cells.lstm import LSTM, LSTMCarry
-from rnncore.cells.recurrent_kernels import Dense
-from rnncore.recurrence.request import Operands, Request, Result, only_reverse_and_without
-
-SIGMOIDS = (jax.nn.sigmoid, lax.logistic)
-TANHS = (jnp.tanh, lax.tanh)
-
-# As XLA takes these words for float32 products on a GPU: all that is below "highest" may be TF32.
-TF32_ALLOWED: dict[str | None, bool] = {
-    **dict.fromkeys(("highest", "float32", "F32_F32_F32"), False),
-    **dict.fromkeys((None, "default", "fastest", "bfloat16", "high", "tensorfloat32", "bfloat16_3x"), True),
-    **dict.fromkeys(("DEFAULT", "TF32_TF32_F32"), True),
-}
-"""Value of `jax.default_matmul_precision` to whether cuDNN may round the factors of a product to TF32."""
+from rnncore.kernels.cudnn import algorithm, library, weights
+from rnncore.kernels.cudnn.calls import Calls, Inputs
+from rnncore.recurrence import plain
+from rnncore.recurrence.backend import LoopBackend, without
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
 
 
-def unsupported(request: Request) -> str | None:
-    """Reason why this backend cannot serve the request, or None."""
-    cell = request.cell
-    if type(cell) is not LSTM:
-        return f"{type(cell).__name__} is not rnncore.LSTM, the only cell that jax.experimental.rnn has"
-    for option, is_plain in (
-        ("peepholes", not cell.peepholes),
-        ("coupled", not cell.coupled),
-        ("gate_fn", cell.gate_fn in SIGMOIDS),
-        ("activation_fn", cell.activation_fn in TANHS),
-        ("recurrence", type(cell.recurrence) is Dense),
-    ):
-        if not is_plain:
-            value = getattr(cell, option)
-            value = getattr(value, "__name__", repr(value))
-            return f"its LSTM is dense, with the standard gates and functions, and this one has {option}={value}"
-    missing = missing_library(request.platform)
-    if missing is not None:
-        return missing
-    if request.dtypes != {"float32"}:
-        return f"it takes float32 only; parameters, inputs and carry are {', '.join(sorted(request.dtypes))}"
-    if request.precision not in TF32_ALLOWED:
-        return f"it multiplies in float32 or TF32, and jax.default_matmul_precision is {request.precision!r}"
-    return only_reverse_and_without(
-        request,
-        ("resets", "recurrent_mask", "zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
-        "its call runs all steps and shows the outputs and the last carry only",
-    )
+class CuDNN(LoopBackend):
+    """See the module.
 
-
-def unchosen(request: Request) -> str | None:
-    """Reason why this backend runs only where it is named."""
-    del request
-    return "only where it is named: it has not been measured against 'scan' on a GPU yet"
-
-
-def missing_library(platform: str) -> str | None:
-    """Reason why cuDNN cannot be called on this platform by this JAX, or None."""
-    if platform != "gpu":
-        return f"it needs an NVIDIA GPU, and JAX runs on {platform} here"
-    from jax.experimental import rnn  # slow to import, and of use on a GPU only
-
-    if "rocm" in _compat.platform_version():
-        return "it needs an NVIDIA GPU; on AMD's, jax.experimental.rnn has another order of gates and is not tested"
-    # What the module is without its compiled half, which comes with jax's CUDA plugin.
-    if not hasattr(rnn.gpu_rnn, "compute_rnn_workspace_reserve_space_sizes"):
-        return "jax.experimental.rnn finds no library; install jax's CUDA plugin, as by `pip install jax[cuda13]`"
-    return None
-
-
-def run(request: Request, params: CellParams, operands: Operands) -> Result:
-    """Runs the cell, see `Operands` and `Result`."""
-    carry, outputs = run_layers(((params,),), ((operands.carry,),), operands.xs, operands.lengths, request.precision)
-    return Result(carry[0][0], outputs, None, None)
-
-
-def run_layers(
-    layers: Sequence[Sequence[CellParams]], carry: Any, xs: Array, lengths: Array | None, precision: str | None
-) -> tuple[Any, Array]:
-    """Runs layers, each over the outputs of the one below, both directions side by side, in one call.
-
-    Args:
-      layers: for each layer the parameters of one direction, or of the forward and the backward one.
-      carry: the initial carries in the same arrangement.
-      xs: (T, *batch, D), at least one step and one sequence.
-      lengths: (*batch) int32 from 0 to T, or None.
-      precision: of products, one of `TF32_ALLOWED`.
-
-    Returns:
-      (carry after the last valid step, in the arrangement of the initial one; outputs (T, *batch, directions * H)).
+    Of layers the parameters and initial carries are, for each layer, a tuple of those of its directions.
     """
-    if _compat.varying_axes(xs):
-        raise NotImplementedError(
-            "`unroll(backend='cudnn')` inside shard_map: JAX cannot see over which devices the library's results "
-            "differ; use `jax.shard_map(..., check_vma=False)`, or backend='scan'."
+
+    name = "cudnn"
+    must_be_named = "only where it is named: it has not been measured against 'scan' on a GPU yet"
+    runs_layers = True
+
+    def unsupported(self, request: Request) -> str | None:
+        refused = weights.why_not(request.cell) or library.missing(request.platform)
+        if refused is not None:
+            return refused
+        if len(request.dtypes) != 1 or request.dtype not in algorithm.DATA:
+            got = ", ".join(sorted(request.dtypes))
+            return f"it takes float32, float16 or bfloat16, one of them; parameters, inputs and carry are {got}"
+        version = library.version(str(library.find()))
+        if request.dtype == "bfloat16" and version < library.OLDEST_WITH_BFLOAT16:
+            return f"it takes bfloat16 with cuDNN 9.13 or newer, and this one is of version {version}"
+        if request.precision not in algorithm.TF32_ALLOWED:
+            return f"it multiplies in float32 or TF32, and jax.default_matmul_precision is {request.precision!r}"
+        if 0 in request.batch_shape:
+            return f"it takes no empty batch, and this one is {request.batch_shape}"
+        return without(
+            request,
+            ("resets", "recurrent_mask", "zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
+            "its call runs all steps and shows the outputs and the last carry only",
         )
-    steps, *batch, features = xs.shape
-    rows, directions, hidden = math.prod(batch), len(layers[0]), carry[0][0].h.shape[-1]
-    x = jnp.moveaxis(xs.reshape(steps, rows, features), 0, 1)  # (B, T, D)
-    flat = jnp.full(rows, steps, jnp.int32) if lengths is None else lengths.reshape(rows)
-    starts = [own for row in carry for own in row]
-    h, c = (jnp.stack([getattr(s, name).reshape(rows, hidden) for s in starts]) for name in "hc")
-    inside = _lengths.valid_mask(flat, steps).T[..., None]  # (B, T, 1)
-    if lengths is not None:
-        # What stands in the padding is the library's own affair, of the gradients too: none of it gets out.
-        x = jnp.where(inside, x, 0)
-    y, last_h, last_c = _lstm(
-        x, h, c, pack(layers), jnp.maximum(flat, 1),  # the library wants a step of every sequence
-        features, hidden, len(layers), directions == 2, TF32_ALLOWED[precision],
-    )  # fmt: skip
-    if lengths is not None:
-        y = jnp.where(inside, y, 0)
-        last_h, last_c = (jnp.where((flat > 0)[:, None], a, b) for a, b in ((last_h, h), (last_c, c)))
-    ends = [LSTMCarry(*(a.reshape(*batch, hidden) for a in end)) for end in zip(last_c, last_h, strict=True)]
-    arranged = tuple(tuple(ends[n : n + directions]) for n in range(0, len(ends), directions))
-    return arranged, jnp.moveaxis(y, 1, 0).reshape(steps, *batch, directions * hidden)
+
+    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        run = _Run(request, differentiable, constants)
+        return run.result(run.calls.forward(run.inputs, False))
+
+    def forward_with_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants
+    ) -> tuple[Result, PyTree]:
+        run = _Run(request, differentiable, constants)
+        outputs = run.calls.forward(run.inputs, True)
+        # Over the padding cuDNN has its own outputs, and its backward pass reads them.
+        return run.result(outputs), (outputs.reserve, outputs.y if run.lengths is not None else None)
+
+    def backward(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        cotangents: Result, wanted: Differentiable,
+    ) -> Differentiable:  # fmt: skip
+        run = _Run(request, differentiable, constants)
+        return run.cotangents(result, residuals, dense(cotangents, result), any(jax.tree.leaves(wanted.params)))
+
+    def tangent(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        tangents: Differentiable,
+    ) -> Result:  # fmt: skip
+        del result, residuals
+        leaves, tree = jax.tree.flatten(differentiable)
+        moves = {n: t for n, t in enumerate(tree.flatten_up_to(tangents)) if t is not None}
+
+        def of_moving(moving: dict[int, Array]) -> Result:
+            return self.plain(request, tree.unflatten([moving.get(n, a) for n, a in enumerate(leaves)]), constants)
+
+        return jax.jvp(of_moving, ({n: leaves[n] for n in moves},), (moves,))[1]
+
+    def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        layers, starts = _layers(differentiable)
+        xs, lengths, ends = differentiable.xs, constants.lengths, []
+        for row, carries in zip(layers, starts, strict=True):
+            one = dataclasses.replace(request, input_size=xs.shape[-1])
+            found = []
+            for way, (own, start) in enumerate(zip(row, carries, strict=True)):
+                given = _lengths.reverse_time(xs, lengths) if way else xs
+                carry, ys, *_ = plain.run(one, Differentiable(own, given, start, None), constants)
+                found.append((carry, _lengths.reverse_time(ys, lengths) if way else ys))
+            ends.append(tuple(carry for carry, _ in found))
+            xs = jnp.concatenate([ys for _, ys in found], -1)
+        if lengths is not None:
+            xs = jnp.where(_lengths.valid_mask(lengths, request.steps)[..., None], xs, 0)
+        return Result(_like(differentiable, tuple(ends)), xs, None, None)
 
 
-def pack(layers: Sequence[Sequence[CellParams]]) -> Array:
-    """The parameters of layers and directions as the library's flat buffer of weights."""
-    every = [own for row in layers for own in row]
-    matrices = [k for own in every for k in (own.input_kernel, own.recurrent_kernel)]
-    rows = [jnp.transpose(k, (1, 2, 0)).reshape(-1) for k in matrices]  # (D, G, H) to (G * H, D)
-    for own in every:
-        bias = jnp.zeros_like(own.recurrent_kernel[0]) if own.bias is None else own.bias
-        rows += [bias.reshape(-1), jnp.zeros_like(bias).reshape(-1)]
-    return jnp.concatenate(rows)
+def _layers(differentiable: Differentiable) -> tuple[Any, Any]:
+    """Parameters and initial carries by layer and direction."""
+    params, _, start, _ = differentiable
+    return (((params,),), ((start,),)) if isinstance(params, CellParams) else (params, start)
 
 
-def _lstm(
-    x: Array, h: Array, c: Array, weights: Array, lengths: Array,
-    input_size: int, hidden_size: int, num_layers: int, bidirectional: bool, allow_tf32: bool,
-) -> tuple[Array, Array, Array]:  # fmt: skip
-    """The library's call: (outputs, last h, last c); h and c are (layers * directions, B, H)."""
-    from jax.experimental import rnn
+def _like(differentiable: Differentiable, by_layer: Any) -> Any:
+    """What is by layer and direction, as the caller has the parameters."""
+    return by_layer[0][0] if isinstance(differentiable.params, CellParams) else by_layer
 
-    # Pinned here: left to itself the backward pass would ask for the policy again, when it is traced.
-    precision = lax.Precision.HIGH if allow_tf32 else lax.Precision.HIGHEST
-    dropout = 0.0
-    sizes = (input_size, hidden_size, num_layers, dropout, bidirectional, precision)
-    return rnn.lstm(x, h, c, weights, lengths, *sizes)
+
+class _Run:
+    """The arrays of a run as the calls have them, with one batch axis, and back."""
+
+    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
+        self.request, self.differentiable, self.layers = request, differentiable, _layers(differentiable)[0]
+        self.rows, self.hidden = math.prod(request.batch_shape), request.cell.hidden_size
+        mode, directions = weights.mode(request.cell), len(self.layers[0])
+        self.calls = Calls(mode, directions, request.precision)
+        x = differentiable.xs.reshape(request.steps, self.rows, -1)
+        self.lengths = None if constants.lengths is None else constants.lengths.reshape(self.rows)
+        # h after the last step of a sequence is its output there: nothing else of it depends on the length.
+        self.over_padding = self.lengths is not None and mode != algorithm.LSTM and directions * len(self.layers) == 1
+        asked = jnp.zeros((0,), jnp.int32)
+        if self.lengths is not None:
+            self.inside = _lengths.valid_mask(self.lengths, request.steps)[..., None]  # (T, B, 1)
+            # What stands in the padding is the library's own affair, of the gradients too: none of it gets out.
+            x = jnp.where(self.inside, x, 0)
+            asked = asked if self.over_padding else jnp.maximum(self.lengths, 1)  # it wants a step of every sequence
+        self.start = self.flat(differentiable.initial_carry)
+        self.inputs = Inputs(x, *self.start, weights.pack(self.layers), asked)
+
+    def flat(self, carries: Any) -> tuple[Array, Array]:
+        """(h, c) of carries, (layers * directions, B, H) each; c is (0,) where there is none."""
+        carries = [carries] if hasattr(carries, "_fields") else [own for row in carries for own in row]
+        h, c = ([getattr(own, name, None) for own in carries] for name in "hc")
+        shape = (self.rows, self.hidden)
+        h = jnp.stack([a.reshape(shape) for a in h])
+        return h, jnp.zeros((0,), h.dtype) if c[0] is None else jnp.stack([a.reshape(shape) for a in c])
+
+    def carries(self, h: Array, c: Array) -> Any:
+        """The carries of (h, c), as the caller has them."""
+        shape, ways, cell = (*self.request.batch_shape, self.hidden), self.calls.directions, self.request.cell
+        fields = {"h": h, "c": c}
+        every = [cell.Carry(*(fields[f][n].reshape(shape) for f in cell.Carry._fields)) for n in range(len(h))]
+        return _like(self.differentiable, tuple(tuple(every[n : n + ways]) for n in range(0, len(every), ways)))
+
+    def result(self, outputs: Any) -> Result:
+        """What the library gives, with the meaning that lengths have here."""
+        y, h, c, _ = outputs
+        if self.lengths is not None:
+            if self.over_padding:
+                h = _lengths.last_valid(self.start[0][0], y, self.lengths, 0)[None]
+            ran = (self.lengths > 0)[:, None]
+            h, c = (jnp.where(ran, a, b) if a.size else a for a, b in zip((h, c), self.start, strict=True))
+            y = jnp.where(self.inside, y, 0)
+        y = y.reshape(self.request.steps, *self.request.batch_shape, -1)
+        return Result(self.carries(h, c), y, None, None)
+
+    def cotangents(self, result: Result, residuals: PyTree, cotangents: Result, params: bool) -> Differentiable:
+        """Those of what is differentiable, from those of the result; None for the parameters unless they are wanted."""
+        reserve, y = residuals
+        shape = self.inputs.x.shape[:2]
+        dy = cotangents.outputs.reshape(*shape, -1)
+        y = result.outputs.reshape(*shape, -1) if y is None else y
+        dh, dc = dlast = self.flat(cotangents.carry)
+        if self.lengths is not None:
+            ran = (self.lengths > 0)[:, None]
+            dy = jnp.where(self.inside, dy, 0)
+            dh, dc = (jnp.where(ran, a, 0) if a.size else a for a in dlast)
+            if self.over_padding:
+                last = jnp.arange(self.request.steps)[:, None, None] == self.lengths[:, None] - 1
+                dy, dh = dy + jnp.where(last, dh, 0), jnp.zeros_like(dh)
+        dx, dh, dc, dweights = self.calls.backward(self.inputs, y, reserve, dy, dh, dc, params)
+        if self.lengths is not None:
+            dx = jnp.where(self.inside, dx, 0)
+            dh, dc = (jnp.where(ran, a, b) if a.size else a for a, b in zip((dh, dc), dlast, strict=True))
+        dparams = _like(self.differentiable, weights.unpack(dweights, self.layers)) if params else None
+        dxs = dx.reshape(self.differentiable.xs.shape)
+        return Differentiable(dparams, dxs, self.carries(dh, dc), None)

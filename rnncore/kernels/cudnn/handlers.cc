@@ -97,7 +97,7 @@ ffi::Error forward(Stream stream, int64_t mode, int64_t algorithm, int64_t math,
 }
 
 // reserve and dweights stand in the memory of the operands: the library writes to the one what it needs in between, and
-// adds to the zeros of the other.
+// adds to the zeros of the other, of which there are none where nobody wants these gradients.
 ffi::Error backward(Stream stream, int64_t mode, int64_t algorithm, int64_t math, Array x, Array h, Array c,
                     Array weights, Lengths lengths, Array y, Array dy, Array dlast_h, Array dlast_c, Bytes, Array,
                     Result dx, Result dh, Result dc, ResultBytes reserve, Result dweights, ResultBytes work) {
@@ -110,6 +110,7 @@ ffi::Error backward(Stream stream, int64_t mode, int64_t algorithm, int64_t math
               dx->untyped_data(), plan.carry, h.untyped_data(), dlast_h.untyped_data(), dh->untyped_data(), plan.carry,
               or_null(c), or_null(dlast_c), or_null(*dc), weights.size_bytes(), weights.untyped_data(),
               work->size_bytes(), work->typed_data(), reserve->size_bytes(), reserve->typed_data());
+    if (!dweights->element_count()) return;
     RNN_CUDNN(cudnnRNNBackwardWeights_v8, handle, plan.rnn, kAddGradients, nullptr, plan.x, x.untyped_data(),
               plan.carry, h.untyped_data(), plan.y, y.untyped_data(), dweights->size_bytes(), dweights->untyped_data(),
               work->size_bytes(), work->typed_data(), reserve->size_bytes(), reserve->typed_data());
