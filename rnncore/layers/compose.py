@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore import _compat, _lengths
-from rnncore._types import Array, Differentiation
+from rnncore._types import Array
 from rnncore.layers.stack import Merge, Stack, StackParams
 from rnncore.sequence.backends import BACKENDS
 from rnncore.sequence.call import explain_backend, unroll
@@ -30,7 +30,6 @@ def unroll_stack(
     resets: Any = None,
     time_major: bool = False,
     return_states: bool = False,
-    differentiation: Differentiation = "any",
     checkpoint_every: int | None = None,
     recompute: str = "nothing",
     residual_dtype: Any = None,
@@ -53,7 +52,7 @@ def unroll_stack(
       carry_dtype: dtype of the carries; None takes that of `initial_carry`, else of the products.
       output_dtype: dtype of the outputs of the last layer; None takes that of the products.
       seq_lengths, time_major, return_states: as in `rnncore.unroll`.
-      differentiation, checkpoint_every, recompute, residual_dtype, backend: likewise, for every layer.  With backend
+      checkpoint_every, recompute, residual_dtype, backend: likewise, for every layer.  With backend
         "cudnn" all layers and directions are one call of the library, but one for each of them where
         dropout between layers is drawn or `merge` is not "concat".
       resets: booleans of xs's shape without D: True at the first step of an episode.  The carry then
@@ -95,7 +94,7 @@ def unroll_stack(
     if backend == "cudnn" and xs.shape[time_axis] and _is_one_call(stack, key):
         ends, ys = _one_call(
             stack, layers, carry, xs, seq_lengths, resets=resets, time_major=time_major, return_states=return_states,
-            differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
+            checkpoint_every=checkpoint_every, recompute=recompute,
             residual_dtype=residual_dtype,
         )  # fmt: skip
         return ends, ys.astype(dtype if output_dtype is None else output_dtype)
@@ -112,7 +111,7 @@ def unroll_stack(
                     resets=back if way else resets, reset_carry=None if resets is None else start[level][way],
                     **_regularisers(stack, keys[level][way], batch_shape, xs.shape[time_axis], time_axis, xs.dtype),
                     reverse=bool(way), keep_order=True, time_major=time_major, return_states=return_states,
-                    differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
+                    checkpoint_every=checkpoint_every, recompute=recompute,
                     residual_dtype=residual_dtype, backend=backend,
                 )
             )  # fmt: skip

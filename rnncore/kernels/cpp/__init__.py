@@ -20,34 +20,43 @@ the units of a head padded to a multiple of 16.  The same call gives the same bi
 
 from __future__ import annotations
 
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Heads
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cpp import compiler, emit, recurrence
-from rnncore.recurrence.request import Operands, Request, Result, only_reverse_and_without
+from rnncore.recurrence.backend import without
+from rnncore.recurrence.run import Request
 
 DTYPES = ("float32", "float64")
 
 
-def unsupported(request: Request) -> str | None:
-    """Reason why this backend cannot serve the request, or None."""
-    cell = request.cell
-    if not isinstance(cell, PointwiseCell):
-        return f"{type(cell).__name__} is not a PointwiseCell, so no loop can be made of its pointwise update"
-    if not isinstance(cell.recurrence, Dense | Heads):
-        return f"{type(cell.recurrence).__name__} recurrences have no product; it has loops for Dense and Heads"
-    refused = only_reverse_and_without(
-        request,
-        ("zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
-        "its loop runs all steps at once and keeps what the derivative needs as it is",
-    )
-    if refused is not None:
-        return refused
-    if request.dtype not in DTYPES or request.dtypes != {request.dtype}:
-        got = ", ".join(sorted(request.dtypes))
-        return f"it takes float32 or float64, one of them; parameters, inputs and carry are {got}"
-    changed = kernel_body.why_not_as_declared(cell, "project", "mix", "output", "split")
-    return changed or missing_compiler(request.platform) or emit.why_not(cell, request.dtype)
+class Cpp(recurrence.CppLoops):
+    """See the package."""
+
+    name = "cpp"
+    must_be_named = "only where it is named: it calls the C++ compiler of this machine"
+    keeps_time_axis = True
+
+    def unsupported(self, request: Request) -> str | None:
+        cell = request.cell
+        if not isinstance(cell, PointwiseCell):
+            return f"{type(cell).__name__} is not a PointwiseCell, so no loop can be made of its pointwise update"
+        if not isinstance(cell.recurrence, Dense | Heads):
+            return f"{type(cell.recurrence).__name__} recurrences have no product; it has loops for Dense and Heads"
+        refused = without(
+            request,
+            ("zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
+            "its loop runs all steps at once and keeps what the derivative needs as it is",
+        )
+        if refused is None and 0 in request.batch_shape:
+            refused = f"it takes no empty batch, and this one is {request.batch_shape}"
+        if refused is not None:
+            return refused
+        if request.dtype not in DTYPES or request.dtypes != {request.dtype}:
+            got = ", ".join(sorted(request.dtypes))
+            return f"it takes float32 or float64, one of them; parameters, inputs and carry are {got}"
+        changed = kernel_body.why_not_as_declared(cell, "project", "mix", "output", "split")
+        return changed or missing_compiler(request.platform) or emit.why_not(cell, request.dtype)
 
 
 def missing_compiler(platform: str) -> str | None:
@@ -57,20 +66,3 @@ def missing_compiler(platform: str) -> str | None:
     if compiler.find() is None:
         return "it needs a C++ compiler, and none is found: install one, or name it in CXX"
     return None
-
-
-def unchosen(request: Request) -> str | None:
-    """Reason why this backend runs only where it is named."""
-    del request
-    return "only where it is named: it calls the C++ compiler of this machine"
-
-
-def keeps_time_axis(request: Request) -> bool:
-    """Whether inputs and outputs may have time where the caller has it, see `Request.time_axis`."""
-    del request
-    return True
-
-
-def run(request: Request, params: CellParams, operands: Operands) -> Result:
-    """Runs the cell, see `Operands` and `Result`."""
-    return recurrence.run(request, params, operands)

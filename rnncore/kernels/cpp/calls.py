@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
 
 from rnncore import _compat
 from rnncore._types import Array
-from rnncore.recurrence.batching import into_batch, out_of_batch
+from rnncore.recurrence.batching import over_batch
 
 PAD = 16
 """Units of a head are padded to a multiple of this in what the forward call keeps: kPad of sizes.h."""
@@ -81,7 +78,7 @@ class Calls:
             shapes = ((*moving.x.shape[:2], heads * size), moving.start.shape, kept)
             return self._call("forward_keeping" if keep else "forward", shapes, args)
 
-        return _over_batch(run, self._batch, self._outputs)(*moving, *given)
+        return over_batch(run, self._batch, self._outputs)(*moving, *given)
 
     def backward(
         self, moving: Moving, given: Given, y: Array, kept: Array, dy: Array, dlast: Array, inputs: bool
@@ -97,7 +94,7 @@ class Calls:
             return self._call("backward", shapes, args, groups=groups)
 
         batch, rows = self._batch, self._batch[0]
-        out = _over_batch(run, (*batch, rows, 1, rows, 1), batch[: len(Moving._fields)])(
+        out = over_batch(run, (*batch, rows, 1, rows, 1), batch[: len(Moving._fields)])(
             *moving, *given, y, kept, dy, dlast
         )
         return Moving(*(a[0] if axis is None else a for a, axis in zip(out, batch, strict=False)))
@@ -107,43 +104,3 @@ class Calls:
         call = jax.ffi.ffi_call(self.targets[handler], results)
         axes = _compat.varying_axes(args[0])
         return tuple(_compat.vary_over(a, axes) for a in call(*args, time_major=self.time_major, **options))
-
-
-def _over_batch(run: Callable, inputs: tuple, outputs: tuple, groups: int = 1) -> Callable:
-    """`run(groups, ...)` as a function that takes vmap into the batch.
-
-    Sequences lie in `groups` of equal size, one after the other.  Inputs and outputs are given by where their
-    batch lies; None: the sequences share an input, and an output is a sum over each group, with the groups as
-    its first axis.  A vmap over a shared input runs one call after the other.
-    """
-
-    @custom_vmap
-    def call(*args: Array) -> Any:
-        return run(groups, *args)
-
-    def rule(size: int, batched: list[bool], *args: Array) -> Any:
-        if size == 0:
-            one_of_each = [jax.ShapeDtypeStruct(a.shape[b:], a.dtype) for a, b in zip(args, batched, strict=True)]
-            out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(call, *one_of_each))
-            return out, tuple(True for _ in out)
-        if any(b and axis is None for b, axis in zip(batched, inputs, strict=True)):
-
-            def one(mapped: list[Array]) -> Any:
-                rest = iter(mapped)
-                return call(*(next(rest) if b else a for a, b in zip(args, batched, strict=True)))
-
-            out = jax.lax.map(one, [a for a, b in zip(args, batched, strict=True) if b])
-            return out, tuple(True for _ in out)
-
-        def merged(a: Array, is_mapped: bool, axis: int | None) -> Array:
-            return a if axis is None or a.shape == (0,) else into_batch(size, axis, a, is_mapped)
-
-        def parted(a: Array, axis: int | None) -> Array:
-            # Of sums over groups, the groups of the maps are the outer ones.
-            return a if a.shape == (0,) else out_of_batch(size, axis or 0, a)
-
-        out = _over_batch(run, inputs, outputs, groups * size)(*map(merged, args, batched, inputs))
-        return tuple(map(parted, out, outputs)), tuple(a.shape != (0,) for a in out)
-
-    call.def_vmap(rule)
-    return call
