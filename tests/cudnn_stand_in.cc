@@ -284,8 +284,8 @@ CUDNN int cudnnRNNForward(void*, Rnn* rnn, int training, const int32_t* lengths,
                           Data* y_data, void* y, Tensor* h_tensor, const void* h, void* last_h, Tensor* c_tensor,
                           const void* c, void* last_c, size_t weight_bytes, const void* weights, size_t work_given,
                           void*, size_t reserve_given, void* reserve) {
-  record("cudnnRNNForward training=%d steps=%d batch=%d algorithm=%d full=%d", training, int(x_data->steps),
-         int(x_data->batch), rnn->algorithm, int(x_data->full()));
+  record("cudnnRNNForward training=%d steps=%d batch=%d algorithm=%d math=%d full=%d", training, int(x_data->steps),
+         int(x_data->batch), rnn->algorithm, rnn->math, int(x_data->full()));
   (void)c_tensor;
   if (lengths) return kBadParam;
   if (int status = checked(*rnn, *x_data, *y_data, *h_tensor, weight_bytes, work_given, reserve_given, training))

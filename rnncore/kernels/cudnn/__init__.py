@@ -192,6 +192,8 @@ class _Run:
         if self.lengths is not None:
             dx = jnp.where(self.inside, dx, 0)
             dh, dc = (jnp.where(ran, a, b) if a.size else a for a, b in zip((dh, dc), dlast, strict=True))
-        dparams = _like(self.differentiable, weights.unpack(dweights, self.layers)) if params else None
+        dparams: Any = jax.tree.map(lambda _: None, self.differentiable.params)
+        if params:
+            dparams = _like(self.differentiable, weights.unpack(dweights, self.layers))
         dxs = dx.reshape(self.differentiable.xs.shape)
         return Differentiable(dparams, dxs, self.carries(dh, dc), None)
