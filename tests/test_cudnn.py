@@ -537,3 +537,107 @@ def test_the_handlers_for_a_gpu_compile_here_too():
     """All but their stream is what the other tests run."""
     handlers = ctypes.CDLL(str(compiler.library(library.source())))
     assert all(hasattr(handlers, f"rnn_{name}") for name in library.HANDLERS)
+
+
+# -------------------------------------------------------------------------------------- stacks
+
+STACKS: dict[str, tuple[Stack, Any]] = {
+    "two layers": (Stack(CELLS["lstm"], num_layers=2), None),
+    "two layers, lengths": (Stack(CELLS["gru"], num_layers=2), LENGTHS),
+    "both directions": (Stack(CELLS["tanh"], bidirectional=True), LENGTHS),
+    "two layers of both": (Stack(CELLS["lstm"], num_layers=2, bidirectional=True), LENGTHS),
+    "three layers of both": (Stack(CELLS["gru"], num_layers=3, bidirectional=True), None),
+    "dropout without a key": (Stack(CELLS["relu"], num_layers=2, dropout=0.5), None),
+    "learned carry": (Stack(CELLS["lstm"], num_layers=2, bidirectional=True, learned_carry=True), LENGTHS),
+}
+
+
+def stack_problem(stack: Stack) -> tuple[Any, Any, Any]:
+    shapes = jax.eval_shape(lambda: (stack.init(jax.random.key(0), D), jnp.zeros((B, T, D)), stack.initial_carry((B,))))
+    return some(shapes)
+
+
+def stacked(stack: Stack, lengths: Any, **options: Any) -> Any:
+    def run(backend: str, params: Any, xs: Any, carry: Any) -> Any:
+        return rnncore.unroll_stack(
+            stack, params, xs, initial_carry=None if stack.learned_carry else carry, seq_lengths=lengths,
+            backend=backend, **options,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_stack_is_one_call(cudnn: Recorder, name: str):
+    stack, lengths = STACKS[name]
+    compare(stacked(stack, lengths), stack_problem(stack), lengths)
+    assert cudnn.runs() == ["forward", "data", "weights"]
+
+
+def test_a_stack_in_every_mode(cudnn: Recorder):
+    """Higher orders run the scan, over layers and directions that end where the library's do."""
+    stack, lengths = STACKS["two layers of both"]
+    arguments = stack_problem(stack)
+    run, moved = stacked(stack, lengths), some(arguments, seed=3)
+
+    def second(backend: str, arguments: Any, moved: Any) -> Any:
+        def loss(*arguments: Any) -> Any:
+            carry, ys = run(backend, *arguments)
+            return jnp.sum(jnp.sin(inside_only(ys, lengths))) + sum(jnp.sum(a * a) for a in jax.tree.leaves(carry))
+
+        return jax.jvp(jax.grad(loss, argnums=(0, 1, 2)), arguments, moved)
+
+    got = jax.jit(functools.partial(second, "cudnn"))(arguments, moved)
+    want = jax.jit(functools.partial(second, "scan"))(*in_double((arguments, moved)))
+    assert_close(got, want, 3e-6)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dropout": 0.5}, {"bidirectional": True, "merge": "sum"}], ids=["dropout", "merge"]
+)
+def test_what_the_library_puts_together_in_another_way_is_a_call_for_each(cudnn: Recorder, options: dict[str, Any]):
+    stack = Stack(CELLS["lstm"], num_layers=2, **options)
+    key = jax.random.key(5) if stack.dropout else None
+    compare(stacked(stack, None, key=key), stack_problem(stack), None)
+    assert cudnn.runs().count("forward") == 2 * stack.directions
+
+
+def test_a_stack_time_major_with_an_output_dtype(cudnn: Recorder):
+    stack = Stack(CELLS["lstm"], num_layers=2, bidirectional=True)
+    params, xs, carry = stack_problem(stack)
+    options: dict[str, Any] = {"initial_carry": carry, "seq_lengths": LENGTHS, "backend": "cudnn"}
+    ends, ys = rnncore.unroll_stack(stack, params, xs, **options)
+    turned_ends, turned = rnncore.unroll_stack(
+        stack, params, jnp.moveaxis(xs, 1, 0), time_major=True, output_dtype=jnp.bfloat16, **options
+    )
+    assert turned.dtype == jnp.bfloat16
+    assert_close((turned_ends, turned), (ends, jnp.moveaxis(ys, 0, 1).astype(jnp.bfloat16)), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("stack", "options", "message"),
+    [
+        (Stack(CELLS["lstm"], num_layers=2), {"return_states": True}, "return_states=True: its"),
+        (Stack(CELLS["lstm"], num_layers=2), {"resets": np.zeros((B, T), bool)}, "resets: its"),
+        (Stack(CELLS["lstm"], num_layers=2), {"dtype": jnp.float64}, "are float64"),
+        (Stack(CELLS["lstm"], num_layers=2), {"carry_dtype": jnp.float64}, "are float32, float64"),
+        (Stack(CELLS["lstm"], zoneout=rnncore.LSTMCarry(0.1, None)), {}, "zoneout: its"),
+        (Stack(CELLS["lstm"], recurrent_dropout=0.1), {"key": jax.random.key(0)}, "recurrent_mask: its"),
+        (Stack(rnncore.MGU(H), num_layers=2), {}, "MGU is none of them"),
+    ],
+    ids=["states", "resets", "float64", "carry", "zoneout", "recurrent_dropout", "mgu"],
+)  # fmt: skip
+def test_a_stack_is_refused_for_the_same_reasons(cudnn: Recorder, stack: Stack, options: dict[str, Any], message: str):
+    params = stack.init(jax.random.key(0), D)
+    with pytest.raises(NotImplementedError, match="backend='cudnn'.*" + message.replace("(", r"\(")):
+        rnncore.unroll_stack(stack, params, jnp.ones((B, T, D), jnp.float32), backend="cudnn", **options)
+
+
+def test_a_stack_is_checked_as_unroll_checks(cudnn: Recorder):
+    stack = Stack(CELLS["lstm"], num_layers=2)
+    params, xs, _ = stack_problem(stack)
+    first, second = params.layers
+    wrong = params._replace(layers=(first, (second[0]._replace(bias=jnp.zeros(3, jnp.float32)),)))
+    for given, lengths, message in ((wrong, None, r"params.bias has shape \(3,\)"), (params, [7] * B, "expected 0 to")):
+        with pytest.raises(ValueError, match=message):
+            rnncore.unroll_stack(stack, given, xs, seq_lengths=lengths, backend="cudnn")

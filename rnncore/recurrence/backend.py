@@ -18,11 +18,14 @@ class Backend(abc.ABC):
       name: as `unroll(backend=...)` has it.
       must_be_named: reason why it runs only where it is named; None where it may be chosen.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
+      runs_layers: whether `run` also takes layers and directions at once: parameters, initial carries and the last ones
+        are then, for each layer, a tuple of those of its directions.
     """
 
     name: ClassVar[str]
     must_be_named: ClassVar[str | None] = None
     keeps_time_axis: ClassVar[bool] = False
+    runs_layers: ClassVar[bool] = False
 
     @abc.abstractmethod
     def unsupported(self, request: Request) -> str | None:
