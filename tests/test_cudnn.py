@@ -59,7 +59,11 @@ class Recorder:
 
     def runs(self) -> list[str]:
         """Which of the three runs were called, in order."""
-        names = {"cudnnRNNForward": "forward", "cudnnRNNBackwardData_v8": "data", "cudnnRNNBackwardWeights_v8": "weights"}
+        names = {
+            "cudnnRNNForward": "forward",
+            "cudnnRNNBackwardData_v8": "data",
+            "cudnnRNNBackwardWeights_v8": "weights",
+        }
         return [names[line.split()[0]] for line in self.calls(*names)]
 
 
@@ -85,7 +89,9 @@ def some(shapes: Any, dtype: Any = "float32", seed: int = 0) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.6, a.shape), dtype), shapes)
 
 
-def problem(cell: Any, batch: tuple[int, ...] = (B,), bias: bool = True, dtype: str = "float32") -> tuple[Any, Any, Any]:
+def problem(
+    cell: Any, batch: tuple[int, ...] = (B,), bias: bool = True, dtype: str = "float32"
+) -> tuple[Any, Any, Any]:
     """(params, xs, carry)."""
     shapes = jax.eval_shape(lambda: (cell.init(jax.random.key(0), D), jnp.zeros((*batch, T, D)),
                                      cell.initial_carry(batch)))  # fmt: skip
@@ -130,12 +136,12 @@ def compare(run: Any, arguments: Any, lengths: Any, time_axis: int = -2, dtype: 
 
 
 @pytest.mark.parametrize("forward", [True, False])
-@pytest.mark.parametrize("device", [H200, algorithm.Device(8, 6, 84), algorithm.Device(8, 0, 108), algorithm.Device(8, 9, 58)])
+@pytest.mark.parametrize(
+    "device", [H200, algorithm.Device(8, 6, 84), algorithm.Device(8, 0, 108), algorithm.Device(8, 9, 58)]
+)
 def test_the_algorithm_is_the_one_that_pytorch_asks_for(device: algorithm.Device, forward: bool):
     """As the benchmarks' peer, which was written apart, has PyTorch's rule."""
-    theirs = types.SimpleNamespace(
-        major=device.major, minor=device.minor, multi_processor_count=device.multiprocessors
-    )
+    theirs = types.SimpleNamespace(major=device.major, minor=device.minor, multi_processor_count=device.multiprocessors)
     names = {"STANDARD": 0, "PERSIST_STATIC": 1, "PERSIST_STATIC_SMALL_H": 3}
     modes = {"lstm": algorithm.LSTM, "gru": algorithm.GRU, "elman": algorithm.TANH}
     for (cell, mode), dtype, batch, features, hidden, layers in itertools.product(
@@ -278,9 +284,12 @@ def test_what_the_library_is_told(cudnn: Recorder):
 
 
 @pytest.mark.parametrize(
-    ("cell", "name", "copies"), [("lstm", "plain", 0), ("lstm", "lengths", 2), ("gru", "plain", 0), ("gru", "lengths", 0)]
+    ("cell", "name", "copies"),
+    [("lstm", "plain", 0), ("lstm", "lengths", 2), ("gru", "plain", 0), ("gru", "lengths", 0)],
 )
-def test_lengths_are_read_on_the_host_by_an_lstm_that_has_some_alone(cudnn: Recorder, cell: str, name: str, copies: int):
+def test_lengths_are_read_on_the_host_by_an_lstm_that_has_some_alone(
+    cudnn: Recorder, cell: str, name: str, copies: int
+):
     run, arguments, *_ = single(name, CELLS[cell])
     results, back = jax.vjp(functools.partial(run, "cudnn"), *arguments)
     back(results)
@@ -374,7 +383,9 @@ def test_vmap_of_a_forward_run_makes_more_sequences_of_it(cudnn: Recorder):
 def test_vmap_of_all_else_is_one_call_after_the_other(cudnn: Recorder, mapped: tuple):
     run, arguments, *_ = single("plain", CELLS["gru"])
     many = tuple(
-        a if m is None else some(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), a), seed=n)
+        a
+        if m is None
+        else some(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), a), seed=n)
         for n, (a, m) in enumerate(zip(arguments, mapped, strict=True))
     )
     gradient = jax.grad(lambda *a: run("cudnn", *a)[1].sum(), argnums=(0, 1, 2))

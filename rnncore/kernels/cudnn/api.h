@@ -13,6 +13,7 @@ namespace cudnn {
 
 using Status = int;
 using Handle = struct HandleStruct*;
+using Context = struct ContextStruct*;
 using Stream = struct StreamStruct*;
 using Dropout = struct DropoutStruct*;
 using Rnn = struct RnnStruct*;
@@ -63,8 +64,13 @@ struct Library {
     (Handle, Rnn, int add, const int32_t* lengths, RnnData, const void* x, Tensor, const void* h, RnnData,            \
      const void* y, size_t, void* dweights, size_t, void* work, size_t, void* reserve))
 
-// Of CUDA's driver: to read lengths on the host.
-#define RNN_CUDA_FUNCTIONS(X)                                                \
+// Of CUDA's driver: which GPU a call is for, and lengths to the host.
+#define RNN_CUDA_FUNCTIONS(X)                                                       \
+  X(int, cuDeviceGet, (int*, int ordinal))                                          \
+  X(int, cuDevicePrimaryCtxRetain, (Context*, int))                                 \
+  X(int, cuCtxPushCurrent_v2, (Context))                                            \
+  X(int, cuCtxPopCurrent_v2, (Context*))                                            \
+  X(int, cuCtxGetCurrent, (Context*))                                               \
   X(int, cuMemcpyDtoHAsync_v2, (void* to, unsigned long long from, size_t, Stream)) \
   X(int, cuStreamSynchronize, (Stream))
 
@@ -104,6 +110,11 @@ inline void check(Status status, const char* call) {
                            std::to_string(status) + ")");
 }
 
+inline void check_cuda(int status, const char* call) {
+  if (status) throw std::runtime_error(std::string(call) + ": CUDA error " + std::to_string(status));
+}
+
 #define RNN_CUDNN(name, ...) ::cudnn::check(::cudnn::library.name(__VA_ARGS__), #name)
+#define RNN_CUDA(name, ...) ::cudnn::check_cuda(::cudnn::library.name(__VA_ARGS__), #name)
 
 }  // namespace cudnn

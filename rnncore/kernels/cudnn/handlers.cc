@@ -48,16 +48,16 @@ inline Kind kind_of(int64_t mode, int64_t algorithm, int64_t math, const Array& 
 // The plan of a call: the kept one where lengths are full, else one of its own, made of lengths read on the host.
 class Call {
  public:
-  Call(Stream stream, const Kind& kind, const Lengths& lengths) : session(Session::of(stream)), lock_(session.mutex) {
+  Call(Stream stream, const Kind& kind, const Lengths& lengths) : session(Session::current()), lock_(session.mutex) {
+    RNN_CUDNN(cudnnSetStream, session.handle, stream);
     if (!lengths.element_count()) {
       plan = &session.full(kind);
       return;
     }
     std::vector<int32_t> host(kind.batch);
     const auto from = reinterpret_cast<unsigned long long>(lengths.typed_data());
-    if (library.cuMemcpyDtoHAsync_v2(host.data(), from, host.size() * sizeof(int32_t), stream) ||
-        library.cuStreamSynchronize(stream))
-      throw std::runtime_error("CUDA could not copy the lengths to the host");
+    RNN_CUDA(cuMemcpyDtoHAsync_v2, host.data(), from, host.size() * sizeof(int32_t), stream);
+    RNN_CUDA(cuStreamSynchronize, stream);
     own_ = std::make_unique<Plan>(session.handle, session.dropout, kind, host.data());
     plan = own_.get();
   }
@@ -190,19 +190,25 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_forward_capturable, cudnn::forward, cudnn::for
 XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_backward_capturable, cudnn::backward, cudnn::backward_binding(),
                               RNN_CAPTURABLE);
 
-// version: of the library that was loaded.
-RNN_VISIBLE int rnn_load(const char* path, int64_t* version, char* message, int64_t room) {
+// Loads the library and makes a handle for each of the GPUs; version: of the library.
+RNN_VISIBLE int rnn_load(const char* path, const int64_t* gpus, int64_t count, int64_t* version, char* message,
+                         int64_t room) {
   return cudnn::told(message, room, [&] {
     cudnn::library.load(path);
     *version = cudnn::library.cudnnGetVersion();
+    for (int64_t n = 0; n < count; n++) {
+      const cudnn::OnDevice device(gpus[n]);
+      cudnn::Session::current();
+    }
   });
 }
 
 // sizes: bytes of the weights, of working memory without and with a backward pass to come, and of the reserve.
-RNN_VISIBLE int rnn_sizes(const int64_t* numbers, int64_t* sizes, char* message, int64_t room) {
+RNN_VISIBLE int rnn_sizes(int64_t gpu, const int64_t* numbers, int64_t* sizes, char* message, int64_t room) {
   return cudnn::told(message, room, [&] {
     using namespace cudnn;
-    Session& session = Session::of(nullptr);
+    const OnDevice device(gpu);
+    Session& session = Session::current();
     const std::lock_guard<std::mutex> lock(session.mutex);
     const Plan& plan = session.full(kind_from(numbers));
     size_t inference = 0, training = 0, reserve = 0;
@@ -215,10 +221,12 @@ RNN_VISIBLE int rnn_sizes(const int64_t* numbers, int64_t* sizes, char* message,
 
 // places: for each layer and direction, the gates' matrices of the inputs, of h, and then the biases of both: where each
 // begins (in bytes) and how many rows and columns it has.
-RNN_VISIBLE int rnn_places(const int64_t* numbers, int64_t* places, char* message, int64_t room) {
+RNN_VISIBLE int rnn_places(int64_t gpu, const int64_t* numbers, int64_t* places, char* message,
+                           int64_t room) {
   return cudnn::told(message, room, [&] {
     using namespace cudnn;
-    Session& session = Session::of(nullptr);
+    const OnDevice device(gpu);
+    Session& session = Session::current();
     const std::lock_guard<std::mutex> lock(session.mutex);
     const Kind kind = kind_from(numbers);
     const Plan& plan = session.full(kind);

@@ -62,7 +62,10 @@ class Library:
         made = compiler.library(source(on_host))
         self._handlers = ctypes.CDLL(str(made))
         version = ctypes.c_int64()
-        self._ask("load", path.encode(), ctypes.byref(version))
+        gpus = [0] if on_host else [device.local_hardware_id for device in jax.local_devices()]
+        self._gpu = ctypes.c_int64(gpus[0])
+        numbers = (ctypes.c_int64 * len(gpus))(*gpus)
+        self._ask("load", path.encode(), numbers, ctypes.c_int64(len(gpus)), ctypes.byref(version))
         self.version = version.value
         self.targets = {}
         for handler in HANDLERS:
@@ -74,11 +77,11 @@ class Library:
     def sizes(self, kind: Kind) -> Sizes:
         """What a run needs; the order of the weights is checked on the way."""
         found = (ctypes.c_int64 * len(Sizes._fields))()
-        self._ask("sizes", _numbers(kind), found)
+        self._ask("sizes", self._gpu, _numbers(kind), found)
         sizes = Sizes(*found)
         places, end = expected_places(kind)
         got = (ctypes.c_int64 * (3 * len(places)))()
-        self._ask("places", _numbers(kind), got)
+        self._ask("places", self._gpu, _numbers(kind), got)
         if list(zip(*[iter(got)] * 3, strict=True)) != places or sizes.weights != end:
             raise RuntimeError(
                 f"cuDNN {self.version} has its weights in another order than rnncore puts them in, for {kind}; "

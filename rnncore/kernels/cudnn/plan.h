@@ -66,13 +66,12 @@ class Plan {
   double fill_ = 0;  // of outputs past the length: zeros in every format
 };
 
-// A handle of cuDNN for one stream, with the plans of the runs whose lengths are full.  They live as long as the
-// process: a CUDA graph that was captured from them may hold their addresses.
+// A handle of cuDNN for one GPU, with the plans of the runs whose lengths are full.  They live as long as the process: a
+// CUDA graph that was captured from them may hold their addresses.
 class Session {
  public:
-  explicit Session(Stream stream) {
+  Session() {
     RNN_CUDNN(cudnnCreate, &handle);
-    if (stream) RNN_CUDNN(cudnnSetStream, handle, stream);
     RNN_CUDNN(cudnnCreateDropoutDescriptor, &dropout);
     RNN_CUDNN(cudnnSetDropoutDescriptor, dropout, handle, 0.0f, nullptr, 0, 0);
   }
@@ -83,12 +82,16 @@ class Session {
     return *plan;
   }
 
-  static Session& of(Stream stream) {
+  // Of the GPU that is the calling thread's; made here if need be, which takes memory of the GPU and so cannot be while
+  // a graph is captured.
+  static Session& current() {
+    Context context = nullptr;
+    RNN_CUDA(cuCtxGetCurrent, &context);
     static std::mutex all;
-    static auto& sessions = *new std::map<Stream, std::unique_ptr<Session>>;  // never destroyed: CUDA may end first
+    static auto& sessions = *new std::map<Context, std::unique_ptr<Session>>;  // never destroyed: CUDA may end first
     const std::lock_guard<std::mutex> lock(all);
-    auto& session = sessions[stream];
-    if (!session) session = std::make_unique<Session>(stream);
+    auto& session = sessions[context];
+    if (!session) session = std::make_unique<Session>();
     return *session;
   }
 
@@ -98,6 +101,23 @@ class Session {
 
  private:
   std::map<std::array<int64_t, Kind::kNumbers>, std::unique_ptr<Plan>> plans_;
+};
+
+// One of the GPUs as the calling thread's own.
+class OnDevice {
+ public:
+  explicit OnDevice(int ordinal) {
+    int device;
+    Context context;
+    RNN_CUDA(cuDeviceGet, &device, ordinal);
+    RNN_CUDA(cuDevicePrimaryCtxRetain, &context, device);  // for good: JAX's own is the same
+    RNN_CUDA(cuCtxPushCurrent_v2, context);
+  }
+  OnDevice(const OnDevice&) = delete;
+  ~OnDevice() {
+    Context context;
+    library.cuCtxPopCurrent_v2(&context);
+  }
 };
 
 }  // namespace cudnn
