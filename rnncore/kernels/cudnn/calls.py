@@ -15,6 +15,9 @@ from rnncore.kernels.cudnn import algorithm
 from rnncore.kernels.cudnn.library import Kind, library
 from rnncore.recurrence.batching import over_batch
 
+CAPTURABLE = True
+"""Whether XLA may put calls with full lengths, which wait for nothing, into a CUDA graph."""
+
 
 class Inputs(NamedTuple):
     """What the library gets.
@@ -112,8 +115,8 @@ class Calls:
         self, handler: str, kind: Kind, results: list, arrays: tuple[Array, ...],
         aliases: dict[int, int] | None = None,
     ) -> tuple[Array, ...]:  # fmt: skip
-        # With full lengths nothing waits for the host, and a CUDA graph may hold the call.
-        handler = handler if Inputs(*arrays[:5]).lengths.size else f"{handler}_capturable"
+        if CAPTURABLE and not Inputs(*arrays[:5]).lengths.size:
+            handler = f"{handler}_capturable"
         shapes = [jax.ShapeDtypeStruct(*result) for result in results]
         call = jax.ffi.ffi_call(library().targets[handler], shapes, input_output_aliases=aliases)
         axes = frozenset().union(*map(_compat.varying_axes, arrays))
