@@ -221,7 +221,9 @@ def _primitive(name: str, function: Callable) -> Primitive:
     return primitive
 
 
-run_p, tangent_p, backward_p = _primitive("run", _run), _primitive("tangent", _tangent), _primitive("backward", _backward)
+run_p = _primitive("run", _run)
+tangent_p = _primitive("tangent", _tangent)
+backward_p = _primitive("backward", _backward)
 
 
 def _moving(tangents: Any) -> tuple[int, ...]:
