@@ -1,7 +1,7 @@
 """Backend "cudnn": calls, descriptors, sizes and packing against a libcudnn for tests that computes on the CPU.
 
-The stand-in (cudnn_stand_in.cc) computes in double and rounds what it gives: results and gradients are those of the scan
-in float64 but for the rounding of one number.
+The stand-in (cudnn_stand_in.cc) computes in double and rounds what it gives: results and gradients are those of the
+scan in float64 but for the rounding of one number.
 """
 
 from __future__ import annotations
@@ -360,9 +360,9 @@ def test_every_mode_of_differentiation(cudnn: Recorder, cell: str, name: str):
         forward = jax.jvp(of, arguments, moved)
         forward_over_reverse = jax.jvp(gradient, arguments, moved)[1]
         reverse_over_forward = jax.grad(lambda *a: jax.jvp(of, a, moved)[1], argnums=(0, 1, 2))(*arguments)
-        products = jax.grad(
-            lambda *a: sum(jnp.vdot(g, d) for g, d in zip(jax.tree.leaves(gradient(*a)), jax.tree.leaves(directions)))
-        )(*arguments)
+        products = jax.grad(lambda *a: sum(map(jnp.vdot, jax.tree.leaves(gradient(*a)), jax.tree.leaves(directions))))(
+            *arguments
+        )
         return forward, forward_over_reverse, reverse_over_forward, products
 
     got = jax.jit(functools.partial(every, "cudnn"))(arguments, moved, directions)
@@ -484,11 +484,33 @@ def test_bfloat16_needs_a_newer_library(cudnn: Recorder, monkeypatch: pytest.Mon
     assert CUDNN.unsupported(request()) is None
 
 
-def test_it_is_not_chosen_unless_named(cudnn: Recorder):
+HALF: dict[str, Any] = {"dtype": "float16", "dtypes": frozenset({"float16"})}
+CHOSEN: dict[str, tuple[dict[str, Any], str | None]] = {
+    "small": ({}, None),
+    "small, 16 bits": ({"cell": GRU(128), **HALF}, None),
+    "persistent": ({"cell": LSTM(768), "input_size": 768, "batch_shape": (16,), **HALF}, None),
+    "small forward only": ({"cell": LSTM(192)}, "no persistent algorithm for this"),
+    "large": ({"cell": LSTM(768)}, "no persistent algorithm for this"),
+    "bfloat16": ({"dtype": "bfloat16", "dtypes": frozenset({"bfloat16"})}, "no persistent algorithm for this"),
+    "lengths": ({"cell": GRU(H), "lengths": True}, "its outputs past the length are zeros"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_it_is_chosen_where_a_persistent_algorithm_runs_both_ways(cudnn: Recorder, name: str):
+    changes, reason = CHOSEN[name]
+    asked = request(**{"lengths": False, **changes})
+    assert CUDNN.unsupported(asked) is None
+    assert CUDNN.unchosen(asked) is None if reason is None else reason in CUDNN.unchosen(asked)
+
+
+def test_it_is_chosen_before_the_scan(cudnn: Recorder):
     params, xs, _ = problem(CELLS["lstm"])
-    choice = rnncore.explain_backend(CELLS["lstm"], params, xs)
-    assert choice.name != "cudnn" and "has not been measured" in choice.rejected["cudnn"]
-    assert rnncore.explain_backend(CELLS["lstm"], params, xs, backend="cudnn").name == "cudnn"
+    assert rnncore.explain_backend(CELLS["lstm"], params, xs).name == "cudnn"
+    rnncore.unroll(CELLS["lstm"], params, xs)
+    assert cudnn.runs() == ["forward"]
+    choice = rnncore.explain_backend(CELLS["lstm"], params, xs, seq_lengths=LENGTHS)
+    assert choice.name != "cudnn" and "zeros" in choice.rejected["cudnn"]
 
 
 def test_which_machines_have_it(recorder: Recorder, monkeypatch: pytest.MonkeyPatch):
@@ -554,8 +576,8 @@ def test_the_handlers_for_a_gpu_compile_here_too():
 
 STACKS: dict[str, tuple[Stack, Any]] = {
     "two layers": (Stack(CELLS["lstm"], num_layers=2), None),
-    "two layers, lengths": (Stack(CELLS["gru"], num_layers=2), LENGTHS),
-    "both directions": (Stack(CELLS["tanh"], bidirectional=True), LENGTHS),
+    "two layers, lengths": (Stack(CELLS["lstm"], num_layers=2), LENGTHS),
+    "both directions": (Stack(CELLS["tanh"], bidirectional=True), None),
     "two layers of both": (Stack(CELLS["lstm"], num_layers=2, bidirectional=True), LENGTHS),
     "three layers of both": (Stack(CELLS["gru"], num_layers=3, bidirectional=True), None),
     "dropout without a key": (Stack(CELLS["relu"], num_layers=2, dropout=0.5), None),
@@ -583,6 +605,18 @@ def test_a_stack_is_one_call(cudnn: Recorder, name: str):
     stack, lengths = STACKS[name]
     compare(stacked(stack, lengths), stack_problem(stack), lengths)
     assert cudnn.runs() == ["forward", "data", "weights"]
+
+
+def test_layers_are_calls_of_their_own_where_these_are_faster(cudnn: Recorder):
+    """A GRU with lengths runs over the padding, persistently; two of them in one call would not."""
+    stack = Stack(CELLS["gru"], num_layers=2, bidirectional=True)
+    compare(stacked(stack, LENGTHS), stack_problem(stack), LENGTHS)
+    assert cudnn.runs().count("forward") == 4 and not cudnn.calls("cuMemcpyDtoHAsync_v2")
+    half = {"dtype": "float16", "dtypes": frozenset({"float16"}), "batch_shape": (16,), "lengths": False}
+    persistent = request(cell=LSTM(768), input_size=768, **half)
+    assert not CUDNN.runs_layers(persistent, 2, 1) and CUDNN.runs_layers(persistent, 1, 1)
+    assert CUDNN.runs_layers(request(cell=LSTM(700), **half), 2, 2)  # standard either way
+    assert CUDNN.runs_layers(request(cell=LSTM(64), **half), 4, 2)  # the one for small sizes either way
 
 
 def test_a_stack_in_every_mode(cudnn: Recorder):

@@ -16,20 +16,31 @@ class Backend(abc.ABC):
 
     Attributes:
       name: as `unroll(backend=...)` has it.
-      must_be_named: reason why it runs only where it is named; None where it may be chosen.
+      must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
-      runs_layers: whether `run` also takes layers and directions at once: parameters, initial carries and the last ones
-        are then, for each layer, a tuple of those of its directions.
     """
 
     name: ClassVar[str]
     must_be_named: ClassVar[str | None] = None
     keeps_time_axis: ClassVar[bool] = False
-    runs_layers: ClassVar[bool] = False
 
     @abc.abstractmethod
     def unsupported(self, request: Request) -> str | None:
         """Reason why this backend cannot serve the request, or None."""
+
+    def unchosen(self, request: Request) -> str | None:
+        """Reason why it serves this request only where it is named, or None."""
+        del request
+        return self.must_be_named
+
+    def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
+        """Whether `run` takes so many layers and directions at once, and had better.
+
+        Parameters, initial carries and the last ones are then, for each layer, a tuple of those of its directions, and
+        the request is that of the first of them.
+        """
+        del request, layers, directions
+        return False
 
     @abc.abstractmethod
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:

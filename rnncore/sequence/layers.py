@@ -35,23 +35,23 @@ def unroll_layers(cell: Cell, layers: Any, carries: Any, xs: Array, options: Opt
     Raises:
       As `unroll` does, for any of the layers.
     """
-    asked = [name for name, loop in BACKENDS.items() if not loop.must_be_named]
-    asked = asked if options.backend is None else [options.backend]
-    if not any(name in BACKENDS and BACKENDS[name].runs_layers for name in asked):
-        return None
-    requests, names, width = [], set(), xs.shape[-1]
+    first, names, width = None, set(), xs.shape[-1]
     for row, starts in zip(layers, carries, strict=True):
         for own, start in zip(row, starts, strict=True):
             inputs: Any = jax.ShapeDtypeStruct((*xs.shape[:-1], width), xs.dtype)
             request, layout, (_, constants) = call._prepare(cell, own, inputs, options._replace(initial_carry=start))
+            first = first or request
             names.add(call.choose(request, options.backend).name)
-            requests.append(request)
+            if len(names) > 1 or not _takes(first, names, layers):
+                return None
         width = len(row) * cell.hidden_size
-    backend = BACKENDS[names.pop()]
-    if names or not backend.runs_layers or not requests[0].steps:
-        return None
     axis = 0 if layout.time_major else xs.ndim - 2
-    return _run_layers(requests[0], backend, axis, Differentiable(layers, xs, carries, None), constants)
+    return _run_layers(first, BACKENDS[names.pop()], axis, Differentiable(layers, xs, carries, None), constants)
+
+
+def _takes(request: Request, names: set[str], layers: Any) -> bool:
+    (name,) = names
+    return request.steps > 0 and BACKENDS[name].runs_layers(request, len(layers), len(layers[0]))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

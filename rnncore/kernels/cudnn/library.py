@@ -67,27 +67,32 @@ class Library:
         numbers = (ctypes.c_int64 * len(gpus))(*gpus)
         self._ask("load", path.encode(), numbers, ctypes.c_int64(len(gpus)), ctypes.byref(version))
         self.version = version.value
+        self._sizes: dict[Kind, Sizes] = {}
         self.targets = {}
         for handler in HANDLERS:
             self.targets[handler] = f"rnncore_cudnn_{handler}_{made.stem}"
             function = jax.ffi.pycapsule(getattr(self._handlers, f"rnn_{handler}"))
             jax.ffi.register_ffi_target(self.targets[handler], function, platform="cpu" if on_host else "CUDA")
 
-    @functools.lru_cache(maxsize=1024)  # noqa: B019: there is one, for the life of the process
     def sizes(self, kind: Kind) -> Sizes:
-        """What a run needs; the order of the weights is checked on the way."""
-        found = (ctypes.c_int64 * len(Sizes._fields))()
-        self._ask("sizes", self._gpu, _numbers(kind), found)
-        sizes = Sizes(*found)
+        """What a run needs; the order of the weights is checked the first time."""
+        if kind not in self._sizes:
+            found = (ctypes.c_int64 * len(Sizes._fields))()
+            self._ask("sizes", self._gpu, _numbers(kind), found)
+            self._sizes[kind] = Sizes(*found)
+            self._check_places(kind)
+        return self._sizes[kind]
+
+    def _check_places(self, kind: Kind) -> None:
         places, end = expected_places(kind)
         got = (ctypes.c_int64 * (3 * len(places)))()
         self._ask("places", self._gpu, _numbers(kind), got)
-        if list(zip(*[iter(got)] * 3, strict=True)) != places or sizes.weights != end:
+        if list(zip(*[iter(got)] * 3, strict=True)) != places or self._sizes[kind].weights != end:
+            del self._sizes[kind]
             raise RuntimeError(
                 f"cuDNN {self.version} has its weights in another order than rnncore puts them in, for {kind}; "
                 "use another backend, and please report this."
             )
-        return sizes
 
     def _ask(self, name: str, *arguments: object) -> None:
         message = ctypes.create_string_buffer(2000)
