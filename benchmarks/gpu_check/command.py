@@ -5,7 +5,8 @@
   python -m benchmarks.gpu_check --dry                 the same parts on a CPU, tiny; what needs a GPU says so
 
 environment: the GPU and versions.  checks: every backend with loops of its own against float64, by kind of kernel.
-graph: the loop as a CUDA graph, five calls.  times: rows of the benchmark against torch and Flax, alone on the card.
+graph: the loop as a CUDA graph, five calls.  pair: two kernels of a grid that do not depend on each other.
+times: rows of the benchmark against torch and Flax, alone on the card.
 
 A part that hangs or aborts is killed and costs its own time only.  Records are appended to DIR/checks.jsonl and
 DIR/times.jsonl as they come, logs of all parts to DIR/log.txt; the table at the end is made from them, so that a run
@@ -24,11 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check import processes, toolkit
+from benchmarks.gpu_check import checks, parts, processes, times, toolkit
 from benchmarks.gpu_check.processes import LOG, RECORDS, TIMES, Runner
 from benchmarks.gpu_check.table import table
 
-PARTS = ("environment", "checks", "graph", "times")
+PARTS = ("environment", "checks", "graph", "pair", "times")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -120,14 +121,12 @@ def drive(runner: Runner, args: argparse.Namespace) -> None:
     for thread in threads:
         thread.start()
     if "checks" in args.parts:
-        from benchmarks.gpu_check import checks
-
         checks.drive(runner, checks.backends(), min(200, 0.45 * args.seconds), args.hang, args.interpret)
     for thread in threads:
         thread.join()
+    if "pair" in args.parts and (args.dry or "grid" in checks.right_kinds(runner, "mosaic_gpu")):
+        runner.run("pair", limit=60, stall=40)
     if "times" in args.parts:
-        from benchmarks.gpu_check import checks, times
-
         right = checks.right_kinds(runner, "mosaic_gpu")
         graphs = any(r["right"] for r in runner.found("graph"))
         times.drive(runner, runner.left(), right, set() if graphs else {times.PLAIN[1]})
@@ -138,10 +137,9 @@ def drive(runner: Runner, args: argparse.Namespace) -> None:
 def worker(part: str, dry: bool, rest: list[str]) -> int:
     """A part, in this process."""
     processes.die_with_parent()
-    from benchmarks.gpu_check import checks, parts, times
-
     run: dict[str, Callable[..., Any]] = {
-        "environment": parts.environment, "graph": parts.graph, "check": checks.worker, "times": times.worker,
+        "environment": parts.environment, "graph": parts.graph, "pair": parts.pair,
+        "check": checks.worker, "times": times.worker,
         "check references": checks.references, "time references": times.references,
     }  # fmt: skip
     run[part](dry, *rest)

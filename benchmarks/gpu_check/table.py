@@ -89,6 +89,8 @@ def verdicts(records: list[Record]) -> list[str]:
         lines.append(f"  scan's loop as a CUDA graph: {state}, errors {graphs[-1]['errors'][0]:.0e}")
     elif started:
         lines.append("  scan's loop as a CUDA graph: DOES NOT RUN here; leave `loop_as_graph_options` out")
+    pairs = {r["name"]: r["state"].replace("begun", "HANGS") for r in records if r["part"] == "pair"}
+    lines += [f"  two grid kernels in one program, {name}: {state}" for name, state in pairs.items()]
     return lines
 
 

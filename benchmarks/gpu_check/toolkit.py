@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-LIBDEVICE = "nvvm/libdevice/libdevice.10.bc"
+LIBDEVICE = "nvvm/libdevice/libdevice.10.bc"  # said again in rnncore, which the driver does not import
 USUAL = Path("/usr/local/cuda")
 
 
