@@ -121,7 +121,8 @@ def drive(runner: Runner, args: argparse.Namespace) -> None:
     for thread in threads:
         thread.start()
     if "checks" in args.parts:
-        checks.drive(runner, checks.backends(), min(200, 0.45 * args.seconds), args.hang, args.interpret)
+        limit, shares = min(200, 0.45 * args.seconds), 1 if args.dry else checks.SHARES
+        checks.drive(runner, checks.backends(), limit, shares, args.hang, args.interpret)
     for thread in threads:
         thread.join()
     if "pair" in args.parts and (args.dry or "grid" in checks.right_kinds(runner, "mosaic_gpu")):
@@ -137,6 +138,8 @@ def drive(runner: Runner, args: argparse.Namespace) -> None:
 def worker(part: str, dry: bool, rest: list[str]) -> int:
     """A part, in this process."""
     processes.die_with_parent()
+    if part.endswith("references"):
+        processes.step_aside()
     run: dict[str, Callable[..., Any]] = {
         "environment": parts.environment, "graph": parts.graph, "pair": parts.pair,
         "check": checks.worker, "times": times.worker,

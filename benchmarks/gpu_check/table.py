@@ -97,15 +97,16 @@ def verdicts(records: list[Record]) -> list[str]:
 def _verdict(checks: list[Record]) -> str:
     if all("needs" in r for r in checks):
         return f"not here: {checks[0]['needs'][:200]}"
-    words = []
+    words, refused = [], dict[str, list[str]]()
     for kind in dict.fromkeys(r["kind"] for r in checks):
         own = [r for r in checks if r["kind"] == kind]
         tried = [r for r in own if "needs" not in r]
         good = sum(bool(r.get("right")) for r in tried)
         if not tried:
-            words.append(f"{kind[:40]}: not here ({own[0]['needs'][:200]})")
+            refused.setdefault(own[0]["needs"], []).append(kind[:40])
         elif good == len(tried):
             words.append(f"{kind}: right ({good} of {good})")
         else:
             words.append(f"{kind}: DO NOT USE ({good} of {len(tried)} right)")
+    words += [f"not here: {', '.join(kinds)} ({why[:160]})" for why, kinds in refused.items()]
     return "; ".join(words)
