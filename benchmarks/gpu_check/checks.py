@@ -128,6 +128,14 @@ def worker(dry: bool, backend: str, share: str, first: str, bad: str, threads: s
                 tell("check", **told, raised=f"{type(failure).__name__}: {str(failure)[:600]}")
 
 
+def one(dry: bool, backend: str, number: str) -> None:
+    """A part: a check is run once, for tools that look on."""
+    import jax
+
+    program, args = _compiled(backend, checks_of(dry)[backend][int(number)])
+    jax.block_until_ready(program(*args))
+
+
 def _interpret() -> None:
     """Has Mosaic's kernels run on a CPU, in JAX's interpreter."""
     from rnncore.kernels import mosaic_gpu

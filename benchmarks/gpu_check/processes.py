@@ -36,13 +36,17 @@ class Runner:
     """
 
     def __init__(self, out: Path, work: Path, seconds: float, environment: Mapping[str, str], options: list[str]):
-        self.out, self._seconds, self._begin = out, seconds, time.time()
+        self.out, self.work, self._seconds, self._begin = out, work, seconds, time.time()
         os.environ[BEGIN] = str(self._begin)
         own = {FOLDER: str(out), WORK: str(work), BEGIN: str(self._begin), "PYTHONUNBUFFERED": "1"}
         self._environment = {**os.environ, **environment, **own}
         self._options = options
         self._alive: list[subprocess.Popen] = []
         self._moved: dict[int, float] = {}
+
+    def path(self) -> str | None:
+        """Where the parts look for programs."""
+        return self._environment.get("PATH")
 
     def left(self) -> float:
         """Seconds for parts."""
@@ -161,7 +165,7 @@ def tell(part: str, **fields: Any) -> None:
 
 def append(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     """A line, with the seconds since the beginning of the run, in one write, because several processes append."""
-    record = {"at": round(time.time() - float(os.environ.get(BEGIN, "nan")), 1), **record}
+    record = {"at": round(time.time() - float(os.environ[BEGIN]), 1), **record}
     with (folder / RECORDS).open("ab", buffering=0) as file:
         file.write((json.dumps(record) + "\n").encode())
     return record

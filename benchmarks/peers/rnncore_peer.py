@@ -23,8 +23,9 @@ from rnncore.sequence.backends import BACKENDS
 
 ANY, REVERSE, GRAPH, CUDNN = "rnncore any", "rnncore reverse", "rnncore reverse, CUDA graph", "rnncore cudnn"
 CPP, MOSAIC, OWN, TPU = "rnncore cpp", "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"
+CUDA = "rnncore cuda"
 # Those that name a backend; the others run on "scan".
-NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu"}
+NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu", CUDA: "cuda"}
 
 
 class RnncorePeer(Peer):
@@ -42,10 +43,11 @@ class RnncorePeer(Peer):
         return rnncore.__version__
 
     def contenders(self, cell: str) -> tuple[str, ...]:
-        return (ANY, REVERSE, CPP, GRAPH, MOSAIC, TPU) + ((OWN, CUDNN) if cell == "lstm" else ())
+        every = (ANY, REVERSE, CPP, GRAPH, MOSAIC, CUDA, CUDNN, TPU, *((OWN,) if cell == "lstm" else ()))
+        return tuple(name for name in every if NAMED.get(name, "scan") in BACKENDS)
 
     def absent(self, contender: str, platform: str) -> str | None:
-        if contender in (GRAPH, CUDNN) and platform != "gpu":
+        if contender in (GRAPH, CUDNN, CUDA) and platform != "gpu":
             return f"needs an NVIDIA GPU; JAX runs on {platform} here"
         if contender == GRAPH and importlib.util.find_spec("rnncore.gpu") is None:
             return "this rnncore has no rnncore.gpu"
