@@ -7,7 +7,6 @@ aborts costs its process, and the next one goes on behind it, without that kind 
 from __future__ import annotations
 
 import concurrent.futures
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,8 @@ DRY = {name: tuple(c._replace(steps=3) for c in (checks[0], checks[3])) for name
 ROUNDING = {BFLOAT16: 2.0**-7, FLOAT16: 2.0**-10, FLOAT32: 1e-5}
 """Errors up to here are rounding; a cell may magnify it: up to 1.3 times the scan's in the same dtype is right too."""
 AGAIN = 3
+SHARES = 3
+"""Processes for a backend: what is lowered in threads of one process waits for Python's lock."""
 
 
 def backends() -> list[str]:
@@ -79,26 +80,38 @@ def kind_of(backend: str, check: Check) -> str:
     return f"{check.cell} {check.dtype}"
 
 
-def worker(dry: bool, backend: str, first: str, bad: str, threads: str, hang: str, interpret: str) -> None:
-    """A part: the checks of a backend from number `first`; kinds in `bad`, parted by commas, are left out."""
+def worker(dry: bool, backend: str, share: str, first: str, bad: str, threads: str, hang: str, interpret: str) -> None:
+    """A part: a share of the checks of a backend.
+
+    Args:
+      share: as "1/3", which of how many.
+      first: the number of the first check.
+      bad: kinds that are left out, parted by commas.
+      threads: in which programs are compiled.
+      hang: the number of a check that is to hang.
+      interpret: "yes" for the interpreter.
+    """
+    which, shares = map(int, share.split("/"))
     if interpret == "yes":
         _interpret()
     checks = checks_of(dry)[backend]
     chosen = [
-        (number, check, kind_of(backend, check)) for number, check in enumerate(checks) if number >= int(first)
+        (number, check, kind_of(backend, check))
+        for number, check in enumerate(checks)
+        if number >= int(first) and number % shares == which
     ]  # fmt: skip
     with concurrent.futures.ThreadPoolExecutor(int(threads)) as pool:
         begun, told = {}, dict[str, Any]()
         for number, check, kind in chosen:
             if kind in bad.split(","):
-                told = {"backend": backend, "number": number, "name": check.name, "kind": kind}
+                told = {"backend": backend, "share": share, "number": number, "name": check.name, "kind": kind}
                 tell("check", **told, raised="this kind hung before")
             elif int(threads) > 1:
                 begun[number] = pool.submit(_compiled, backend, check)
         for number, check, kind in chosen:
             if kind in bad.split(","):
                 continue
-            told = {"backend": backend, "number": number, "name": check.name, "kind": kind}
+            told = {"backend": backend, "share": share, "number": number, "name": check.name, "kind": kind}
             if int(threads) > 1:
                 # Before its beginning is told: an abort while several are compiled is no check's own.
                 concurrent.futures.wait([begun[number]])
@@ -113,6 +126,14 @@ def worker(dry: bool, backend: str, first: str, bad: str, threads: str, hang: st
                 tell("check", **told, needs=str(reason).split("\n")[0][:400])
             except Exception as failure:  # whatever a kernel that is new to a machine raises is a result
                 tell("check", **told, raised=f"{type(failure).__name__}: {str(failure)[:600]}")
+
+
+def one(dry: bool, backend: str, number: str) -> None:
+    """A part: a check is run once, for tools that look on."""
+    import jax
+
+    program, args = _compiled(backend, checks_of(dry)[backend][int(number)])
+    jax.block_until_ready(program(*args))
 
 
 def _interpret() -> None:
@@ -167,45 +188,51 @@ def _wide(a: Any) -> np.ndarray:
     return np.asarray(a).astype(np.float32).astype(np.float64)
 
 
-def drive(runner: Runner, backends: list[str], limit: float, hang: int = -1, interpret: bool = False) -> None:
-    """Runs the checks of backends side by side, each in as few processes as hang."""
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(backends))) as pool:
-        list(pool.map(lambda backend: _drive_one(runner, backend, limit, hang, interpret), backends))
+def drive(
+    runner: Runner, backends: list[str], limit: float, shares: int = SHARES, hang: int = -1, interpret: bool = False
+) -> None:
+    """Runs the checks of backends side by side, each share in as few processes as hang."""
+    every = [(backend, f"{which}/{shares}") for backend in backends for which in range(shares)]
+    with concurrent.futures.ThreadPoolExecutor(max(1, len(every))) as pool:
+        list(pool.map(lambda own: _drive_share(runner, own[0], own[1], limit, hang, interpret), every))
 
 
-def _drive_one(runner: Runner, backend: str, limit: float, hang: int, interpret: bool) -> None:
-    first, threads, deadline = 0, 1 if interpret else max(2, (os.cpu_count() or 2) // 2), runner.passed() + limit
+def _drive_share(runner: Runner, backend: str, share: str, limit: float, hang: int, interpret: bool) -> None:
+    def told(part: str) -> list[dict[str, Any]]:
+        return [r for r in runner.found(part) if r["backend"] == backend and r.get("share") == share]
+
+    first, threads, deadline = 0, 1 if interpret else 4, runner.passed() + limit
     while runner.passed() < deadline and runner.left() > 5:
-        begun_before = len(_records(runner, "begin", backend))
+        begun_before = len(told("begin"))
         bad = ",".join(sorted(wrong_kinds(runner, backend)))
         ended_well = runner.run(
-            "check", backend, str(first), bad, str(threads), str(hang), "yes" if interpret else "no",
+            "check", backend, share, str(first), bad, str(threads), str(hang), "yes" if interpret else "no",
             limit=deadline - runner.passed(), stall=15 if hang >= 0 else 60,
         )  # fmt: skip
         if ended_well:
             return
-        begun, ended = _records(runner, "begin", backend), _records(runner, "check", backend)
+        begun = told("begin")
         if len(begun) == begun_before:
             if threads == 1:
                 return
             threads = 1  # aborted while several were compiled: one after the other it shows which
             continue
         last = begun[-1]
-        if last["number"] not in {r["number"] for r in ended}:
-            runner.write("check", **{k: v for k, v in last.items() if k != "part"}, raised="hung or aborted")
+        if last["number"] not in {r["number"] for r in told("check")}:
+            runner.write("check", **{k: v for k, v in last.items() if k not in SAID}, raised="hung or aborted")
         first = last["number"] + 1
 
 
-def _records(runner: Runner, part: str, backend: str) -> list[dict[str, Any]]:
-    return [r for r in runner.found(part) if r["backend"] == backend]
+SAID = ("part", "at")
 
 
 def wrong_kinds(runner: Runner, backend: str) -> set[str]:
     """Kinds with a check that was not right; a check that the backend refuses says nothing."""
-    return {r["kind"] for r in _records(runner, "check", backend) if "raised" in r or r.get("right") is False}
+    checks = (r for r in runner.found("check") if r["backend"] == backend)
+    return {r["kind"] for r in checks if "raised" in r or r.get("right") is False}
 
 
 def right_kinds(runner: Runner, backend: str) -> set[str]:
     """Kinds all of whose checks were right, at least one."""
-    right = {r["kind"] for r in _records(runner, "check", backend) if r.get("right")}
+    right = {r["kind"] for r in runner.found("check") if r["backend"] == backend and r.get("right")}
     return right - wrong_kinds(runner, backend)

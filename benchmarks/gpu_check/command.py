@@ -6,6 +6,9 @@
 
 environment: the GPU and versions.  checks: every backend with loops of its own against float64, by kind of kernel.
 graph: the loop as a CUDA graph, five calls.  times: rows of the benchmark against torch and Flax, alone on the card.
+pair: two kernels of a grid that do not depend on each other.  programs: what a step of the scan launches.
+gradients: the analysis against the CPU's numbers and times.  job: examples/gradient_retention.py.
+sanitizer: NVIDIA's compute-sanitizer over small runs.  The last two are left out of a dry run.
 
 A part that hangs or aborts is killed and costs its own time only.  Records are appended to DIR/checks.jsonl and
 DIR/times.jsonl as they come, logs of all parts to DIR/log.txt; the table at the end is made from them, so that a run
@@ -18,17 +21,23 @@ import argparse
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_check import processes, toolkit
+from benchmarks.gpu_check import checks, gradients, parts, processes, sanitizer, times, toolkit
 from benchmarks.gpu_check.processes import LOG, RECORDS, TIMES, Runner
 from benchmarks.gpu_check.table import table
 
-PARTS = ("environment", "checks", "graph", "times")
+PARTS = ("environment", "checks", "graph", "times", "pair", "programs", "gradients", "job", "sanitizer")
+LATER = {"pair": 45, "programs": 20, "gradients": 75, "job": 90, "sanitizer": 75}
+"""Parts behind the times, and the seconds that are kept for each."""
+
+
+JOB = ("examples/gradient_retention.py", "--steps", "400")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     if not args.seconds > 0:
         made.error(f"--seconds {args.seconds}: expected more than 0")
     args.out.mkdir(parents=True, exist_ok=True)
-    for name in (RECORDS, TIMES, LOG):
+    for name in (RECORDS, TIMES, LOG, parts.PROGRAMS):
         (args.out / name).unlink(missing_ok=True)
     work = Path(tempfile.mkdtemp(prefix="gpu_check_"))
     home = toolkit.home()
@@ -120,28 +129,39 @@ def drive(runner: Runner, args: argparse.Namespace) -> None:
     for thread in threads:
         thread.start()
     if "checks" in args.parts:
-        from benchmarks.gpu_check import checks
-
-        checks.drive(runner, checks.backends(), min(200, 0.45 * args.seconds), args.hang, args.interpret)
+        limit, shares = min(200, 0.45 * args.seconds), 1 if args.dry else checks.SHARES
+        checks.drive(runner, checks.backends(), limit, shares, args.hang, args.interpret)
     for thread in threads:
         thread.join()
     if "times" in args.parts:
-        from benchmarks.gpu_check import checks, times
-
         right = checks.right_kinds(runner, "mosaic_gpu")
         graphs = any(r["right"] for r in runner.found("graph"))
-        times.drive(runner, runner.left(), right, set() if graphs else {times.PLAIN[1]})
+        kept = sum(LATER[part] for part in args.parts if part in LATER)
+        limit = max(runner.left() - kept, runner.left() / 2)
+        times.drive(runner, limit, right, set() if graphs else {times.PLAIN[1]})
     for process in background:
         runner.kill(process)
+    if "pair" in args.parts and (args.dry or "grid" in checks.right_kinds(runner, "mosaic_gpu")):
+        runner.run("pair", limit=60, stall=40)
+    if "programs" in args.parts:
+        runner.run("programs", limit=60)
+    if "gradients" in args.parts:
+        both = {} if args.dry else {"JAX_PLATFORMS": "cuda,cpu"}
+        runner.run("gradients", limit=120, stall=90, **both)
+    if "job" in args.parts and not args.dry:
+        runner.run("job", command=[sys.executable, *JOB, "--out", str(runner.out / "gradient_retention")], limit=150)
+    if "sanitizer" in args.parts and not args.dry:
+        sanitizer.drive(runner, [name for name in checks.backends() if checks.right_kinds(runner, name)])
 
 
 def worker(part: str, dry: bool, rest: list[str]) -> int:
     """A part, in this process."""
     processes.die_with_parent()
-    from benchmarks.gpu_check import checks, parts, times
-
+    if part.endswith("references"):
+        processes.step_aside()
     run: dict[str, Callable[..., Any]] = {
-        "environment": parts.environment, "graph": parts.graph, "check": checks.worker, "times": times.worker,
+        "environment": parts.environment, "graph": parts.graph, "pair": parts.pair, "programs": parts.programs,
+        "check": checks.worker, "one": checks.one, "times": times.worker, "gradients": gradients.worker,
         "check references": checks.references, "time references": times.references,
     }  # fmt: skip
     run[part](dry, *rest)

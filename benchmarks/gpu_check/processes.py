@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-FOLDER, WORK = "GPU_CHECK_FOLDER", "GPU_CHECK_WORK"
+FOLDER, WORK, BEGIN = "GPU_CHECK_FOLDER", "GPU_CHECK_WORK", "GPU_CHECK_BEGIN"
 RECORDS, TIMES, LOG = "checks.jsonl", "times.jsonl", "log.txt"
 RESERVE = 6.0
 """Seconds kept for the table."""
@@ -36,11 +36,17 @@ class Runner:
     """
 
     def __init__(self, out: Path, work: Path, seconds: float, environment: Mapping[str, str], options: list[str]):
-        self.out, self._seconds, self._begin = out, seconds, time.monotonic()
-        self._environment = {**os.environ, **environment, FOLDER: str(out), WORK: str(work), "PYTHONUNBUFFERED": "1"}
+        self.out, self.work, self._seconds, self._begin = out, work, seconds, time.time()
+        os.environ[BEGIN] = str(self._begin)
+        own = {FOLDER: str(out), WORK: str(work), BEGIN: str(self._begin), "PYTHONUNBUFFERED": "1"}
+        self._environment = {**os.environ, **environment, **own}
         self._options = options
         self._alive: list[subprocess.Popen] = []
         self._moved: dict[int, float] = {}
+
+    def path(self) -> str | None:
+        """Where the parts look for programs."""
+        return self._environment.get("PATH")
 
     def left(self) -> float:
         """Seconds for parts."""
@@ -48,12 +54,11 @@ class Runner:
 
     def passed(self) -> float:
         """Seconds since the beginning."""
-        return time.monotonic() - self._begin
+        return time.time() - self._begin
 
     def write(self, part: str, **fields: Any) -> None:
         """A record of the driver's own, shown too."""
-        record = {"part": part, "at": round(self.passed(), 1), **fields}
-        append(self.out, record)
+        record = append(self.out, {"part": part, **fields})
         print(json.dumps(record)[:240] + "\n", end="", flush=True)  # in one piece: parts run side by side
 
     def start(
@@ -134,6 +139,14 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
+def step_aside() -> None:
+    """Leaves half of the cores to those that are timed: launching kernels from the host bears no neighbours."""
+    os.nice(19)
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cores[len(cores) // 2 :])
+
+
 def folder() -> Path:
     """Of the run that this process is a part of."""
     return Path(os.environ[FOLDER])
@@ -150,10 +163,12 @@ def tell(part: str, **fields: Any) -> None:
     print(part, fields.get("name", ""), flush=True)  # a word to the driver that this part goes on
 
 
-def append(folder: Path, record: dict[str, Any]) -> None:
-    """A line, in one write, because several processes append."""
+def append(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
+    """A line, with the seconds since the beginning of the run, in one write, because several processes append."""
+    record = {"at": round(time.time() - float(os.environ[BEGIN]), 1), **record}
     with (folder / RECORDS).open("ab", buffering=0) as file:
         file.write((json.dumps(record) + "\n").encode())
+    return record
 
 
 def read(path: Path) -> list[dict[str, Any]]:

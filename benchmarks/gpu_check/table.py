@@ -21,7 +21,7 @@ def failures(records: list[Record]) -> list[str]:
     """What is here, and the parts that failed."""
     lines = []
     for r in records:
-        if r["part"] in ("environment", "versions", "graph") or (r["part"] == "ran" and r.get("failed")):
+        if r["part"] in ("environment", "versions", "graph", "programs") or (r["part"] == "ran" and r.get("failed")):
             lines.append(" ".join(f"{k}={v}" for k, v in r.items() if k not in ("at", "options"))[:300])
     return lines
 
@@ -89,21 +89,38 @@ def verdicts(records: list[Record]) -> list[str]:
         lines.append(f"  scan's loop as a CUDA graph: {state}, errors {graphs[-1]['errors'][0]:.0e}")
     elif started:
         lines.append("  scan's loop as a CUDA graph: DOES NOT RUN here; leave `loop_as_graph_options` out")
+    for r in (r for r in records if r["part"] == "gradients"):
+        told = r.get("raised") or (
+            f"{r['ms']:.1f} ms, differs from the CPU's by {r['difference']:.1e} {r['unit']}"
+            + ("" if r["right"] is None else f" of {r['limit']:.0e} allowed: {'right' if r['right'] else 'WRONG'}")
+        )
+        lines.append(f"  {r['name']} on {r['platform']} in {r['precision']}: {told}")
+    lines += [_sanitized(r) for r in records if r["part"] == "sanitizer"]
+    pairs = {r["name"]: r["state"].replace("begun", "HANGS") for r in records if r["part"] == "pair"}
+    lines += [f"  two grid kernels in one program, {name}: {state}" for name, state in pairs.items()]
     return lines
 
 
 def _verdict(checks: list[Record]) -> str:
     if all("needs" in r for r in checks):
         return f"not here: {checks[0]['needs'][:200]}"
-    words = []
+    words, refused = [], dict[str, list[str]]()
     for kind in dict.fromkeys(r["kind"] for r in checks):
         own = [r for r in checks if r["kind"] == kind]
         tried = [r for r in own if "needs" not in r]
         good = sum(bool(r.get("right")) for r in tried)
         if not tried:
-            words.append(f"{kind[:40]}: not here ({own[0]['needs'][:200]})")
+            refused.setdefault(own[0]["needs"], []).append(kind[:40])
         elif good == len(tried):
             words.append(f"{kind}: right ({good} of {good})")
         else:
             words.append(f"{kind}: DO NOT USE ({good} of {len(tried)} right)")
+    words += [f"not here: {', '.join(kinds)} ({why[:160]})" for why, kinds in refused.items()]
     return "; ".join(words)
+
+
+def _sanitized(record: Record) -> str:
+    errors = record.get("errors")
+    told = record.get("needs") or ("not at its end" if errors is None else f"{errors} errors")
+    named = record["first"][0] if errors and record["first"] else ""
+    return f"  {record.get('tool')} {record.get('backend')} {record.get('number')}: {told} {named}"

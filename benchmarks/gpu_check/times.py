@@ -56,7 +56,10 @@ GROUPS = (
     Group(("W5-H40", "W5-H128"), ("float32",), (*OWN, "torch", *PLAIN, *FLAX), extra=TF32),
     Group(("W1-64x12",), ("bfloat16",), KERNELS, "given"),
 )
-DRY = (Group(("tiny-lstm",), ("float32",), (*OWN, "torch", *PLAIN, *FLAX, "FlashRNN triton_fused")),)
+DRY = (
+    Group(("tiny-lstm",), ("float32",), (*OWN, "torch", *PLAIN, *FLAX, *KERNELS)),
+    Group(("tiny-gru",), ("float32",), PLAIN, "given"),
+)
 
 
 def groups(dry: bool) -> tuple[Group, ...]:
@@ -120,20 +123,21 @@ def worker(dry: bool, first: str, seconds: str, right: str, dropped: str) -> Non
 
     Args:
       right: kinds of Mosaic's layouts that have just been checked; one that has not is not timed.
-      dropped: contenders to leave out; both are parted by commas.
+        Parted by commas.
+      dropped: contenders to leave out, parted by semicolons.
     """
     from benchmarks import run
-    from rnncore.kernels import mosaic_gpu
+    from benchmarks.peers import rnncore_peer
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what the driver sees that it goes on by
-    mosaic_gpu.PROVEN = frozenset(right.split(",")) - {""}
+    rnncore_peer.CHECKED = frozenset(right.split(",")) - {""}
     deadline = time.monotonic() + float(seconds)
     for number, group in list(enumerate(groups(dry)))[int(first) :]:
         left = deadline - time.monotonic()
         if left < 5:
             break
-        names = [c for c in group.contenders if c not in dropped.split(",")]
-        if not _layouts(group) <= mosaic_gpu.PROVEN:
+        names = [c for c in group.contenders if c not in dropped.split(";")]
+        if not _layouts(group) <= rnncore_peer.CHECKED:
             names = [c for c in names if "mosaic_gpu" not in c]
         if not names:
             continue
@@ -166,7 +170,7 @@ def drive(runner: Runner, limit: float, right: set[str], dropped: set[str], stal
     while runner.passed() < deadline and runner.left() > 10:
         seconds = min(deadline - runner.passed(), runner.left()) - 3
         before = len(runner.found("group"))
-        arguments = (str(first), f"{seconds:.0f}", ",".join(sorted(right)), ",".join(sorted(dropped)))
+        arguments = (str(first), f"{seconds:.0f}", ",".join(sorted(right)), ";".join(sorted(dropped)))
         if runner.run("times", *arguments, limit=deadline - runner.passed(), stall=stall):
             return
         begun = runner.found("group")

@@ -7,20 +7,26 @@ then finds no libdevice.  CUDA_ROOT in the environment is asked first.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-LIBDEVICE = "nvvm/libdevice/libdevice.10.bc"
+LIBDEVICE = "nvvm/libdevice/libdevice.10.bc"  # said again in rnncore, which the driver does not import
 USUAL = Path("/usr/local/cuda")
 
 
 def home(environment: Mapping[str, str] = os.environ) -> Path | None:
-    """The folder that holds libdevice, by CUDA_ROOT, CUDA_HOME, nvcc on the path, or the usual place; None for none."""
+    """The folder that holds libdevice, or None.
+
+    Looked for in CUDA_ROOT, CUDA_HOME, beside nvcc on the path, at the usual place, and in packages of pip.
+    """
     nvcc = shutil.which("nvcc", path=environment.get("PATH"))
     named = [environment.get(name) for name in ("CUDA_ROOT", "CUDA_HOME")]
-    for found in (*named, nvcc and Path(nvcc).resolve().parent.parent, USUAL):
+    packages = importlib.util.find_spec("nvidia")
+    installed = [f"{place}/cu13" for place in (packages.submodule_search_locations or () if packages else ())]
+    for found in (*named, nvcc and Path(nvcc).resolve().parent.parent, USUAL, *installed):
         if found and (Path(found) / LIBDEVICE).exists():
             return Path(found).resolve()
     return None
