@@ -79,8 +79,7 @@ class LoopBackend(Backend):
         """The run by operations that JAX differentiates to every order: for second and higher ones."""
         return plain.run(request, differentiable, constants)
 
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return primitives.run(self, request, differentiable, constants)
+    run = primitives.run
 
 
 _OPTIONS: dict[str, Callable[[Request], bool]] = {
