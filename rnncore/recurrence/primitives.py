@@ -40,7 +40,7 @@ class Functions(Protocol):
     """What the primitives call: see `backend.LoopBackend`."""
 
     @property
-    def portable(self) -> bool: ...
+    def opaque(self) -> bool: ...
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result: ...
 
@@ -234,7 +234,7 @@ def _primitive(name: str, function: Callable, plain: Callable) -> Primitive:
         return _mapped(plain, **params)(*flat)
 
     def lower(context: Any, *flat: Any, loop: _Loop, **params: Any) -> Any:
-        away = _compat.is_exporting(context) and not loop.backend.portable
+        away = _compat.is_exporting(context) and loop.backend.opaque
         rule = mlir.lower_fun(evaluate_plain if away else evaluate, multiple_results=True)
         return rule(context, *flat, loop=loop, **params)
 
