@@ -17,7 +17,7 @@ from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import Problem, make_cell
 from benchmarks.peers.reference import with_given_products
 from benchmarks.workloads import Workload
-from rnncore.kernels import mosaic_gpu
+from rnncore.kernels import cpp, mosaic_gpu
 from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
 from rnncore.sequence.backends import BACKENDS
 
@@ -50,7 +50,7 @@ class RnncorePeer(Peer):
         if contender == GRAPH and importlib.util.find_spec("rnncore.gpu") is None:
             return "this rnncore has no rnncore.gpu"
         if contender == CPP:
-            return BACKENDS["cpp"].missing_compiler(platform)
+            return cpp.missing_compiler(platform)
         if contender in (MOSAIC, OWN):
             return BACKENDS["mosaic_gpu"].missing_gpu(platform)
         return BACKENDS["pallas_tpu"].missing_platform(platform) if contender == TPU else None

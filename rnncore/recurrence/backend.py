@@ -16,11 +16,13 @@ class Backend(abc.ABC):
 
     Attributes:
       name: as `unroll(backend=...)` has it.
+      portable: whether its program runs elsewhere too, as `jax.export` wants it; else what is exported is `plain`.
       must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
     """
 
     name: ClassVar[str]
+    portable: ClassVar[bool] = True
     must_be_named: ClassVar[str | None] = None
     keeps_time_axis: ClassVar[bool] = False
 
@@ -29,9 +31,14 @@ class Backend(abc.ABC):
         """Reason why this backend cannot serve the request, or None."""
 
     def unchosen(self, request: Request) -> str | None:
-        """Reason why it serves this request only where it is named, or None."""
+        """Reason why a request that it can serve runs here only where the backend is named, or None."""
         del request
         return self.must_be_named
+
+    def prepare(self, request: Request) -> str | None:
+        """Called once it is chosen, before it runs: reason why another has to be chosen after all, or None."""
+        del request
+        return None
 
     def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
         """Whether `run` takes so many layers and directions at once, and had better.

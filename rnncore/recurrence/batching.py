@@ -80,7 +80,8 @@ def _over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups
             axis = axis or 0
             if a.shape == (0,):
                 return a
-            return jnp.moveaxis(a.reshape(*a.shape[:axis], size, a.shape[axis] // size, *a.shape[axis + 1 :]), axis, 0)
+            apart = (*a.shape[:axis], size, a.shape[axis] // size, *a.shape[axis + 1 :])
+            return jnp.moveaxis(a.reshape(apart), axis, 0)
 
         apart = [parted(a, axis) for a, axis in zip(leaves, _axes(outputs, leaves), strict=True)]
         return tree.unflatten(apart), tree.unflatten([a.shape != (0,) for a in leaves])

@@ -28,6 +28,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
+from rnncore import _compat
 from rnncore._types import Array
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
@@ -37,6 +38,9 @@ RESIDUALS = "rnncore_residuals"
 
 class Functions(Protocol):
     """What the primitives call: see `backend.LoopBackend`."""
+
+    @property
+    def portable(self) -> bool: ...
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result: ...
 
@@ -189,6 +193,17 @@ def _plain_backward(loop: _Loop, which: tuple[tuple[int, ...], tuple[int, ...]],
         return list(back([arriving.get(n, jnp.zeros_like(a)) for n, a in pairs]))
 
 
+def _run_plain(loop: _Loop, which: tuple, *flat: Array) -> list[Array]:
+    """`_run` by `Backend.plain`, with zeros for residuals: `_plain_tangent` and `_plain_backward` need none."""
+    trees, _ = _parted((loop.differentiable, loop.constants), flat)
+    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
+        results = jax.tree.leaves(loop.backend.plain(loop.request, *trees))
+    if loop.residuals is None:
+        return results
+    _, kept = jax.eval_shape(_on_trees(loop.backend, loop.request, "forward_with_residuals"), *trees)
+    return results + [jnp.zeros(a.shape, a.dtype) for a in jax.tree.leaves(kept)]
+
+
 # -------------------------------------------------------------------------------------- the primitives
 
 
@@ -201,7 +216,8 @@ def _mapped(function: Callable, loop: _Loop, maps: tuple, which: Any) -> Callabl
     return jax.jit(call)
 
 
-def _primitive(name: str, function: Callable) -> Primitive:
+def _primitive(name: str, function: Callable, plain: Callable) -> Primitive:
+    """`plain` is the same for other machines than this one."""
     primitive = Primitive(f"rnncore_{name}")
     primitive.multiple_results = True
 
@@ -214,16 +230,24 @@ def _primitive(name: str, function: Callable) -> Primitive:
         out = primitive.bind(*front, loop=loop, maps=(*maps, axes), which=which)
         return out, [0] * len(out)
 
+    def evaluate_plain(*flat: Array, **params: Any) -> list[Array]:
+        return _mapped(plain, **params)(*flat)
+
+    def lower(context: Any, *flat: Any, loop: _Loop, **params: Any) -> Any:
+        away = _compat.is_exporting(context) and not loop.backend.portable
+        rule = mlir.lower_fun(evaluate_plain if away else evaluate, multiple_results=True)
+        return rule(context, *flat, loop=loop, **params)
+
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(lambda *avals, **params: jax.make_jaxpr(_mapped(function, **params))(*avals).out_avals)
-    mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=True))
+    mlir.register_lowering(primitive, lower)
     batching.primitive_batchers[primitive] = batch
     return primitive
 
 
-run_p = _primitive("run", _run)
-tangent_p = _primitive("tangent", _tangent)
-backward_p = _primitive("backward", _backward)
+run_p = _primitive("run", _run, _run_plain)
+tangent_p = _primitive("tangent", _tangent, _plain_tangent)
+backward_p = _primitive("backward", _backward, _plain_backward)
 
 
 def _moving(tangents: Any) -> tuple[int, ...]:

@@ -197,7 +197,7 @@ def unroll(
         return_states, include_initial, checkpoint_every, recompute, residual_dtype, backend,
     )  # fmt: skip
     request, layout, arrays = _prepare(cell, params, xs, options)
-    choice = choose(request, backend)
+    choice = choose(request, backend, prepare=True)
     carry, outputs, states = _run(request, layout, BACKENDS[choice.name], *arrays)
     return (carry, outputs, states) if return_states else (carry, outputs)
 
@@ -230,8 +230,8 @@ def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> Ba
     return choose(_prepare(cell, params, xs, asked)[0], asked.backend)
 
 
-def choose(request: Request, backend: str | None) -> BackendChoice:
-    """The named backend, or the first that can serve the request."""
+def choose(request: Request, backend: str | None, prepare: bool = False) -> BackendChoice:
+    """The named backend, or the first that can serve the request; `prepare`: it is about to run."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
     reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
@@ -246,7 +246,11 @@ def choose(request: Request, backend: str | None) -> BackendChoice:
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
         return BackendChoice(backend, "named by the caller", others)
     reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
-    name = next(name for name, why in reasons.items() if why is None)
+    for name in reasons:
+        if prepare and reasons[name] is None:
+            reasons[name] = BACKENDS[name].prepare(request)
+        if reasons[name] is None:
+            break
     others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
     return BackendChoice(name, "the first that can serve this call", others)
 
