@@ -221,9 +221,9 @@ def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> Ba
       backend 'autodiff': the first that can serve this call
       not 'mosaic_gpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
+      not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
-      not 'cudnn': ResetBeforeGRU is not rnncore.LSTM, the only cell that jax.experimental.rnn has
     """
     _checks.refuse_removed("explain_backend", {name: options[name] for name in options if name not in Options._fields})
     asked = Options(**options)
