@@ -96,7 +96,7 @@ class LoopBackend(Backend):
         This one differentiates `plain` and so runs forward again; a backend whose residuals are all that the linearised
         step depends on calls `plain.tangent` with them.
         """
-        return plain.jvp(request, differentiable, constants, tangents)
+        return plain.jvp(self.plain, request, differentiable, constants, tangents)
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run by operations that JAX differentiates to every order: for second and higher ones."""

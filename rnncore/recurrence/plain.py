@@ -13,6 +13,7 @@ Every backend has its second and higher derivatives, and by default its tangent,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -65,8 +66,11 @@ def run(request: Request, differentiable: Differentiable, constants: Constants) 
     return Result(last, jnp.moveaxis(outputs, 0, request.time_axis), carries, gates)
 
 
-def jvp(request: Request, differentiable: Differentiable, constants: Constants, tangents: Differentiable) -> Result:
-    """The tangent of `run`; None for an array that does not move."""
+def jvp(
+    run: Callable[..., Result], request: Request, differentiable: Differentiable, constants: Constants,
+    tangents: Differentiable,
+) -> Result:  # fmt: skip
+    """The tangent of a plain run; None for an array that does not move."""
     tree: Any
     leaves, tree = jax.tree.flatten(differentiable)
     moves = {n: t for n, t in enumerate(tree.flatten_up_to(tangents)) if t is not None}

@@ -147,7 +147,7 @@ def _run(loop: _Loop, which: tuple, *flat: Array) -> list[Array]:
 def _tangent(loop: _Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     held, moved = _parted(loop.held, flat)
     with jax.default_matmul_precision(loop.request.precision):
-        found = loop.backend.tangent(loop.request, *held, loop.differentiable_at(which, moved))
+        found = loop.backend.tangent(*(loop.request, *held, loop.differentiable_at(which, moved)))
     return _inexact(loop, found)
 
 
@@ -156,7 +156,7 @@ def _backward(loop: _Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat
     cotangents = _at(loop.result, which[0], arriving)
     wanted = loop.differentiable_at(which[1], [True] * len(which[1]), False)
     with jax.default_matmul_precision(loop.request.precision):
-        found = loop.backend.backward(loop.request, *held, cotangents, wanted)
+        found = loop.backend.backward(*(loop.request, *held, cotangents, wanted))
     leaves = loop.differentiable.flatten_up_to(found)
     return [leaves[n] for n in which[1]]
 
@@ -197,7 +197,7 @@ def _plain_backward(loop: _Loop, which: tuple[tuple[int, ...], tuple[int, ...]],
 def _run_plain(loop: _Loop, which: tuple, *flat: Array) -> list[Array]:
     """`_run` by `Backend.plain`, with zeros for residuals: `_plain_tangent` and `_plain_backward` need none."""
     trees, _ = _parted((loop.differentiable, loop.constants), flat)
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
+    with jax.default_matmul_precision(loop.request.precision):
         results = jax.tree.leaves(loop.backend.plain(loop.request, *trees))
     if loop.residuals is None:
         return results
