@@ -44,7 +44,7 @@ class CuDNN(LoopBackend):
     """
 
     name = "cudnn"
-    portable = False
+    opaque = True
 
     def unsupported(self, request: Request) -> str | None:
         refused = weights.why_not(request.cell) or library.missing(request.platform)
@@ -106,21 +106,6 @@ class CuDNN(LoopBackend):
     ) -> Differentiable:  # fmt: skip
         run = _Run(request, differentiable, constants)
         return run.cotangents(result, residuals, dense(cotangents, result), any(jax.tree.leaves(wanted.params)))
-
-    def tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
-        del result, residuals
-        leaves: Any
-        tree: Any
-        leaves, tree = jax.tree.flatten(differentiable)
-        moves = {n: t for n, t in enumerate(tree.flatten_up_to(tangents)) if t is not None}
-
-        def of_moving(moving: dict[int, Array]) -> Result:
-            return self.plain(request, tree.unflatten([moving.get(n, a) for n, a in enumerate(leaves)]), constants)
-
-        return jax.jvp(of_moving, ({n: leaves[n] for n in moves},), (moves,))[1]
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         layers, starts = _layers(differentiable)
