@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks import run, workloads
-from benchmarks.gpu_check import checks, command, parts, problems, processes, sanitizer, table, times, toolkit
+from benchmarks.gpu_check import checks, command, parts, problems, processes, results, sanitizer, table, times, toolkit
 from benchmarks.gpu_check.processes import RECORDS, TIMES, Runner
+from benchmarks.report.results import FIELDS, read_runs
 from rnncore.kernels.mosaic_gpu.plan import KINDS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -251,3 +252,21 @@ def test_times_stand_beside_torch_and_flax_and_a_case_cut_short_has_its_first_ro
     assert "rnncore a" in fast and "2.000*" in fast and "torch  2.00     -" in fast
     assert "4.000 " in slow and "*" not in slow and "torch  1.00" in slow
     assert "missing rnncore b at W: a wrong answer" in text
+
+
+def test_the_times_of_a_check_are_one_run_for_the_tables(tmp_path):
+    out, file = tmp_path / "out", tmp_path / "gpu.jsonl"
+    out.mkdir()
+    head = {"record": "run", "started": "1", "machine": {}, "commit": "c", "tag": "gpu", "quick": True, "rounds": 5}
+    end = {"record": "end", "finished": "2", "interrupted": False, "reason": None}
+    one = {field: 1 for field in FIELDS["time"]} | {"record": "time", "ms": [1.0]}
+    first = {"record": "round", "workload": "W", "contender": "x", "dtype": "float32", "measurement": "forward"}
+    groups = [[head, first, one, end], [head, one]]  # the second was killed
+    lines = [row | {"run": str(n)} for n, group in enumerate(groups) for row in group]
+    (out / TIMES).write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert results.as_one_run(out, file) == 2
+    [found] = read_runs(file)
+    assert len(found.of("time")) == 2 and not found.complete and found.end["reason"] == "cut short"
+    (out / TIMES).write_text("")
+    with pytest.raises(ValueError, match="no times in"):
+        results.as_one_run(out, file)
