@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import rnncore
 from benchmarks.peers.flax_linen import to_core, to_flax
-from rnncore.sequence.backends import BACKENDS
+from rnncore.kernels import cpp
 
 FLAX, CPP = "flax.linen", "reverse, backend='cpp'"
 # Options of `rnncore.unroll`.
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
 def available(names: Sequence[str]) -> tuple[str, ...]:
     """Those that can run here; of the others stderr is told why not."""
-    why = BACKENDS["cpp"].missing_compiler(jax.default_backend())
+    why = cpp.missing_compiler(jax.default_backend())
     if CPP in names and why is not None:
         print(f"{CPP}: {why}", file=sys.stderr)
     return tuple(name for name in names if name != CPP or why is None)

@@ -8,7 +8,7 @@ In Jacobians rows are outputs and columns are inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -17,4 +17,3 @@ PyTree = Any
 Initializer = Callable[..., Any]
 """An initialiser as jax.nn.initializers makes them: (key, shape, dtype) -> Array."""
 Activation = Callable[[Any], Any]
-Differentiation = Literal["any", "reverse"]

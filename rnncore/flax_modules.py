@@ -88,7 +88,7 @@ def unroll(
     xs = jnp.asarray(inputs, params.input_kernel.dtype)
     start = to_core(core, carry)
     last, outputs, *states = sequence.unroll(
-        core, params, xs, initial_carry=start, return_states=return_states, differentiation=rnn.differentiation,
+        core, params, xs, initial_carry=start, return_states=return_states,
         checkpoint_every=rnn.checkpoint_every, recompute=rnn.recompute, backend=rnn.backend, **options,
     )  # fmt: skip
     # The outputs have the dtype of a step's output, also where the carry has another one.
@@ -188,7 +188,7 @@ def run_layers(
     last, outputs, *states = unroll_stack(
         stack, params, xs, initial_carry=initial_carry, dtype=layers.dtype,
         carry_dtype=layers.carry_dtype if initial_carry is not None else carry_dtype(layers),
-        output_dtype=layers.output_dtype, time_major=layers.time_major, differentiation=layers.differentiation,
+        output_dtype=layers.output_dtype, time_major=layers.time_major,
         checkpoint_every=layers.checkpoint_every, recompute=layers.recompute, backend=layers.backend, **options,
     )  # fmt: skip
     carry = (last,) if (layers.return_carry if return_carry is None else return_carry) else ()

@@ -127,17 +127,17 @@ def worker(dry: bool, first: str, seconds: str, right: str, dropped: str) -> Non
       dropped: contenders to leave out, parted by semicolons.
     """
     from benchmarks import run
-    from rnncore.kernels import mosaic_gpu
+    from benchmarks.peers import rnncore_peer
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # what the driver sees that it goes on by
-    mosaic_gpu.PROVEN = frozenset(right.split(",")) - {""}
+    rnncore_peer.CHECKED = frozenset(right.split(",")) - {""}
     deadline = time.monotonic() + float(seconds)
     for number, group in list(enumerate(groups(dry)))[int(first) :]:
         left = deadline - time.monotonic()
         if left < 5:
             break
         names = [c for c in group.contenders if c not in dropped.split(";")]
-        if not _layouts(group) <= mosaic_gpu.PROVEN:
+        if not _layouts(group) <= rnncore_peer.CHECKED:
             names = [c for c in names if "mosaic_gpu" not in c]
         if not names:
             continue

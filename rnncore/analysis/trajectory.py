@@ -233,7 +233,7 @@ def trajectory(
         check_finite(f"trajectory({name}=...)", tree, "find out where they come from before measuring gradients")
     last, _, states = unroll(
         cell, params, xs, initial_carry=initial_carry, seq_lengths=seq_lengths, resets=resets, reset_carry=reset_carry,
-        return_states=True, include_initial=True, differentiation="any",
+        return_states=True, include_initial=True,
     )  # fmt: skip
     carries, gates = states.carries, states.gates
     if padding is not None:

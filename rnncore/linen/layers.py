@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rnncore import cells, initializers
 from rnncore import flax_modules as modules
-from rnncore._types import Activation, Array, Differentiation, Initializer
+from rnncore._types import Activation, Array, Initializer
 from rnncore.layers.stack import Merge, Stack, StackParams
 
 
@@ -44,7 +44,6 @@ class Layers(nn.Module):
     time_major: bool = field(default=False, kw_only=True)
     return_carry: bool = field(default=False, kw_only=True)
     deterministic: bool | None = field(default=None, kw_only=True)
-    differentiation: Differentiation = field(default="any", kw_only=True)
     checkpoint_every: int | None = field(default=None, kw_only=True)
     recompute: str = field(default="nothing", kw_only=True)
     backend: str | None = field(default=None, kw_only=True)
@@ -154,7 +153,7 @@ class LSTM(Layers):
       param_dtype, carry_dtype, output_dtype: of the parameters; of the carries (None: param_dtype); of
         the outputs where it is to be another.
       time_major, return_carry, deterministic: see the call.
-      differentiation, checkpoint_every, recompute, backend: as in `rnncore.unroll`.
+      checkpoint_every, recompute, backend: as in `rnncore.unroll`.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -15,14 +15,11 @@ from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
 from rnncore import flax_modules as modules
-from rnncore._types import Array, Differentiation
+from rnncore._types import Array
 from rnncore.cells import pointwise
 from rnncore.linen import trees
 from rnncore.linen.convert import TREES
 from rnncore.linen.scan import has_plain_parameters, scan_over
-
-DIFFERENTIATION: Differentiation = "any"
-"""What an RNN is prepared for where the user says nothing."""
 
 
 class RNN(nn.Module):
@@ -47,9 +44,8 @@ class RNN(nn.Module):
       reverse: run from the last step, with lengths the last valid one, to the first.
       keep_order: with `reverse`, outputs in the order of the inputs.
       unroll, variable_axes, variable_broadcast, variable_carry, split_rngs: for nn.scan.
-      differentiation, checkpoint_every, recompute, backend: as in `rnncore.unroll`.  They mean
-        something there only: under nn.scan the last three are refused, and every mode of
-        differentiation is open.
+      checkpoint_every, recompute, backend: as in `rnncore.unroll`; they mean nothing under nn.scan and are
+        refused there.
       carry_dtype, output_dtype: floating dtypes of the carry and the outputs; None as above.
 
     Example:
@@ -76,7 +72,6 @@ class RNN(nn.Module):
     variable_broadcast: Any = "params"
     variable_carry: Any = False
     split_rngs: Mapping[Any, bool] = FrozenDict({"params": False})
-    differentiation: Differentiation = field(default=DIFFERENTIATION, kw_only=True)
     checkpoint_every: int | None = field(default=None, kw_only=True)
     recompute: str = field(default="nothing", kw_only=True)
     backend: str | None = field(default=None, kw_only=True)

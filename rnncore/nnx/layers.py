@@ -12,7 +12,7 @@ from flax import nnx
 
 from rnncore import cells, initializers
 from rnncore import flax_modules as modules
-from rnncore._types import Activation, Array, Differentiation, Initializer
+from rnncore._types import Activation, Array, Initializer
 from rnncore.layers.stack import Merge, Stack, StackParams
 
 
@@ -44,7 +44,6 @@ class Layers(nnx.Module):
         time_major: bool = False,
         return_carry: bool = False,
         deterministic: bool = False,
-        differentiation: Differentiation = "any",
         checkpoint_every: int | None = None,
         recompute: str = "nothing",
         backend: str | None = None,
@@ -70,7 +69,6 @@ class Layers(nnx.Module):
         self.time_major = time_major
         self.return_carry = return_carry
         self.deterministic = deterministic
-        self.differentiation = differentiation
         self.checkpoint_every = checkpoint_every
         self.recompute = recompute
         self.backend = backend
@@ -157,7 +155,7 @@ class LSTM(Layers):
       param_dtype, carry_dtype, output_dtype: of the parameters; of the carries (None: param_dtype); of
         the outputs where it is to be another.
       time_major, return_carry, deterministic: see the call.
-      differentiation, checkpoint_every, recompute, backend: as in `rnncore.unroll`.
+      checkpoint_every, recompute, backend: as in `rnncore.unroll`.
       rngs: the stream `params`, and `dropout` where a rate is not zero; kept only there.
 
     Example:

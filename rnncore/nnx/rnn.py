@@ -11,12 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rnncore import flax_modules as modules
-from rnncore._types import Array, Differentiation
+from rnncore._types import Array
 from rnncore.nnx import initial, trees
 from rnncore.nnx.scan import scan_over
-
-DIFFERENTIATION: Differentiation = "any"
-"""What an RNN is prepared for where the user says nothing."""
 
 _AXES: Any = {...: nnx.Carry}
 """All state goes from step to step: what Flax takes where the user says nothing."""
@@ -48,9 +45,8 @@ class RNN(nnx.RNN):
       rngs: for a random initial carry.  True keeps a stream where the cell's carry is random (its
         `carry_init` is neither zeros nor ones) or made by a method that is not known, and no state at
         all elsewhere.  False keeps none; `nnx.Rngs` and `nnx.RngStream` are forked and kept.
-      differentiation, checkpoint_every, recompute, backend: as in `rnncore.unroll`.  They mean
-        something there only: under nnx.scan the last three are refused, and every mode of
-        differentiation is open.
+      checkpoint_every, recompute, backend: as in `rnncore.unroll`; they mean nothing under nnx.scan and are
+        refused there.
       carry_dtype, output_dtype: floating dtypes of the carry and the outputs; None as above.
 
     Example:
@@ -81,7 +77,6 @@ class RNN(nnx.RNN):
         state_axes: Mapping[Any, Any] | None = None,
         broadcast_rngs: Any = None,
         rngs: nnx.Rngs | nnx.RngStream | bool = True,
-        differentiation: Differentiation = DIFFERENTIATION,
         checkpoint_every: int | None = None,
         recompute: str = "nothing",
         backend: str | None = None,
@@ -100,7 +95,6 @@ class RNN(nnx.RNN):
         self.state_axes = state_axes or nnx.StateAxes(_AXES)  # type: ignore[assignment]
         self.broadcast_rngs = broadcast_rngs
         self.rngs = initial.carry_stream(rngs, initial.is_random(cell), "RNN")
-        self.differentiation = differentiation
         self.checkpoint_every = checkpoint_every
         self.recompute = recompute
         self.backend = backend

@@ -9,49 +9,51 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from rnncore import _lengths
-from rnncore._types import PyTree
 from rnncore.cells.base import PointwiseCell
-from rnncore.recurrence.chunks import run_chunks
-from rnncore.recurrence.recur import keep
-from rnncore.recurrence.request import Operands, Request, Result
+from rnncore.recurrence import step as steps
+from rnncore.recurrence.backend import Backend
+from rnncore.recurrence.chunks import scan_chunks
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
-def unsupported(request: Request) -> str | None:
-    """Reason why this backend cannot serve the request, or None."""
-    if request.mask and not isinstance(request.cell, PointwiseCell):
-        return (
-            f"{type(request.cell).__name__} is not a PointwiseCell, so it does not show where h enters its recurrent "
-            "product, which recurrent_mask masks"
-        )
-    return None
+class Autodiff(Backend):
+    """See the module."""
 
+    name = "autodiff"
 
-def run(request: Request, params: PyTree, operands: Operands) -> Result:
-    """Runs the cell, see `Operands` and `Result`."""
-    cell = request.cell
-    xs, carry, target, lengths, resets, mask, stay = operands
+    def unsupported(self, request: Request) -> str | None:
+        if request.recurrent_mask and not isinstance(request.cell, PointwiseCell):
+            return (
+                f"{type(request.cell).__name__} is not a PointwiseCell, so it does not show where h enters its "
+                "recurrent product, which recurrent_mask masks"
+            )
+        return None
 
-    def step(carry: Any, now: Any) -> Any:
-        z, reset, stay = now
-        if reset is not None:
-            carry = jax.tree.map(lambda a, b: jnp.where(reset, a, b), target, carry)
-        new, gates = cell.update(params, carry, z, **({} if mask is None else {"mask": mask}))
-        new = keep(stay, carry, jax.tree.map(lambda n, c: n.astype(c.dtype), new, carry))
-        carries = new if request.states or lengths is not None else None
-        return new, (cell.output(new), carries, gates if request.states else None)
+    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        cell, lengths, mask = request.cell, constants.lengths, constants.recurrent_mask
+        params, xs, start, reset_carry = differentiable
+        options = {} if mask is None else {"mask": mask}
 
-    def chunk(carry: Any, first: Any, now: Any) -> Any:
-        (carry, last), (xs, resets, stay) = carry, now
-        carry, (outputs, carries, gates) = lax.scan(step, carry, (cell.project(params, xs), resets, stay))
-        last = carry if lengths is None else _lengths.last_valid(last, carries, lengths, first)
-        return (carry, last), (outputs, carries if request.states else None, gates)
+        def step(carry: Any, now: Any) -> Any:
+            z, resets, zoneout = now
+            carry = steps.reset(resets, reset_carry, carry)
+            new, gates = cell.update(params, carry, z, **options)
+            new = steps.blend(zoneout, carry, new)
+            carries = new if request.return_states or lengths is not None else None
+            return new, (cell.output(new), carries, gates if request.return_states else None)
 
-    every = request.checkpoint_every or request.steps
-    again = request.recompute != "nothing"
-    (_, last), ys = run_chunks(chunk, (carry, carry), (xs, resets, stay), request.steps, every, again)
-    return Result(last, *ys)
+        def chunk(carry: Any, first: Any, now: Any) -> Any:
+            (carry, last), (xs, resets, zoneout) = carry, now
+            carry, (outputs, carries, gates) = lax.scan(step, carry, (cell.project(params, xs), resets, zoneout))
+            last = carry if lengths is None else _lengths.last_valid(last, carries, lengths, first)
+            return (carry, last), (outputs, carries if request.return_states else None, gates)
+
+        stacks = (jnp.moveaxis(xs, request.time_axis, 0), *steps.per_step(request, constants))
+        size = request.checkpoint_every or request.steps
+        again = request.recompute != "nothing"
+        (_, last), ys = scan_chunks(chunk, (start, start), stacks, request.steps, size, again)
+        return Result(last, *ys)

@@ -1,136 +1,348 @@
-"""Backend "scan": any pointwise cell over time by `jax.lax.scan`, with derived derivatives.
+"""Backend "scan": any pointwise cell over time in XLA's loops, on every platform, with every option.
 
-Platforms: all.  Lengths, resets, states and gates: yes.  Dtypes: all floating ones; products take and
-give the dtype of their operands and follow `jax.default_matmul_precision`, forward and backward.
-Differentiation: "any" gives forward and reverse mode to every order, vmap, remat and their
-compositions (`recur.py`); "reverse" gives reverse mode of first order and vmap, faster and in less
-memory (`inplace.py`).  Memory: see `recompute` in `rnncore.unroll`.
+Forward, a chunk of K steps projects its inputs and runs; row t of a buffer for all steps takes what step t gives, so
+that nothing is copied out of a chunk or turned to time-major as a whole.  Backward, the chunks are taken from the last
+to the first: a loop transposes the linearised step L_t and writes the cotangents of the chunk's pre-activations into
+one slab, and then
+
+  dU += (mask h)^T slab,   dW += x^T slab,   db += sum slab,   dx = slab W^T
+
+once a chunk.  Dtypes: all floating ones; products take and give the dtype of their operands and follow
+`jax.default_matmul_precision`, forward and backward.  Memory: see `recompute` in `rnncore.unroll`.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from rnncore import _lengths
-from rnncore._types import Array
-from rnncore.cells import pointwise
-from rnncore.cells.base import CellParams, PointwiseCell
-from rnncore.recurrence import inplace, recur, sweep
-from rnncore.recurrence.chunks import run_chunks
-from rnncore.recurrence.request import Operands, Request, Result
-
-
-def unsupported(request: Request) -> str | None:
-    """Reason why this backend cannot serve the request, or None."""
-    if not isinstance(request.cell, PointwiseCell):
-        return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
-    return None
+from rnncore._types import Array, PyTree
+from rnncore.cells.base import PointwiseCell
+from rnncore.recurrence import plain
+from rnncore.recurrence import step as steps
+from rnncore.recurrence.backend import LoopBackend
+from rnncore.recurrence.chunks import chunk_size, over_chunks
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.step import Inputs, LinearizedStep, Step
+from rnncore.recurrence.time_buffers import at, blank, packed, put, stretch, unpacked
 
 
-def keeps_time_axis(request: Request) -> bool:
-    """Whether inputs and outputs may have time where the caller has it, see `Request.time_axis`."""
-    return request.differentiation == "reverse"
+class Scan(LoopBackend):
+    """See the module."""
+
+    name = "scan"
+    keeps_time_axis = True
+
+    def unsupported(self, request: Request) -> str | None:
+        if not isinstance(request.cell, PointwiseCell):
+            return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
+        return None
+
+    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        return _Run(request, differentiable, constants).forward(False)[0]
+
+    def forward_with_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants
+    ) -> tuple[Result, PyTree]:
+        return _Run(request, differentiable, constants).forward(True)
+
+    def backward(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        cotangents: Result, wanted: Differentiable,
+    ) -> Differentiable:  # fmt: skip
+        run = _Run(request, differentiable, constants)
+        return _Backward(run, result, residuals, dense(cotangents, result), wanted).all_chunks()
+
+    def tangent(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        tangents: Differentiable,
+    ) -> Result:  # fmt: skip
+        if request.recompute != "nothing":
+            return super().tangent(request, differentiable, constants, result, residuals, tangents)
+        run = _Run(request, differentiable, constants)
+        hs = jnp.moveaxis(result.outputs, request.time_axis, 0)
+        before = plain.previous(differentiable.initial_carry, differentiable.reset_carry, run.resets, hs)
+        stacks = run.linear.residuals(run.inputs(0, 1), before, run.restored(residuals))
+        return plain.tangent(request, differentiable, constants, result, stacks, tangents)
 
 
-def run(request: Request, params: CellParams, operands: Operands) -> Result:
-    """Runs the cell, see `Operands` and `Result`."""
-    cell = request.cell
-    xs, carry, target, lengths, resets, mask, stay = operands
-    assert isinstance(cell, PointwiseCell)
-    mixing = CellParams(None, params.recurrent_kernel, None, params.recurrent_bias, ())  # type: ignore[arg-type]
-    projection = CellParams(params.input_kernel, None, params.bias, None, ())  # type: ignore[arg-type]
-    p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
-    first = cell.project(params, jnp.take(xs, 0, request.time_axis))
-    step = _step(cell, p, carry, first, mixing, request.states, lengths is not None)
-    rules = recur.Rules(
-        cell.mix,
-        lambda kernel, h: cell.recurrence.mix_transposed(kernel, h.astype(kernel.dtype)),
-        lambda mixing: cell.recurrence.transposed(mixing.recurrent_kernel),
-    )
-    every = request.checkpoint_every or default_chunk(request)
-    if request.differentiation == "reverse":
-        plan = sweep.Sweep(
-            cell.project, step, rules, request.steps, every, request.time_axis, request.states, request.recompute,
-            request.residual_dtype,
-        )  # fmt: skip
-        moving = sweep.Moving(projection, mixing, p, xs, carry, target)
-        return Result(*inplace.run(plan, moving, sweep.Given(lengths, resets, mask, stay)))
-    rules = dataclasses.replace(rules, recompute=request.recompute == "gates")
+class Rows(NamedTuple):
+    """Buffers over time, or one row of each.
 
-    def chunk(carry: Any, first: Any, now: Any) -> Any:
-        (carry, last), (xs, resets, stay) = carry, now
-        back = None if resets is None else target
-        zs = cell.split(cell.project(projection, xs))
-        carry, outputs, (carries, gates) = recur.run(
-            step, rules, recur.Inputs(mixing, p, zs, carry, back, resets, mask, stay)
-        )
-        last = carry if lengths is None else _lengths.last_valid(last, carries, lengths, first)
-        return (carry, last), (outputs, carries if request.states else None, gates)
-
-    if request.recompute == "gates":
-        # The projected inputs are formed again too: they are four times the carries.
-        policy = jax.checkpoint_policies.save_only_these_names(recur.CARRIES)
-        # Inside a scan XLA cannot merge both forms; of a single chunk it would.
-        chunk = jax.checkpoint(chunk, policy=policy, prevent_cse=every >= request.steps)
-    again = request.recompute == "chunk"
-    (_, last), ys = run_chunks(chunk, (carry, carry), (xs, resets, stay), request.steps, every, again)
-    return Result(last, *ys)
-
-
-def default_chunk(request: Request) -> int:
-    """Steps to a chunk where the caller names none.
-
-    With `recompute` about sqrt(T), which keeps least of a run that is formed again chunk by chunk.
-    Else T, except on one CPU.  There a slab of all steps that outgrows the caches costs page faults
-    and memory traffic: above 4 MiB it is cut into chunks of about 2 MiB, at least 8 steps.  Either way
-    a divisor of T, if one is near.
+    Fields:
+      outputs: h.
+      carries: the other fields of the carry, where states are wanted.
+      gates: what the step emits.
+      residuals: what the backward run needs.
     """
-    if request.recompute != "nothing":
-        wanted = max(8, math.isqrt(request.steps))
-    else:
-        size = len(request.cell.gates) * request.cell.hidden_size  # type: ignore[attr-defined]
-        step_bytes = math.prod(request.batch_shape) * size * jnp.dtype(request.dtype).itemsize
-        if request.platform != "cpu" or request.devices > 1 or step_bytes * request.steps <= 4 * 2**20:
-            return request.steps
-        wanted = max(8, 2 * 2**20 // step_bytes)
-    near = [k for k in range(wanted // 2 + 1, 2 * wanted) if request.steps % k == 0]
-    return min(near, key=lambda k: abs(k - wanted), default=wanted)
+
+    outputs: Any
+    carries: Any
+    gates: Any
+    residuals: Any
 
 
-def _step(cell: PointwiseCell, p: Any, carry: Any, z: Array, mixing: Any, states: bool, carries: bool) -> recur.Step:
-    """The cell's pointwise update as a step, which reads its inputs gate by gate."""
-    additive = pointwise.additive_gates(cell, p, cell.split(z), cell.split(cell.mix(mixing, carry.h)), carry)
+class _Run:
+    """A run in chunks, with what its functions share."""
 
-    def update(p: Any, zs: Any, rest: Any, carry: Any) -> Any:
-        pieces = iter(rest or ())
-        rs = cell.Gates(*(jnp.zeros_like(zg) if a else next(pieces) for zg, a in zip(zs, additive, strict=True)))
-        new, gates = cell.pointwise(p, zs, rs, carry)
-        return new, gates if states else None
+    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
+        assert isinstance(request.cell, PointwiseCell)
+        self.request, self.cell, self.axis = request, request.cell, request.time_axis
+        self.differentiable, self.constants = differentiable, constants
+        self.start = differentiable.initial_carry
+        self.chunk_size = chunk_size(request)
+        self.units = steps.spread_units(differentiable.params, self.start.h)
+        self.input_params = steps.input_params(differentiable.params)
+        self.recurrent_params = steps.recurrent_params(differentiable.params)
+        self.product = steps.recurrent_product(self.cell)
+        self.step = steps.of(request, differentiable, False)
+        self.resets, self.zoneout = steps.per_step(request, constants)
 
-    def fold(zs: Any, r: Array) -> Any:
-        """Gates that see only z + r take r into z; the others keep theirs apart."""
-        pairs = list(zip(zs, cell.split(r), additive, strict=True))
-        folded = cell.Gates(*(zg + rg if a else zg for zg, rg, a in pairs))
-        return folded, tuple(rg for _, rg, a in pairs if not a) or None
+    def inputs(self, first: Any, size: int) -> Inputs:
+        """The inputs of a stretch of steps, projected."""
+        slab = self.cell.project(self.input_params, stretch(self.differentiable.xs, first, size, self.axis))
+        xs, _ = self.step.part(slab, None)
+        return self.inputs_without_xs(first, size)._replace(xs=xs)
 
-    def join(zs: Any) -> Array:
-        return jnp.concatenate(zs, -1)
+    def inputs_without_xs(self, first: Any, size: int) -> Inputs:
+        resets, zoneout = stretch((self.resets, self.zoneout), first, size, 0)
+        return Inputs(
+            self.recurrent_params, self.units, None, self.start, self.differentiable.reset_carry, resets,
+            self.constants.recurrent_mask, zoneout,
+        )  # fmt: skip
 
-    def fold_joined(z: Array, r: Array) -> Any:
-        if all(additive):
-            return z + r, None
-        zs, rest = fold(cell.split(z), r)
-        return join(zs), join(rest)
+    @functools.cached_property
+    def linear(self) -> LinearizedStep:
+        """The derivative of its steps, which keeps all that a backward run cannot form chunk by chunk."""
+        first = self.inputs(0, 1)
+        one = first._replace(xs=at(first.xs, 0, 0))
+        return LinearizedStep(self.step, self.product, one, ("state", "sum", "input"))
 
-    def part(z: Array, rest: Array | None) -> Any:
-        if rest is None:
-            return cell.split(z), None
-        count = len(cell.gates) - sum(additive)
-        return cell.split(z), tuple(jax.lax.split(rest, [cell.hidden_size] * count, rest.ndim - 1))
+    @functools.cached_property
+    def keeping(self) -> Step:
+        """The step that also emits what the backward run needs of it."""
+        if self.request.recompute == "nothing":
+            return self.linear.forward
 
-    return recur.Step(update, fold, states or carries, join, fold_joined, part)
+        def update(units: Any, x: Any, rest: Any, s: Any) -> Any:
+            new, emitted = self.step.update(units, x, rest, s)
+            return new, (emitted, _without_h(s) if self.request.recompute == "gates" else None)
+
+        return Step(update, self.step.add_recurrent)
+
+    # ---------------------------------------------------------------------------------- forward
+
+    def forward(self, keep: bool) -> tuple[Result, PyTree]:
+        """(result, residuals): of a run that keeps none, None."""
+        lengths, start = self.constants.lengths, self.start
+        step = self.keeping if keep else self.step
+
+        def advance(inputs: Inputs, k: Any, t: Any, state: Any) -> Any:
+            carry, last, rows = state
+            new, row = self.one(step, keep, inputs, k, carry)
+            if lengths is not None:
+                last = steps.at_end(t == lengths - 1, new, last)
+            return new, last, self._put(rows, self._packed(row), t)
+
+        def chunk(first: Any, size: int, state: Any) -> Any:
+            (carry, last, rows), begins = state
+            if begins is not None:
+                begins = put(begins, carry, first // self.chunk_size, 0)
+            inputs = self.inputs(first, size)
+            return lax.fori_loop(0, size, lambda k, s: advance(inputs, k, first + k, s), (carry, last, rows)), begins
+
+        shapes = jax.eval_shape(lambda: self._packed(self.one(step, keep, self.inputs(0, 1), 0, start)[1]))
+        rows = Rows(blank(shapes.outputs, start.h, self.request.steps, self.axis), *(
+            blank(a, start.h, self.request.steps, 0) for a in shapes[1:]
+        ))  # fmt: skip
+        begins = None
+        if keep and self.request.recompute == "chunk":
+            begins = blank(start, start.h, math.ceil(self.request.steps / self.chunk_size), 0)
+        state = ((start, start, rows), begins)
+        (carry, last, rows), begins = over_chunks(chunk, state, self.request.steps, self.chunk_size)
+        carries = None
+        if self.request.return_states:
+            carries = _with_h(carry, rows.carries, jnp.moveaxis(rows.outputs, self.axis, 0))
+        result = Result(carry if lengths is None else last, rows.outputs, carries, rows.gates)
+        return result, rows.residuals if begins is None else begins
+
+    def one(self, step: Step, keep: bool, inputs: Inputs, k: Any, carry: Any) -> tuple[Any, Rows]:
+        """Step k of a stretch: the new carry and its rows."""
+        now = inputs._replace(**{name: at(getattr(inputs, name), k, 0) for name in ("xs", "resets", "zoneout")})
+        new, emitted = steps.advance(step, self.product, now, carry)
+        gates, residuals = emitted if keep else (emitted, None)
+        return new, Rows(new.h, _without_h(new) if self.request.return_states else None, gates, residuals)
+
+    def _put(self, rows: Rows, row: Rows, t: Any) -> Rows:
+        outputs = put(rows.outputs, row.outputs, t, self.axis)
+        return Rows(outputs, *(put(a, b, t, 0) for a, b in zip(rows[1:], row[1:], strict=True)))
+
+    def _packed(self, row: Rows) -> Rows:
+        """With what is kept in the dtype that it is kept in."""
+        dtype = self.request.residual_dtype
+        if dtype is None or self.request.recompute == "chunk":
+            return row
+        return row._replace(residuals=jax.tree.map(lambda a: packed(a, dtype), row.residuals))
+
+    def restored(self, residuals: PyTree) -> PyTree:
+        """Rows of residuals as the step gave them."""
+        dtype = self.request.residual_dtype
+        if dtype is None:
+            return residuals
+        types = jax.eval_shape(lambda: self.one(self.keeping, True, self.inputs(0, 1), 0, self.start)[1].residuals)
+        return jax.tree.map(lambda a, b: unpacked(a, dtype).astype(b.dtype), residuals, types)
+
+    def again(self, first: Any, size: int, carry: Any) -> tuple[Array, PyTree]:
+        """(h, residuals) of every step of a stretch that is run again from a carry."""
+        inputs, step = self.inputs(first, size), self.linear.forward
+
+        def advance(k: Any, state: Any) -> Any:
+            carry, *rows = state
+            new, row = self.one(step, True, inputs, k, carry)
+            return new, put(rows[0], row.outputs, k, 0), put(rows[1], row.residuals, k, 0)
+
+        shapes = jax.eval_shape(lambda: self.one(step, True, inputs, 0, carry)[1])
+        rows = (blank(a, carry.h, size, 0) for a in (shapes.outputs, shapes.residuals))
+        return lax.fori_loop(0, size, advance, (carry, *rows))[1:]
+
+
+class _Backward:
+    """The transpose of a run."""
+
+    def __init__(self, run: _Run, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable):
+        self.run, self.outputs, self.kept, self.cotangents = run, result.outputs, residuals, cotangents
+        self.tangent_params = run.product.tangent_params(run.recurrent_params)
+        self.want_xs = wanted.xs
+        self.want_input = any(jax.tree.leaves(steps.input_params(wanted.params)))
+        self.want_recurrent = any(jax.tree.leaves(steps.recurrent_params(wanted.params)))
+
+    def all_chunks(self) -> Differentiable:
+        run, dlast = self.run, self.cotangents.carry
+        params, xs, _, reset_carry = run.differentiable
+        lengths = run.constants.lengths
+        zeros = functools.partial(jax.tree.map, jnp.zeros_like)
+        weights = (
+            run.input_params if self.want_input else None,
+            run.recurrent_params if self.want_recurrent else None,
+            run.units,
+        )
+        state = (
+            dlast if lengths is None else zeros(dlast),
+            zeros(reset_carry),
+            # Summed over chunks and steps in float32 where the parameters have less.
+            jax.tree.map(lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32)), weights),
+            jnp.zeros_like(xs) if self.want_xs else None,
+        )
+        state = over_chunks(self._chunk, state, run.request.steps, run.chunk_size, backward=True)
+        dstart, dreset, sums, dxs = state
+        dinput, drecurrent, dunits = jax.tree.map(lambda d, a: d.astype(a.dtype), sums, weights)
+        if lengths is not None:
+            dstart = _add(dstart, steps.at_end(lengths == 0, dlast, zeros(dlast)))
+        spread = functools.partial(steps.spread_units, like=run.start.h)
+        (of_units,) = jax.linear_transpose(lambda u: spread(params._replace(units=u)), params.units)(dunits)
+        dparams = params._replace(
+            input_kernel=dinput and dinput.input_kernel, bias=dinput and dinput.bias,
+            recurrent_kernel=drecurrent and drecurrent.recurrent_kernel,
+            recurrent_bias=drecurrent and drecurrent.recurrent_bias, units=of_units,
+        )  # fmt: skip
+        return Differentiable(dparams, dxs, dstart, dreset)
+
+    def _chunk(self, first: Any, size: int, state: Any) -> Any:
+        run, linear = self.run, self.run.linear
+        ds, dreset, (dinput, drecurrent, dunits), dxs = state
+        before, kept, offset, restore = self._residuals(first, size)
+        inputs = run.inputs_without_xs(first, size)._replace(recurrent_params=self.tangent_params)
+        xs = stretch(run.differentiable.xs, first, size, run.axis)
+        slab = jax.eval_shape(run.cell.project, run.input_params, xs)
+
+        def weights(dparams: Any, slab: Array) -> Any:
+            entering = steps.masked(inputs.recurrent_mask, before)
+            return run.step.add_to_tangent(slab, run.product.product(dparams, entering))
+
+        # From values, not from shapes: inside shard_map the rows differ over the devices as these do.
+        row_shapes = jax.eval_shape(lambda *a: at(weights(*a), 0, 0), run.recurrent_params, slab)
+
+        def back(n: Any, state: Any) -> Any:
+            ds, dreset, dunits, rows = state
+            k = size - 1 - n
+            residual = linear.residuals(inputs, at(before, k, 0), restore(at(kept, k + offset, 0)))
+            ds, dgates = self._arriving(ds, first + k)
+            now = inputs._replace(resets=at(inputs.resets, k, 0), zoneout=at(inputs.zoneout, k, 0))
+
+            def forward(ds: Any, dreset: Any, row: Any, dunits: Any) -> Any:
+                one = now._replace(xs=(residual, *row, dunits), reset_carry=dreset)
+                return steps.advance(linear.tangent, run.product.tangent, one, ds)
+
+            like = (run.start, run.differentiable.reset_carry, row_shapes, run.units)
+            ds, more, row, more_units = jax.linear_transpose(forward, *like)((ds, dgates))
+            return ds, _add(dreset, more), _add(dunits, more_units), put(rows, row, k, 0)
+
+        rows = blank(row_shapes, run.start.h, size, 0)
+        ds, dreset, dunits, rows = lax.fori_loop(0, size, back, (ds, dreset, dunits, rows))
+        if self.want_recurrent:
+            more, dslab = jax.linear_transpose(weights, run.recurrent_params, slab)(rows)
+            drecurrent = _add(drecurrent, more)
+        else:
+            zeros = jax.tree.map(jnp.zeros_like, run.recurrent_params)
+            (dslab,) = jax.linear_transpose(lambda slab: weights(zeros, slab), slab)(rows)
+        if self.want_input:
+            (more,) = jax.vjp(lambda params: run.cell.project(params, xs), run.input_params)[1](dslab)
+            dinput = _add(dinput, more)
+        if self.want_xs:
+            (dx,) = jax.vjp(lambda xs: run.cell.project(run.input_params, xs), xs)[1](dslab)
+            dxs = lax.dynamic_update_slice_in_dim(dxs, jnp.moveaxis(dx, 0, run.axis), first, run.axis)
+        return ds, dreset, (dinput, drecurrent, dunits), dxs
+
+    def _arriving(self, ds: Any, t: Any) -> tuple[Any, Any]:
+        """The cotangents of step t's carry and of its gates."""
+        dlast, doutputs, dcarries, dgates = self.cotangents
+        lengths = self.run.constants.lengths
+        if lengths is not None:
+            ds = _add(ds, steps.at_end(t == lengths - 1, dlast, jax.tree.map(jnp.zeros_like, dlast)))
+        if dcarries is not None:
+            ds = _add(ds, at(dcarries, t, 0))
+        return ds._replace(h=ds.h + at(doutputs, t, self.run.axis)), at(dgates, t, 0)
+
+    def _residuals(self, first: Any, size: int) -> tuple[Array, PyTree, Any, Callable]:
+        """What the derivative needs of a stretch.
+
+        h before every step; buffers of the rest; their row of the first step; what makes of a row the values it held.
+        """
+        run, recompute, reset_carry = self.run, self.run.request.recompute, self.run.differentiable.reset_carry
+        resets = stretch(run.resets, first, size, 0)
+        if recompute == "chunk":
+            begin = at(self.kept, first // run.chunk_size, 0)
+            hs, kept = run.again(first, size, begin)
+            return plain.previous(begin, reset_carry, resets, hs), kept, 0, lambda row: row
+        hs = stretch(self.outputs, first, size, run.axis)
+        begin = jnp.where(first > 0, at(self.outputs, jnp.maximum(first - 1, 0), run.axis), run.start.h)
+        before = plain.previous(run.start._replace(h=begin), reset_carry, resets, hs)
+        if recompute == "nothing":
+            return before, self.kept, first, run.restored
+        inputs = run.inputs(first, size)
+        entering = steps.masked(inputs.recurrent_mask, before)
+        x, rest = run.step.add_recurrent(inputs.xs, run.product.product(run.recurrent_params, entering))
+        carries = _with_h(run.start, run.restored(stretch(self.kept, first, size, 0)), before)
+        emitted = jax.vmap(run.linear.forward.update, (None, 0, 0, 0))(run.units, x, rest, carries)[1]
+        return before, emitted[1], 0, lambda row: row
+
+
+def _add(sums: PyTree, more: PyTree) -> PyTree:
+    return jax.tree.map(lambda a, b: a + b.astype(a.dtype), sums, more)
+
+
+def _without_h(carry: Any) -> tuple:
+    """The other fields of a carry, in their order."""
+    return tuple(a for name, a in zip(carry._fields, carry, strict=True) if name != "h")
+
+
+def _with_h(like: Any, others: tuple, h: Array) -> Any:
+    """A carry of these fields."""
+    names = [name for name in like._fields if name != "h"]
+    return type(like)(**dict(zip(names, others, strict=True)), h=h)

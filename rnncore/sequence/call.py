@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rnncore import _compat, _lengths
-from rnncore._types import Array, Differentiation, PyTree
+from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.recurrence.backend import Backend
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
-from rnncore.sequence.backends import BACKENDS, Operands, Request, unchosen
+from rnncore.sequence.backends import BACKENDS
 
 RECOMPUTE = ("nothing", "gates", "chunk")
 
@@ -46,21 +48,51 @@ class BackendChoice(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
+class Layout:
     """Where time lies and which way it runs."""
 
-    time_major: bool
-    reverse: bool
-    keep_order: bool
-    include_initial: bool
+    time_major: bool = False
+    reverse: bool = False
+    keep_order: bool = False
+    include_initial: bool = False
 
 
-class _Call(NamedTuple):
-    """A checked call: what is static, and the arrays."""
+class Options(NamedTuple):
+    """The options of `unroll`, see there."""
 
-    request: Request
-    layout: _Layout
-    arrays: tuple[Any, ...]
+    initial_carry: Any = None
+    seq_lengths: Any = None
+    resets: Any = None
+    reset_carry: Any = None
+    recurrent_mask: Any = None
+    zoneout: Any = None
+    reverse: bool = False
+    keep_order: bool = False
+    time_major: bool = False
+    return_states: bool = False
+    include_initial: bool = False
+    checkpoint_every: int | None = None
+    recompute: str = "nothing"
+    residual_dtype: Any = None
+    backend: str | None = None
+
+
+@overload
+def unroll(
+    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[False] = False, **options: Any
+) -> tuple[Any, Array]: ...
+
+
+@overload
+def unroll(
+    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[True], **options: Any
+) -> tuple[Any, Array, States]: ...
+
+
+@overload
+def unroll(
+    cell: Cell, params: PyTree, xs: Array, *, return_states: bool, **options: Any
+) -> tuple[Any, Array] | tuple[Any, Array, States]: ...
 
 
 def unroll(
@@ -79,12 +111,12 @@ def unroll(
     time_major: bool = False,
     return_states: bool = False,
     include_initial: bool = False,
-    differentiation: Differentiation = "any",
     checkpoint_every: int | None = None,
     recompute: str = "nothing",
     residual_dtype: Any = None,
     backend: str | None = None,
-) -> Any:
+    **removed: Any,
+) -> tuple[Any, Array] | tuple[Any, Array, States]:
     """Runs a cell over time.
 
     s_t = update(params, s_{t-1}, project(params, x_t)),   y_t = output(s_t),   s_0 = initial_carry
@@ -117,8 +149,6 @@ def unroll(
       time_major: the time axis is the first one, of inputs, resets, outputs and states.
       return_states: also return every carry and every gate.
       include_initial: with `return_states`, the carries start with the initial one.
-      differentiation: "any", every mode and order of differentiation; or "reverse", reverse mode of
-        first order only, which on a CPU takes 0.8 of the time and 0.6 of the memory.
       checkpoint_every: K, steps to a chunk of the outer of two levels of loops.  A chunk projects its
         inputs, runs, and sums its weight gradients.  None: the backend chooses, with `recompute` about
         sqrt(T).
@@ -161,38 +191,18 @@ def unroll(
     one batch axis with lengths and returns a padded step's carry for length 0; torch.nn.LSTM returns
     (outputs, (h, c)) and wants packed sequences.
     """
-    call = _prepare(
-        cell, params, xs, initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout,
-        _Layout(time_major, reverse, keep_order, include_initial),
-        return_states, differentiation, checkpoint_every, recompute, residual_dtype,
+    _checks.refuse_removed("unroll", removed)
+    options = Options(
+        initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout, reverse, keep_order, time_major,
+        return_states, include_initial, checkpoint_every, recompute, residual_dtype, backend,
     )  # fmt: skip
-    choice = _choose(call.request, backend)
-    carry, outputs, states = _run(call.request, call.layout, choice.name, *call.arrays)
+    request, layout, arrays = _prepare(cell, params, xs, options)
+    choice = choose(request, backend, prepare=True)
+    carry, outputs, states = _run(request, layout, BACKENDS[choice.name], *arrays)
     return (carry, outputs, states) if return_states else (carry, outputs)
 
 
-def explain_backend(
-    cell: Cell,
-    params: PyTree,
-    xs: Array,
-    *,
-    initial_carry: Any = None,
-    seq_lengths: Any = None,
-    resets: Any = None,
-    reset_carry: Any = None,
-    recurrent_mask: Any = None,
-    zoneout: Any = None,
-    reverse: bool = False,
-    keep_order: bool = False,
-    time_major: bool = False,
-    return_states: bool = False,
-    include_initial: bool = False,
-    differentiation: Differentiation = "any",
-    checkpoint_every: int | None = None,
-    recompute: str = "nothing",
-    residual_dtype: Any = None,
-    backend: str | None = None,
-) -> BackendChoice:
+def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> BackendChoice:
     """Which backend `unroll` takes for the same arguments, why, and why not the others.
 
     Args:
@@ -211,20 +221,17 @@ def explain_backend(
       backend 'autodiff': the first that can serve this call
       not 'mosaic_gpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
+      not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
-      not 'cudnn': ResetBeforeGRU is not rnncore.LSTM, the only cell that jax.experimental.rnn has
     """
-    call = _prepare(
-        cell, params, xs, initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout,
-        _Layout(time_major, reverse, keep_order, include_initial),
-        return_states, differentiation, checkpoint_every, recompute, residual_dtype,
-    )  # fmt: skip
-    return _choose(call.request, backend)
+    _checks.refuse_removed("explain_backend", {name: options[name] for name in options if name not in Options._fields})
+    asked = Options(**options)
+    return choose(_prepare(cell, params, xs, asked)[0], asked.backend)
 
 
-def _choose(request: Request, backend: str | None) -> BackendChoice:
-    """The named backend, or the first that can serve the request."""
+def choose(request: Request, backend: str | None, prepare: bool = False) -> BackendChoice:
+    """The named backend, or the first that can serve the request; `prepare`: it is about to run."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
     reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
@@ -238,18 +245,21 @@ def _choose(request: Request, backend: str | None) -> BackendChoice:
             )
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
         return BackendChoice(backend, "named by the caller", others)
-    reasons = {name: why or unchosen(name, request) for name, why in reasons.items()}
-    name = next(name for name, why in reasons.items() if why is None)
+    reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
+    for name in reasons:
+        if prepare and reasons[name] is None:
+            reasons[name] = BACKENDS[name].prepare(request)
+        if reasons[name] is None:
+            break
     others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
     return BackendChoice(name, "the first that can serve this call", others)
 
 
-def _prepare(
-    cell: Cell, params: PyTree, xs: Any, initial_carry: Any, seq_lengths: Any, resets: Any, reset_carry: Any,
-    mask: Any, zoneout: Any, layout: _Layout, states: bool, differentiation: Differentiation,
-    checkpoint_every: int | None, recompute: str, residual_dtype: Any,
-) -> _Call:  # fmt: skip
+def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Request, Layout, tuple[Any, ...]]:
     """All checks of a call, in one place."""
+    initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout = options[:6]
+    layout = Layout(options.time_major, options.reverse, options.keep_order, options.include_initial)
+    checkpoint_every, recompute, residual_dtype = options.checkpoint_every, options.recompute, options.residual_dtype
     if not isinstance(cell, Cell):
         got = f"`unroll(cell=<{type(cell).__name__}>)`"
         raise ValueError(f"{got}: expected an rnncore cell, such as rnncore.LSTM(256), made and not its class.")
@@ -261,17 +271,13 @@ def _prepare(
         raise ValueError(f"`unroll(xs=<{xs.dtype} {xs.shape}>)`: expected (*batch, T, D), at least two axes.")
     time_axis = 0 if layout.time_major else xs.ndim - 2
     steps, batch_shape = xs.shape[time_axis], xs.shape[: xs.ndim - 2] if not layout.time_major else xs.shape[1:-1]
-    for name, value, allowed in (
-        ("differentiation", differentiation, get_args(Differentiation)),
-        ("recompute", recompute, RECOMPUTE),
-    ):
-        if value not in allowed:
-            raise ValueError(f"`unroll({name}={value!r})`: expected one of {', '.join(map(repr, allowed))}.")
+    if recompute not in RECOMPUTE:
+        raise ValueError(f"`unroll(recompute={recompute!r})`: expected one of {', '.join(map(repr, RECOMPUTE))}.")
     if checkpoint_every is not None and (not isinstance(checkpoint_every, int | np.integer) or checkpoint_every < 1):
         raise ValueError(f"`unroll(checkpoint_every={checkpoint_every!r})`: expected at least 1 step, or None.")
     if residual_dtype is not None:
-        _checks.check_residual_dtype(residual_dtype, differentiation)
-    if layout.include_initial and not states:
+        _checks.check_residual_dtype(residual_dtype)
+    if layout.include_initial and not options.return_states:
         raise ValueError("`unroll(include_initial=True)`: means something with return_states=True only.")
     if layout.keep_order and layout.include_initial and layout.reverse and seq_lengths is not None:
         raise ValueError(
@@ -292,92 +298,93 @@ def _prepare(
         seq_lengths = _lengths.check_lengths(seq_lengths, batch_shape, steps)
     if resets is not None:
         resets = _checks.check_resets(resets, xs.shape[:-1])
-    if mask is not None:
-        mask = _checks.check_mask(mask, (*batch_shape, cell.hidden_size))
+    if recurrent_mask is not None:
+        recurrent_mask = _checks.check_mask(recurrent_mask, (*batch_shape, cell.hidden_size))
     if zoneout is not None:
         zoneout = _checks.check_zoneout(cell, zoneout, (*xs.shape[:-1], cell.hidden_size))
     request = Request(
         cell=cell, steps=steps, batch_shape=batch_shape, input_size=xs.shape[-1], dtype=dtype.name,
         dtypes=frozenset(jnp.result_type(a).name for a in jax.tree.leaves((params, xs, initial_carry))),
         precision=_compat.matmul_precision(), platform=jax.default_backend(), devices=jax.device_count(),
-        lengths=seq_lengths is not None, resets=resets is not None, mask=mask is not None,
-        stay=zoneout is not None, states=states,
-        differentiation=differentiation, checkpoint_every=checkpoint_every, recompute=recompute,
-        residual_dtype=None if residual_dtype is None else jnp.dtype(residual_dtype).name,
+        lengths=seq_lengths is not None, resets=resets is not None, recurrent_mask=recurrent_mask is not None,
+        zoneout=zoneout is not None, return_states=options.return_states, checkpoint_every=checkpoint_every,
+        recompute=recompute, residual_dtype=None if residual_dtype is None else jnp.dtype(residual_dtype).name,
     )  # fmt: skip
-    operands = Operands(xs, initial_carry, reset_carry, seq_lengths, resets, mask, zoneout)
-    return _Call(request, layout, (params, operands))
+    differentiable = Differentiable(params, xs, initial_carry, reset_carry)
+    return request, layout, (differentiable, Constants(seq_lengths, resets, recurrent_mask, zoneout))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
-    request: Request, layout: _Layout, backend: str, params: PyTree, given: Operands
+    request: Request, layout: Layout, backend: Backend, differentiable: Differentiable, constants: Constants
 ) -> tuple[Any, Array, States | None]:
     """The run itself, in processing order and, where the backend wants it, time-major inside."""
     cell = request.cell
-    xs, carry, target, lengths, resets, mask, stay = given
-    keeps = getattr(BACKENDS[backend], "keeps_time_axis", lambda request: False)
-    if not layout.time_major and not layout.reverse and request.steps and keeps(request):
+    params, xs, carry, reset_carry = differentiable
+    lengths, resets, mask, zoneout = constants
+    if not layout.time_major and not layout.reverse and request.steps and backend.keeps_time_axis:
         request = dataclasses.replace(request, time_axis=len(request.batch_shape))
     axis = request.time_axis
-    steps = (request.steps,) + (1,) * (len(request.batch_shape) + 1)
-    full = jax.tree.map(jnp.ndim, stay)  # a share for all steps has no axes
     if not layout.time_major:
         xs = jnp.moveaxis(xs, -2, axis)
         resets = None if resets is None else jnp.moveaxis(resets, -1, 0)
-        stay = jax.tree.map(lambda a, n: jnp.moveaxis(a, -2, 0) if n else a, stay, full)
-    stay = jax.tree.map(lambda a, n: a if n else jnp.broadcast_to(a, steps), stay, full)
+        zoneout = jax.tree.map(lambda z: jnp.moveaxis(z, -2, 0) if z.ndim else z, zoneout)
     if carry is None:
         carry = cell.initial_carry(request.batch_shape, request.dtype)
     if lengths is not None:
         xs = _lengths.blank_padding(xs, lengths, axis)
-    resets = None if resets is None else resets[..., None]
     if layout.reverse:
         xs, resets = _lengths.reverse_time((xs, resets), lengths)
-        stay = jax.tree.map(lambda a, n: _lengths.reverse_time(a, lengths) if n else a, stay, full)
-    target = carry if target is None else jax.tree.map(lambda a, c: jnp.asarray(a, c.dtype), target, carry)
-    mask, stay = jax.lax.stop_gradient((mask, stay))
-    operands = Operands(xs, carry, target, lengths, resets, mask, stay)
-    params, operands = _follow(params, operands, axis)
-
+        zoneout = jax.tree.map(lambda z: _lengths.reverse_time(z, lengths) if z.ndim else z, zoneout)
+    if reset_carry is not None:
+        reset_carry = jax.tree.map(lambda a, c: jnp.asarray(a, c.dtype), reset_carry, carry)
+    elif resets is not None:
+        reset_carry = carry
+    mask, zoneout = jax.lax.stop_gradient((mask, zoneout))
+    differentiable, constants = _follow(
+        Differentiable(params, xs, carry, reset_carry), Constants(lengths, resets, mask, zoneout), axis
+    )
     if request.steps == 0:
-        outputs, states = _empty(cell, params, xs, operands.carry)
-        last = operands.carry
+        result = _empty(cell, differentiable)
     else:
-        last, outputs, *rest = BACKENDS[backend].run(request, params, operands)
-        states = States(*rest)
+        result = backend.run(request, differentiable, constants)
+    last, outputs, states = result.carry, result.outputs, States(result.carries, result.gates)
 
     if layout.reverse and layout.keep_order:
         outputs, states = _lengths.reverse_time((outputs, states), lengths)
-    if request.states and layout.include_initial:
-        first = jax.tree.map(lambda a: a[None], operands.carry)
+    if request.return_states and layout.include_initial:
+        first = jax.tree.map(lambda a: a[None], differentiable.initial_carry)
         pair = (states.carries, first) if layout.reverse and layout.keep_order else (first, states.carries)
         states = states._replace(carries=jax.tree.map(lambda a, b: jnp.concatenate([a, b]), *pair))
     if not layout.time_major:
         outputs = jnp.moveaxis(outputs, axis, len(request.batch_shape))
         states = jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(request.batch_shape)), states)
-    return last, outputs, states if request.states else None
+    return last, outputs, states if request.return_states else None
 
 
-def _follow(params: PyTree, operands: Operands, axis: int) -> tuple[PyTree, Operands]:
+def _follow(differentiable: Differentiable, constants: Constants, axis: int) -> tuple[Differentiable, Constants]:
     """Parameters and carries made to differ over the devices that the data differs over.
 
     Inside shard_map this puts the sum of the parameters' gradients over devices outside the loop.
     """
-    axes = frozenset().union(*map(_compat.varying_axes, jax.tree.leaves(operands)))
-    params, operands = jax.tree.map(lambda a: _compat.vary_over(a, axes), (params, operands))
-    xs, carry, target, stay = operands.xs, operands.carry, operands.target, operands.stay
-    if xs.shape[axis]:
-        # With an explicit mesh zeros of the data's sharding bring the carries and selections to it.
-        like = jnp.moveaxis(jnp.zeros_like(xs[..., :1]), axis, 0)
-        carry, target = jax.tree.map(lambda a: a + like[0].astype(a.dtype), (carry, target))
-        stay = jax.tree.map(lambda a: a | like.astype(bool) if a.dtype == jnp.bool_ else a, stay)
-    return params, operands._replace(carry=carry, target=target, stay=stay)
+    both = differentiable._replace(params=None), constants
+    axes = frozenset().union(*map(_compat.varying_axes, jax.tree.leaves(both)))
+    differentiable, constants = jax.tree.map(lambda a: _compat.vary_over(a, axes), (differentiable, constants))
+    xs, zoneout = differentiable.xs, constants.zoneout
+    if not xs.shape[axis]:
+        return differentiable, constants
+    # With an explicit mesh zeros of the data's sharding bring the carries and selections to it.
+    like = jnp.moveaxis(jnp.zeros_like(xs[..., :1]), axis, 0)
+    carries = jax.tree.map(lambda a: a + like[0].astype(a.dtype), differentiable[2:])
+    zoneout = jax.tree.map(lambda z: z | like.astype(bool) if z.ndim and z.dtype == jnp.bool_ else z, zoneout)
+    return Differentiable(differentiable.params, xs, *carries), constants._replace(zoneout=zoneout)
 
 
-def _empty(cell: Cell, params: PyTree, xs: Array, carry: Any) -> tuple[Array, States]:
-    """Outputs and states of no steps at all."""
+def _empty(cell: Cell, differentiable: Differentiable) -> Result:
+    """The result of no steps at all."""
+    params, xs, carry, _ = differentiable
     x = jnp.zeros(xs.shape[1:], xs.dtype)
     new, gates = jax.eval_shape(lambda: cell.update(params, carry, cell.project(params, x)))
     stack = functools.partial(jax.tree.map, lambda a: jnp.zeros((0, *a.shape), a.dtype))
-    return jnp.zeros((0, *cell.output(carry).shape), cell.output(carry).dtype), States(stack(new), stack(gates))
+    y = cell.output(carry)
+    return Result(carry, jnp.zeros((0, *y.shape), y.dtype), stack(new), stack(gates))

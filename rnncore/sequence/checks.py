@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -100,13 +101,20 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
     return type(zoneout)(*(None if stay is None else jnp.asarray(stay) for stay in zoneout))
 
 
-def check_residual_dtype(dtype: Any, differentiation: str) -> None:
-    got = f"`unroll(residual_dtype={dtype!r}, differentiation={differentiation!r})`"
+def refuse_removed(name: str, options: Mapping[str, Any]) -> None:
+    """TypeError for options that a function does not have, of which one was needed in earlier versions."""
+    for option, value in options.items():
+        why = "there is no such option"
+        if option == "differentiation":
+            why = "it is no longer needed: every run has every mode and order of differentiation; leave it out"
+        raise TypeError(f"`{name}({option}={value!r})`: {why}.")
+
+
+def check_residual_dtype(dtype: Any) -> None:
+    got = f"`unroll(residual_dtype={dtype!r})`"
     try:
         floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
     except TypeError:
         floating = False
     if not floating:
         raise ValueError(f"{got}: expected a floating dtype, such as jnp.bfloat16, or None.")
-    if differentiation != "reverse":
-        raise ValueError(f"{got}: means something with differentiation='reverse' only.")

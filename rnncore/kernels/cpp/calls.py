@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.custom_batching import custom_vmap
+import numpy as np
 
-from rnncore import _compat
 from rnncore._types import Array
-from rnncore.recurrence.batching import into_batch, out_of_batch
+from rnncore.kernels.cpp.emit import Variant
+from rnncore.recurrence.batching import over_batch
 
 PAD = 16
 """Units of a head are padded to a multiple of this in what the forward call keeps: kPad of sizes.h."""
@@ -23,7 +23,7 @@ class Moving(NamedTuple):
     Fields:
       x: (B, T, D), or (T, B, D).
       input_kernel: (D, G, H).
-      kernel: (N, H/N, G, H/N).
+      kernel: (N, H/N, G, H/N), or (G, H) of a diagonal recurrence.
       bias: (G, H), with the recurrent bias of the gates that see z + r alone.
       rest_bias: (n, H), of r of the other gates.
       units: (P, H).
@@ -41,52 +41,106 @@ class Moving(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What it depends on besides; empty arrays where there is none: masks (B, H), lengths (B,), resets (T, B)."""
+    """What it depends on besides; empty arrays where there is none.
+
+    Fields:
+      mask: (B, H), multiplies h where it enters the product.
+      lengths: (B,), from 0 to T.
+      resets: (T, B).
+      share: (F,), what of each field of the old carry stays at every step.
+      chosen: (n, T, B, H), which units of a field stay, for the n fields that have such booleans.
+      shares: (m, T, B, H), likewise shares.
+    """
 
     mask: Array
     lengths: Array
     resets: Array
+    share: Array
+    chosen: Array
+    shares: Array
+
+
+class Out(NamedTuple):
+    """What a run gives.
+
+    Fields:
+      y: as x, with H for D.
+      last: (F, B, H).
+      states: (F - 1 + gates, T, B, H), the carry's fields but h, and the gates; empty where nobody wants them.
+    """
+
+    y: Array
+    last: Array
+    states: Array
 
 
 _SHARED = ("input_kernel", "kernel", "bias", "rest_bias", "units")
 """What all sequences share; its gradients are sums over them."""
 
+NONE, SHARE, CHOSEN, SHARES = range(4)
+"""What of a field of the carry stays: `Zoneout::Kind` of layout.h."""
 
+
+@dataclasses.dataclass(frozen=True)
 class Calls:
-    """The handlers of one compiled cell, for one dtype and one order of the axes.
+    """The handlers of one compiled cell.
 
-    Args:
-      targets: handler to its name, see `compiler.targets`.
-      width: residuals of a step.
-      dtype: of all floating arrays.
+    Fields:
+      targets: names of the handlers, as `compiler.HANDLERS`.
+      variant: the types of the arrays, and whether there are states.
+      width, fields, emitted: residuals of a step, fields of the carry, gates that the update returns.
       time_major: whether x and y have time first.
+      zoneout: NONE, SHARE, CHOSEN or SHARES for each field of the carry.
+      every: 0, or to keep the carry before every so many steps and run the steps between again.
     """
 
-    def __init__(self, targets: dict[str, str], width: int, dtype: str, time_major: bool):
-        self.targets, self.width, self.dtype, self.time_major = targets, width, dtype, time_major
-        rows = 1 if time_major else 0
-        shared = [None] * len(_SHARED)
-        self._batch = (rows, *shared, 1, 1, 0, 0, 1)  # of Moving and Given
-        self._outputs = (rows, 1, 1)
+    targets: tuple[str, str, str]
+    variant: Variant
+    width: int
+    fields: int
+    emitted: int
+    time_major: bool
+    zoneout: tuple[int, ...]
+    every: int = 0
 
-    def forward(self, moving: Moving, given: Given, keep: bool) -> tuple[Array, Array, Array]:
-        """(y as x with H for D, last (F, B, H), kept (T, B, width, padded H), empty where it is not wanted)."""
+    @property
+    def _axes(self) -> tuple[tuple, tuple]:
+        """Where the batch lies in Moving and Given, and in Out; None: shared."""
+        rows = 1 if self.time_major else 0
+        return (rows, *[None] * len(_SHARED), 1, 1, 0, 0, 1, None, 2, 2), (rows, 1, 2)
+
+    def _shape(self, moving: Moving) -> tuple[int, int, int]:
+        """(T, B, H)"""
+        steps, rows = moving.x.shape[:2] if self.time_major else moving.x.shape[1::-1]
+        return steps, rows, moving.bias.shape[-1]
+
+    def forward(self, moving: Moving, given: Given, keep: bool) -> tuple[Out, Array]:
+        """(results, what `backward` needs: empty unless it is wanted)."""
 
         def run(groups: int, *args: Array) -> Any:
             del groups  # nothing is summed over sequences
             moving = Moving(*args[: len(Moving._fields)])
-            heads, size = moving.kernel.shape[:2]
-            steps, rows = moving.x.shape[:2] if self.time_major else moving.x.shape[1::-1]
-            kept = (steps, rows, self.width, heads * -(-size // PAD) * PAD) if keep else (0,)
-            shapes = ((*moving.x.shape[:2], heads * size), moving.start.shape, kept)
-            return self._call("forward_keeping" if keep else "forward", shapes, args)
+            steps, rows, hidden = self._shape(moving)
+            heads = moving.kernel.shape[0] if moving.kernel.ndim > 2 else 1
+            padded = heads * -(-(hidden // heads) // PAD) * PAD
+            kept: tuple[int, ...] = (0,)
+            if keep and self.every:
+                kept = (-(-steps // self.every), rows, self.fields, padded)
+            elif keep:
+                kept = (steps, rows, self.width, padded)
+            states = (self.fields - 1 + self.emitted, steps, rows, hidden) if self.variant.states else (0,)
+            real, stored, residual, _ = self.variant
+            shapes = (((*moving.x.shape[:2], hidden), stored), (moving.start.shape, real), (kept, residual),
+                      (states, stored))  # fmt: skip
+            return self._call(1 if keep else 0, rows, 1, shapes, args)
 
-        return _over_batch(run, self._batch, self._outputs)(*moving, *given)
+        inputs, (y, last, states) = self._axes
+        outputs = (y, last, 1, states)
+        found = over_batch(run, inputs, outputs)(*moving, *given)
+        return Out(found[0], found[1], found[3]), found[2]
 
-    def backward(
-        self, moving: Moving, given: Given, y: Array, kept: Array, dy: Array, dlast: Array, inputs: bool
-    ) -> Moving:
-        """The cotangents; that of x is empty unless `inputs`."""
+    def backward(self, moving: Moving, given: Given, y: Array, kept: Array, dout: Out, inputs: bool) -> Moving:
+        """The cotangents, empty ones of `dout` counting as zero; that of x is empty unless `inputs`."""
 
         def run(groups: int, *args: Array) -> Any:
             moving = Moving(*args[: len(Moving._fields)])
@@ -94,56 +148,19 @@ class Calls:
             shapes: Any = Moving(*(a.shape for a in moving))._replace(**summed)  # type: ignore[arg-type]
             if not inputs:
                 shapes = shapes._replace(x=(0,))
-            return self._call("backward", shapes, args, groups=groups)
+            types = [self.variant.stored, *[self.variant.real] * (len(shapes) - 1)]
+            return self._call(2, self._shape(moving)[1], groups, tuple(zip(shapes, types, strict=True)), args)
 
-        batch, rows = self._batch, self._batch[0]
-        out = _over_batch(run, (*batch, rows, 1, rows, 1), batch[: len(Moving._fields)])(
-            *moving, *given, y, kept, dy, dlast
+        batch, (rows, last, states) = self._axes
+        found = over_batch(run, (*batch, rows, 1, rows, last, states), batch[: len(Moving._fields)])(
+            *moving, *given, y, kept, *dout
         )
-        return Moving(*(a[0] if axis is None else a for a, axis in zip(out, batch, strict=False)))
+        return Moving(*(a[0] if axis is None else a for a, axis in zip(found, batch, strict=False)))
 
-    def _call(self, handler: str, shapes: Any, args: tuple[Array, ...], **options: Any) -> tuple[Array, ...]:
-        results = [jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes]
+    def _call(self, handler: int, rows: int, groups: int, shapes: Any, args: tuple[Array, ...]) -> tuple[Array, ...]:
+        if not rows:
+            return tuple(jnp.zeros(*one) for one in shapes)
+        results = [jax.ShapeDtypeStruct(*one) for one in shapes]
         call = jax.ffi.ffi_call(self.targets[handler], results)
-        axes = _compat.varying_axes(args[0])
-        return tuple(_compat.vary_over(a, axes) for a in call(*args, time_major=self.time_major, **options))
-
-
-def _over_batch(run: Callable, inputs: tuple, outputs: tuple, groups: int = 1) -> Callable:
-    """`run(groups, ...)` as a function that takes vmap into the batch.
-
-    Sequences lie in `groups` of equal size, one after the other.  Inputs and outputs are given by where their
-    batch lies; None: the sequences share an input, and an output is a sum over each group, with the groups as
-    its first axis.  A vmap over a shared input runs one call after the other.
-    """
-
-    @custom_vmap
-    def call(*args: Array) -> Any:
-        return run(groups, *args)
-
-    def rule(size: int, batched: list[bool], *args: Array) -> Any:
-        if size == 0:
-            one_of_each = [jax.ShapeDtypeStruct(a.shape[b:], a.dtype) for a, b in zip(args, batched, strict=True)]
-            out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(call, *one_of_each))
-            return out, tuple(True for _ in out)
-        if any(b and axis is None for b, axis in zip(batched, inputs, strict=True)):
-
-            def one(mapped: list[Array]) -> Any:
-                rest = iter(mapped)
-                return call(*(next(rest) if b else a for a, b in zip(args, batched, strict=True)))
-
-            out = jax.lax.map(one, [a for a, b in zip(args, batched, strict=True) if b])
-            return out, tuple(True for _ in out)
-
-        def merged(a: Array, is_mapped: bool, axis: int | None) -> Array:
-            return a if axis is None or a.shape == (0,) else into_batch(size, axis, a, is_mapped)
-
-        def parted(a: Array, axis: int | None) -> Array:
-            # Of sums over groups, the groups of the maps are the outer ones.
-            return a if a.shape == (0,) else out_of_batch(size, axis or 0, a)
-
-        out = _over_batch(run, inputs, outputs, groups * size)(*map(merged, args, batched, inputs))
-        return tuple(map(parted, out, outputs)), tuple(a.shape != (0,) for a in out)
-
-    call.def_vmap(rule)
-    return call
+        zoneout = np.asarray(self.zoneout, np.int64)
+        return tuple(call(*args, time_major=self.time_major, groups=groups, every=self.every, zoneout=zoneout))

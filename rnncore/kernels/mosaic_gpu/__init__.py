@@ -28,10 +28,10 @@ import math
 from pathlib import Path
 
 from rnncore import _compat
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of, too_few_processors
-from rnncore.recurrence.request import Operands, Request, Result
+from rnncore.recurrence.run import Request
 
 DTYPES = ("bfloat16", "float16")
 KNOWN = frozenset(
@@ -41,37 +41,36 @@ KNOWN = frozenset(
 """Elementwise operations that Mosaic GPU lowers in every supported JAX; `rewritten.py` says some more by these."""
 LIBDEVICE = "nvvm/libdevice/libdevice.10.bc"
 """In the folder of the CUDA toolkit: functions that the kernels are linked with."""
-PROVEN: frozenset[str] = frozenset()
-"""Kinds of layouts (`plan.KINDS`) that have given right results on a GPU."""
 
 
-def unsupported(request: Request) -> str | None:
-    """Reason why this backend cannot serve the request, or None."""
-    why = host.unsupported(request) or missing_gpu(request.platform)
-    if why is not None:
-        return why
-    cell = request.cell
-    assert isinstance(cell, PointwiseCell)
-    if request.dtype not in DTYPES or request.dtypes != {request.dtype}:
-        return (
-            f"the matrix unit takes {' or '.join(DTYPES)}, of parameters, inputs and carry alike; "
-            f"these are {', '.join(sorted(request.dtypes))}"
-        )
-    if request.residual_dtype not in (None, request.dtype):
-        return f"residual_dtype={request.residual_dtype!r}: its kernels keep what they keep in {request.dtype}"
-    plan = plan_for(request)
-    if isinstance(plan, str):
-        return plan
-    return too_few_processors(plan) or side_by_side(plan) or kernel_body.of(cell, plan.tile).why_not(KNOWN)
+class MosaicGPU(host.KernelBackend):
+    """See the package."""
 
+    name = "mosaic_gpu"
+    must_be_named = "only where it is named: its kernels have not run on a GPU yet"
 
-def unchosen(request: Request) -> str | None:
-    """Reason why this backend runs only where it is named, or None."""
-    plan = plan_for(request)
-    kind = "block" if isinstance(plan, str) else plan.kind
-    if kind in PROVEN:
-        return None
-    return f"only where it is named: its kernels of kind {kind!r} have not run on a GPU yet"
+    def unsupported(self, request: Request) -> str | None:
+        why = super().unsupported(request) or missing_gpu(request.platform)
+        if why is not None:
+            return why
+        cell = request.cell
+        assert isinstance(cell, PointwiseCell)
+        if request.dtype not in DTYPES or request.dtypes != {request.dtype}:
+            return (
+                f"the matrix unit takes {' or '.join(DTYPES)}, of parameters, inputs and carry alike; "
+                f"these are {', '.join(sorted(request.dtypes))}"
+            )
+        if request.residual_dtype not in (None, request.dtype):
+            return f"residual_dtype={request.residual_dtype!r}: its kernels keep what they keep in {request.dtype}"
+        plan = plan_for(request)
+        if isinstance(plan, str):
+            return plan
+        return too_few_processors(plan) or side_by_side(plan) or kernel_body.of(cell, plan.tile).why_not(KNOWN)
+
+    def kernels(self) -> host.Kernels:
+        from rnncore.kernels.mosaic_gpu import kernels
+
+        return kernels.kernels()
 
 
 def missing_gpu(platform: str) -> str | None:
@@ -113,15 +112,3 @@ def plan_for(request: Request) -> Plan | str:
     cell = request.cell
     assert isinstance(cell, PointwiseCell)
     return plan_of(cell, math.prod(request.batch_shape), request.lengths or request.resets, request.resets)
-
-
-def run(request: Request, params: CellParams, operands: Operands) -> Result:
-    """Runs the cell, see `Operands` and `Result`."""
-    return host.run(request, params, operands, the_kernels())
-
-
-def the_kernels() -> host.Kernels:
-    """The kernels; imported late, because Pallas takes a while to import."""
-    from rnncore.kernels.mosaic_gpu.kernels import kernels
-
-    return kernels()

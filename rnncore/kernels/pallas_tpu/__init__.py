@@ -23,10 +23,10 @@ from __future__ import annotations
 
 import math
 
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.pallas_tpu import plan as plans
-from rnncore.recurrence.request import Operands, Request, Result
+from rnncore.recurrence.run import Request
 
 DTYPES = ("float32", "bfloat16")
 
@@ -38,36 +38,35 @@ KNOWN = frozenset(
 """The elementwise operations that JAX translates for TPU kernels, in each supported version."""
 
 
-def unsupported(request: Request) -> str | None:
-    """Reason why this backend cannot serve the request, or None."""
-    reason = host.unsupported(request) or missing_platform(request.platform)
-    if reason is not None:
-        return reason
-    if request.dtypes not in [{name} for name in DTYPES]:
-        got = ", ".join(sorted(request.dtypes))
-        return f"it takes float32 or bfloat16, one of them; parameters, inputs and carry are {got}"
-    stored = request.residual_dtype or request.dtype
-    if stored not in DTYPES:
-        return f"residual_dtype={stored!r}: its kernels store float32 and bfloat16 only"
-    return _does_not_fit(request, stored) or kernel_body.of(request.cell, (8, 128)).why_not(KNOWN)
+class PallasTPU(host.KernelBackend):
+    """See the package."""
 
+    name = "pallas_tpu"
+    must_be_named = "only where it is named: it has not run on a TPU yet"
 
-def unchosen(request: Request) -> str | None:
-    """Reason why this backend runs only where it is named."""
-    del request
-    return "only where it is named: it has not run on a TPU yet"
+    def unsupported(self, request: Request) -> str | None:
+        reason = super().unsupported(request) or missing_platform(request.platform)
+        if reason is not None:
+            return reason
+        if request.dtypes not in [{name} for name in DTYPES]:
+            got = ", ".join(sorted(request.dtypes))
+            return f"it takes float32 or bfloat16, one of them; parameters, inputs and carry are {got}"
+        stored = request.residual_dtype or request.dtype
+        if stored not in DTYPES:
+            return f"residual_dtype={stored!r}: its kernels store float32 and bfloat16 only"
+        cell = request.cell
+        assert isinstance(cell, PointwiseCell)
+        return _does_not_fit(request, stored) or kernel_body.of(cell, (8, 128)).why_not(KNOWN)
+
+    def kernels(self) -> host.Kernels:
+        from rnncore.kernels.pallas_tpu import kernels
+
+        return kernels.kernels()
 
 
 def missing_platform(platform: str) -> str | None:
     """Reason why its kernels cannot run on this platform, or None."""
     return None if platform == "tpu" else f"it needs a TPU, and JAX runs on {platform} here"
-
-
-def run(request: Request, params: CellParams, operands: Operands) -> Result:
-    """Runs the cell, see `Operands` and `Result`."""
-    from rnncore.kernels.pallas_tpu import kernels as pallas_tpu_kernels
-
-    return host.run(request, params, operands, pallas_tpu_kernels.kernels())
 
 
 def _does_not_fit(request: Request, stored: str) -> str | None:

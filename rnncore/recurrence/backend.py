@@ -1,0 +1,125 @@
+"""What a way to run a cell over time has to say."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import ClassVar
+
+from rnncore._types import PyTree
+from rnncore.recurrence import plain, primitives
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+
+
+class Backend(abc.ABC):
+    """A way to run a cell over time; one instance of each class, hashed by its identity.
+
+    Attributes:
+      name: as `unroll(backend=...)` has it.
+      portable: whether its program runs elsewhere too, as `jax.export` wants it; else what is exported is `plain`.
+      must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
+      keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
+    """
+
+    name: ClassVar[str]
+    portable: ClassVar[bool] = True
+    must_be_named: ClassVar[str | None] = None
+    keeps_time_axis: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def unsupported(self, request: Request) -> str | None:
+        """Reason why this backend cannot serve the request, or None."""
+
+    def unchosen(self, request: Request) -> str | None:
+        """Reason why a request that it can serve runs here only where the backend is named, or None."""
+        del request
+        return self.must_be_named
+
+    def prepare(self, request: Request) -> str | None:
+        """Called once it is chosen, before it runs: reason why another has to be chosen after all, or None."""
+        del request
+        return None
+
+    def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
+        """Whether `run` takes so many layers and directions at once, and had better.
+
+        Parameters, initial carries and the last ones are then, for each layer, a tuple of those of its directions, and
+        the request is that of the first of them.
+        """
+        del request, layers, directions
+        return False
+
+    @abc.abstractmethod
+    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        """The run, with its derivatives."""
+
+
+class LoopBackend(Backend):
+    """A backend of loops of its own, from which `primitives.py` makes every mode and order of differentiation.
+
+    Its functions are traced with the matmul precision of the request, and under vmap: opaque calls in them say by
+    `batching.over_batch` where their batch lies.  They are never differentiated themselves.
+    """
+
+    @abc.abstractmethod
+    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        """The run."""
+
+    @abc.abstractmethod
+    def forward_with_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants
+    ) -> tuple[Result, PyTree]:
+        """The run, and what `backward` needs of it besides arguments and result: any pytree of arrays."""
+
+    @abc.abstractmethod
+    def backward(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        cotangents: Result, wanted: Differentiable,
+    ) -> Differentiable:  # fmt: skip
+        """The cotangents of what is differentiable, in its shapes and dtypes.
+
+        Args:
+          request, differentiable, constants: of the run.
+          result, residuals: what `forward_with_residuals` gave.
+          cotangents: of the result; None for every array of it whose cotangent is zero, see `run.dense`.
+          wanted: a boolean for each array of `differentiable`; what is returned elsewhere is not looked at, None too.
+        """
+
+    def tangent(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        tangents: Differentiable,
+    ) -> Result:  # fmt: skip
+        """The tangent of the result, linear in `tangents`, which has None for every array that does not move.
+
+        This one differentiates `plain` and so runs forward again; a backend whose residuals are all that the linearised
+        step depends on calls `plain.tangent` with them.
+        """
+        return plain.jvp(request, differentiable, constants, tangents)
+
+    def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        """The run by operations that JAX differentiates to every order: for second and higher ones."""
+        return plain.run(request, differentiable, constants)
+
+    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        return primitives.run(self, request, differentiable, constants)
+
+
+_OPTIONS: dict[str, Callable[[Request], bool]] = {
+    "resets": lambda r: r.resets,
+    "recurrent_mask": lambda r: r.recurrent_mask,
+    "zoneout": lambda r: r.zoneout,
+    "return_states": lambda r: r.return_states,
+    "checkpoint_every": lambda r: r.checkpoint_every is not None,
+    "recompute": lambda r: r.recompute != "nothing",
+    "residual_dtype": lambda r: r.residual_dtype not in (None, r.dtype),
+}
+
+
+def without(request: Request, options: Sequence[str], because: str) -> str | None:
+    """Reason why a backend that lacks these options of `unroll` cannot serve the request, or None."""
+    shown = {"return_states": "=True", "recompute": f"={request.recompute!r}"}
+    shown["residual_dtype"] = f"={request.residual_dtype!r}"
+    for option in options:
+        if _OPTIONS[option](request):
+            return f"{option}{shown.get(option, '')}: {because}"
+    return None

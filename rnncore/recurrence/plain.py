@@ -1,0 +1,211 @@
+"""A run that JAX differentiates to every order, and the tangent of one whose residuals have been kept.
+
+The derivative of a recurrence is a recurrence.  With L_t the linearised step,
+
+  ds_t = L_t(dunits, dx_t, dU h_{t-1} + U dh_{t-1}, ds_{t-1})
+
+and dU h_{t-1} needs no loop: it is one product over all steps.  What is left is the same kind of recurrence with L in
+the step's place, so that every further order comes out the same way, and JAX transposes it.  No weight gradient travels
+through the loop.  L_t is arithmetic on the results of the step's transcendental functions (`pointwise.linearize`).
+
+Every backend has its second and higher derivatives, and by default its tangent, from here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+from rnncore import _lengths
+from rnncore._types import Array, PyTree
+from rnncore.cells.base import PointwiseCell
+from rnncore.recurrence import step as steps
+from rnncore.recurrence.chunks import chunk_size, scan_chunks
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.step import Inputs, LinearizedStep, RecurrentProduct, Step
+
+CARRIES = "rnncore_carries"
+"""Name, for checkpoint policies, of what a recurrence that rematerializes keeps."""
+
+
+def run(request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+    """The run of a pointwise cell, with the memory policy of the request."""
+    cell, again = request.cell, request.recompute
+    assert isinstance(cell, PointwiseCell)
+    params, xs, start, reset_carry = differentiable
+    xs = jnp.moveaxis(xs, request.time_axis, 0)
+    step = steps.of(request, differentiable, request.return_states or request.lengths)
+    product = steps.recurrent_product(cell)
+    projection, recurrent, units = steps.input_params(params), steps.recurrent_params(params), None
+    units = steps.spread_units(params, start.h)
+
+    def chunk(carry: Any, first: Any, now: Any) -> Any:
+        (carry, last), (xs, resets, zoneout) = carry, now
+        zs = cell.split(cell.project(projection, xs))
+        inputs = Inputs(recurrent, units, zs, carry, reset_carry, resets, constants.recurrent_mask, zoneout)
+        carry, outputs, (carries, gates) = recurrence(step, product, inputs, again == "gates")
+        last = carry if constants.lengths is None else _lengths.last_valid(last, carries, constants.lengths, first)
+        return (carry, last), (outputs, carries if request.return_states else None, gates)
+
+    size = chunk_size(request)
+    if again == "gates":
+        # The projected inputs are formed again too: they are four times the carries.
+        policy = jax.checkpoint_policies.save_only_these_names(CARRIES)
+        # Inside a scan XLA cannot merge both forms; of a single chunk it would.
+        chunk = jax.checkpoint(chunk, policy=policy, prevent_cse=size >= request.steps)
+    stacks = (xs, *steps.per_step(request, constants))
+    (_, last), (outputs, carries, gates) = scan_chunks(
+        chunk, (start, start), stacks, request.steps, size, again == "chunk"
+    )
+    return Result(last, jnp.moveaxis(outputs, 0, request.time_axis), carries, gates)
+
+
+def jvp(request: Request, differentiable: Differentiable, constants: Constants, tangents: Differentiable) -> Result:
+    """The tangent of `run`; None for an array that does not move."""
+    leaves, tree = jax.tree.flatten(differentiable)
+    moves = {n: t for n, t in enumerate(tree.flatten_up_to(tangents)) if t is not None}
+
+    def of_moving(moving: dict[int, Array]) -> Result:
+        return run(request, tree.unflatten([moving.get(n, a) for n, a in enumerate(leaves)]), constants)
+
+    return jax.jvp(of_moving, ({n: leaves[n] for n in moves},), (moves,))[1]
+
+
+def tangent(
+    request: Request, differentiable: Differentiable, constants: Constants, result: Result,
+    residuals: tuple[Array, ...], tangents: Differentiable,
+) -> Result:  # fmt: skip
+    """The tangent of a run whose residuals are at hand, as one loop of L_t.
+
+    Args:
+      request, differentiable, constants, result: of the run.
+      residuals: (T, *batch, H) arrays, all that L_t depends on but per-unit parameters: what
+        `kernel_body.Body.residuals` gives, in its order.
+      tangents: None for an array that does not move.
+    """
+    cell, axis = request.cell, request.time_axis
+    assert isinstance(cell, PointwiseCell)
+    params, xs, start, reset_carry = differentiable
+    moved = dense(tangents, differentiable)
+    step = steps.of(request, differentiable, request.return_states or request.lengths)
+    product = steps.recurrent_product(cell)
+    units = steps.spread_units(params, start.h)
+    first = cell.split(cell.project(params, jnp.take(xs, 0, axis)))
+    recurrent = steps.recurrent_params(params)
+    linear = LinearizedStep(step, product, Inputs(recurrent, units, first, start, reset_carry), ())
+    resets, zoneout = steps.per_step(request, constants)
+    hs = jnp.moveaxis(result.outputs, axis, 0)
+    before = previous(start, reset_carry, resets, hs)
+
+    def project(params: Any, xs: Array) -> Array:
+        return cell.project(params, jnp.moveaxis(xs, axis, 0))
+
+    moves = tangents._replace(params=steps.input_params(tangents.params), initial_carry=None, reset_carry=None)
+    dxs: Any = jnp.zeros((request.steps, *first[0].shape[:-1], len(first) * first[0].shape[-1]), first[0].dtype)
+    if jax.tree.leaves(moves):
+        # The projection is bilinear: its tangent is a product for each of those that move.
+        dxs = _moved_projection(project, steps.input_params(params), xs, moves)
+    drecurrent = steps.recurrent_params(tangents.params)
+    drecurrent = steps.recurrent_params(moved.params) if jax.tree.leaves(drecurrent) else None
+    dunits = steps.spread_units(moved.params, start.h) if jax.tree.leaves(tangents.params.units) else None
+    entering = steps.masked(constants.recurrent_mask, before)
+    inputs = Inputs(
+        product.tangent_params(recurrent), units,
+        (residuals, *linear.prepare(entering, drecurrent, cell.split(dxs), dunits)),
+        moved.initial_carry, moved.reset_carry, resets, constants.recurrent_mask, zoneout,
+    )  # fmt: skip
+    last, dhs, (carries, gates) = _loop(linear.tangent, product.tangent, inputs)
+    if constants.lengths is not None:
+        last = _lengths.last_valid(moved.initial_carry, carries, constants.lengths, 0)
+    states = (carries, gates) if request.return_states else (None, None)
+    return Result(last, jnp.moveaxis(dhs, 0, axis), *states)
+
+
+def _moved_projection(project: Any, params: Any, xs: Array, moves: Differentiable) -> Array:
+    """The tangent of the projected inputs."""
+    flat, tree = jax.tree.flatten((params, xs))
+    at = {n: t for n, t in enumerate(tree.flatten_up_to((moves.params, moves.xs))) if t is not None}
+
+    def of_moving(moving: dict[int, Array]) -> Array:
+        return project(*tree.unflatten([moving.get(n, a) for n, a in enumerate(flat)]))
+
+    return jax.jvp(of_moving, ({n: flat[n] for n in at},), (at,))[1]
+
+
+def previous(initial_carry: Any, reset_carry: Any, resets: Array | None, hs: Array) -> Array:
+    """h_{t-1} of every step, after resets."""
+    before = jnp.concatenate([initial_carry.h.astype(hs.dtype)[None], hs[:-1]])
+    return before if resets is None else jnp.where(resets, reset_carry.h, before)
+
+
+def _loop(step: Step, product: RecurrentProduct, inputs: Inputs) -> tuple[Any, Array, PyTree]:
+    def body(carry: Any, now: Any) -> Any:
+        x, resets, zoneout = now
+        new, emitted = steps.advance(step, product, inputs._replace(xs=x, resets=resets, zoneout=zoneout), carry)
+        return new, (new.h, (new if step.carries else None, emitted))
+
+    last, (hs, emitted) = lax.scan(body, inputs.initial_carry, (inputs.xs, inputs.resets, inputs.zoneout))
+    return last, hs, emitted
+
+
+def recurrence(
+    step: Step, product: RecurrentProduct, inputs: Inputs, rematerialize: bool
+) -> tuple[Any, Array, PyTree]:
+    """(last carry, h of every step (T, *batch, H), (carries or None, emitted) of every step).
+
+    With `rematerialize` derivatives keep the carries alone and form the products and gates again where they need them.
+    The carries are named CARRIES; a checkpoint policy around the recurrence can leave out all else, its inputs too.
+    """
+
+    @jax.custom_jvp
+    def run(inputs: Inputs) -> Any:
+        return _loop(step, product, inputs)
+
+    def rule(primals: Any, tangents: Any) -> Any:
+        (inputs,), (moved,) = primals, tangents
+        first = inputs._replace(xs=jax.tree.map(lambda a: a[0], inputs.xs))
+        keep = ("state",) if rematerialize else ("state", "sum")
+        linear = LinearizedStep(step, product, first, keep, rematerialize)
+        last, hs, (carries, (emitted, kept)) = recurrence(linear.forward, product, inputs, rematerialize)
+        if rematerialize:
+            hs, kept = checkpoint_name((hs, kept), CARRIES)
+        dparams = _dense(moved.recurrent_params, inputs.recurrent_params) if _moves(moved.recurrent_params) else None
+        dunits = _dense(moved.units, inputs.units) if _moves(moved.units) else None
+        dxs, dstart, dreset = (_dense(m, i) for m, i in zip(moved[2:5], inputs[2:5], strict=True))
+
+        def tangent(inputs: Any, hs: Any, kept: Any, dparams: Any, dxs: Any, dunits: Any, *dcarries: Any) -> Any:
+            before = previous(inputs.initial_carry, inputs.reset_carry, inputs.resets, hs)
+            residuals = linear.residuals(inputs, before, kept)
+            xs = (residuals, *linear.prepare(steps.masked(inputs.recurrent_mask, before), dparams, dxs, dunits))
+            tangent_params = product.tangent_params(inputs.recurrent_params)
+            dstart, dreset = dcarries
+            moved = inputs._replace(
+                recurrent_params=tangent_params, xs=xs, initial_carry=dstart, reset_carry=dreset
+            )
+            return recurrence(linear.tangent, product.tangent, moved, False)
+
+        changes = tangent(inputs, hs, kept, dparams, dxs, dunits, dstart, dreset)
+        return (last, hs, (carries, emitted)), changes
+
+    run.defjvp(rule, symbolic_zeros=True)
+    return run(inputs)
+
+
+def _moves(tangents: Any) -> bool:
+    leaves = jax.tree.leaves(tangents, is_leaf=lambda t: isinstance(t, SymbolicZero))
+    return any(not isinstance(t, SymbolicZero) for t in leaves)
+
+
+def _dense(tangents: Any, primals: Any) -> Any:
+    """Tangents with the symbolic zeros written out."""
+    return jax.tree.map(
+        lambda t, x: jnp.zeros_like(x) if isinstance(t, SymbolicZero) else t,
+        tangents,
+        primals,
+        is_leaf=lambda t: isinstance(t, SymbolicZero),
+    )
