@@ -40,12 +40,16 @@ CELLS = {
 ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 
+def built(source: str) -> str:
+    """The path of a source as a shared library."""
+    return compiler.plain_library(source, "a library for tests")[0]._name
+
+
 class Recorder:
     """The stand-in with its handlers, and what was called of it."""
 
     def __init__(self) -> None:
-        self._file = compiler.library(STAND_IN, "a stand-in")
-        self.path = self._file._name
+        self.path = built(STAND_IN)
         self.library = library.Library(self.path, on_host=True)
         self._file.stand_in_calls.restype = ctypes.c_char_p
 
@@ -78,6 +82,7 @@ def cudnn(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(calls, "library", lambda: recorder.library)
     monkeypatch.setattr(library, "find", lambda: recorder.path)
     monkeypatch.setattr(library, "missing", lambda platform: None)
+    monkeypatch.setattr(library, "fault", lambda: None)
     monkeypatch.setattr(algorithm, "device", lambda: H200)
     recorder.forget()
     with jax.default_matmul_precision("highest"):
@@ -547,7 +552,7 @@ def test_it_is_found_in_nvidias_package(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_file_that_is_no_cudnn_is_an_error_with_its_name():
-    nothing = compiler.library('extern "C" int nothing() { return 0; }', "nothing")._name
+    nothing = built('extern "C" int nothing() { return 0; }')
     with pytest.raises(RuntimeError, match=rf"cuDNN \({nothing}\): no function cudnnGetErrorString"):
         library.Library(nothing)
     with pytest.raises(RuntimeError, match=r"cuDNN \(/no/such.so\): .*cannot open"):
@@ -568,7 +573,7 @@ def test_errors_of_the_library_are_ours(cudnn: Recorder, monkeypatch: pytest.Mon
 
 def test_the_handlers_for_a_gpu_compile_here_too():
     """All but their stream is what the other tests run."""
-    handlers = compiler.library(library.source(), "the calls of cuDNN")
+    handlers, _ = compiler.plain_library(library.source(), "the calls of cuDNN")
     assert all(hasattr(handlers, f"rnn_{name}") for name in library.HANDLERS)
 
 

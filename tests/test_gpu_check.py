@@ -91,7 +91,7 @@ def test_a_dry_run_ends_in_a_table_and_a_verdict(tmp_path, capfd):
     assert command.main(["--dry", "--seconds", "280", "--parts", "checks,times", "--out", str(tmp_path)]) == 0
     printed = capfd.readouterr().out
     assert "verdict on this GPU" in printed and "mosaic_gpu: not here: " in printed
-    assert "flax.linen OptimizedLSTMCell" in printed and "rnncore reverse" in printed
+    assert "flax.linen OptimizedLSTMCell" in printed and "rnncore scan" in printed
     assert {r["backend"] for r in checked(tmp_path)} == set(checks.backends())
     assert all("needs" in r for r in checked(tmp_path))
     measured = [r for r in processes.read(tmp_path / TIMES) if r["record"] == "time"]

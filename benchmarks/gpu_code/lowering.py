@@ -68,7 +68,7 @@ def modules(kernel: Kernel, steps: int = 64) -> list[bytes]:
         given["resets"] = jax.ShapeDtypeStruct((kernel.batch, steps), jnp.bool_)
 
     def loss(params: Any, xs: Any, given: Any) -> Any:
-        ys = rnncore.unroll(cell, params, xs, **given, differentiation="reverse", backend="mosaic_gpu")[1]
+        ys = rnncore.unroll(cell, params, xs, **given, backend="mosaic_gpu")[1]
         return jnp.sum(ys.astype(jnp.float32))
 
     there = mosaic_gpu.missing_gpu

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.layers.stack import Merge, Stack, StackParams
+from rnncore.sequence import checks
 from rnncore.sequence.call import Options, unroll
 from rnncore.sequence.layers import unroll_layers
+
+
+@overload
+def unroll_stack(
+    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[False] = False, **options: Any
+) -> tuple[Any, Array]: ...
+
+
+@overload
+def unroll_stack(
+    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[True], **options: Any
+) -> tuple[Any, Array, Any]: ...
+
+
+@overload
+def unroll_stack(
+    stack: Stack, params: StackParams, xs: Array, *, return_states: bool, **options: Any
+) -> tuple[Any, Array] | tuple[Any, Array, Any]: ...
 
 
 def unroll_stack(
@@ -31,7 +50,8 @@ def unroll_stack(
     recompute: str = "nothing",
     residual_dtype: Any = None,
     backend: str | None = None,
-) -> Any:
+    **removed: Any,
+) -> tuple[Any, Array] | tuple[Any, Array, Any]:
     """Runs a stack over time.
 
     Feeding a stream in pieces, each with the carry that the one before returned, equals feeding it
@@ -76,6 +96,7 @@ def unroll_stack(
     Source: see `Stack`.  torch.nn.LSTM returns (outputs, (h, c)) with all layers and directions
     stacked on one axis.
     """
+    checks.refuse_removed("unroll_stack", removed)
     xs = jnp.asarray(xs)
     time_axis = 0 if time_major else xs.ndim - 2
     batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from rnncore._types import PyTree
-from rnncore.recurrence import plain, primitives
+from rnncore.recurrence import mesh, plain, primitives
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
@@ -16,13 +17,14 @@ class Backend(abc.ABC):
 
     Attributes:
       name: as `unroll(backend=...)` has it.
-      portable: whether its program runs elsewhere too, as `jax.export` wants it; else what is exported is `plain`.
+      opaque: whether XLA can neither part its calls among devices nor take them to another machine: on an explicit mesh
+        it then runs in `jax.shard_map`, and `jax.export` takes `plain`.
       must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
     """
 
     name: ClassVar[str]
-    portable: ClassVar[bool] = True
+    opaque: ClassVar[bool] = False
     must_be_named: ClassVar[str | None] = None
     keeps_time_axis: ClassVar[bool] = False
 
@@ -94,14 +96,17 @@ class LoopBackend(Backend):
         This one differentiates `plain` and so runs forward again; a backend whose residuals are all that the linearised
         step depends on calls `plain.tangent` with them.
         """
-        return plain.jvp(request, differentiable, constants, tangents)
+        return plain.jvp(self.plain, request, differentiable, constants, tangents)
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run by operations that JAX differentiates to every order: for second and higher ones."""
         return plain.run(request, differentiable, constants)
 
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return primitives.run(self, request, differentiable, constants)
+        run = functools.partial(primitives.run, self)
+        if self.opaque:
+            return mesh.by_device(run, request, differentiable, constants)
+        return run(request, differentiable, constants)
 
 
 _OPTIONS: dict[str, Callable[[Request], bool]] = {

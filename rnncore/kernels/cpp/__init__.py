@@ -35,7 +35,7 @@ class Cpp(recurrence.CppLoops):
     """See the package."""
 
     name = "cpp"
-    portable = False
+    opaque = True
     keeps_time_axis = True
 
     def unsupported(self, request: Request) -> str | None:

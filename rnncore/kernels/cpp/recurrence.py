@@ -68,7 +68,8 @@ class CppLoops(LoopBackend):
     ) -> Result:  # fmt: skip
         run = _Run(request, differentiable, constants)
         dtypes = {*run.variant[:3], *request.dtypes}
-        if run.every or request.return_states or len(dtypes) > 1:
+        # Inside shard_map the linearised step depends on other values than the one that was compiled.
+        if run.every or request.return_states or len(dtypes) > 1 or run.axes:
             return super().tangent(request, differentiable, constants, result, residuals, tangents)
         steps, rows, width, padded = residuals.shape
         heads, hidden = run.heads, request.cell.hidden_size

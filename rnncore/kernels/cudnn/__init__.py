@@ -44,6 +44,7 @@ class CuDNN(LoopBackend):
     """
 
     name = "cudnn"
+    opaque = True
 
     def unsupported(self, request: Request) -> str | None:
         refused = weights.why_not(request.cell) or library.missing(request.platform)
@@ -52,6 +53,8 @@ class CuDNN(LoopBackend):
         if len(request.dtypes) != 1 or request.dtype not in algorithm.DATA:
             got = ", ".join(sorted(request.dtypes))
             return f"it takes float32, float16 or bfloat16, one of them; parameters, inputs and carry are {got}"
+        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
+            return "its arrays are of known sizes, and here some are symbols"
         version = library.version(str(library.find()))
         if request.dtype == "bfloat16" and version < library.OLDEST_WITH_BFLOAT16:
             return f"it takes bfloat16 with cuDNN 9.13 or newer, and this one is of version {version}"
@@ -66,6 +69,8 @@ class CuDNN(LoopBackend):
         )
 
     def unchosen(self, request: Request) -> str | None:
+        if request.devices > 1:
+            return "only where it is named: data that is sharded over devices would be gathered to each of them"
         if request.lengths:
             return "only where it is named: its outputs past the length are zeros"
         # On an H200 4 to 49 times as fast as the scan where these algorithms run both ways.  Else kernels are launched
@@ -75,6 +80,9 @@ class CuDNN(LoopBackend):
                 "only where it is named: cuDNN has no persistent algorithm for this, and trains no faster than 'scan'"
             )
         return None
+
+    def prepare(self, request: Request) -> str | None:
+        return library.fault()
 
     def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
         together, apart = _algorithms(request, layers, directions), _algorithms(request, 1, 1)
@@ -98,21 +106,6 @@ class CuDNN(LoopBackend):
     ) -> Differentiable:  # fmt: skip
         run = _Run(request, differentiable, constants)
         return run.cotangents(result, residuals, dense(cotangents, result), any(jax.tree.leaves(wanted.params)))
-
-    def tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
-        del result, residuals
-        leaves: Any
-        tree: Any
-        leaves, tree = jax.tree.flatten(differentiable)
-        moves = {n: t for n, t in enumerate(tree.flatten_up_to(tangents)) if t is not None}
-
-        def of_moving(moving: dict[int, Array]) -> Result:
-            return self.plain(request, tree.unflatten([moving.get(n, a) for n, a in enumerate(leaves)]), constants)
-
-        return jax.jvp(of_moving, ({n: leaves[n] for n in moves},), (moves,))[1]
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         layers, starts = _layers(differentiable)

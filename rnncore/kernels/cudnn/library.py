@@ -59,7 +59,7 @@ class Library:
 
     def __init__(self, path: str, on_host: bool = False):
         self.path = path
-        self._handlers = compiler.library(source(on_host), "the calls of cuDNN")
+        self._handlers, key = compiler.plain_library(source(on_host), "the calls of cuDNN")
         version = ctypes.c_int64()
         gpus = [0] if on_host else [device.local_hardware_id for device in jax.local_devices()]
         self._gpu = ctypes.c_int64(gpus[0])
@@ -69,7 +69,7 @@ class Library:
         self._sizes: dict[Kind, Sizes] = {}
         self.targets = {}
         for handler in HANDLERS:
-            self.targets[handler] = f"rnncore_cudnn_{handler}_{Path(self._handlers._name).stem}"
+            self.targets[handler] = f"rnncore_cudnn_{handler}_{key}"
             function = jax.ffi.pycapsule(getattr(self._handlers, f"rnn_{handler}"))
             jax.ffi.register_ffi_target(self.targets[handler], function, platform="cpu" if on_host else "CUDA")
 
@@ -137,6 +137,16 @@ def library() -> Library:
     if path is None:
         raise RuntimeError(f"{FILE} is not found")
     return Library(path)
+
+
+@functools.cache
+def fault() -> str | None:
+    """Reason why the library that is there cannot be called, or None; its calls are compiled."""
+    try:
+        library()
+    except (RuntimeError, OSError) as error:
+        return str(error)
+    return None
 
 
 @functools.cache
