@@ -66,7 +66,7 @@ def graph(dry: bool) -> None:
     xs = jax.random.normal(jax.random.key(1), (16, steps, hidden), jnp.bfloat16)
 
     def loss(params: Any, xs: Any) -> Any:
-        ys = rnncore.unroll(cell, params, xs, differentiation="reverse", backend="scan")[1]
+        ys = rnncore.unroll(cell, params, xs, backend="scan")[1]
         return jnp.sum(ys.astype(jnp.float32) ** 2)
 
     def numbers(step: Any) -> list:
@@ -103,7 +103,7 @@ def pair(dry: bool) -> None:
 
     def numbers(backend: str, options: Any) -> list:
         def loss(params: Any, xs: Any) -> Any:
-            ys = rnncore.unroll_stack(stack, params, xs, differentiation="reverse", backend=backend)[1]
+            ys = rnncore.unroll_stack(stack, params, xs, backend=backend)[1]
             return jnp.sum(ys.astype(jnp.float32) ** 2)
 
         step = jax.jit(jax.grad(loss, (0, 1)), compiler_options=options or None)
@@ -132,7 +132,7 @@ def programs(dry: bool) -> None:
     xs = jnp.ones((16, steps, hidden), jnp.bfloat16)
 
     def outputs(params: Any, xs: Any) -> Any:
-        return rnncore.unroll(cell, params, xs, differentiation="reverse", backend="scan")[1]
+        return rnncore.unroll(cell, params, xs, backend="scan")[1]
 
     def gradient(params: Any, xs: Any) -> Any:
         return jax.grad(lambda *a: jnp.sum(outputs(*a).astype(jnp.float32) ** 2), (0, 1))(params, xs)

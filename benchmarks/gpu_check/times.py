@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks.gpu_check.problems import load, save
 from benchmarks.gpu_check.processes import TIMES, Runner, folder, tell, work
 
-PLAIN = ("rnncore reverse", "rnncore reverse, CUDA graph")
+PLAIN = ("rnncore scan", "rnncore scan, CUDA graph")
 FLAX = ("flax.linen OptimizedLSTMCell", "flax.linen GRUCell")
 OWN = ("rnncore mosaic_gpu", "rnncore cudnn", "rnncore cuda")
 KERNELS = ("rnncore mosaic_gpu, own cell", "FlashRNN triton_fused")
