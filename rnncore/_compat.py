@@ -17,9 +17,17 @@ jaxpr_as_fun = jex_core.jaxpr_as_fun
 
 def varying_axes(x: Any) -> frozenset:
     """Names of the shard_map axes over which a value differs between devices."""
-    aval = jax.typeof(x)
+    return _varying(jax.typeof(x))
+
+
+def _varying(aval: Any) -> frozenset:
     manual = getattr(aval, "manual_axis_type", None)
     return frozenset(manual.varying if manual is not None else aval.vma)
+
+
+def is_of_one_device(aval: Any) -> bool:
+    """Whether a type says nothing of devices: of no explicit mesh, and the same everywhere inside shard_map."""
+    return aval.sharding.mesh.empty and not _varying(aval)
 
 
 def vary_over(x: Any, axes: frozenset) -> Any:

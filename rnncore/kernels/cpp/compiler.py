@@ -162,26 +162,6 @@ def _library(source: str, what: str, keep: bool) -> tuple[ctypes.CDLL, str]:
             return ctypes.CDLL(str(made)), key  # loaded, it needs no name
 
 
-def library(source: str, what: str) -> ctypes.CDLL:
-    """A source of a library's own calls, compiled where it has not been yet, and loaded."""
-    command = find()
-    if command is None:
-        raise CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
-    api = api_version(Path(jax.ffi.include_dir()))
-    key = key_of(source, *FLAGS, *command, _version(command), api, _processor())
-
-    def make(to: Path) -> None:
-        compile_to(to, source, (*command, *FLAGS), what)
-
-    try:
-        return cache.load(key, make)
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="rnncore-") as alone:
-            made = Path(alone) / f"{key}.so"
-            make(made)
-            return ctypes.CDLL(str(made))  # loaded, it needs no name
-
-
 def _announce(what: str, to: Path) -> None:
     kept = cache.directory() if to.parent.parent == cache.directory() else "memory, for this process alone"
     print(
