@@ -19,7 +19,7 @@ class Backend(abc.ABC):
       name: as `unroll(backend=...)` has it.
       opaque: whether XLA can neither part its calls among devices nor take them to another machine: on an explicit mesh
         it then runs in `jax.shard_map`, and `jax.export` takes `plain`.
-      must_be_named: reason why it runs only where it is named; None where it may be chosen.
+      must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
     """
 
@@ -41,6 +41,15 @@ class Backend(abc.ABC):
         """Called once it is chosen, before it runs: reason why another has to be chosen after all, or None."""
         del request
         return None
+
+    def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
+        """Whether `run` takes so many layers and directions at once, and had better.
+
+        Parameters, initial carries and the last ones are then, for each layer, a tuple of those of its directions, and
+        the request is that of the first of them.
+        """
+        del request, layers, directions
+        return False
 
     @abc.abstractmethod
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
@@ -87,7 +96,7 @@ class LoopBackend(Backend):
         This one differentiates `plain` and so runs forward again; a backend whose residuals are all that the linearised
         step depends on calls `plain.tangent` with them.
         """
-        return plain.jvp(request, differentiable, constants, tangents)
+        return plain.jvp(self.plain, request, differentiable, constants, tangents)
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run by operations that JAX differentiates to every order: for second and higher ones."""

@@ -39,6 +39,8 @@ RESIDUALS = "rnncore_residuals"
 class Functions(Protocol):
     """What the primitives call: see `backend.LoopBackend`."""
 
+    def __hash__(self) -> int: ...
+
     @property
     def opaque(self) -> bool: ...
 
@@ -100,7 +102,7 @@ def _at(tree: Any, where: Sequence[int], leaves: Sequence[Any], other: Any = Non
     return jax.tree.unflatten(tree, flat)
 
 
-def _parted(trees: Sequence[Any], flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def _parted(trees: Sequence[Any], flat: Sequence[Any]) -> tuple[Any, list[Any]]:
     """The leading leaves as trees of these structures, and the rest."""
     parts, rest = [], list(flat)
     for tree in trees:
@@ -114,8 +116,7 @@ def run(backend: Functions, request: Request, differentiable: Differentiable, co
     shapes = jax.eval_shape(_on_trees(backend, request, "forward"), differentiable, constants)
     leaves, tree = jax.tree.flatten(shapes)
     inexact = tuple(n for n, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.inexact))
-    structures: list[Any] = [jax.tree.structure(differentiable), jax.tree.structure(constants)]
-    loop = _Loop(backend, request, *structures, tree, inexact)
+    loop = _Loop(backend, request, jax.tree.structure(differentiable), jax.tree.structure(constants), tree, inexact)
     flat = run_p.bind(*jax.tree.leaves((differentiable, constants)), loop=loop, maps=(), which=())
     return jax.tree.unflatten(tree, flat)
 
@@ -125,7 +126,7 @@ def _on_trees(backend: Functions, request: Request, name: str) -> Callable:
     """A function of the backend, traced once for the same shapes."""
 
     def call(*trees: Any) -> Any:
-        with jax.default_matmul_precision(request.precision):  # type: ignore[arg-type]
+        with jax.default_matmul_precision(request.precision):
             return getattr(backend, name)(request, *trees)
 
     return jax.jit(call)
@@ -145,8 +146,8 @@ def _run(loop: _Loop, which: tuple, *flat: Array) -> list[Array]:
 
 def _tangent(loop: _Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     held, moved = _parted(loop.held, flat)
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
-        found = loop.backend.tangent(loop.request, *held, loop.differentiable_at(which, moved))
+    with jax.default_matmul_precision(loop.request.precision):
+        found = loop.backend.tangent(*(loop.request, *held, loop.differentiable_at(which, moved)))
     return _inexact(loop, found)
 
 
@@ -154,8 +155,8 @@ def _backward(loop: _Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat
     held, arriving = _parted(loop.held, flat)
     cotangents = _at(loop.result, which[0], arriving)
     wanted = loop.differentiable_at(which[1], [True] * len(which[1]), False)
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
-        found = loop.backend.backward(loop.request, *held, cotangents, wanted)
+    with jax.default_matmul_precision(loop.request.precision):
+        found = loop.backend.backward(*(loop.request, *held, cotangents, wanted))
     leaves = loop.differentiable.flatten_up_to(found)
     return [leaves[n] for n in which[1]]
 
@@ -180,14 +181,14 @@ def _plain(loop: _Loop, which: tuple[int, ...], flat: Any) -> tuple[Callable, li
 
 def _plain_tangent(loop: _Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     plain, primals = _plain(loop, which, flat)
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
+    with jax.default_matmul_precision(loop.request.precision):
         return jax.jvp(plain, primals, list(flat[loop.count :]))[1]
 
 
 def _plain_backward(loop: _Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> list[Array]:
     plain, primals = _plain(loop, which[1], flat)
     arriving = dict(zip(which[0], flat[loop.count :], strict=True))
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
+    with jax.default_matmul_precision(loop.request.precision):
         results, back = jax.vjp(plain, *primals)
         pairs = zip(loop.inexact, results, strict=True)
         return list(back([arriving.get(n, jnp.zeros_like(a)) for n, a in pairs]))
@@ -196,7 +197,7 @@ def _plain_backward(loop: _Loop, which: tuple[tuple[int, ...], tuple[int, ...]],
 def _run_plain(loop: _Loop, which: tuple, *flat: Array) -> list[Array]:
     """`_run` by `Backend.plain`, with zeros for residuals: `_plain_tangent` and `_plain_backward` need none."""
     trees, _ = _parted((loop.differentiable, loop.constants), flat)
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
+    with jax.default_matmul_precision(loop.request.precision):
         results = jax.tree.leaves(loop.backend.plain(loop.request, *trees))
     if loop.residuals is None:
         return results
