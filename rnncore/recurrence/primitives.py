@@ -248,7 +248,14 @@ def _primitive(name: str, function: Callable, plain: Callable, roles: Callable) 
         return rule(context, *flat, loop=loop, **params)
 
     primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(lambda *avals, **params: jax.make_jaxpr(_mapped(function, **params))(*avals).out_avals)
+    def abstract(*avals: Any, loop: _Loop, maps: tuple, which: Any) -> Any:
+        if primitive.name == "rnncore_tangent" and not maps and all(map(_compat.is_of_one_device, avals)):
+            # Known without tracing the loop, which in reverse mode is transposed and never run.
+            before = loop.differentiable.num_leaves + loop.constants.num_leaves
+            return [avals[before + n].to_tangent_aval() for n in loop.inexact]
+        return jax.make_jaxpr(_mapped(function, loop, maps, which))(*avals).out_avals
+
+    primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, lower)
     batching.primitive_batchers[primitive] = batch
     return primitive
@@ -256,8 +263,8 @@ def _primitive(name: str, function: Callable, plain: Callable, roles: Callable) 
 
 # vmap over sequences makes them more of the batch, as the outermost of its axes.  The gradients of parameters are then
 # sums over all sequences at once, where vmap of the loop would form them one by one to add them up.  `roles` are the
-# axes at which the batch begins in each operand, None where the sequences share it, and the same of each result, or None
-# in their place where vmap of the loop is called for.
+# axes at which the batch begins in each operand, None where the sequences share it, and the same of each result, or
+# None in their place where vmap of the loop is called for.
 
 
 def _axes(loop: _Loop, ndims: Sequence[int]) -> tuple[list[int | None], list[int], list[int]]:
@@ -326,9 +333,10 @@ def _into_batch(flat: Sequence[Any], dims: Sequence[int | None]) -> Callable[...
 
 def _with_batch(loop: _Loop, flat: Sequence[Any], dims: Sequence[int | None]) -> _Loop:
     request = loop.request
-    more = {"batch_shape": (_size(flat, dims), *request.batch_shape)}
-    more |= {"time_axis": request.time_axis + 1} if request.time_axis else {}
-    return dataclasses.replace(loop, request=dataclasses.replace(request, **more))
+    batch_shape = (_size(flat, dims), *request.batch_shape)
+    time_axis = request.time_axis + 1 if request.time_axis else 0
+    larger = dataclasses.replace(request, batch_shape=batch_shape, time_axis=time_axis)
+    return dataclasses.replace(loop, request=larger)
 
 
 run_p = _primitive("run", _run, _run_plain, _run_roles)
