@@ -12,10 +12,11 @@ zeros, with zero derivatives, and not what the cell makes of the padding.  Where
 or directions in one call, take cuDNN's standard algorithm and wait for the device at each call, to read the lengths on
 the host: a CUDA graph cannot hold that.  A single GRU or Elman runs over the padding and waits for nothing.
 
-Differentiation: every mode and order.  Reverse mode of first order is cuDNN's; all else runs a scan.  vmap over sequences
-makes more of them; where each has parameters, or gradients of them, of its own, one call runs after the other.  Data that is sharded over devices is
-gathered to each of them, unless shard_map parts it.  Memory besides gradients: what cuDNN asks for, in its persistent
-algorithms much: 572 MB at work, 126 MB kept for LSTM(768), T = 1024, B = 16, float16.
+Differentiation: every mode and order.  Reverse mode of first order is cuDNN's; all else runs a scan.  vmap over
+sequences makes more of them; where each has parameters, or gradients of them, of its own, one call runs after the
+other.  Data that is sharded over devices is gathered to each of them, unless shard_map or an explicit mesh parts it.
+Memory besides gradients: what cuDNN asks for, in its persistent algorithms much: 572 MB at work, 126 MB kept for
+LSTM(768), T = 1024, B = 16, float16.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ class CuDNN(LoopBackend):
 
     name = "cudnn"
     opaque = True
+    maps_into_batch = True
 
     def unsupported(self, request: Request) -> str | None:
         refused = weights.why_not(request.cell) or library.missing(request.platform)
@@ -154,8 +156,8 @@ def _like(differentiable: Differentiable, by_layer: Any) -> Any:
 class _Kept(NamedTuple):
     """What a backward call needs of a forward one, in shapes that let vmap put sequences into the batch.
 
-    The reserve is of a whole batch: parted, repeated, or put in another order it is worth nothing.  The other fields show
-    whether it is what it was.
+    The reserve is of a whole batch: parted, repeated, or put in another order it is worth nothing.  The other fields
+    show whether it is what it was.
 
     Fields:
       reserve: (1, *batch, bytes for each sequence).
