@@ -51,6 +51,7 @@ class Recorder:
     def __init__(self) -> None:
         self.path = built(STAND_IN)
         self.library = library.Library(self.path, on_host=True)
+        self._file = ctypes.CDLL(self.path)
         self._file.stand_in_calls.restype = ctypes.c_char_p
 
     def forget(self) -> None:
@@ -256,8 +257,15 @@ def single(name: str, cell: Any, dtype: str = "float32") -> tuple[Any, Any, Any,
     return run, arguments, lengths, time_axis
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        (name, cell)
+        for name in SINGLE
+        for cell in CELLS
+        if cell in ("lstm", "gru") or name in ("plain", "lengths_no_bias")
+    ],
+)
 def test_unroll_is_the_scan(cudnn: Recorder, name: str, cell: str):
     run, arguments, lengths, time_axis = single(name, CELLS[cell])
     compare(run, arguments, lengths, time_axis)
@@ -348,8 +356,7 @@ def test_gradients_of_weights_that_nobody_wants_are_not_formed(cudnn: Recorder):
     assert cudnn.runs() == ["forward", "data"]
 
 
-@pytest.mark.parametrize("name", ["plain", "lengths"])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(("cell", "name"), [("lstm", "lengths"), ("gru", "plain")])
 def test_every_mode_of_differentiation(cudnn: Recorder, cell: str, name: str):
     run, arguments, lengths, _ = single(name, CELLS[cell])
     moved, directions = some(arguments, seed=3), some(arguments, seed=4)
