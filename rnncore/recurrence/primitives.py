@@ -247,8 +247,13 @@ def _primitive(name: str, function: Callable, plain: Callable, roles: Callable) 
         rule = mlir.lower_fun(evaluate_plain if away else evaluate, multiple_results=True)
         return rule(context, *flat, loop=loop, **params)
 
+    def abstract(*avals: Any, **params: Any) -> Any:
+        # An interpreted kernel has effects, which whatever lowers this has to know.
+        traced = jax.make_jaxpr(_mapped(function, **params))(*avals)
+        return traced.out_avals, traced.effects
+
     primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(lambda *avals, **params: jax.make_jaxpr(_mapped(function, **params))(*avals).out_avals)
+    primitive.def_effectful_abstract_eval(abstract)
     mlir.register_lowering(primitive, lower)
     batching.primitive_batchers[primitive] = batch
     return primitive
