@@ -142,7 +142,8 @@ def drive(runner: Runner, args: argparse.Namespace) -> None:
         graphs = any(r["right"] for r in runner.found("graph"))
         kept = sum(LATER[part] for part in args.parts if part in LATER)
         limit = max(runner.left() - kept, runner.left() / 2)
-        times.drive(runner, limit, right, set() if graphs else {times.PLAIN[1]})
+        dropped = {f"rnncore {name}" for name in checks.hung(runner) - {"mosaic_gpu"}}
+        times.drive(runner, limit, right, dropped if graphs else {*dropped, times.PLAIN[1]})
     for process in background:
         runner.kill(process)
     if "pair" in args.parts and (args.dry or "grid" in checks.right_kinds(runner, "mosaic_gpu")):
