@@ -452,10 +452,13 @@ def test_the_batch_over_devices():
 
 
 def test_the_text_depends_on_the_update_alone():
-    text = emit.source(rnncore.LSTM(8), "float32")
-    assert text == emit.source(rnncore.LSTM(300, recurrence=rnncore.Heads(3), forget_bias=1.0), "float32")
-    assert text != emit.source(rnncore.LSTM(8, peepholes=True), "float32")
-    assert "gates = 4, fields = 2, hidden = 1, units = 0, residuals = 5, rest = 0;" in text
+    plain = emit.Variant("float32", "float32", "float32")
+    text = emit.source(rnncore.LSTM(8), plain)
+    assert text == emit.source(rnncore.LSTM(300, recurrence=rnncore.Heads(3), forget_bias=1.0), plain)
+    assert text != emit.source(rnncore.LSTM(8, peepholes=True), plain)
+    assert text != emit.source(rnncore.LSTM(8), plain._replace(residual="bfloat16"))
+    assert "gates = 4, fields = 2, hidden = 1, units = 0, residuals = 5, rest = 0, emitted = 0;" in text
+    assert "emitted = 4;" in emit.source(rnncore.LSTM(8), plain._replace(states=True))
     assert text.count("logistic(") == 6 and text.count("hyperbolic_tangent(") == 5  # tanh(c) is formed again backwards
 
 
@@ -520,7 +523,6 @@ def test_refusals(id: str, options: dict, why: str):
 
 
 def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
-    case = cases.BY_ID["lstm-dense"]
     odd = rnncore.Elman(4, activation_fn=jax.lax.erf_inv)
     xs = jnp.ones((2, 3, 4))
     with pytest.raises(NotImplementedError, match="Elman applies `erf_inv`, for which it has no C"):
@@ -539,6 +541,9 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
         rnncore.unroll(
             doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp"
         )
-    monkeypatch.setattr(compiler, "find", lambda: None)
+    fresh = cases.Case("fresh", First(7), None)
+    monkeypatch.setattr(compiler, "_names", {})
+    monkeypatch.setenv("RNNCORE_CACHE_DIR", "/nothing/here")
+    monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(NotImplementedError, match="C.. compiler, and none is found: install one, or name it in CXX"):
-        cases.runner(case, CPP)(*cases.draw(case))
+        cases.runner(fresh, CPP)(*cases.draw(fresh))

@@ -1,11 +1,10 @@
-"""rnncore itself, in its modes of differentiation and on its backends."""
+"""rnncore itself, on its backends."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
-from typing import Any
 
 import jax
 
@@ -17,18 +16,22 @@ from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import Problem, make_cell
 from benchmarks.peers.reference import with_given_products
 from benchmarks.workloads import Workload
-from rnncore.kernels import cpp, mosaic_gpu
+from rnncore.kernels import cpp, mosaic_gpu, pallas_tpu
 from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
 from rnncore.sequence.backends import BACKENDS
 
-ANY, REVERSE, GRAPH, CUDNN = "rnncore any", "rnncore reverse", "rnncore reverse, CUDA graph", "rnncore cudnn"
+SCAN, GRAPH = "rnncore scan", "rnncore scan, CUDA graph"
+CUDNN, CUDA = "rnncore cudnn", "rnncore cuda"
 CPP, MOSAIC, OWN, TPU = "rnncore cpp", "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"
 # Those that name a backend; the others run on "scan".
-NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu"}
+NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu", CUDA: "cuda"}
+
+CHECKED: frozenset[str] = frozenset()
+"""Kinds of layouts of Mosaic's that this process need not try first in a process of their own."""
 
 
 class RnncorePeer(Peer):
-    """`rnncore.unroll` on backend "scan" in both modes, with the loop as a CUDA graph, and on the named backends.
+    """`rnncore.unroll` on backend "scan", with the loop as a CUDA graph, and on the named backends.
 
     "own cell" is a user's LSTM in place of the built-in one, through the same kernels.
     """
@@ -42,18 +45,19 @@ class RnncorePeer(Peer):
         return rnncore.__version__
 
     def contenders(self, cell: str) -> tuple[str, ...]:
-        return (ANY, REVERSE, CPP, GRAPH, MOSAIC, TPU) + ((OWN, CUDNN) if cell == "lstm" else ())
+        every = (SCAN, CPP, GRAPH, MOSAIC, CUDA, CUDNN, TPU, *((OWN,) if cell == "lstm" else ()))
+        return tuple(name for name in every if NAMED.get(name, "scan") in BACKENDS)
 
     def absent(self, contender: str, platform: str) -> str | None:
-        if contender in (GRAPH, CUDNN) and platform != "gpu":
+        if contender in (GRAPH, CUDNN, CUDA) and platform != "gpu":
             return f"needs an NVIDIA GPU; JAX runs on {platform} here"
         if contender == GRAPH and importlib.util.find_spec("rnncore.gpu") is None:
             return "this rnncore has no rnncore.gpu"
         if contender == CPP:
             return cpp.missing_compiler(platform)
         if contender in (MOSAIC, OWN):
-            return BACKENDS["mosaic_gpu"].missing_gpu(platform)
-        return BACKENDS["pallas_tpu"].missing_platform(platform) if contender == TPU else None
+            return mosaic_gpu.missing_gpu(platform)
+        return pallas_tpu.missing_platform(platform) if contender == TPU else None
 
     def why_not(self, contender: str, case: Case) -> str | None:
         if contender not in NAMED:
@@ -62,9 +66,7 @@ class RnncorePeer(Peer):
             return "cuDNN takes inputs, not their products with the kernel"
         cell, problem = _cell(contender, case), _shapes(case)
         try:
-            rnncore.explain_backend(
-                cell, problem.params[0], problem.xs, differentiation="reverse", backend=NAMED[contender]
-            )
+            rnncore.explain_backend(cell, problem.params[0], problem.xs, backend=NAMED[contender])
         except (NotImplementedError, ValueError) as error:
             return str(error)
         return None
@@ -76,8 +78,8 @@ class RnncorePeer(Peer):
         """One trial for each kind of layout, and none of a kind that has proved itself."""
         if NAMED.get(contender) != "mosaic_gpu":
             return None
-        kind = _layout(case).sync or "block"
-        if kind in mosaic_gpu.PROVEN:
+        kind = _layout(case).kind
+        if kind in CHECKED:
             return None
         if kind not in self._faults:
             self._faults[kind] = trial.fault(contender, case)
@@ -85,10 +87,9 @@ class RnncorePeer(Peer):
 
     def build(self, contender: str, case: Case, problem: Problem, measurement: str) -> Built:
         cell = _cell(contender, case)
-        mode: Any = "any" if contender == ANY else "reverse"
         backend = NAMED.get(contender, "scan")
-        run = functools.partial(rnncore.unroll, cell, differentiation=mode, backend=backend)
-        chosen = rnncore.explain_backend(cell, problem.params[0], problem.xs, differentiation=mode).name
+        run = functools.partial(rnncore.unroll, cell, backend=backend)
+        chosen = rnncore.explain_backend(cell, problem.params[0], problem.xs).name
         options = None
         if contender == GRAPH:
             options = importlib.import_module("rnncore.gpu").loop_as_graph_options()

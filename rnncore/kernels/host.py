@@ -101,6 +101,8 @@ class Kernels(NamedTuple):
 class KernelBackend(LoopBackend):
     """A backend of two kernels, with all that stands around them."""
 
+    maps_into_batch = True
+
     @abc.abstractmethod
     def kernels(self) -> Kernels:
         """The kernels; imported late, because Pallas takes a while to import."""
@@ -137,14 +139,16 @@ class KernelBackend(LoopBackend):
             lambda a, b: a.reshape(b.shape).astype(b.dtype), cell.Carry(*kept.last), differentiable.initial_carry
         )
         hs = kept.hs.reshape(request.steps, *request.batch_shape, cell.hidden_size)
-        return Result(last, hs, None, None), (arrays.z, kept.others)
+        batched = jax.tree.map(lambda a: a.reshape(request.steps, *request.batch_shape, -1), (arrays.z, kept.others))
+        return Result(last, hs, None, None), batched
 
     def backward(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
         cotangents: Result, wanted: Differentiable,
     ) -> Differentiable:  # fmt: skip
         cotangents = dense(cotangents, result)
-        z, others = residuals
+        rows = math.prod(request.batch_shape)
+        z, others = jax.tree.map(lambda a: a.reshape(request.steps, rows, a.shape[-1]), residuals)
         arrays = _Arrays(request, differentiable, constants, z)
         cell, part, loop = arrays.cell, arrays.part, arrays.loop
         count, stored = len(cell.gates), request.residual_dtype or request.dtype
@@ -266,14 +270,14 @@ def _mix_gradient(cell: PointwiseCell, kernel: Array, h: Array, dr: Array) -> Ar
     return jnp.einsum("tbnd,tbgne->ndge", heads, slab, preferred_element_type=jnp.float32).reshape(kernel.shape)
 
 
-# Where the batch lies in each field of a loop; everything else of it is shared by the sequences.
-_BATCH = Loop(None, None, None, 0, 0, 0, 1)  # type: ignore[arg-type]
+# Where the batch lies in each field of a loop; None: the sequences share it.
+_BATCH: dict[str, int | None] = dict(zip(Loop._fields, (None, None, None, 0, 0, 0, 1), strict=True))
 
 
 def _call(kernel: Callable, loop: Loop, *stacks: Any) -> Any:
     """A kernel of (loop, *stacks) under any number of maps; stacks are (T, B, ...), or (B, H), and so are results."""
     leaves, tree = jax.tree.flatten((loop, stacks))
-    known = [axis for field, axis in zip(loop, _BATCH, strict=True) for _ in jax.tree.leaves(field)]
+    known: list[int | None] = [axis for name, axis in _BATCH.items() for _ in jax.tree.leaves(getattr(loop, name))]
     known += [a.ndim - 2 for a in jax.tree.leaves(stacks)]
     return over_batch(lambda groups, *flat: kernel(*_joined(tree, flat)), known, lambda a: a.ndim - 2)(*leaves)
 

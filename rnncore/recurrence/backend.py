@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from rnncore._types import PyTree
-from rnncore.recurrence import plain, primitives
+from rnncore.recurrence import mesh, plain, primitives
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
@@ -16,13 +17,14 @@ class Backend(abc.ABC):
 
     Attributes:
       name: as `unroll(backend=...)` has it.
-      portable: whether its program runs elsewhere too, as `jax.export` wants it; else what is exported is `plain`.
-      must_be_named: reason why it runs only where it is named; None where it may be chosen.
+      opaque: whether XLA can neither part its calls among devices nor take them to another machine: on an explicit mesh
+        it then runs in `jax.shard_map`, and `jax.export` takes `plain`.
+      must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
     """
 
     name: ClassVar[str]
-    portable: ClassVar[bool] = True
+    opaque: ClassVar[bool] = False
     must_be_named: ClassVar[str | None] = None
     keeps_time_axis: ClassVar[bool] = False
 
@@ -45,6 +47,15 @@ class Backend(abc.ABC):
         del request
         return None
 
+    def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
+        """Whether `run` takes so many layers and directions at once, and had better.
+
+        Parameters, initial carries and the last ones are then, for each layer, a tuple of those of its directions, and
+        the request is that of the first of them.
+        """
+        del request, layers, directions
+        return False
+
     @abc.abstractmethod
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run, with its derivatives."""
@@ -55,7 +66,13 @@ class LoopBackend(Backend):
 
     Its functions are traced with the matmul precision of the request, and under vmap: opaque calls in them say by
     `batching.over_batch` where their batch lies.  They are never differentiated themselves.
+
+    Attributes:
+      maps_into_batch: whether every residual is an array (n, *batch, ...), so that vmap over sequences can give the
+        functions a larger batch in place of vmap: gradients of shared parameters are then summed inside.
     """
+
+    maps_into_batch: ClassVar[bool] = False
 
     @abc.abstractmethod
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
@@ -90,14 +107,17 @@ class LoopBackend(Backend):
         This one differentiates `plain` and so runs forward again; a backend whose residuals are all that the linearised
         step depends on calls `plain.tangent` with them.
         """
-        return plain.jvp(request, differentiable, constants, tangents)
+        return plain.jvp(self.plain, request, differentiable, constants, tangents)
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run by operations that JAX differentiates to every order: for second and higher ones."""
         return plain.run(request, differentiable, constants)
 
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return primitives.run(self, request, differentiable, constants)
+        run = functools.partial(primitives.run, self)
+        if self.opaque:
+            return mesh.by_device(run, request, differentiable, constants)
+        return run(request, differentiable, constants)
 
 
 _OPTIONS: dict[str, Callable[[Request], bool]] = {

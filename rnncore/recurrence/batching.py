@@ -73,6 +73,7 @@ def _over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups
 
         together = map(merged, arrays, mapped, axes, examples)
         out = _over_batch(call, inputs, outputs, groups * size)(*together)
+        tree: Any
         leaves, tree = jax.tree.flatten(out)
 
         def parted(a: Array, axis: int | None) -> Array:

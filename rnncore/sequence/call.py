@@ -166,9 +166,9 @@ def unroll(
       residual_dtype: dtype in which "reverse" stores what it keeps, bfloat16 for half of R; None stores it
         as it is.  A GPU's memory traffic is the reason for it; gradients are then as exact as that dtype.
       backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
-        and "autodiff" run everywhere.  With differentiation="reverse" and only where they are named: "cpp" compiles any
-        pointwise cell for this machine's CPU and is fastest there; "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu"
-        run all steps in one kernel made from any pointwise cell; "cudnn" is NVIDIA's library, for plain float32 LSTMs.
+        and "autodiff" run everywhere.  "cpp" compiles any pointwise cell for this machine's CPU and is fastest there;
+        "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" run all steps in one kernel made from any pointwise cell;
+        "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks.
 
     Returns:
       (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,
@@ -222,9 +222,9 @@ def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> Ba
       not 'mosaic_gpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'cuda': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
+      not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
-      not 'cudnn': ResetBeforeGRU is not rnncore.LSTM, the only cell that jax.experimental.rnn has
     """
     _checks.refuse_removed("explain_backend", {name: options[name] for name in options if name not in Options._fields})
     asked = Options(**options)

@@ -140,11 +140,14 @@ def _library(source: str, what: str, keep: bool) -> tuple[ctypes.CDLL, str]:
         return shipped
     command = find()
     key = key_of(source, *FLAGS, jaxlib.__version__, _processor())
-    by = "" if command is None else hashlib.sha256("\0".join([*command, _version(command)]).encode()).hexdigest()[:8]
+    if command is None:
+        found = cache.find(f"{key}-")  # whichever compiler made it
+        if found is None:
+            raise CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
+        return found, key
+    by = hashlib.sha256("\0".join([*command, _version(command)]).encode()).hexdigest()[:8]
 
     def make(to: Path) -> None:
-        if command is None:
-            raise CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
         _announce(what, to)
         compile_to(to, source, (*command, *FLAGS), what)
 
@@ -228,6 +231,27 @@ def _cpu_lines() -> tuple[str, ...]:
     except OSError:
         return ()
     return tuple(sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))}))
+
+
+def plain_library(source: str, what: str) -> tuple[ctypes.CDLL, str]:
+    """A source that is no cell's, such as calls of another library, compiled and loaded; and its key."""
+    command = find()
+    if command is None:
+        raise CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
+    flags = ("-std=c++17", "-O2", "-fvisibility=hidden", "-fPIC", "-shared", "-w")
+    parts = [source, *flags, *command, _version(command), api_version(Path(jax.ffi.include_dir()))]
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
+
+    def make(to: Path) -> None:
+        compile_to(to, source, (*command, *flags), what)
+
+    try:
+        return cache.load(key, make), key
+    except OSError:
+        with tempfile.TemporaryDirectory(prefix="rnncore-") as alone:
+            made = Path(alone) / "made.so"
+            make(made)
+            return ctypes.CDLL(str(made)), key  # loaded, it needs no name
 
 
 def compile_to(to: Path, source: str, command: Sequence[str], what: str, include: str | None = None) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rnncore import _compat
 from rnncore._types import Array, PyTree
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import Cell, CellParams, PointwiseCell
 from rnncore.cells.recurrent_kernels import Diagonal, Heads
 from rnncore.kernels.cpp import compiler, emit
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Given, Moving, Out
@@ -21,7 +21,7 @@ from rnncore.recurrence.backend import LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
-def described(cell: PointwiseCell, variant: emit.Variant) -> str:
+def described(cell: Cell, variant: emit.Variant) -> str:
     """What is compiled, for messages."""
     types = dict.fromkeys(variant[:3])
     return f"{type(cell).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
@@ -41,6 +41,8 @@ def variant_of(request: Request) -> emit.Variant:
 class CppLoops(LoopBackend):
     """The loops, of requests that they can serve."""
 
+    maps_into_batch = True
+
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         run = _Run(request, differentiable, constants)
         return run.result(run.calls.forward(run.moving(differentiable), run.given, False)[0])
@@ -50,7 +52,7 @@ class CppLoops(LoopBackend):
     ) -> tuple[Result, PyTree]:
         run = _Run(request, differentiable, constants)
         out, kept = run.calls.forward(run.moving(differentiable), run.given, True)
-        return run.result(out), kept
+        return run.result(out), kept.reshape(kept.shape[0], *request.batch_shape, *kept.shape[2:])
 
     def backward(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
@@ -59,7 +61,8 @@ class CppLoops(LoopBackend):
         run = _Run(request, differentiable, constants)
         moving, back = jax.vjp(run.moving, differentiable)
         dout = run.cotangents(cotangents)
-        found: Any = run.calls.backward(moving, run.given, run.outputs(result), residuals, dout, wanted.xs)
+        kept = residuals.reshape(residuals.shape[0], run.rows, *residuals.shape[-2:])
+        found: Any = run.calls.backward(moving, run.given, run.outputs(result), kept, dout, wanted.xs)
         return back(found if wanted.xs else found._replace(x=jnp.zeros_like(moving.x)))[0]
 
     def tangent(
@@ -68,12 +71,12 @@ class CppLoops(LoopBackend):
     ) -> Result:  # fmt: skip
         run = _Run(request, differentiable, constants)
         dtypes = {*run.variant[:3], *request.dtypes}
-        if run.every or request.return_states or len(dtypes) > 1:
+        # Inside shard_map the linearised step depends on other values than the one that was compiled.
+        if run.every or request.return_states or len(dtypes) > 1 or run.axes:
             return super().tangent(request, differentiable, constants, result, residuals, tangents)
-        steps, rows, width, padded = residuals.shape
         heads, hidden = run.heads, request.cell.hidden_size
-        stacks = residuals.reshape(steps, rows, width, heads, padded // heads)[..., : hidden // heads]
-        stacks = jnp.moveaxis(stacks.reshape(steps, *request.batch_shape, width, hidden), -2, 0)
+        stacks = residuals.reshape(*residuals.shape[:-1], heads, -1)[..., : hidden // heads]
+        stacks = jnp.moveaxis(stacks.reshape(*residuals.shape[:-1], hidden), -2, 0)
         return plain.tangent(request, differentiable, constants, result, tuple(stacks), tangents)
 
 
@@ -189,7 +192,8 @@ class _Run:
         leaves, tree = jax.tree.flatten(self.part.gates)
         # Gates are of the dtype of what they are made of; a cell may call a boolean or an integer one.
         dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
-        return Result(last, outputs, carries, tree.unflatten([a.astype(d) for a, d in zip(gates, dtypes, strict=True)]))
+        named = jax.tree.unflatten(tree, [a.astype(d) for a, d in zip(gates, dtypes, strict=True)])
+        return Result(last, outputs, carries, named)
 
     def cotangents(self, of: Result) -> Out:
         """The transpose of `result`, of cotangents that may be None."""
@@ -214,5 +218,6 @@ def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
 @functools.lru_cache(maxsize=256)
 def _calls(cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int) -> Calls:
     part = emit.body(cell, variant)
-    targets = tuple(compiler.targets(emit.source(cell, variant), described(cell, variant)).values())
+    names = compiler.targets(emit.source(cell, variant), described(cell, variant))
+    targets = names["forward"], names["forward_keeping"], names["backward"]
     return Calls(targets, variant, part.width, len(cell.Carry._fields), part.emitted, time_major, zoneout, every)
