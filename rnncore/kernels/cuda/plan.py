@@ -236,10 +236,15 @@ def _laid_out(device: Device, shape: Shape, sync: str, blocks: int, groups: int,
     board = 2 * COLUMNS * tiles * (-(-line // 128) * 128 + 64) + 128 if sync != "grid" else 0
     best: Plan | None = None
     most = max(1, min(each, 8 // tiles))
-    for ahead, sums in itertools.product(sorted({most, -(-most // 2), 1}, reverse=True), (2, 1)):
+    reserve = 24 if tiles > 1 or device.capability < 80 else 0
+    for ahead, sums, spare in itertools.product(
+        sorted({most, -(-most // 2), 1}, reverse=True), (2, 1), sorted({reserve, 0}, reverse=True)
+    ):
         # Registers of a thread: sums, chunks that have come in, what its units carry and read ahead, and the rest.
         fetched = 4 * tiles * ahead * (2 if each > ahead else 1)
         taken = 4 * sets * tiles + fetched + own * (2 * shape.fields + inputs + 4) + 60 + 2 * tiles
+        # What the compiler takes besides is known to some registers; where it is more, some go to memory.
+        taken += spare
         in_registers = min(each, max(0, limit - taken) // (8 * sets))
         partial = sums * warps * sets * tiles * 512 if split > 1 else 0
         room = device.shared - partial - board
@@ -251,7 +256,8 @@ def _laid_out(device: Device, shape: Shape, sync: str, blocks: int, groups: int,
             shape, sync, blocks, groups, split, tiles, in_registers, in_shared, each - in_registers - in_shared, ahead,
             sums, in_shared * chunk_bytes + partial + board, apart, 0.0,
         )  # fmt: skip
-        plan = dataclasses.replace(plan, step=_microseconds(device, plan, own))
+        step = _microseconds(device, plan, own) + 0.2 * (spare < reserve)
+        plan = dataclasses.replace(plan, step=step)
         best = plan if best is None or plan.step < best.step else best
     return best
 
