@@ -49,6 +49,9 @@ CASES = {  # cell, dtype, product, layout, sequences, options
     "cluster": (rnncore.GRU(32), "float16", "mma", {"sync": "cluster", "split": 1}, 3, {"resets": True}),
     "cluster, warps share k": (rnncore.LSTM(32), "float32", "tf32", {"sync": "cluster", "split": 2}, 2, {"mask": True}),
     "grid": (rnncore.LSTM(32), "bfloat16", "mma", {"sync": "grid", "split": 1}, 3, {}),
+    "grid, units that are nobody's": (
+        rnncore.LSTM(40), "bfloat16", "mma", {"sync": "grid", "split": 1, "groups": 1}, 2, {},
+    ),
     "grid, gates apart": (rnncore.GRU(32), "float32", "3xtf32", {"sync": "grid", "split": 2}, 3, {"states": True}),
     "grid, tails, masked": (
         Own(20), "float32", "3xtf32", {"sync": "grid", "split": 2}, 9, {"mask": True, "resets": True},
