@@ -186,7 +186,9 @@ SIZES = {"64x12": (64, 12), "256x3": (256, 3), "768x1": (768, 1)}
 """Units of a head, heads."""
 REGISTERS = {"64x12": (216, 88), "256x3": (255, 178), "768x1": (255, 255)}
 """Of a thread, forward and backward, on any GPU."""
-SPILLS = {("768x1", "T4"): (72, 200), ("768x1", "RTX 3090"): (0, 140), ("768x1", "L4"): (0, 140)}
+SPILLS = {
+    ("256x3", "T4"): (0, 8), ("768x1", "T4"): (72, 200), ("768x1", "RTX 3090"): (0, 140), ("768x1", "L4"): (0, 140),
+}  # fmt: skip
 """Bytes that the compiler keeps in memory; none elsewhere."""
 
 

@@ -277,7 +277,7 @@ def _microseconds(device: Device, plan: Plan, own: int, registers: int) -> float
     moved = shape.gates + 1 + (shape.width if shape.keeps or not forward else 0)  # numbers in and out, of a pair
     read = COLUMNS * tiles * shape.depth * 64
     cycles = (710.0 if plan.sync == "none" else 860.0) + own * rounds * (
-        106 + 17 * moved + (6 * sets * split if split > 1 else 0)
+        106 + (27 if split == 1 else 17) * moved + (6 * sets * split if split > 1 else 0)
     )
     cycles += 2 * plan.each * passes * (4 * sets * tiles * -(-warps // 4) + 23)
     cycles += (1.8 * plan.in_shared + 2 * plan.streamed) * warps * sets * 8 + 600 * (plan.streamed > 0)
