@@ -168,7 +168,7 @@ def unroll(
       backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
         and "autodiff" run everywhere.  "cpp" compiles any pointwise cell for this machine's CPU and is fastest there;
         "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" run all steps in one kernel made from any pointwise cell;
-        "cudnn" is NVIDIA's library.
+        "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks.
 
     Returns:
       (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,
