@@ -247,15 +247,17 @@ def _primitive(name: str, function: Callable, plain: Callable, roles: Callable) 
         rule = mlir.lower_fun(evaluate_plain if away else evaluate, multiple_results=True)
         return rule(context, *flat, loop=loop, **params)
 
-    primitive.def_impl(evaluate)
     def abstract(*avals: Any, loop: _Loop, maps: tuple, which: Any) -> Any:
         if primitive.name == "rnncore_tangent" and not maps and all(map(_compat.is_of_one_device, avals)):
             # Known without tracing the loop, which in reverse mode is transposed and never run.
             before = loop.differentiable.num_leaves + loop.constants.num_leaves
-            return [avals[before + n].to_tangent_aval() for n in loop.inexact]
-        return jax.make_jaxpr(_mapped(function, loop, maps, which))(*avals).out_avals
+            return [avals[before + n].to_tangent_aval() for n in loop.inexact], set()
+        # An interpreted kernel has effects, which whatever lowers this has to know.
+        traced = jax.make_jaxpr(_mapped(function, loop, maps, which))(*avals)
+        return traced.out_avals, traced.effects
 
-    primitive.def_abstract_eval(abstract)
+    primitive.def_impl(evaluate)
+    primitive.def_effectful_abstract_eval(abstract)
     mlir.register_lowering(primitive, lower)
     batching.primitive_batchers[primitive] = batch
     return primitive
