@@ -107,6 +107,8 @@ def result_like(shape: tuple[int, ...], dtype: Any, x: Any) -> jax.ShapeDtypeStr
     return described(shape, dtype, **axes)
 
 
-def is_exporting(context: Any) -> bool:
-    """Whether a lowering rule is called for `jax.export`, with its context."""
-    return context.module_context.lowering_parameters.for_export
+def runs_elsewhere(context: Any, platform: str) -> bool:
+    """Whether a lowering rule, by its context, is called for `jax.export`, or for another platform than this one."""
+    module = context.module_context
+    platforms = {"gpu" if name in ("cuda", "rocm") else name for name in module.platforms}
+    return module.lowering_parameters.for_export or platforms != {platform}
