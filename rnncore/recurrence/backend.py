@@ -42,6 +42,11 @@ class Backend(abc.ABC):
         del request
         return None
 
+    def describe(self, request: Request) -> str | None:
+        """How it would run a request that it can serve, for `explain_backend`; None where there is nothing to say."""
+        del request
+        return None
+
     def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
         """Whether `run` takes so many layers and directions at once, and had better.
 

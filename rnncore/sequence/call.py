@@ -220,6 +220,7 @@ def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> Ba
       >>> print(rnncore.explain_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3))))
       backend 'autodiff': the first that can serve this call
       not 'mosaic_gpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
+      not 'cuda': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
@@ -244,7 +245,8 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
                 f"`unroll(backend={backend!r})`: {reasons[backend]}. Use backend=None to let rnncore choose."
             )
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
-        return BackendChoice(backend, "named by the caller", others)
+        about = None if prepare else BACKENDS[backend].describe(request)
+        return BackendChoice(backend, f"named by the caller; {about}" if about else "named by the caller", others)
     reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
     for name in reasons:
         if prepare and reasons[name] is None:
