@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnncore.analysis.alignment import shortest
-from rnncore.analysis.curve import RetentionCurve
-from rnncore.analysis.fits import CurveFit
-from rnncore.analysis.trajectory import Trajectory
+from rnncore.analysis.retention.curve import RetentionCurve
+from rnncore.analysis.retention.fits import CurveFit
+from rnncore.analysis.run._alignment import shortest
+from rnncore.analysis.run.trajectory import Trajectory
 
 HEADER = ("kind", "path", "largest lag", "log10 there", "rate per step", "R squared", "half is gone at lag")
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 
 from rnncore.analysis.plots.style import COLOURS, GUIDE, edges, finish, floored, new_axes, numbers, shade_map
-from rnncore.analysis.window import effective_window
+from rnncore.analysis.retention.window import effective_window
 
 DECADES = 8
 """How far below the largest entry the logarithmic colours begin, unless told."""

@@ -13,19 +13,19 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from rnncore.analysis.alignment import shortest
-from rnncore.analysis.curve import RetentionCurve
-from rnncore.analysis.gates import gate_statistics, timescales
-from rnncore.analysis.gradients import gradients_over_time
-from rnncore.analysis.jacobians import step_coefficients
-from rnncore.analysis.lyapunov import LyapunovResult, lyapunov_exponents
+from rnncore.analysis.dynamics.lyapunov import LyapunovResult, lyapunov_exponents
+from rnncore.analysis.dynamics.spectra import jacobian_eigenvalues, singular_spectrum
+from rnncore.analysis.gradients.over_time import gradients_over_time
+from rnncore.analysis.jacobians.steps import step_coefficients
+from rnncore.analysis.paths.shares import path_shares
 from rnncore.analysis.plots import curves, gates, gradients, spectra
 from rnncore.analysis.plots.facts import line_of, settings, state_size, summary
 from rnncore.analysis.plots.page import Section, report
-from rnncore.analysis.retention import retention_curve
-from rnncore.analysis.shares import path_shares
-from rnncore.analysis.spectra import jacobian_eigenvalues, singular_spectrum
-from rnncore.analysis.trajectory import Trajectory
+from rnncore.analysis.retention.curve import RetentionCurve
+from rnncore.analysis.retention.measure import retention_curve
+from rnncore.analysis.run._alignment import shortest
+from rnncore.analysis.run.gate_statistics import gate_statistics, timescales
+from rnncore.analysis.run.trajectory import Trajectory
 from rnncore.cells.base import PointwiseCell
 
 LAGS = 100
