@@ -28,10 +28,13 @@ class ForeignCell(Cell):
     gates_fn: Callable[..., Any] | None
     batched: bool
     features: tuple[int, ...]
+    weights: tuple[tuple[tuple[int, ...], Any], ...]
+    weights_structure: Any
 
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> PyTree:
-        """Refused: only the cell's own library draws its parameters."""
-        raise NotImplementedError("`foreign_cell(...).init`: draw the parameters where the cell comes from.")
+        """Zeros in the shapes of the parameters that were given: only the cell's own library draws them."""
+        del key, input_size, dtype
+        return jax.tree.unflatten(self.weights_structure, [jnp.zeros(shape, own) for shape, own in self.weights])
 
     def initial_carry(self, batch_shape: Sequence[int] = (), dtype: Any = None) -> Any:
         """Zeros of the shapes of the carry that was given."""
@@ -84,6 +87,7 @@ def _is_array(a: Any) -> bool:
 
 def foreign_cell(
     step: Callable[[PyTree, Any, Array], tuple[Any, Array]],
+    params: PyTree,
     carry: PyTree,
     *,
     names: Sequence[str] | None = None,
@@ -98,9 +102,9 @@ def foreign_cell(
     Its Jacobians come from `jax.vjp` of the step.  It runs through plain autodiff of a scan.
 
     Args:
-      step: (params, carry, x) to (new carry, y), pure; params is any pytree.
-      carry: the carry of one sequence, without batch axes, any pytree of arrays: only structure, shapes and dtypes
-        are read.
+      step: (params, carry, x) to (new carry, y), pure.
+      params: any pytree of arrays.  Of these and the carry only structure, shapes and dtypes are read.
+      carry: the carry of one sequence, without batch axes, any pytree of arrays.
       names: what to call its arrays, in the order of `jax.tree.leaves`; by default h, or c and h, or s0, s1, ...
         "c" and "h" mean cell state and output to the analysis.
       gates: (params, carry, x) to the values of the gates by name, for what needs names of gates: shares by gate do
@@ -120,18 +124,20 @@ def foreign_cell(
       >>> def step(u, h, x):
       ...     h = jnp.tanh(x + h @ u)
       ...     return h, h
-      >>> cell = rnncore.foreign_cell(step, jnp.zeros(3))
-      >>> carry, ys = rnncore.unroll(cell, 0.5 * jnp.eye(3), jnp.ones((2, 5, 3)))
+      >>> params = 0.5 * jnp.eye(3)
+      >>> cell = rnncore.foreign_cell(step, params, jnp.zeros(3))
+      >>> carry, ys = rnncore.unroll(cell, params, jnp.ones((2, 5, 3)))
       >>> ys.shape, carry._fields
       ((2, 5, 3), ('h',))
     """
     leaves, structure = jax.tree.flatten(carry)
-    shapes = tuple((tuple(jnp.shape(a)), jnp.result_type(a)) for a in leaves)
+    weights, weights_structure = jax.tree.flatten(params)
+    shapes, own = (tuple((tuple(jnp.shape(a)), jnp.result_type(a)) for a in part) for part in (leaves, weights))
     chosen = tuple(names or NAMES.get(len(leaves), tuple(f"s{i}" for i in range(len(leaves)))))
     if len(chosen) != len(leaves) or len(set(chosen)) != len(chosen) or not leaves:
         raise ValueError(
             f"`foreign_cell(names={names!r})`: the carry has {len(leaves)} arrays; expected as many names, "
             "all different."
         )
-    size = math.prod(shapes[-1][0])
-    return ForeignCell(size, step, chosen, shapes, structure, gates, batched, tuple(features or (-1,)))
+    size, axes = math.prod(shapes[-1][0]), tuple(features or (-1,))
+    return ForeignCell(size, step, chosen, shapes, structure, gates, batched, axes, own, weights_structure)

@@ -185,6 +185,6 @@ def _cell_of(cell: Any, inputs: Array, carry: Any, step_shape: tuple[int, ...]) 
 
     lead = len(step_shape) - cell.num_feature_axes
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape[lead:], a.dtype), carry)
-    foreign = foreign_cell(step, one, features=step_shape[lead:])
+    foreign = foreign_cell(step, weights, one, features=step_shape[lead:])
     start = foreign.named_carry(jax.tree.leaves(carry))
     return foreign, weights, start, False

@@ -201,7 +201,7 @@ def _foreign(cell: Any, carry: Any, step_shape: tuple[int, ...]) -> tuple[Any, P
         nnx.replace_by_pure_dict(state, weights)
         return state
 
-    return foreign_cell(step, one, features=step_shape[lead:]), pure
+    return foreign_cell(step, pure, one, features=step_shape[lead:]), pure
 
 
 def _run_layers(
