@@ -37,6 +37,9 @@ from rnncore.analysis.paths.lstm import LSTMPaths as LSTMPaths
 from rnncore.analysis.paths.lstm import lstm_paths as lstm_paths
 from rnncore.analysis.paths.shares import AblatedRetention as AblatedRetention
 from rnncore.analysis.paths.shares import path_shares as path_shares
+from rnncore.analysis.report.measured import LayerReport as LayerReport
+from rnncore.analysis.report.model_report import Report as Report
+from rnncore.analysis.report.model_report import report as report
 from rnncore.analysis.retention.bounds import VanishingCondition as VanishingCondition
 from rnncore.analysis.retention.bounds import gradient_bound as gradient_bound
 from rnncore.analysis.retention.bounds import vanishing_condition as vanishing_condition

@@ -23,6 +23,7 @@ class ForeignCell(Cell):
 
     step_fn: Callable[..., Any]
     names: tuple[str, ...]
+    output_name: str
     shapes: tuple[tuple[tuple[int, ...], Any], ...]
     structure: Any
     gates_fn: Callable[..., Any] | None
@@ -47,7 +48,7 @@ class ForeignCell(Cell):
         return xs
 
     def update(self, params: PyTree, carry: Any, z: Array) -> tuple[Any, PyTree]:
-        """One step: (carry, x) to (new carry, {"output": y and the gates by name})."""
+        """One step: (carry, x) to (new carry, gates by name); "output" among them where y is not part of the carry."""
         lead = z.shape[:-1]
         flat = jax.tree.map(lambda a, s: a.reshape(-1, *s[0]), tuple(carry), self.shapes, is_leaf=_is_array)
         x = z.reshape(math.prod(lead), *self.features)
@@ -61,7 +62,9 @@ class ForeignCell(Cell):
                     f"{self.structure}; expected the same."
                 )
             gates = {} if self.gates_fn is None else dict(self.gates_fn(params, given, x))
-            return tuple(jax.tree.leaves(new)), gates | {"output": y}
+            leaves = tuple(jax.tree.leaves(new))
+            # Where it is part of the state, whoever moves the state moves it too.
+            return leaves, gates if y is leaves[self.place] else gates | {"output": y}
 
         new, gates = (step if self.batched else jax.vmap(step))(flat, x)
 
@@ -73,9 +76,14 @@ class ForeignCell(Cell):
         )
 
     def output(self, carry: Any) -> Array:
-        """The last array of the carry, which is the output of most cells; `gates["output"]` is that of this one."""
-        last = carry[-1]
-        return last.reshape(*last.shape[: last.ndim - len(self.shapes[-1][0])], self.hidden_size)
+        """The array of the carry that the output is; where it is none of them, `gates["output"]` holds it."""
+        last = carry[self.place]
+        return last.reshape(*last.shape[: last.ndim - len(self.shapes[self.place][0])], self.hidden_size)
+
+    @property
+    def place(self) -> int:
+        """Where the output stands in the carry."""
+        return self.names.index(self.output_name)
 
     def named_carry(self, leaves: Sequence[Array]) -> Any:
         return named("Carry", self.names)(*leaves)
@@ -91,6 +99,7 @@ def foreign_cell(
     carry: PyTree,
     *,
     names: Sequence[str] | None = None,
+    output: str | None = None,
     gates: Callable[[PyTree, Any, Array], Mapping[str, Array]] | None = None,
     batched: bool = True,
     features: Sequence[int] | None = None,
@@ -107,6 +116,7 @@ def foreign_cell(
       carry: the carry of one sequence, without batch axes, any pytree of arrays.
       names: what to call its arrays, in the order of `jax.tree.leaves`; by default h, or c and h, or s0, s1, ...
         "c" and "h" mean cell state and output to the analysis.
+      output: the name of the one that the step returns as y too, where it does; the last by default.
       gates: (params, carry, x) to the values of the gates by name, for what needs names of gates: shares by gate do
         not, `gate_statistics` does.
       batched: whether the step takes arrays with one batch axis in front; False for one sequence at a time, as
@@ -139,5 +149,8 @@ def foreign_cell(
             f"`foreign_cell(names={names!r})`: the carry has {len(leaves)} arrays; expected as many names, "
             "all different."
         )
-    size, axes = math.prod(shapes[-1][0]), tuple(features or (-1,))
-    return ForeignCell(size, step, chosen, shapes, structure, gates, batched, axes, own, weights_structure)
+    output = chosen[-1] if output is None else output
+    if output not in chosen:
+        raise ValueError(f"`foreign_cell(output={output!r})`: expected one of {', '.join(map(repr, chosen))}.")
+    size, axes = math.prod(shapes[chosen.index(output)][0]), tuple(features or (-1,))
+    return ForeignCell(size, step, chosen, output, shapes, structure, gates, batched, axes, own, weights_structure)

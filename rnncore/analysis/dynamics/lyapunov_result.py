@@ -16,7 +16,7 @@ from rnncore._types import Array
     data_fields=("exponents", "local", "standard_error", "sum_rule_residual"),
     meta_fields=("times", "n", "direction", "dtype"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LyapunovResult:
     """Lyapunov exponents and how well they are known; a pytree.  Natural logarithms per step.
 
@@ -40,6 +40,16 @@ class LyapunovResult:
     n: int
     direction: str
     dtype: str
+
+    def __repr__(self) -> str:
+        shape = f"{self.exponents.shape[-1]} of n = {self.n} exponents, {self.times[-1]} steps, {self.direction}"
+        if isinstance(self.exponents, jax.core.Tracer):
+            return f"LyapunovResult({shape}, traced)"
+        exponents, errors = (
+            np.asarray(a, np.float64).reshape(-1, a.shape[-1]) for a in (self.exponents, self.standard_error)
+        )
+        leading = ", ".join(f"{x:.3g} +- {e:.2g}" for x, e in zip(exponents.mean(0)[:4], errors.mean(0), strict=False))
+        return f"LyapunovResult({shape}: {leading}{', ...' if exponents.shape[-1] > 4 else ''})"
 
     @property
     def history(self) -> np.ndarray:

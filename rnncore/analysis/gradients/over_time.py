@@ -15,7 +15,7 @@ from rnncore.cells.base import Cell, PointwiseCell
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "_pass"), meta_fields=("cell", "norms"))
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GradientsOverTime:
     """All that one backward pass tells; a pytree.  What is local to a step is computed where it is asked for.
 
@@ -28,6 +28,9 @@ class GradientsOverTime:
     params: PyTree
     norms: bool
     _pass: Backward
+
+    def __repr__(self) -> str:
+        return f"GradientsOverTime({type(self.cell).__name__}, loss {self.value}, inputs {self.inputs.shape})"
 
     @property
     def value(self) -> Array:

@@ -48,7 +48,7 @@ class HalfLife(NamedTuple):
     data_fields=("lags", "log_retention", "without_gradient"),
     meta_fields=("kind", "path", "anchor", "norm", "n", "dtype"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class RetentionCurve:
     """How much of a gradient is left at every lag; a pytree that says what it holds.
 
@@ -74,6 +74,16 @@ class RetentionCurve:
     n: int
     dtype: str
     without_gradient: Array | None = None
+
+    def __repr__(self) -> str:
+        count = math.prod(self.log_retention.shape[:-1])
+        if isinstance(self.log_retention, jax.core.Tracer):
+            return f"RetentionCurve({self.kind}, path {self.path}, {count} sequences, traced)"
+        last = float(self.mean_log()[-1]) / math.log(10.0)
+        return (
+            f"RetentionCurve({self.kind}, path {self.path}, {count} sequences, lags {self.lags[0]} to {self.lags[-1]}: "
+            f"10^{last:.2f} left at the last, half gone after {self.crossing(self.mean_log()):.3g} steps)"
+        )
 
     @property
     def log10(self) -> Array:
@@ -137,7 +147,7 @@ class RetentionCurve:
         eps = float(jnp.finfo(self.log_retention.dtype).eps)
         exponential, power = (fits.fit_line(name, lags, logs, window, eps) for name in fits.MODELS)
         chosen = fits.choose(model, exponential, power)
-        half_life = _half_life(exponential.rate) if chosen == "exponential" else self._crossing(mean)
+        half_life = _half_life(exponential.rate) if chosen == "exponential" else self.crossing(mean)
         return fits.CurveFit(chosen, exponential, power, half_life)
 
     def decay_rate(self, window: tuple[int, int] | None = None) -> DecayRate:
@@ -177,7 +187,7 @@ class RetentionCurve:
         Raises:
           ValueError: as `decay_rate` does.
         """
-        return HalfLife(_half_life(self.decay_rate(window).rate), self._crossing(self.mean_log()))
+        return HalfLife(_half_life(self.decay_rate(window).rate), self.crossing(self.mean_log()))
 
     def to_dict(self, window: tuple[int, int] | None = None) -> dict[str, Any]:
         """The curve without its single sequences, for JSON: no number in it is NaN or infinite.
@@ -194,7 +204,7 @@ class RetentionCurve:
         try:
             rate, half_life = self.decay_rate(window)._asdict(), self.half_life(window)._asdict()
         except ValueError:  # a curve of two lags, or one that reaches 0, has no rate: that is its result
-            half_life = {"exponential": math.inf, "crossing": self._crossing(self.mean_log())}
+            half_life = {"exponential": math.inf, "crossing": self.crossing(self.mean_log())}
         return {
             "kind": self.kind,
             "path": self.path,
@@ -219,8 +229,8 @@ class RetentionCurve:
         """Sequences that the means are over, (B, 1); None for all."""
         return None if self.without_gradient is None else ~self.without_gradient.reshape(-1, 1)
 
-    def _crossing(self, mean: Array) -> float:
-        """First lag at which a mean over the batch falls to ln 1/2; at lag 0 everything is there."""
+    def crossing(self, mean: Any) -> float:
+        """First lag at which ln retention (L,) falls to ln 1/2, interpolated; inf if it does not.  At lag 0 all is there."""
         lags = np.concatenate([[0.0], np.asarray(self.lags, np.float64)])
         logs = np.concatenate([[0.0], np.asarray(mean, np.float64)])
         below = np.flatnonzero(logs <= -math.log(2.0))

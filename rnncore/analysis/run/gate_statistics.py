@@ -148,8 +148,13 @@ def _by_name(traj: Trajectory) -> dict[str, Array]:
     gates = traj.gates
     if hasattr(gates, "_asdict"):
         return gates._asdict()
+    if isinstance(gates, Mapping) and (named := {name: a for name, a in gates.items() if name != "output"}):
+        return named
     if isinstance(gates, Mapping):
-        return dict(gates)
+        raise NotImplementedError(
+            "`gate_statistics(...)`: a foreign cell shows no gates; give `rnncore.foreign_cell(..., gates=...)`, the "
+            "function of one step that returns them by name."
+        )
     raise NotImplementedError(
         f"`gate_statistics(...)`: {type(traj.cell).__name__} returns its gates as a {type(gates).__name__}; let it "
         "return a named tuple or a dict of arrays, so that they have names."

@@ -37,7 +37,7 @@ class StepInput(NamedTuple):
     data_fields=("params", "xs", "zs", "carries", "gates", "lengths", "resets", "reset_carry"),
     meta_fields=("cell", "narrow"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Trajectory:
     """A stored run, batch-major; a pytree in which the cell is static.
 
