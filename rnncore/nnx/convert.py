@@ -48,7 +48,8 @@ def functional(cell: nnx.Module) -> Any:
     if isinstance(cell, nnx.RNN):
         return functional(cell.cell)
     if isinstance(cell, nnx.Bidirectional):
-        return functional(cell.forward_rnn), functional(cell.backward_rnn)
+        ways: tuple[Any, Any] = (cell.forward_rnn, cell.backward_rnn)
+        return functional(ways[0]), functional(ways[1])
     if hasattr(cell, "functional") and hasattr(cell, "stack"):
         return cell.functional()
     why = trees.why_unknown(cell)

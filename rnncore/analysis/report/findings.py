@@ -54,13 +54,9 @@ def _half_lives(layers: Sequence[LayerReport]) -> list[str]:
 
 
 def _left(layers: Sequence[LayerReport]) -> list[str]:
-    parts = []
-    for one in layers:
-        if one.retention is not None and one.steps > 1:
-            logs = _last(one.retention)
-            what = "of it" if parts else "of a gradient"
-            parts.append(f"{_power(logs)} {what} is left after {one.retention.lags[-1]} steps in {one.name}")
-    return [f"{_list(parts)}."] if parts else []
+    parts = [f"{_power(_last(one.retention))} in {one.name}" for one in layers if one.retention and one.steps > 1]
+    longest = max((one.steps for one in layers), default=0)
+    return [f"Of that gradient is left after all steps (up to {longest}): {_list(parts)}."] if parts else []
 
 
 def _forget_gates(layers: Sequence[LayerReport]) -> list[str]:
@@ -90,21 +86,16 @@ def _exponents(layers: Sequence[LayerReport]) -> list[str]:
     for one in layers:
         if one.exponents is None:
             continue
-        leading = np.asarray(one.exponents.exponents, np.float64).reshape(-1, np.shape(one.exponents.exponents)[-1])[
-            :, 0
-        ]
-        errors = np.asarray(one.exponents.standard_error, np.float64).reshape(len(leading), -1)[:, 0]
+        leading = np.asarray(one.exponents.exponents, np.float64)[..., 0].reshape(-1)
+        errors = np.asarray(one.exponents.standard_error, np.float64)[..., 0].reshape(-1)
         if not np.all(np.isfinite(leading)):
             continue
         spread = leading.std(ddof=1) / math.sqrt(len(leading)) if len(leading) > 1 else errors[0]
         error = f" +- {spread:.2g}" if math.isfinite(spread) else ""
         value = float(leading.mean())
         sure = math.isfinite(spread) and abs(value) > 2 * spread
-        verb = (
-            ("perturbations grow" if value > 0 else "perturbations fade")
-            if sure
-            else "neither growth nor decay is sure"
-        )
+        verb = "perturbations grow" if value > 0 else "perturbations fade"
+        verb = verb if sure else "neither growth nor decay is sure"
         parts.append(f"{value:.3g}{error} per step in {one.name} ({verb})")
     return [f"The largest Lyapunov exponent is {_list(parts)}."] if parts else []
 
@@ -118,31 +109,25 @@ def warnings(layers: Sequence[LayerReport]) -> list[str]:
 
 
 def _warnings_of(one: LayerReport) -> list[str]:
-    layer, run, found = one.layer, one.layer.run, []
+    layer, run, curve, found = one.layer, one.layer.run, one.retention, []
     dtype = jax.tree.leaves(run.carries)[0].dtype
     if layer.dtype in ("bfloat16", "float16"):
-        found.append(
-            f"the model runs it in {layer.dtype}; it is analysed in {dtype}, so roundings of the run are not seen."
-        )
+        found.append(f"the model runs it in {layer.dtype}; it is analysed in {dtype}, without its roundings.")
     if one.cut_off:
         return [*found, "it is cut off from the loss (stop_gradient, or outputs that nobody reads)."]
-    curve = one.retention
     if curve is not None and one.half_life is not None and not math.isfinite(one.half_life.median):
         found.append(f"the window of {one.steps} steps is too short for a half-life; run longer sequences.")
-    elif one.reach is not None and one.reach.median >= 0.95 * one.steps > 2:
-        found.append(f"the gradient fills the window of {one.steps} steps; its reach may be longer than that.")
-    if curve is not None and curve.kind == "rms":
+    elif one.half_life is not None and one.half_life.median > one.steps / 4:
+        found.append(f"the window of {one.steps} steps holds less than four half-lives; a longer one says more.")
+    if curve is not None and curve.kind == "rms" and layer.states is not None:
         found.append("no gradient arrives at its last state; what is said of decay is over all directions.")
-    if (
-        curve is not None
-        and curve.without_gradient is not None
-        and (lost := int(np.sum(np.asarray(curve.without_gradient))))
-    ):
+    without = None if curve is None else curve.without_gradient
+    if without is not None and (lost := int(np.sum(np.asarray(without)))):
         found.append(f"{lost} sequences have no gradient at their last state and are left out.")
     if dtype == np.float32 and layer.states is not None and curve is not None and _last(curve) < -37:
         found.append(
-            f"over {curve.lags[-1]} steps {_power(_last(curve))} is left, which float32 does not hold: dL/ds_t is 0 there, "
-            "the curves are not; use float64 for both."
+            f"{_power(_last(curve))} is left over {curve.lags[-1]} steps, which float32 does not hold: dL/ds_t is "
+            "0 there, the curves are not; use float64 for both."
         )
     for name, gate in (one.gates or {}).items():
         share = float(gate.overall.left + gate.overall.right)
@@ -169,9 +154,9 @@ def _power(log10: float) -> str:
 
 
 def _over(spread: Spread | None) -> str:
-    if spread is None or spread.count < 2:
+    if spread is None or spread.sequences < 2:
         return ""
-    return f" (medians, in brackets the middle half of {spread.count} sequences)"
+    return f" (medians, in brackets the middle half of {spread.sequences} sequences)"
 
 
 def _list(parts: Sequence[str]) -> str:

@@ -36,18 +36,18 @@ class Spread(NamedTuple):
 
     Fields:
       median, low, high: quartiles; inf where it lies beyond what was seen.
-      count: of the sequences.
+      sequences: how many there are.
     """
 
     median: float
     low: float
     high: float
-    count: int
+    sequences: int
 
     def __str__(self) -> str:
         if not math.isfinite(self.median):
             return "none"
-        if self.count < 2:
+        if self.sequences < 2:
             return _short(self.median)
         high = _short(self.high) if math.isfinite(self.high) else "beyond"
         return f"{_short(self.median)} ({_short(self.low)} to {high})"
@@ -98,9 +98,8 @@ class LayerReport:
     @property
     def cut_off(self) -> bool:
         """Whether no gradient arrives at any state."""
-        return self.layer.states is not None and not any(
-            np.any(np.asarray(a)) for a in jax.tree.leaves(self.layer.states)
-        )
+        states = self.layer.states
+        return states is not None and not any(np.any(np.asarray(a)) for a in jax.tree.leaves(states))
 
     def __repr__(self) -> str:
         return f"LayerReport({self.name!r}, reach {self.reach}, half-life {self.half_life}, of {self.steps} steps)"

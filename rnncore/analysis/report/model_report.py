@@ -8,12 +8,16 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
+from rnncore.analysis.gradients.over_time import gradients_over_time
 from rnncore.analysis.report.findings import findings, warnings
 from rnncore.analysis.report.measured import LayerReport, measure
-from rnncore.analysis.run.model import Call, record, recorder_of
+from rnncore.analysis.run.model import Call, RecurrentLayer, record, recorder_of
+from rnncore.analysis.run.trajectory import Trajectory
 
 HEADER = (
     "layer", "cell", "n", "T", "sequences", "90 % within (steps)", "half gone after (steps)", "ln per step",
@@ -27,13 +31,13 @@ class Report:
 
     Fields:
       title: of the page.
-      value: the loss.
+      value: the loss; None for a single run.
       layers: a `LayerReport` for every recurrent layer and direction, by name.
       left_out: layers that could not be taken apart, by name with the reason.
     """
 
     title: str
-    value: float
+    value: float | None
     layers: dict[str, LayerReport]
     left_out: dict[str, str]
 
@@ -58,7 +62,10 @@ class Report:
         rows = self.table
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        parts = [f"{self.title}, loss {self.value:.4g}", *(f"- {text}" for text in self.findings)]
+        parts = [
+            self.title if self.value is None else f"{self.title}, loss {self.value:.4g}",
+            *(f"- {text}" for text in self.findings),
+        ]
         parts += [f"! {text}" for text in self.warnings]
         return "\n".join([*parts, "", *lines])
 
@@ -150,6 +157,28 @@ def report(
         for name in (names if progress is None else progress(names))
     }
     return Report(title or type(model).__name__, float(np.asarray(found.value)), layers, found.left_out)
+
+
+def of_trajectory(
+    traj: Trajectory, adjoint: Any = None, *, title: str | None = None, dense_up_to: int = 256, exponents: int = 4
+) -> Report:
+    """The report of a single run; see `plots.report_trajectory`."""
+    name, given = type(traj.cell).__name__, traj.narrow or jax.tree.leaves(traj.carries)[0].dtype.name
+    layer = RecurrentLayer(name, traj.cell, traj.params, traj, False, given)
+    if adjoint is not None:
+
+        def loss(carry: Any, _: Any) -> Array:
+            """Linear, with the adjoint for its gradient."""
+            parts = jax.tree.leaves(jax.tree.map(lambda a, b: jnp.sum(a * b), adjoint, carry))
+            return sum(parts, start=jnp.zeros(()))
+
+        first = jax.tree.map(lambda a: jax.lax.index_in_dim(a, 0, len(traj.batch_shape), keepdims=False), traj.carries)
+        found = gradients_over_time(
+            loss, traj.cell, traj.params, traj.xs, first, seq_lengths=traj.lengths, resets=traj.resets,
+            reset_carry=traj.reset_carry,
+        )  # fmt: skip
+        layer = layer._replace(states=found.states, inputs=found.inputs)
+    return Report(title or name, None, {name: measure(layer, dense_up_to, exponents)}, {})
 
 
 def _row(one: LayerReport) -> tuple[str, ...]:

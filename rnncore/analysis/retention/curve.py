@@ -230,7 +230,7 @@ class RetentionCurve:
         return None if self.without_gradient is None else ~self.without_gradient.reshape(-1, 1)
 
     def crossing(self, mean: Any) -> float:
-        """First lag at which ln retention (L,) falls to ln 1/2, interpolated; inf if it does not.  At lag 0 all is there."""
+        """First lag at which ln retention (L,) falls to ln 1/2, interpolated; inf if none.  At lag 0 all is there."""
         lags = np.concatenate([[0.0], np.asarray(self.lags, np.float64)])
         logs = np.concatenate([[0.0], np.asarray(mean, np.float64)])
         below = np.flatnonzero(logs <= -math.log(2.0))

@@ -136,7 +136,7 @@ def flat_step(traj: Trajectory) -> Step:
         z, reset, padding = now if isinstance(now, StepInput) else (now, None, None)
         kept = state if reset is None else jnp.where(reset, jax.lax.stop_gradient(state), state)
         carry, _ = traj.cell.update(traj.params, unflatten(kept), z)
-        new = flatten_carry(carry, 0)
+        new = flatten_carry(carry, 0).astype(state.dtype)
         return new if padding is None else jnp.where(padding, state, new)
 
     return step
