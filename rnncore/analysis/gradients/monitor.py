@@ -199,7 +199,7 @@ def _layer(run: Trajectory, settings: tuple, key: Array) -> dict[str, Any]:
     def log_rms(block: Array, _: Any) -> Array:
         return 0.5 * jnp.log(jnp.mean(jnp.sum(block * block, -1), -1) / n)
 
-    measured: dict[str, Any] = {"retention": jnp.mean(pull_back(run, rows, log_rms, None, lags), -1)}
+    measured: dict[str, Any] = {"retention": jnp.mean(pull_back(run, rows, lambda _: log_rms, None, lags), -1)}
     burn_in = run.steps // 4
     kept = min(exponents, n) if run.steps > burn_in else 0
     measured["exponents"] = jnp.zeros((0,), run.xs.dtype)

@@ -13,7 +13,7 @@ import numpy as np
 from rnncore._types import Array
 from rnncore.analysis.jacobians.products import log_frobenius_norm, log_operator_norm, renormalise
 from rnncore.analysis.paths._lstm_state import direct_retention, forget_logs, output_slope
-from rnncore.analysis.retention._chains import Measure, pull_back, push_forward
+from rnncore.analysis.retention._chains import Make, Measure, pull_back, push_forward
 from rnncore.analysis.retention._inverse import log_smallest
 from rnncore.analysis.retention._lanczos import top_right_vectors
 from rnncore.analysis.run._alignment import ending_together, mask_missing
@@ -33,27 +33,36 @@ AT_ONCE = 256
 """Steps, counted over all sequences, whose norms are taken together: bounds the memory, and keeps products large."""
 
 
-@functools.partial(jax.jit, static_argnames=("kind", "path", "anchor", "lags"))
 def log_retention(
     traj: Trajectory, adjoint: Any, kind: str, path: str, anchor: str, lags: tuple[int, ...]
 ) -> tuple[Array, Array | None]:
     """((*batch, L) natural logarithms, sequences (*batch) without a gradient), for arguments that
     `retention_curve` has checked.  The second is None where no adjoint is asked for."""
-    run = ending_together(traj) if anchor == "end" else traj
-    nothing = None
-    if path == "direct":
-        logs, nothing = _direct(run, adjoint, kind, anchor, lags)
-    elif kind == "bound":
-        logs = _bound(run, path, anchor, lags)
-    elif kind == "sigma_min":
-        logs = batch_major(run, log_smallest(run, anchor, lags))
-    elif kind == "adjoint":
-        sizes = batch_major(run, _adjoint(run, adjoint, path, (0, *lags) if lags[0] else lags))
-        logs, nothing = _shares(sizes)
-        logs = logs[..., -len(lags) :]
+    run = _ending_together(traj) if anchor == "end" else traj
+    if path != "direct" and kind in ("operator", "rms"):
+        logs, nothing = batch_major(run, _whole(run, kind, path, anchor, lags)), None
     else:
-        logs = batch_major(run, _whole(run, kind, path, anchor, lags))
+        logs, nothing = _compiled(run, adjoint, kind, path, anchor, lags)
     return mask_missing(traj, np.asarray(lags), logs, int(path == "cell")), nothing
+
+
+_ending_together = jax.jit(ending_together)
+
+
+@functools.partial(jax.jit, static_argnames=("kind", "path", "anchor", "lags"))
+def _compiled(
+    run: Trajectory, adjoint: Any, kind: str, path: str, anchor: str, lags: tuple[int, ...]
+) -> tuple[Array, Array | None]:
+    """All but the norms of whole matrices, which stop now and then to see how many rows they need."""
+    if path == "direct":
+        return _direct(run, adjoint, kind, anchor, lags)
+    if kind == "bound":
+        return _bound(run, path, anchor, lags), None
+    if kind == "sigma_min":
+        return batch_major(run, log_smallest(run, anchor, lags)), None
+    sizes = batch_major(run, _adjoint(run, adjoint, path, (0, *lags) if lags[0] else lags))
+    logs, nothing = _shares(sizes)
+    return logs[..., -len(lags) :], nothing
 
 
 def _shares(logs: Array) -> tuple[Array, Array]:
@@ -64,42 +73,62 @@ def _shares(logs: Array) -> tuple[Array, Array]:
 
 def _whole(traj: Trajectory, kind: str, path: str, anchor: str, lags: tuple[int, ...]) -> Array:
     """Norms of all of M_k: the identity, or its part, goes through the steps."""
-    norm = log_operator_norm if kind == "operator" else _log_rms
     count, n = math.prod(traj.batch_shape), state_size(traj)
     eye = jnp.eye(n, dtype=state_dtype(traj))
     if path == "state":
-        block = jnp.broadcast_to(eye, (count, n, n))
-        if anchor == "end":
-            return pull_back(traj, block, lambda rows, _: norm(rows), None, lags)
-        return push_forward(traj, block, lambda columns, _: norm(columns), lags)
-
+        block, make = jnp.broadcast_to(eye, (count, n, n)), _made(_all, kind)
+        return pull_back(traj, block, make, None, lags) if anchor == "end" else push_forward(traj, block, make, lags)
     hidden, slope = n // 2, _slopes(traj)
     if anchor == "end":
         block = jnp.broadcast_to(eye[:hidden], (count, hidden, n))
-        return pull_back(traj, block, _cell_part(norm), slope, lags)
+        return pull_back(traj, block, _made(_cell_part, kind), slope, lags)
     tied = jax.vmap(jnp.diag)(slope[1])
     block = jnp.concatenate([jnp.broadcast_to(eye[:hidden, :hidden], tied.shape), tied], -1)
-    return push_forward(traj, block, lambda columns, _: norm(columns[..., :hidden]), lags, start=1)
+    return push_forward(traj, block, _made(_cells, kind), lags, start=1)
 
 
 def _adjoint(traj: Trajectory, adjoint: Any, path: str, lags: tuple[int, ...]) -> Array:
     """One row goes through the steps, the adjoint itself."""
     row = flatten_carry(_merged(traj, adjoint), 1)[:, None, :].astype(state_dtype(traj))
     if path == "state":
-        return pull_back(traj, row, lambda rows, _: log_frobenius_norm(rows), None, lags)
-    return pull_back(traj, row, _cell_part(log_frobenius_norm), _slopes(traj), lags)
+        return pull_back(traj, row, _made(_all, "adjoint"), None, lags)
+    return pull_back(traj, row, _made(_cell_part, "adjoint"), _slopes(traj), lags)
 
 
-def _cell_part(norm: Any) -> Measure:
+@functools.cache
+def _made(make: Any, kind: str) -> Make:
+    """One object for each kind, so that what is compiled for it is found again."""
+    return functools.partial(make, kind)
+
+
+def _all(kind: str, traj: Trajectory) -> Measure:
+    """The norm of the block."""
+    return lambda rows, _: _norm(kind, rows)
+
+
+def _cells(kind: str, traj: Trajectory) -> Measure:
+    """The norm of the c part of columns [c; h]."""
+    return lambda columns, _: _norm(kind, columns[..., : traj.cell.hidden_size])
+
+
+def _cell_part(kind: str, traj: Trajectory) -> Measure:
     """The norm of rows [A B] in terms of c alone, with h tied to it: A + B Delta."""
 
     def measure(rows: Array, slope: Array) -> Array:
         cell, hidden = jnp.split(rows, 2, -1)
-        return norm(cell + hidden * slope[:, None, :])
+        return _norm(kind, cell + hidden * slope[:, None, :])
 
     return measure
 
 
+def _norm(kind: str, matrix: Array) -> Array:
+    if kind == "operator":
+        return log_operator_norm(matrix)
+    # Over the root of n, the number of columns of the square M.
+    return log_frobenius_norm(matrix) - (math.log(matrix.shape[-1]) / 2 if kind == "rms" else 0.0)
+
+
+@jax.jit
 def _slopes(traj: Trajectory) -> Array:
     """Delta by carry, (T + 1, B, H); none belongs to the initial carry, and its zeros are not used."""
     slope = time_major(traj, output_slope(traj))
@@ -169,11 +198,6 @@ def _direct(
     sizes = jax.nn.logsumexp(2 * (jnp.concatenate([jnp.zeros_like(tied), logs], -2) + tied), -1) / 2
     shares, nothing = _shares(sizes)
     return shares[..., 1:], nothing
-
-
-def _log_rms(matrix: Array) -> Array:
-    """ln of ||M||_F / sqrt(n), n the number of columns of the square M."""
-    return log_frobenius_norm(matrix) - math.log(matrix.shape[-1]) / 2
 
 
 def _merged(traj: Trajectory, tree: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any
 
 import jax
@@ -11,8 +11,8 @@ import numpy as np
 
 from rnncore._types import Array
 from rnncore.analysis.jacobians.products import log_frobenius_norm
-from rnncore.analysis.retention._chains import pull_back
-from rnncore.analysis.run.flat import batch_major, flat, one_carry, time_major, unflatten_carry
+from rnncore.analysis.retention._chains import Measure, pull_back
+from rnncore.analysis.run.flat import batch_major, flat, one_carry, state_dtype, state_size, time_major, unflatten_carry
 from rnncore.analysis.run.trajectory import StepInput, Trajectory, check_finite
 
 
@@ -104,28 +104,34 @@ def _window(logs: Array, share: float) -> Array:
     return jnp.sum(held < share * total, -1) + (total[..., 0] > 0)
 
 
-@functools.partial(jax.jit, static_argnames=("of",))
 def _influence(traj: Trajectory, of: str | None) -> Array:
-    run, cell, params, xs = flat(traj), traj.cell, traj.params, time_major(traj, traj.xs)
-    step, (_, count, n) = run.step, run.sizes
-    rows = jnp.eye(n, dtype=run.before.dtype)
+    count, n = math.prod(traj.batch_shape), state_size(traj)
+    rows = jnp.eye(n, dtype=state_dtype(traj))
     if of is not None:
         # Unflattening the unit vectors shows which of them lie in the field.
         inside = getattr(jax.vmap(unflatten_carry(one_carry(traj)))(rows), of).reshape(n, -1)
         rows = rows[jnp.argmax(inside, 0)]
-
-    def measure(rows: Array, before: Any) -> Array:
-        def influence(rows: Array, state: Array, now: Any, x: Array) -> Array:
-            def new(x: Array) -> Array:
-                z = cell.project(params, x)
-                return step(state, now._replace(z=z) if isinstance(now, StepInput) else z)
-
-            _, pull = jax.vjp(new, x)
-            return log_frobenius_norm(jax.vmap(pull)(rows)[0])
-
-        return jax.vmap(influence)(rows, *before)
-
     # Beside s_t lies what step t started from; nothing lies beside s_0, and lag T is not asked for.
-    beside = jax.tree.map(lambda a: jnp.concatenate([a[:1], a]), (*run.now, xs))
     block = jnp.broadcast_to(rows, (count, *rows.shape))
-    return batch_major(traj, jnp.flip(pull_back(traj, block, measure, beside, range(traj.steps)), 0))
+    return batch_major(traj, jnp.flip(pull_back(traj, block, _at_inputs, _beside(traj), range(traj.steps)), 0))
+
+
+@jax.jit
+def _beside(traj: Trajectory) -> Any:
+    now = (*flat(traj).now, time_major(traj, traj.xs))
+    return jax.tree.map(lambda a: jnp.concatenate([a[:1], a]), now)
+
+
+def _at_inputs(traj: Trajectory) -> Measure:
+    """The norm of rows (d s_t / d x_t)."""
+    step, cell, params = flat(traj).step, traj.cell, traj.params
+
+    def influence(rows: Array, state: Array, now: Any, x: Array) -> Array:
+        def new(x: Array) -> Array:
+            z = cell.project(params, x)
+            return step(state, now._replace(z=z) if isinstance(now, StepInput) else z)
+
+        _, pull = jax.vjp(new, x)
+        return log_frobenius_norm(jax.vmap(pull)(rows)[0])
+
+    return lambda rows, before: jax.vmap(influence)(rows, *before)
