@@ -2,6 +2,8 @@
 
 from rnncore.analysis.dynamics.dimension import kaplan_yorke_dimension as kaplan_yorke_dimension
 from rnncore.analysis.dynamics.dimension import ks_entropy as ks_entropy
+from rnncore.analysis.dynamics.fixed_points import FixedPoints as FixedPoints
+from rnncore.analysis.dynamics.fixed_points import fixed_points as fixed_points
 from rnncore.analysis.dynamics.lyapunov import finite_time_lyapunov as finite_time_lyapunov
 from rnncore.analysis.dynamics.lyapunov import lyapunov_exponents as lyapunov_exponents
 from rnncore.analysis.dynamics.lyapunov import lyapunov_exponents_of_map as lyapunov_exponents_of_map
@@ -52,6 +54,8 @@ from rnncore.analysis.retention.matrix_free import NormEstimate as NormEstimate
 from rnncore.analysis.retention.matrix_free import frobenius_norm as frobenius_norm
 from rnncore.analysis.retention.matrix_free import operator_norm as operator_norm
 from rnncore.analysis.retention.measure import retention_curve as retention_curve
+from rnncore.analysis.retention.truncation import Truncation as Truncation
+from rnncore.analysis.retention.truncation import choose_truncation as choose_truncation
 from rnncore.analysis.retention.window import effective_window as effective_window
 from rnncore.analysis.retention.window import input_influence as input_influence
 from rnncore.analysis.run.gate_statistics import GateStatistics as GateStatistics
