@@ -17,6 +17,7 @@ from rnncore.cells.recurrent_kernels import Diagonal as Diagonal
 from rnncore.cells.recurrent_kernels import Heads as Heads
 from rnncore.cells.recurrent_kernels import Recurrence as Recurrence
 from rnncore.layers.compose import unroll_stack as unroll_stack
+from rnncore.layers.foreign import foreign_cell as foreign_cell
 from rnncore.layers.stack import Stack as Stack
 from rnncore.layers.stack import StackParams as StackParams
 from rnncore.layers.torch_weights import from_torch as from_torch

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import nnx
 
-from rnncore.cells import CellParams, PointwiseCell
 from rnncore.nnx import trees
 
 
-def functional(cell: nnx.Module) -> tuple[PointwiseCell, CellParams]:
+def functional(cell: nnx.Module) -> Any:
     """The functional cell that an nnx cell is, and the functional parameters that its own are.
 
     (rnncore.LSTM | GRU | MGU | Elman | IndRNN)(H), CellParams((D, G, H), (H, G, H), (G, H), ...)
@@ -18,10 +19,12 @@ def functional(cell: nnx.Module) -> tuple[PointwiseCell, CellParams]:
     differentiable in the cell's parameters: call it inside the function that `nnx.grad` takes.
 
     Args:
-      cell: a cell of `rnncore.nnx` or of flax.nnx, such as `rnn.cell` of an `RNN`.
+      cell: a cell of `rnncore.nnx` or of flax.nnx, an `RNN` around one, a `Bidirectional` of two, or an `LSTM`,
+        `GRU` or `Elman` layer.
 
     Returns:
-      (functional cell, `CellParams`).  The gates stand in the functional cell's order: i, f, g, o of
+      (functional cell, `CellParams`); for each direction such a pair of a Bidirectional; (`rnncore.Stack`,
+      `StackParams`) of a layer.  The gates stand in the functional cell's order: i, f, g, o of
       an LSTM; r, z, n of a GRU; f, n of an MGU.  The arrays have `cell.dtype`, or where that is None
       the dtype that Flax promotes the parameters to; with a `cell.dtype` give inputs of that dtype, to
       which Flax casts them.  The carry of the functional LSTM is the named tuple (c, h), that of the
@@ -42,6 +45,13 @@ def functional(cell: nnx.Module) -> tuple[PointwiseCell, CellParams]:
 
     Source: trees and dtype promotion as in flax.nnx.  flax.linen keeps other trees.
     """
+    if isinstance(cell, nnx.RNN):
+        return functional(cell.cell)
+    if isinstance(cell, nnx.Bidirectional):
+        ways: tuple[Any, Any] = (cell.forward_rnn, cell.backward_rnn)
+        return functional(ways[0]), functional(ways[1])
+    if hasattr(cell, "functional") and hasattr(cell, "stack"):
+        return cell.functional()
     why = trees.why_unknown(cell)
     if why is not None:
         raise NotImplementedError(
