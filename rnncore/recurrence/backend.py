@@ -18,11 +18,14 @@ class Backend(abc.ABC):
       name: as `unroll(backend=...)` has it.
       must_be_named: reason why it runs only where it is named; None where it may be chosen.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
+      portable: whether its programs hold XLA's own operations alone.  It then takes symbolic shapes, and `jax.export`
+        writes it down as it is; another one is written down as its plain run.
     """
 
     name: ClassVar[str]
     must_be_named: ClassVar[str | None] = None
     keeps_time_axis: ClassVar[bool] = False
+    portable: ClassVar[bool] = False
 
     @abc.abstractmethod
     def unsupported(self, request: Request) -> str | None:

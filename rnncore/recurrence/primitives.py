@@ -38,6 +38,9 @@ RESIDUALS = "rnncore_residuals"
 class Functions(Protocol):
     """What the primitives call: see `backend.LoopBackend`."""
 
+    @property
+    def portable(self) -> bool: ...
+
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result: ...
 
     def forward_with_residuals(
@@ -174,6 +177,15 @@ def _plain(loop: _Loop, which: tuple[int, ...], flat: Any) -> tuple[Callable, li
     return plain, [leaves[n] for n in which]
 
 
+def _plain_run(loop: _Loop, which: tuple, *flat: Array) -> list[Array]:
+    """The run, with zeros for residuals, which the plain derivatives do not look at."""
+    trees, _ = _parted((loop.differentiable, loop.constants), flat)
+    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
+        shown = jax.tree.leaves(loop.backend.plain(loop.request, *trees))
+    kept = jax.eval_shape(functools.partial(_run, loop, which), *flat)[len(shown) :]
+    return [*shown, *(jnp.zeros(a.shape, a.dtype) for a in kept)]
+
+
 def _plain_tangent(loop: _Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     plain, primals = _plain(loop, which, flat)
     with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
@@ -201,12 +213,18 @@ def _mapped(function: Callable, loop: _Loop, maps: tuple, which: Any) -> Callabl
     return jax.jit(call)
 
 
-def _primitive(name: str, function: Callable) -> Primitive:
+def _primitive(name: str, function: Callable, plain: Callable) -> Primitive:
+    """A primitive of a function; `jax.export` writes down the plain one where the backend's is for this machine."""
     primitive = Primitive(f"rnncore_{name}")
     primitive.multiple_results = True
 
     def evaluate(*flat: Array, **params: Any) -> list[Array]:
         return _mapped(function, **params)(*flat)
+
+    def lower(context: Any, *flat: Any, loop: _Loop, maps: tuple, which: Any) -> Any:
+        exported = context.module_context.lowering_parameters.for_export and not loop.backend.portable
+        written = _mapped(plain if exported else function, loop, maps, which)
+        return mlir.lower_fun(written, multiple_results=True)(context, *flat)
 
     def batch(flat: Any, dims: Any, loop: _Loop, maps: tuple, which: Any) -> Any:
         front = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(flat, dims, strict=True)]
@@ -216,12 +234,14 @@ def _primitive(name: str, function: Callable) -> Primitive:
 
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(lambda *avals, **params: jax.make_jaxpr(_mapped(function, **params))(*avals).out_avals)
-    mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=True))
+    mlir.register_lowering(primitive, lower)
     batching.primitive_batchers[primitive] = batch
     return primitive
 
 
-run_p, tangent_p, backward_p = _primitive("run", _run), _primitive("tangent", _tangent), _primitive("backward", _backward)
+run_p = _primitive("run", _run, _plain_run)
+tangent_p = _primitive("tangent", _tangent, _plain_tangent)
+backward_p = _primitive("backward", _backward, _plain_backward)
 
 
 def _moving(tangents: Any) -> tuple[int, ...]:

@@ -14,6 +14,7 @@ from rnncore import _compat, _lengths
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.recurrence.backend import Backend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
 from rnncore.sequence.backends import BACKENDS
@@ -233,7 +234,7 @@ def choose(request: Request, backend: str | None) -> BackendChoice:
     """The named backend, or the first that can serve the request."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
-    reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
+    reasons = {name: _why_not(module, request) for name, module in BACKENDS.items()}
     if all(reasons.values()):
         every = "; ".join(f"{name}: {why}" for name, why in reasons.items())
         raise NotImplementedError(f"`unroll({type(request.cell).__name__}, ...)`: no backend can do this: {every}.")
@@ -248,6 +249,12 @@ def choose(request: Request, backend: str | None) -> BackendChoice:
     name = next(name for name, why in reasons.items() if why is None)
     others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
     return BackendChoice(name, "the first that can serve this call", others)
+
+
+def _why_not(backend: Backend, request: Request) -> str | None:
+    if request.symbolic and not backend.portable:
+        return "its loop is made for shapes that are numbers, and this call has symbolic ones"
+    return backend.unsupported(request)
 
 
 def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Request, Layout, tuple[Any, ...]]:
@@ -305,6 +312,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
         zoneout=zoneout is not None, return_states=options.return_states, checkpoint_every=checkpoint_every,
         recompute=recompute, residual_dtype=None if residual_dtype is None else jnp.dtype(residual_dtype).name,
     )  # fmt: skip
+    _checks.check_symbolic(request)
     differentiable = Differentiable(params, xs, initial_carry, reset_carry)
     return request, layout, (differentiable, Constants(seq_lengths, resets, recurrent_mask, zoneout))
 

@@ -9,10 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
+from rnncore.recurrence.run import Request
 
 
 @functools.lru_cache(maxsize=256)
@@ -99,6 +101,21 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
         if number and not isinstance(stay, jax.core.Tracer) and not 0 <= stay <= 1:
             raise ValueError(f"{got}: expected a share from 0 to 1.")
     return type(zoneout)(*(None if stay is None else jnp.asarray(stay) for stay in zoneout))
+
+
+def check_symbolic(request: Request) -> None:
+    """Of shapes that are not numbers yet, as `jax.export` may have them, some cannot be served."""
+    if is_symbolic_dim(request.input_size):
+        raise ValueError(
+            f"`unroll(xs=<(*batch, T, {request.input_size})>)`: the features are symbolic, expected a number, which the "
+            "parameters have; batch and steps may be symbolic."
+        )
+    for name, default in (("checkpoint_every", None), ("recompute", "nothing")):
+        if is_symbolic_dim(request.steps) and getattr(request, name) != default:
+            raise NotImplementedError(
+                f"`unroll({name}={getattr(request, name)!r})` with a symbolic number of steps, {request.steps}: chunks "
+                f"need a number; leave {name} out, or export for a fixed number of steps."
+            )
 
 
 def refuse_removed(name: str, options: Mapping[str, Any]) -> None:
