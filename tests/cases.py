@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,12 +18,11 @@ import pytest
 import reference
 
 import rnncore
+from rnncore.recurrence import primitives
+from rnncore.sequence import call
 
-BACKENDS: dict[str, tuple[str, ...]] = {
-    "mosaic_gpu": (), "pallas_tpu": (), "cpp": (), "scan": ("any", "reverse"), "autodiff": ("any",),
-    "cudnn": (),
-}  # fmt: skip
-"""Backend to the values of `differentiation` for which it has rules of its own and that run anywhere.
+EVERYWHERE = ("scan", "autodiff")
+"""The backends that run anywhere.
 
 What needs a GPU, a TPU or a compiler has tests of its own: test_mosaic_gpu.py, test_cudnn.py, test_pallas_tpu.py,
 test_cpp.py.
@@ -84,7 +83,7 @@ class Case:
     id: str
     cell: rnncore.Cell
     reference: reference.Cell | None
-    backends: tuple[str, ...] = tuple(BACKENDS)
+    backends: tuple[str, ...] = EVERYWHERE
     without: tuple[str, ...] = ()
 
 
@@ -143,32 +142,17 @@ QUICK = {"xla_backend_optimization_level": 0}
 """Compiler options that halve the time to compile; tests that call `unroll` outside jit use the default ones."""
 
 
-class Mode(NamedTuple):
-    """A backend and a value of `differentiation`; the two arguments of `unroll`."""
-
-    backend: str
-    differentiation: str
-
-    def __str__(self) -> str:
-        return "-".join(self)
-
-
-def modes(case: Case, *wanted: str) -> list[Mode]:
-    """The modes of the backends that run a case, of all or of the wanted values of `differentiation`."""
-    return [Mode(b, d) for b in case.backends for d in BACKENDS[b] if d in (wanted or ("any", "reverse"))]
-
-
-def rows(*wanted: str, ids: Sequence[str] = (), every_backend: bool = False) -> list[Any]:
-    """pytest parameters (case, mode).
+def rows(ids: Sequence[str] = (), every_backend: bool = False) -> list[Any]:
+    """pytest parameters (case, backend).
 
     The autodiff backend is left out where another one runs the case, unless `every_backend`.
     """
     chosen = [BY_ID[i] for i in ids] or CASES
     return [
-        pytest.param(case, mode, id=f"{case.id}-{mode}")
+        pytest.param(case, backend, id=f"{case.id}-{backend}")
         for case in chosen
-        for mode in modes(case, *wanted)
-        if every_backend or mode.backend != "autodiff" or case.backends == ("autodiff",)
+        for backend in case.backends
+        if every_backend or backend != "autodiff" or case.backends == ("autodiff",)
     ]
 
 
@@ -205,16 +189,43 @@ def draw(
     return Problem(params, xs, carry, jnp.asarray(several) if lengths else None, jnp.asarray(here) if resets else None)
 
 
-def runner(case: Case, mode: Mode, **options: Any) -> Callable[..., Any]:
+def runner(case: Case, backend: str, **options: Any) -> Callable[..., Any]:
     """(params, xs, carry, lengths, resets) -> what `unroll` returns."""
 
     def run(params: Any, xs: Any, carry: Any, lengths: Any = None, resets: Any = None) -> Any:
         return rnncore.unroll(
             case.cell, params, xs, initial_carry=carry, seq_lengths=lengths, resets=resets,
-            backend=mode.backend, differentiation=mode.differentiation, **options,
+            backend=backend, **options,
         )  # fmt: skip
 
     return run
+
+
+def inner_jaxprs(eqn: Any) -> Iterator[Any]:
+    """The jaxprs inside of an equation; of a run, a tangent or a backward run what the backend does."""
+    if eqn.primitive.name.startswith("rnncore_"):
+        avals = [v.aval for v in eqn.invars]
+        yield jax.make_jaxpr(lambda *args: eqn.primitive.impl(*args, **eqn.params))(*avals).jaxpr
+    for value in eqn.params.values():
+        for inner in jax.tree.leaves(value, is_leaf=lambda v: hasattr(v, "eqns") or hasattr(v, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield inner
+
+
+def equations(jaxpr: Any) -> Iterator[Any]:
+    """Every equation at any depth."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in inner_jaxprs(eqn):
+            yield from equations(inner)
+
+
+def forget() -> None:
+    """What has been traced is traced anew: for tests that exchange a part of a backend."""
+    call._run.clear_cache()
+    for cached in (primitives._on_trees, primitives._mapped):
+        cached.cache_clear()
 
 
 def cotangents(tree: Any, seed: int = 1) -> Any:
@@ -243,7 +254,7 @@ def puller(run: Callable) -> Callable[[Problem, Any], tuple[Any, Any]]:
 @functools.cache
 def autodiff_puller(case: Case, **options: Any) -> Callable[[Problem, Any], tuple[Any, Any]]:
     """`puller` of the autodiff backend, compiled once for all tests of a case."""
-    return puller(runner(case, Mode("autodiff", "any"), **options))
+    return puller(runner(case, "autodiff", **options))
 
 
 def as_reference(params: Any) -> reference.Params:

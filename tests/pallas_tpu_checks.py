@@ -23,7 +23,7 @@ def step(backend):
 
     def loss(params, xs, lengths, resets):
         carry, ys = rnncore.unroll(
-            CELL, params, xs, seq_lengths=lengths, resets=resets, differentiation="reverse", backend=backend
+            CELL, params, xs, seq_lengths=lengths, resets=resets, backend=backend
         )
         return jax.lax.psum(jnp.sum(jnp.sin(ys)) + jnp.sum(jnp.cos(carry.h)), "data")
 

@@ -77,4 +77,13 @@ def backward(cell: Any, loop: host.Loop, residuals: Any, dhs: jax.Array, dlast: 
     return host.Cotangents(dz, rest, ds, dtarget, dunits)
 
 
-KERNELS = host.Kernels(forward, backward)
+class Plain(host.KernelBackend):
+    """A backend of these kernels."""
+
+    name = "plain"
+
+    def kernels(self) -> host.Kernels:
+        return host.Kernels(forward, backward)
+
+
+PLAIN = Plain()

@@ -8,6 +8,7 @@ import sys
 import types
 from collections import Counter
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,8 +22,7 @@ from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import make_cell, make_problem
 from benchmarks.peers.reference import reference
 from benchmarks.report import gpu
-from rnncore.kernels import kernel_body
-from rnncore.sequence import call as sequence
+from rnncore.kernels import kernel_body, mosaic_gpu, pallas_tpu
 from rnncore.sequence.backends import BACKENDS
 
 LSTM, LAYERS = workloads.WORKLOADS["tiny-lstm"], workloads.WORKLOADS["tiny-layers"]
@@ -187,13 +187,12 @@ SMALL_GRU = workloads.Workload("gru", "a test", "gru", 3, 6, 5, 16)
 @pytest.fixture
 def as_if_there(monkeypatch):
     """Plain kernels in place of those of a GPU and of a TPU, and no question after the device."""
-    sequence._run.clear_cache()
-    for name, question, ask in (("mosaic_gpu", "missing_gpu", "the_kernels"), ("pallas_tpu", "missing_platform", "")):
-        monkeypatch.setattr(BACKENDS[name], question, lambda platform: None)
-        if ask:
-            monkeypatch.setattr(BACKENDS[name], ask, lambda: plain_kernels.KERNELS)
+    cases.forget()
+    monkeypatch.setattr(mosaic_gpu, "missing_gpu", lambda platform: None)
+    monkeypatch.setattr(pallas_tpu, "missing_platform", lambda platform: None)
+    monkeypatch.setattr(BACKENDS["mosaic_gpu"], "kernels", plain_kernels.PLAIN.kernels)
     yield
-    sequence._run.clear_cache()
+    cases.forget()
 
 
 @pytest.mark.parametrize(
@@ -250,7 +249,7 @@ def test_each_kind_of_layout_is_tried_once_and_a_proved_one_never(monkeypatch):
     assert [peer.fault(MOSAIC, case) for case in cases * 2] == ["it hangs"] * 8
     assert tried == ["W1-768x1", "W1-64x12", "W1-256x3"]  # a grid, a block, a cluster
     assert peer.fault("rnncore reverse", cases[0]) is None and peer.fault(TPU, cases[0]) is None
-    monkeypatch.setattr(BACKENDS["mosaic_gpu"], "PROVEN", frozenset({"block"}))
+    monkeypatch.setattr(type(BACKENDS["mosaic_gpu"]), "must_be_named", None)
     assert [rnncore_peer.RnncorePeer().fault(MOSAIC, case) for case in cases[:2]] == ["it hangs", None]
 
 

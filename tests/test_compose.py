@@ -199,7 +199,7 @@ def test_gradients_of_a_learned_carry_count_every_reset():
     assert np.abs(every.carry[0][0].h).max() > 0.1
 
 
-@pytest.mark.parametrize("policy", [{"checkpoint_every": 2, "recompute": "chunk"}, {"differentiation": "reverse"}])
+@pytest.mark.parametrize("policy", [{"checkpoint_every": 2, "recompute": "chunk"}, {"residual_dtype": jnp.float64}])
 def test_every_policy_gives_the_same_gradients_with_everything_on(policy: Any):
     stack = Stack(
         rnncore.LSTM(H), num_layers=2, bidirectional=True, dropout=0.2, recurrent_dropout=0.2,

@@ -20,9 +20,8 @@ import two_devices
 
 import rnncore
 from rnncore.kernels.cpp import compiler, emit, recurrence
-from rnncore.sequence import call as sequence
 
-CPP, SCAN = cases.Mode("cpp", "reverse"), cases.Mode("scan", "reverse")
+CPP, SCAN = "cpp", "scan"
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
 FLOAT32 = 1e-5
 IDS = ("elman_relu", "lstm-dense", "lstm_both-heads", "lstm_functions", "gru-heads", "user_fast_slow-heads")
@@ -97,9 +96,9 @@ def test_a_reset_carry_of_its_own():
     case = cases.BY_ID["lstm_both-heads"]
     problem = cases.draw(case, resets=True, lengths=True)
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(target: Any) -> Any:
-            out = cases.runner(case, mode, reset_carry=target)(*problem)
+            out = cases.runner(case, backend, reset_carry=target)(*problem)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(out))
 
         return jax.value_and_grad(loss)(cases.cotangents(problem.carry, 5))
@@ -143,8 +142,8 @@ def test_functions():
     x = np.concatenate([-size, [0.0], size, np.linspace(-87, 88, 4001)]).astype(np.float32)
     x = np.concatenate([x, [np.nan, 1e30, -1e30, 100, -100]]).astype(np.float32)
 
-    def run(mode: cases.Mode) -> Any:
-        options: Any = {"backend": mode.backend, "differentiation": "reverse"}
+    def run(backend: str) -> Any:
+        options: Any = {"backend": backend}
         return jax.tree.map(lambda a: np.asarray(a[:, 0]), rnncore.unroll(cell, params, x[:, None, None], **options)[0])
 
     got, want = run(CPP), run(SCAN)
@@ -171,7 +170,7 @@ def test_long_sums_of_weight_gradients():
     @jax.jit
     def gradient(params: Any, xs: Any) -> Any:
         backend = "cpp" if xs.dtype == jnp.float32 else "scan"
-        return jax.grad(lambda p: rnncore.unroll(cell, p, xs, differentiation="reverse", backend=backend)[1].sum())(
+        return jax.grad(lambda p: rnncore.unroll(cell, p, xs, backend=backend)[1].sum())(
             params
         )
 
@@ -209,9 +208,9 @@ def test_vmap_of_gradients(over: str):
         ),
     }.get(over, problem)
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(params: Any, xs: Any, carry: Any, lengths: Any, resets: Any) -> Any:
-            out = cases.runner(case, mode)(params, xs, carry, lengths, resets)
+            out = cases.runner(case, backend)(params, xs, carry, lengths, resets)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(out))
 
         one = jax.value_and_grad(loss, (0, 1, 2))
@@ -226,9 +225,9 @@ def test_gradient_of_a_vmap_and_checkpoint():
     case = cases.BY_ID["gru-heads"]
     problem = cases.draw(case, batch=(3, 2))
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(params: Any, xs: Any, carry: Any) -> Any:
-            run = jax.checkpoint(cases.runner(case, mode))
+            run = jax.checkpoint(cases.runner(case, backend))
             return jnp.sum(jax.vmap(run, (None, 0, 0))(params, xs, carry)[1] ** 2)
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(*problem[:3])
@@ -240,9 +239,9 @@ def test_vmap_over_nothing():
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case, batch=(1, 2))
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(params: Any, xs: Any) -> Any:
-            return jnp.sum(cases.runner(case, mode)(params, xs, None)[1])
+            return jnp.sum(cases.runner(case, backend)(params, xs, None)[1])
 
         return jax.vmap(jax.grad(loss, (0, 1)), (None, 0))(problem.params, problem.xs[:0])
 
@@ -274,7 +273,7 @@ def test_memory_of_a_gradient_step():
     params, xs = cell.init(jax.random.key(0), 32, jnp.float32), jnp.ones((8, 256, 32), jnp.float32)
 
     def loss(params: Any, xs: Any) -> Any:
-        return jnp.sum(rnncore.unroll(cell, params, xs, backend="cpp", differentiation="reverse")[1])
+        return jnp.sum(rnncore.unroll(cell, params, xs, backend="cpp")[1])
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, xs).compile()
     arrays = compiled.memory_analysis().temp_size_in_bytes / (4 * 8 * 256 * 32)
@@ -285,8 +284,8 @@ def test_gradients_of_the_parameters_alone():
     case = cases.BY_ID["lstm_both-heads"]
     problem = cases.draw(case, resets=True)
 
-    def gradient(mode: cases.Mode) -> Any:
-        return jax.grad(lambda p: jnp.sum(cases.runner(case, mode)(p, *problem[1:])[1] ** 2))(problem.params)
+    def gradient(backend: str) -> Any:
+        return jax.grad(lambda p: jnp.sum(cases.runner(case, backend)(p, *problem[1:])[1] ** 2))(problem.params)
 
     cases.assert_close(gradient(CPP), gradient(SCAN), cases.FLOAT64)
 
@@ -332,13 +331,13 @@ def test_processors_with_narrower_vectors(processor: str, monkeypatch: pytest.Mo
     flags = tuple(flag.replace("native", processor) for flag in compiler.FLAGS)
     monkeypatch.setattr(compiler, "FLAGS", flags)
     monkeypatch.setattr(compiler, "_registered", compiler._registered.__wrapped__)
-    recurrence._recurrence.cache_clear()
-    sequence._run.clear_cache()
+    recurrence._calls.cache_clear()
+    cases.forget()
     case = sized("lstm_both-heads", 40)
     problem = cases.draw(case, (7,), 20, 5, dtype=jnp.float32, lengths=True, resets=True)
     compare(case, problem._replace(params=jax.tree.map(lambda a: a / 4, problem.params)), FLOAT32)
-    recurrence._recurrence.cache_clear()
-    sequence._run.clear_cache()
+    recurrence._calls.cache_clear()
+    cases.forget()
 
 
 class First(rnncore.PointwiseCell):
@@ -421,7 +420,6 @@ def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(
     ("id", "options", "why"),
     [
-        ("lstm-dense", {"differentiation": "any"}, "differentiation='reverse'"),
         ("lstm-dense", {"zoneout": rnncore.LSTM.Carry(0.1, 0.1)}, "zoneout"),
         ("lstm-dense", {"return_states": True}, "return_states=True"),
         ("lstm-dense", {"checkpoint_every": 2}, "checkpoint_every"),
@@ -434,7 +432,7 @@ def test_the_cache_directory(monkeypatch: pytest.MonkeyPatch):
 def test_refusals(id: str, options: dict, why: str):
     case = cases.BY_ID[id]
     problem = cases.draw(case)
-    options = {"differentiation": "reverse", "backend": "cpp"} | options
+    options = {"backend": "cpp"} | options
     with pytest.raises(NotImplementedError, match=why):
         rnncore.unroll(case.cell, problem.params, problem.xs, **options)
 
@@ -447,11 +445,11 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     odd = rnncore.Elman(4, activation_fn=jax.lax.erf_inv)
     xs = jnp.ones((2, 3, 4))
     with pytest.raises(NotImplementedError, match="Elman applies `erf_inv`, for which it has no C"):
-        rnncore.unroll(odd, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse")
+        rnncore.unroll(odd, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp")
 
     rounding = rnncore.Elman(4, activation_fn=lambda x: jnp.tanh(x).astype(jnp.bfloat16).astype(x.dtype))
     with pytest.raises(NotImplementedError, match="Elman applies `convert_element_type` to bfloat16"):
-        rnncore.unroll(rounding, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse")
+        rnncore.unroll(rounding, odd.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp")
 
     class Doubled(rnncore.LSTM):
         def project(self, params: Any, xs: Any) -> Any:
@@ -460,7 +458,7 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     doubled = Doubled(4)
     with pytest.raises(NotImplementedError, match="Doubled has a `project` of its own"):
         rnncore.unroll(
-            doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp", differentiation="reverse"
+            doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp"
         )
     monkeypatch.setattr(compiler, "find", lambda: None)
     with pytest.raises(NotImplementedError, match="C.. compiler, and none is found: install one, or name it in CXX"):
@@ -470,5 +468,5 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
 def test_chosen_only_where_it_is_named():
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case)
-    choice = rnncore.explain_backend(case.cell, problem.params, problem.xs, differentiation="reverse")
+    choice = rnncore.explain_backend(case.cell, problem.params, problem.xs)
     assert choice.name == "scan" and choice.rejected["cpp"].startswith("only where it is named")

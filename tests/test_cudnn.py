@@ -16,8 +16,9 @@ from jax.experimental import rnn
 import rnncore
 from rnncore import LSTM, Heads, LSTMCarry, Stack, _compat
 from rnncore.layers import compose
+from rnncore.recurrence.run import Request
 from rnncore.sequence import call as sequence
-from rnncore.sequence.backends import BACKENDS, Request
+from rnncore.sequence.backends import BACKENDS
 
 CUDNN = BACKENDS["cudnn"]
 B, T, D, H = 4, 6, 3, 5
@@ -181,7 +182,7 @@ def single(name: str) -> tuple[Any, Any, Any, int]:
 
     def run(backend: str, params: Any, xs: Any, carry: Any) -> Any:
         return rnncore.unroll(
-            CELL, params, xs, initial_carry=carry, seq_lengths=lengths, differentiation="reverse", backend=backend,
+            CELL, params, xs, initial_carry=carry, seq_lengths=lengths, backend=backend,
             **options,
         )  # fmt: skip
 
@@ -208,7 +209,7 @@ def test_padding_with_nan_reaches_nothing(calls: list):
 
 def test_no_steps_at_all_need_no_library(calls: list):
     params, xs, carry = problem()
-    last, ys = rnncore.unroll(CELL, params, xs[:, :0], initial_carry=carry, differentiation="reverse", backend="cudnn")
+    last, ys = rnncore.unroll(CELL, params, xs[:, :0], initial_carry=carry, backend="cudnn")
     assert ys.shape == (B, 0, H) and not calls
     np.testing.assert_array_equal(last.h, carry.h)
 
@@ -243,7 +244,7 @@ def request(**changes: Any) -> Request:
     plain = Request(
         cell=CELL, steps=T, batch_shape=(B,), input_size=D, dtype="float32", dtypes=frozenset({"float32"}),
         precision=None, platform="gpu", devices=1, lengths=True, resets=False, mask=False, stay=False, states=False,
-        differentiation="reverse", checkpoint_every=None, recompute="nothing",
+        checkpoint_every=None, recompute="nothing",
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
 
@@ -259,7 +260,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "float64": ({"dtypes": frozenset({"float32", "float64"})}, "float32 only; parameters, inputs and carry are float3"),
     "bfloat16": ({"dtypes": frozenset({"bfloat16"})}, "are bfloat16"),
     "precision": ({"precision": "BF16_BF16_F32_X9"}, "jax.default_matmul_precision is 'BF16_BF16_F32_X9'"),
-    "any": ({"differentiation": "any"}, "say differentiation='reverse'"),
     "resets": ({"resets": True}, "resets: its call runs all steps"),
     "mask": ({"mask": True}, "recurrent_mask: its"),
     "zoneout": ({"stay": True}, "zoneout: its"),
@@ -288,20 +288,19 @@ def test_every_field_of_a_request_is_thought_of():
     assert {field.name for field in dataclasses.fields(Request)} == looked_at | of_no_matter
 
 
-@pytest.mark.parametrize("differentiation", ["any", "reverse"])
-def test_it_is_never_chosen_unless_named(calls: list, differentiation: Any):
+def test_it_is_never_chosen_unless_named(calls: list):
     params, xs, _ = problem()
-    choice = rnncore.explain_backend(CELL, params, xs, differentiation=differentiation)
-    reason = "has not been measured" if differentiation == "reverse" else "reverse mode of first order only"
+    choice = rnncore.explain_backend(CELL, params, xs)
+    reason = "has not been measured"
     assert choice.name == "scan" and reason in choice.rejected["cudnn"]
     assert f"not 'cudnn': {choice.rejected['cudnn']}" in str(choice)
-    rnncore.unroll(CELL, params, xs, differentiation=differentiation)
+    rnncore.unroll(CELL, params, xs)
     assert not calls
 
 
 def test_named_it_is_the_choice(calls: list):
     params, xs, _ = problem()
-    choice = rnncore.explain_backend(CELL, params, xs, differentiation="reverse", backend="cudnn")
+    choice = rnncore.explain_backend(CELL, params, xs, backend="cudnn")
     others = {name: choice.rejected[name] for name in ("scan", "autodiff")}
     assert choice.name == "cudnn" and others == dict.fromkeys(others, "another one was named")
 
@@ -310,7 +309,7 @@ def test_the_carrys_dtype_counts(calls: list):
     params, xs, carry = problem()
     carry = jax.tree.map(lambda a: a.astype(jnp.bfloat16), carry)
     with pytest.raises(NotImplementedError, match="parameters, inputs and carry are bfloat16, float32"):
-        rnncore.unroll(CELL, params, xs, initial_carry=carry, differentiation="reverse", backend="cudnn")
+        rnncore.unroll(CELL, params, xs, initial_carry=carry, backend="cudnn")
 
 
 def test_shard_map_that_follows_what_differs_is_refused(calls: list):
@@ -319,7 +318,7 @@ def test_shard_map_that_follows_what_differs_is_refused(calls: list):
     part = jax.sharding.PartitionSpec("data")
 
     def run(xs: Any) -> Any:
-        return rnncore.unroll(CELL, params, xs, differentiation="reverse", backend="cudnn")[1]
+        return rnncore.unroll(CELL, params, xs, backend="cudnn")[1]
 
     with pytest.raises(NotImplementedError, match="check_vma=False"):
         jax.shard_map(run, mesh=mesh, in_specs=part, out_specs=part)(xs)
@@ -346,7 +345,7 @@ def stacked(name: str) -> tuple[Any, Any, Any]:
     def run(backend: str, params: Any, xs: Any, carry: Any) -> Any:
         return rnncore.unroll_stack(
             stack, params, xs, initial_carry=None if stack.learned_carry else carry, seq_lengths=lengths,
-            differentiation="reverse", backend=backend,
+            backend=backend,
         )  # fmt: skip
 
     return run, (params, xs, carry), lengths
@@ -369,7 +368,7 @@ def test_what_the_library_puts_together_in_another_way_is_a_call_for_each(calls:
 
     def run(backend: str, params: Any, xs: Any, carry: Any) -> Any:
         return rnncore.unroll_stack(
-            stack, params, xs, initial_carry=carry, key=key, differentiation="reverse", backend=backend
+            stack, params, xs, initial_carry=carry, key=key, backend=backend
         )
 
     compare(run, stack_problem(stack), None)
@@ -380,7 +379,7 @@ def test_what_the_library_puts_together_in_another_way_is_a_call_for_each(calls:
 def test_a_stack_time_major_with_an_output_dtype(calls: list):
     stack = Stack(CELL, num_layers=2, bidirectional=True)
     params, xs, carry = stack_problem(stack)
-    options: dict[str, Any] = {"initial_carry": carry, "seq_lengths": LENGTHS, "differentiation": "reverse"}
+    options: dict[str, Any] = {"initial_carry": carry, "seq_lengths": LENGTHS, }
     ends, ys = rnncore.unroll_stack(stack, params, xs, backend="cudnn", **options)
     turned_ends, turned = rnncore.unroll_stack(
         stack, params, jnp.moveaxis(xs, 1, 0), time_major=True, output_dtype=jnp.bfloat16, backend="cudnn", **options
@@ -394,18 +393,16 @@ def test_a_stack_time_major_with_an_output_dtype(calls: list):
     [
         (Stack(CELL, num_layers=2), {"return_states": True}, "return_states=True: its"),
         (Stack(CELL, num_layers=2), {"resets": np.zeros((B, T), bool)}, "resets: its"),
-        (Stack(CELL, num_layers=2), {"differentiation": "any"}, "say differentiation='reverse'"),
         (Stack(CELL, num_layers=2), {"dtype": jnp.bfloat16}, "are bfloat16"),
         (Stack(CELL, num_layers=2), {"carry_dtype": jnp.float64}, "are float32, float64"),
         (Stack(CELL, zoneout=LSTMCarry(0.1, None)), {}, "zoneout: its"),
         (Stack(CELL, recurrent_dropout=0.1), {"key": jax.random.key(0)}, "recurrent_mask: its"),
         (Stack(rnncore.GRU(H), num_layers=2), {}, "GRU is not rnncore.LSTM"),
     ],
-    ids=["states", "resets", "any", "bfloat16", "float64", "zoneout", "recurrent_dropout", "gru"],
+    ids=["states", "resets", "bfloat16", "float64", "zoneout", "recurrent_dropout", "gru"],
 )
 def test_a_stack_is_refused_for_the_same_reasons(calls: list, stack: Stack, options: dict[str, Any], message: str):
     params = stack.init(jax.random.key(0), D)
-    options = {"differentiation": "reverse", **options}
     with pytest.raises(NotImplementedError, match="backend='cudnn'.*" + message.replace("(", r"\(")):
         rnncore.unroll_stack(stack, params, jnp.ones((B, T, D), jnp.float32), backend="cudnn", **options)
 
@@ -417,7 +414,7 @@ def test_a_stack_is_checked_as_unroll_checks(calls: list):
     wrong = params._replace(layers=(first, (second[0]._replace(bias=jnp.zeros(3, jnp.float32)),)))
     for given, lengths, message in ((wrong, None, r"params.bias has shape \(3,\)"), (params, [7] * B, "expected 0 to")):
         with pytest.raises(ValueError, match=message):
-            rnncore.unroll_stack(stack, given, xs, seq_lengths=lengths, differentiation="reverse", backend="cudnn")
+            rnncore.unroll_stack(stack, given, xs, seq_lengths=lengths, backend="cudnn")
 
 
 # -------------------------------------------------------------------------------------- the library

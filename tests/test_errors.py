@@ -169,7 +169,6 @@ def test_resets_that_do_not_fit(resets: Any):
             "`unroll(backend='cuda')`: unknown; expected one of mosaic_gpu, pallas_tpu, cpp, scan, autodiff, cudnn, or "
             "None",
         ),
-        ({"differentiation": "forward"}, "`unroll(differentiation='forward')`: expected one of 'any', 'reverse'"),
         ({"recompute": "all"}, "`unroll(recompute='all')`: expected one of 'nothing', 'gates', 'chunk'"),
         ({"recompute": None}, "`unroll(recompute=None)`: expected one of 'nothing', 'gates', 'chunk'"),
         ({"checkpoint_every": 0}, "`unroll(checkpoint_every=0)`: expected at least 1 step, or None"),

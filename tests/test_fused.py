@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import types
 from typing import Any
 
 import cases
@@ -16,9 +15,8 @@ import two_devices
 
 import rnncore
 from rnncore.cells import pointwise
-from rnncore.kernels import host, kernel_body
+from rnncore.kernels import kernel_body
 from rnncore.kernels.op_lowerings import REWRITTEN
-from rnncore.sequence import call as sequence
 from rnncore.sequence.backends import BACKENDS
 
 IDS = (
@@ -31,14 +29,9 @@ NAME = "plain"
 
 
 @pytest.fixture(autouse=True)
-def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     """A backend of plain kernels."""
-    backend = types.SimpleNamespace(
-        unsupported=host.unsupported, run=lambda *call: host.run(*call, plain_kernels.KERNELS)
-    )
-    monkeypatch.setitem(BACKENDS, NAME, backend)
-    yield
-    sequence._run.clear_cache()
+    monkeypatch.setitem(BACKENDS, NAME, plain_kernels.PLAIN)
 
 
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
@@ -46,8 +39,8 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_everything_around_the_kernels(id: str, masked: bool):
     case = cases.BY_ID[id]
     problem = cases.draw(case, steps=7, dtype=jnp.float32, lengths=masked, resets=masked)
-    results, gradients, cotangents = cases.pull(cases.runner(case, cases.Mode(NAME, "reverse")), problem)
-    want = cases.puller(cases.runner(case, cases.Mode("scan", "reverse")))(problem, cotangents)
+    results, gradients, cotangents = cases.pull(cases.runner(case, NAME), problem)
+    want = cases.puller(cases.runner(case, "scan"))(problem, cotangents)
     cases.assert_close((results, gradients), want, FLOAT32)
 
 
@@ -58,7 +51,7 @@ def test_a_reset_carry_of_its_own_and_more_batch_axes():
 
     def gradient(backend: str) -> Any:
         def loss(target: Any) -> Any:
-            run = cases.runner(case, cases.Mode(backend, "reverse"), reset_carry=target)
+            run = cases.runner(case, backend, reset_carry=target)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(run(*problem)))
 
         return jax.value_and_grad(loss)(target)
@@ -66,41 +59,32 @@ def test_a_reset_carry_of_its_own_and_more_batch_axes():
     cases.assert_close(gradient(NAME), gradient("scan"), FLOAT32)
 
 
-def test_vmap_takes_sequences_into_the_batch_and_refuses_parameters():
+def test_vmap_takes_sequences_into_the_batch_and_parameters_one_by_one():
     case = cases.BY_ID["gru-heads"]
     problem = cases.draw(case, batch=(3, 2), dtype=jnp.float32)
 
     def gradient(backend: str) -> Any:
         def loss(params: Any, xs: Any, carry: Any) -> Any:
-            run = cases.runner(case, cases.Mode(backend, "reverse"))
+            run = cases.runner(case, backend)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(run(params, xs, carry)))
 
         return jax.vmap(jax.grad(loss, (0, 1, 2)), (None, 0, 0))(*problem[:3])
 
     cases.assert_close(gradient(NAME), gradient("scan"), FLOAT32)
     several = jax.tree.map(lambda a: jnp.stack([a, a]), problem.params)
-    run = cases.runner(case, cases.Mode(NAME, "reverse"))
-    with pytest.raises(NotImplementedError, match="vmap over the parameters"):
-        jax.vmap(lambda params: run(params, problem.xs, problem.carry))(several)
-
-
-def test_forward_mode_is_refused():
-    case = cases.BY_ID["gru-dense"]
-    problem = cases.draw(case, dtype=jnp.float32)
-    run = cases.runner(case, cases.Mode(NAME, "reverse"))
-    with pytest.raises(TypeError, match="forward-mode"):
-        jax.jvp(lambda xs: run(problem.params, xs, problem.carry)[1], (problem.xs,), (problem.xs,))
-    with pytest.raises(NotImplementedError, match="say differentiation='reverse'"):
-        cases.runner(case, cases.Mode(NAME, "any"))(*problem)
+    run = cases.runner(case, NAME)
+    mapped = jax.vmap(lambda params: run(params, problem.xs, problem.carry))(several)
+    cases.assert_close(jax.tree.map(lambda a: a[1], mapped), run(*problem), FLOAT32)
 
 
 def test_the_weights_gradients_are_products_outside_the_loop():
     """Each product in a loop costs a step's latency; dU, dW and db are sums over all steps."""
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case, dtype=jnp.float32)
-    run = cases.runner(case, cases.Mode(NAME, "reverse"))
-    text = str(jax.make_jaxpr(jax.grad(lambda p: run(p, *problem[1:])[1].sum()))(problem.params))
-    assert text.count("dot_general") == 6  # z, r in the loop; r again, dr U^T in the loop; dU, dW
+    run = cases.runner(case, NAME)
+    gradient = jax.jit(jax.grad(lambda p: run(p, *problem[1:])[1].sum()))
+    text = gradient.lower(problem.params).compile().as_text()
+    assert text.count(" dot(") == 6  # z, r in the loop; r again, dr U^T in the loop; dU, dW
 
 
 @pytest.mark.parametrize(
@@ -119,13 +103,13 @@ def test_refusals(options: dict, why: str):
     given = {"recurrent_mask": jnp.ones((4, cases.HIDDEN)), "zoneout": case.cell.Carry(0.1)}
     options = {name: given.get(name, value) for name, value in options.items()}
     with pytest.raises(NotImplementedError, match=why):
-        cases.runner(case, cases.Mode(NAME, "reverse"), **options)(*problem)
+        cases.runner(case, NAME, **options)(*problem)
 
 
 def test_refusals_of_cells():
     problem = cases.draw(cases.BY_ID["indrnn"], dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="Diagonal recurrences have no matrix"):
-        cases.runner(cases.BY_ID["indrnn"], cases.Mode(NAME, "reverse"))(*problem)
+        cases.runner(cases.BY_ID["indrnn"], NAME)(*problem)
 
     class Shifted(rnncore.LSTM):
         def mix(self, params: Any, h: Any) -> Any:
@@ -133,18 +117,16 @@ def test_refusals_of_cells():
 
     case = cases.Case("shifted", Shifted(cases.HIDDEN), None)
     with pytest.raises(NotImplementedError, match="Shifted has a `mix` of its own"):
-        cases.runner(case, cases.Mode(NAME, "reverse"))(*cases.draw(case, dtype=jnp.float32))
+        cases.runner(case, NAME)(*cases.draw(case, dtype=jnp.float32))
     case = cases.BY_ID["reset_before_gru"]
     with pytest.raises(NotImplementedError, match="not a PointwiseCell"):
-        cases.runner(case, cases.Mode(NAME, "reverse"))(*cases.draw(case, dtype=jnp.float32))
+        cases.runner(case, NAME)(*cases.draw(case, dtype=jnp.float32))
 
 
 PLAIN = """
-import types, plain_kernels
-from rnncore.kernels import host
+import plain_kernels
 from rnncore.sequence.backends import BACKENDS
-run = lambda *call: host.run(*call, plain_kernels.KERNELS)
-BACKENDS["plain"] = types.SimpleNamespace(unsupported=host.unsupported, run=run)
+BACKENDS["plain"] = plain_kernels.PLAIN
 """
 
 

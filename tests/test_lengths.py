@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, Mode, Problem
+from cases import Case, Problem
 
 import rnncore
 
@@ -27,7 +27,7 @@ OPTIONS = (
     {"recompute": "gates", "checkpoint_every": 3},
     {"recompute": "chunk", "checkpoint_every": 2, "reverse": True, "keep_order": True},
 )
-every_cell_and_mode = pytest.mark.parametrize(("case", "mode"), cases.rows(ids=CELLS))
+every_cell_and_mode = pytest.mark.parametrize(("case", "backend"), cases.rows(ids=CELLS))
 
 
 def small(name: str = "lstm-dense") -> tuple[rnncore.Cell, Problem]:
@@ -45,9 +45,9 @@ def inside(lengths: Any, steps: int) -> np.ndarray:
 
 
 @every_cell_and_mode
-def test_length_0_returns_the_initial_carry(case: Case, mode: Mode):
+def test_length_0_returns_the_initial_carry(case: Case, backend: str):
     problem = cases.draw(case, (3,), STEPS)._replace(lengths=jnp.array([0, STEPS, 0]))
-    run = cases.runner(case, mode)
+    run = cases.runner(case, backend)
     cotangent, d_outputs = cases.cotangents(jax.eval_shape(run, *problem))
     # With no cotangent on the outputs the gradient of the carry is the identity, that of the inputs zero.
     (carry, _), (_, d_xs, d_carry) = cases.puller(run)(problem, (cotangent, jnp.zeros_like(d_outputs)))
@@ -61,13 +61,13 @@ def test_length_0_returns_the_initial_carry(case: Case, mode: Mode):
 
 @pytest.mark.parametrize("options", [{}, {"reverse": True, "keep_order": True}, {"time_major": True}], ids=str)
 @pytest.mark.parametrize("lengths", [False, True], ids=["all", "lengths"])
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("lstm-dense", "reset_before_gru")))
-def test_no_steps_at_all(case: Case, mode: Mode, lengths: bool, options: dict[str, Any]):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("lstm-dense", "reset_before_gru")))
+def test_no_steps_at_all(case: Case, backend: str, lengths: bool, options: dict[str, Any]):
     problem = cases.draw(case, (2,), 0, resets=True)
     problem = problem._replace(lengths=jnp.zeros(2, int) if lengths else None)
     if "time_major" in options:
         problem = problem._replace(xs=jnp.swapaxes(problem.xs, 0, 1), resets=jnp.swapaxes(problem.resets, 0, 1))
-    (carry, outputs), gradients, (d_carry, _) = cases.pull(cases.runner(case, mode, **options), problem)
+    (carry, outputs), gradients, (d_carry, _) = cases.pull(cases.runner(case, backend, **options), problem)
     assert outputs.shape == ((0, 2, 4) if "time_major" in options else (2, 0, 4))
     cases.assert_close(carry, problem.carry, 0.0)
     zeros = jax.tree.map(jnp.zeros_like, problem.params)
@@ -88,11 +88,11 @@ def test_no_steps_at_all_with_states(name: str, include_initial: bool):
         cases.assert_close(jax.tree.map(lambda a: a[:, 0], states.carries), carry, 0.0)
 
 
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("lstm-dense", "gru-dense")))
-def test_no_examples_at_all(case: Case, mode: Mode):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("lstm-dense", "gru-dense")))
+def test_no_examples_at_all(case: Case, backend: str):
     problem = cases.draw(case, (2,), STEPS, lengths=True)
     problem = Problem(problem.params, *jax.tree.map(lambda a: a[:0], problem[1:]))
-    (carry, outputs), (d_params, _, _), _ = cases.pull(cases.runner(case, mode), problem)
+    (carry, outputs), (d_params, _, _), _ = cases.pull(cases.runner(case, backend), problem)
     assert outputs.shape == (0, STEPS, 4) and carry.h.shape == (0, 4)
     cases.assert_close(d_params, jax.tree.map(jnp.zeros_like, problem.params), 0.0)
 
@@ -101,19 +101,19 @@ def test_no_examples_at_all(case: Case, mode: Mode):
 
 
 @pytest.mark.parametrize("batch", [(3, 3), (5, 5), (2, 1, 3)], ids=str)  # 5 = T: no axis is told by its size
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("gru-dense",)))
-def test_batch_axes_are_as_one(case: Case, mode: Mode, batch: tuple[int, ...]):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("gru-dense",)))
+def test_batch_axes_are_as_one(case: Case, backend: str, batch: tuple[int, ...]):
     problem = cases.draw(case, batch, STEPS, lengths=True, resets=True)
-    results, gradients, d_results = cases.pull(cases.runner(case, mode), problem)
+    results, gradients, d_results = cases.pull(cases.runner(case, backend), problem)
 
     def flat(tree: Any) -> Any:
         return jax.tree.map(lambda a: a.reshape(-1, *a.shape[len(batch) :]), tree)
 
     one = Problem(problem.params, *flat(problem[1:]))
-    want, want_gradients = cases.puller(cases.runner(case, mode))(one, flat(d_results))
+    want, want_gradients = cases.puller(cases.runner(case, backend))(one, flat(d_results))
     cases.assert_close((flat(results), gradients[0], flat(gradients[1:])), (want, *want_gradients), TOLERANCE)
     moved = problem._replace(xs=jnp.moveaxis(problem.xs, -2, 0), resets=jnp.moveaxis(problem.resets, -1, 0))
-    carry, outputs = cases.runner(case, mode, time_major=True)(*moved)
+    carry, outputs = cases.runner(case, backend, time_major=True)(*moved)
     cases.assert_close((carry, jnp.moveaxis(outputs, 0, -2)), results, TOLERANCE)
 
 
@@ -227,12 +227,12 @@ def dirty(problem: Problem) -> Problem:
     return problem._replace(xs=jnp.where(inside(problem.lengths, STEPS)[..., None], problem.xs, values))
 
 
-def check_padding(case: Case, mode: Mode, **options: Any) -> None:
+def check_padding(case: Case, backend: str, **options: Any) -> None:
     """Non-finite padding gives what zeros give, in results and gradients, for lengths 0, T, 1 and T - 1."""
     problem = cases.draw(case, (2, 2), STEPS, lengths=True, resets=True)
     here = inside(problem.lengths, STEPS)[..., None]
     clean = problem._replace(xs=jnp.where(here, problem.xs, 0))
-    run = cases.runner(case, mode, **options)
+    run = cases.runner(case, backend, **options)
     d_carry, d_outputs = cases.cotangents(jax.eval_shape(run, *problem))
     pull = cases.puller(run)
     results, gradients = pull(clean, (d_carry, jnp.where(here, d_outputs, 0)))
@@ -244,24 +244,24 @@ def check_padding(case: Case, mode: Mode, **options: Any) -> None:
 
 
 @every_cell_and_mode
-def test_nan_in_the_padding_reaches_nothing(case: Case, mode: Mode):
-    check_padding(case, mode)
+def test_nan_in_the_padding_reaches_nothing(case: Case, backend: str):
+    check_padding(case, backend)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("user_fast_slow-dense",)))
-def test_nan_in_the_padding_reaches_nothing_with(case: Case, mode: Mode, options: dict[str, Any]):
-    check_padding(case, mode, **options)
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("user_fast_slow-dense",)))
+def test_nan_in_the_padding_reaches_nothing_with(case: Case, backend: str, options: dict[str, Any]):
+    check_padding(case, backend, **options)
 
 
-@pytest.mark.parametrize("mode", [Mode("scan", "any"), Mode("autodiff", "any")], ids=str)
-def test_nan_in_the_padding_reaches_no_second_derivative(mode: Mode):
+@pytest.mark.parametrize("backend", ["scan", "autodiff"], ids=str)
+def test_nan_in_the_padding_reaches_no_second_derivative(backend: str):
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case, (4,), STEPS, lengths=True)
     here = inside(problem.lengths, STEPS)[..., None]
 
     def loss(params: Any, xs: Any, carry: Any, lengths: Any) -> Any:
-        last, outputs = cases.runner(case, mode)(params, xs, carry, lengths)
+        last, outputs = cases.runner(case, backend)(params, xs, carry, lengths)
         return jnp.sum(jnp.where(here, outputs, 0) ** 2) + sum(jnp.sum(a**3) for a in last)
 
     @jax.jit
@@ -330,7 +330,7 @@ def test_outputs_past_the_length_and_carries_are_those_of_flax(name: str, flax_c
     problem = cases.draw(case, (4,), STEPS)._replace(lengths=jnp.array([1, STEPS, 3, STEPS - 1]))
     if options.get("time_major"):
         problem = problem._replace(xs=jnp.swapaxes(problem.xs, 0, 1))
-    carry, outputs = cases.runner(case, Mode("scan", "any"), **options)(*problem)
+    carry, outputs = cases.runner(case, "scan", **options)(*problem)
     layer = flax.linen.RNN(flax_cell, return_carry=True, **options)
     start = tuple(problem.carry) if len(problem.carry) > 1 else problem.carry.h
     want_carry, want = layer.apply(

@@ -126,8 +126,8 @@ def test_states_are_the_last_element(cell: str, options: str) -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        dict(differentiation="reverse"),
-        dict(differentiation="reverse", checkpoint_every=2, recompute="chunk"),
+        dict(checkpoint_every=2),
+        dict(checkpoint_every=2, recompute="chunk"),
         dict(recompute="gates"),
         dict(backend="autodiff"),
     ],

@@ -29,7 +29,6 @@ def test_fields_are_those_of_flax_and_our_own_come_after(name: str, own: int) ->
     assert (
         mine[len(flaxen) :]
         == [
-            ("differentiation", "any", True),
             ("checkpoint_every", None, True),
             ("recompute", "nothing", True),
             ("backend", None, True),

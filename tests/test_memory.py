@@ -36,14 +36,14 @@ def test_the_reverse_rule_takes_what_the_docstring_says(name, every):
     }
     weights = 4 * gates * SIZE / (STEPS * BATCH)  # kernels, transposed and summed; they do not grow with T
     for recompute, arrays in formula.items():
-        options = {"differentiation": "reverse", "checkpoint_every": every, "recompute": recompute}
+        options = {"checkpoint_every": every, "recompute": recompute}
         measured = temporaries(cell, **options)
         # The gradient of the outputs, here ones everywhere, is one array more.
         assert 0.6 * arrays < measured < arrays + 1 + weights, (recompute, measured, arrays)
 
 
 def test_half_precision_halves_what_is_kept():
-    options = {"differentiation": "reverse", "checkpoint_every": 16}
+    options = {"checkpoint_every": 16}
     full = temporaries(**options)
     half = temporaries(**options, residual_dtype=jnp.bfloat16)
     assert full - half == pytest.approx(2.5, abs=0.2)

@@ -8,6 +8,7 @@ On a Hopper GPU the kernels run as they are, larger ones too; elsewhere they are
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -25,15 +26,16 @@ import pytest
 import rnncore
 from rnncore import _pallas
 from rnncore.kernels import kernel_body
+from rnncore.kernels import mosaic_gpu as GPU
+from rnncore.kernels.mosaic_gpu import kernels, tiles
 from rnncore.kernels.mosaic_gpu import plan as plans
-from rnncore.kernels.mosaic_gpu import tiles
-from rnncore.kernels.mosaic_gpu.kernels import kernels
+from rnncore.recurrence.run import Request
 from rnncore.sequence import call as sequence
 from rnncore.sequence.backends import BACKENDS
 
-GPU = BACKENDS["mosaic_gpu"]
+BACKEND = BACKENDS["mosaic_gpu"]
 FEATURES, STEPS = 16, 5
-MODE = cases.Mode("mosaic_gpu", "reverse")
+MODE = "mosaic_gpu"
 CALL = "@mosaic_gpu_v2("  # how XLA is told to run a Mosaic GPU kernel
 
 ON_HOPPER = GPU.missing_gpu(jax.default_backend()) is None
@@ -48,16 +50,16 @@ runs = pytest.mark.skipif(
 def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As if there were the GPU; what is traced under it is forgotten again."""
     monkeypatch.setattr(GPU, "missing_gpu", lambda platform: None)
-    sequence._run.clear_cache()
+    cases.forget()
     yield
-    sequence._run.clear_cache()
+    cases.forget()
 
 
 @pytest.fixture
 def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the GPU kernels run in the interpreter, which raises where two threads race for memory."""
     if not ON_HOPPER:
-        monkeypatch.setattr(GPU, "the_kernels", lambda: kernels(interpret=True))
+        monkeypatch.setattr(kernels, "kernels", functools.partial(kernels.kernels, True))
 
 
 def sized(id: str, size: int, heads: int = 1) -> cases.Case:
@@ -79,12 +81,12 @@ def draw(case: cases.Case, batch: tuple[int, ...], masked: bool = False, dtype: 
     return cases.Problem(*moving, *problem[3:])
 
 
-def errors(case: cases.Case, problem: cases.Problem, mode: cases.Mode = MODE, **options: Any) -> list[float]:
+def errors(case: cases.Case, problem: cases.Problem, backend: str = MODE, **options: Any) -> list[float]:
     """Norm of the error of every result and gradient over its own, against the scan in float64."""
-    results, gradients, cotangents = cases.pull(cases.runner(case, mode, **options), problem)
+    results, gradients, cotangents = cases.pull(cases.runner(case, backend, **options), problem)
     moving, cotangents = jax.tree.map(lambda a: a.astype(jnp.float64), (problem[:3], cotangents))
     exact = cases.Problem(*moving, *problem[3:])
-    want = cases.puller(cases.runner(case, cases.Mode("scan", "reverse"), **options))(exact, cotangents)
+    want = cases.puller(cases.runner(case, "scan", **options))(exact, cotangents)
 
     def error(got: Any, want: Any) -> float:
         return float(jnp.linalg.norm((got - want).ravel()) / jnp.maximum(jnp.linalg.norm(want.ravel()), 1e-30))
@@ -101,7 +103,7 @@ def assert_exact_as_the_dtype(case: cases.Case, problem: cases.Problem) -> None:
     found, eps = errors(case, problem), float(jnp.finfo(problem.xs.dtype).eps)
     allowed = [eps] * len(found)
     if max(found) > eps:
-        allowed = [max(eps, a) for a in errors(case, problem, cases.Mode("scan", "reverse"))]
+        allowed = [max(eps, a) for a in errors(case, problem, "scan")]
     assert all(a <= b for a, b in zip(found, allowed, strict=True)), (found, allowed)
 
 
@@ -200,14 +202,14 @@ def test_vmap_over_sequences(simulated: None):
     case = sized("gru-dense", 16)
     problem = draw(case, (3, 2))
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(params: Any, xs: Any, carry: Any) -> Any:
-            last, ys = cases.runner(case, mode)(params, xs, carry)
+            last, ys = cases.runner(case, backend)(params, xs, carry)
             return jnp.sum(jnp.sin(ys.astype(jnp.float32))) + jnp.sum(last.h.astype(jnp.float32))
 
         return jax.vmap(jax.grad(loss), (None, 0, 0))(*problem[:3])
 
-    got, want = gradient(MODE), gradient(cases.Mode("scan", "reverse"))
+    got, want = gradient(MODE), gradient("scan")
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         assert a.shape == b.shape
         assert jnp.linalg.norm((a - b).astype(jnp.float32)) < 0.02 * jnp.linalg.norm(b.astype(jnp.float32))
@@ -292,7 +294,7 @@ def test_layers_of_both_directions_are_kernels_all():
     xs = jax.ShapeDtypeStruct((8, STEPS, FEATURES), jnp.bfloat16)
 
     def loss(params: Any, xs: Any, lengths: Any) -> Any:
-        options: Any = {"seq_lengths": lengths, "differentiation": "reverse", "backend": "mosaic_gpu"}
+        options: Any = {"seq_lengths": lengths, "backend": "mosaic_gpu"}
         return rnncore.unroll_stack(stack, params, xs, **options)[1].astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(loss)).trace(params, xs, jax.ShapeDtypeStruct((8,), jnp.int32))
@@ -326,16 +328,15 @@ def test_every_known_operation_lowers():
 SHARDED = """
 import jax, jax.numpy as jnp, rnncore
 from jax.sharding import AxisType, PartitionSpec as P
-from rnncore.sequence.backends import BACKENDS
-backend = BACKENDS["mosaic_gpu"]
-backend.missing_gpu = lambda platform: None
+from rnncore.kernels import mosaic_gpu
+mosaic_gpu.missing_gpu = lambda platform: None
 cell, dtype = rnncore.LSTM(16, coupled=True, peepholes=True), jnp.bfloat16
 params = cell.init(jax.random.key(0), 4, dtype)
 xs = jax.random.normal(jax.random.key(1), (6, 3, 4), dtype)
 def gradient(name):
     def local(params, xs):
         def loss(params):
-            ys = rnncore.unroll(cell, params, xs, differentiation="reverse", backend=name)[1]
+            ys = rnncore.unroll(cell, params, xs, backend=name)[1]
             return jnp.sum(ys.astype(jnp.float32) ** 2)
         return jax.grad(loss)(params)
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
@@ -393,10 +394,10 @@ def request_of(cell: Any, batch: tuple[int, ...] = (16,), **fields: Any) -> Any:
     values: dict[str, Any] = {
         "cell": cell, "steps": 8, "batch_shape": batch, "input_size": 4, "dtype": "bfloat16",
         "dtypes": frozenset({"bfloat16"}), "precision": None, "platform": "gpu", "devices": 1, "lengths": False,
-        "resets": False, "mask": False, "stay": False, "states": False, "differentiation": "reverse",
+        "resets": False, "recurrent_mask": False, "zoneout": False, "return_states": False,
         "checkpoint_every": None, "recompute": "nothing",
     }  # fmt: skip
-    return rnncore.sequence.backends.Request(**(values | fields))
+    return Request(**(values | fields))
 
 
 REFUSED: list[tuple[str, Callable[[], Any], str]] = [
@@ -407,7 +408,6 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     ("size", lambda: request_of(rnncore.LSTM(2048)), "4 x 2048 x 2048 does not fit"),
     ("batch", lambda: request_of(rnncore.LSTM(1024), (640,)), "blocks would have to run at once"),
     ("empty", lambda: request_of(rnncore.LSTM(64), (0,)), "no empty batch"),
-    ("any", lambda: request_of(rnncore.LSTM(64), differentiation="any"), "say differentiation='reverse'"),
     (
         "operation",
         lambda: request_of(rnncore.Elman(64, activation_fn=jax.scipy.special.gammaln)),
@@ -418,16 +418,16 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
 
 @pytest.mark.parametrize("make, why", [r[1:] for r in REFUSED], ids=[r[0] for r in REFUSED])
 def test_refusals(make: Callable[[], Any], why: str):
-    assert why in (GPU.unsupported(make()) or "")
+    assert why in (BACKEND.unsupported(make()) or "")
 
 
 def test_a_smaller_gpu_runs_no_larger_grid(monkeypatch: pytest.MonkeyPatch):
     """Blocks that wait for one that cannot start would wait for ever."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(core_count=78)])
-    why = GPU.unsupported(request_of(rnncore.LSTM(768))) or ""
+    why = BACKEND.unsupported(request_of(rnncore.LSTM(768))) or ""
     assert "96 blocks would have to run at once, and this GPU has 78" in why
-    assert GPU.unsupported(request_of(rnncore.LSTM(512))) is None
+    assert BACKEND.unsupported(request_of(rnncore.LSTM(512))) is None
 
 
 def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
@@ -439,14 +439,12 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_chosen_by_itself_only_where_it_has_run(monkeypatch: pytest.MonkeyPatch):
-    heads, wide = rnncore.LSTM(128, recurrence=rnncore.Heads(2)), rnncore.LSTM(768)
-    choose = sequence._choose
+    heads = rnncore.LSTM(128, recurrence=rnncore.Heads(2))
+    choose = sequence.choose
     choice = choose(request_of(heads), None)
-    assert choice.name == "scan" and "'block' have not run on a GPU yet" in choice.rejected["mosaic_gpu"]
+    assert choice.name == "scan" and "have not run on a GPU yet" in choice.rejected["mosaic_gpu"]
     assert choose(request_of(heads), "mosaic_gpu").name == "mosaic_gpu"
-    monkeypatch.setattr(GPU, "PROVEN", frozenset({"block"}))
+    monkeypatch.setattr(type(BACKEND), "must_be_named", None)
     assert choose(request_of(heads), None).name == "mosaic_gpu"
     assert choose(request_of(heads), "scan").name == "scan"
     assert choose(request_of(heads, dtype="float32", dtypes=frozenset({"float32"})), None).name == "scan"
-    choice = choose(request_of(wide), None)
-    assert choice.name == "scan" and "'grid' have not run" in choice.rejected["mosaic_gpu"]

@@ -211,7 +211,7 @@ def test_a_cell_with_more_feature_axes() -> None:
 def test_fields_of_unroll(unrolled: list) -> None:
     """They reach it and change no number; under nnx.scan they mean nothing and are refused."""
     cell = noisy(make(ours, "LSTMCell", param_dtype=f64))
-    chosen = dict(differentiation="reverse", checkpoint_every=2, recompute="chunk", backend="scan")
+    chosen = dict(checkpoint_every=2, recompute="chunk", backend="scan")
     layers = [Layer(ours.RNN(cell, return_carry=True, **options)) for options in ({}, chosen)]
     xs, carry = normal(1, (B, T, D)), start("LSTMCell")
     plain, other = jax.jit(lambda *args: [with_gradients(layer, *args) for layer in layers])(xs, carry)
@@ -219,8 +219,8 @@ def test_fields_of_unroll(unrolled: list) -> None:
     for name in ("checkpoint_every", "recompute", "backend"):
         with pytest.raises(NotImplementedError, match=f"{name} means nothing, because Doubled is not exactly"):
             ours.RNN(doubled(ours), **{name: chosen[name]})(jnp.ones((B, T, D)))
-    with pytest.raises(ValueError, match="differentiation='sideways'"):
-        ours.RNN(cell, differentiation="sideways")(xs)
+    with pytest.raises(TypeError, match="differentiation='any'.*no longer needed"):
+        ours.RNN(cell, differentiation="any")
 
 
 def test_streams_of_an_unknown_cell_are_those_of_flax() -> None:

@@ -149,7 +149,7 @@ def test_scan_over_layers() -> None:
 
 def test_training_with_nnx_optimizer() -> None:
     """A task that needs memory: the sum of the inputs so far."""
-    model = Model(ours, theirs.Rngs(1), differentiation="reverse", checkpoint_every=2, recompute="chunk")
+    model = Model(ours, theirs.Rngs(1), checkpoint_every=2, recompute="chunk")
     optimizer = theirs.Optimizer(model, optax.adam(0.03), wrt=theirs.Param)
     xs = normal(1, (16, T, D))
     target = jnp.cumsum(xs[..., :2], axis=1) / 2

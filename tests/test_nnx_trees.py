@@ -78,7 +78,7 @@ def test_the_two_lstm_cells_have_different_trees() -> None:
 @pytest.mark.parametrize("cls,own", [("RNN", 6), ("Bidirectional", 0)])
 def test_the_layers_take_the_arguments_of_flax_and_our_own_come_after(cls: str, own: int) -> None:
     mine, flaxen = (keywords(getattr(nn, cls)) for nn in (ours, theirs))
-    names = ["differentiation", "checkpoint_every", "recompute", "backend", "carry_dtype", "output_dtype"][:own]
+    names = ["checkpoint_every", "recompute", "backend", "carry_dtype", "output_dtype"][:own]
     assert [*mine] == [*flaxen, *names]
     for name in flaxen:
         values = [getattr(v, "__name__", v) for v in (mine[name], flaxen[name])]

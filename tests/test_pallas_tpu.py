@@ -22,10 +22,9 @@ from rnncore import GRU, LSTM, Heads
 from rnncore.kernels import pallas_tpu
 from rnncore.kernels.pallas_tpu import kernels as pallas_tpu_kernels
 from rnncore.kernels.pallas_tpu import plan as plans
-from rnncore.sequence import call as sequence
-from rnncore.sequence.backends import Request
+from rnncore.recurrence.run import Request
 
-TPU, SCAN = cases.Mode("pallas_tpu", "reverse"), cases.Mode("scan", "reverse")
+TPU, SCAN = "pallas_tpu", "scan"
 B, T = 11, 7
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
 FLOAT32 = 1e-5
@@ -37,9 +36,9 @@ BFLOAT16 = 4 * T * 2**-9
 def on_a_tpu(monkeypatch: pytest.MonkeyPatch) -> Any:
     """The platform is there, and nothing that another test has traced is run again."""
     monkeypatch.setattr(pallas_tpu, "missing_platform", lambda platform: None)
-    sequence._run.clear_cache()
+    cases.forget()
     yield
-    sequence._run.clear_cache()
+    cases.forget()
 
 
 @pytest.fixture
@@ -139,9 +138,9 @@ def test_vmap_over_sequences_and_a_reset_carry(interpreted: None):
     problem = cases.draw(case, (3, 2), 5, dtype=jnp.float32, lengths=True, resets=True)
     target = cases.cotangents(problem.carry, 5)
 
-    def gradient(mode: cases.Mode) -> Any:
+    def gradient(backend: str) -> Any:
         def loss(params: Any, xs: Any, carry: Any, lengths: Any, resets: Any, target: Any) -> Any:
-            results = cases.runner(case, mode, reset_carry=target)(params, xs, carry, lengths, resets)
+            results = cases.runner(case, backend, reset_carry=target)(params, xs, carry, lengths, resets)
             return sum(jnp.sum(jnp.sin(a)) for a in jax.tree.leaves(results))
 
         every = jax.vmap(jax.grad(loss, (0, 1, 2, 5)), (None, 0, 0, 0, 0, 0))
@@ -235,15 +234,15 @@ def request(**changes: Any) -> Request:
     """One that it takes, with changes."""
     plain = Request(
         cell=LSTM(4), steps=T, batch_shape=(B,), input_size=3, dtype="float32", dtypes=frozenset({"float32"}),
-        precision=None, platform="tpu", devices=1, lengths=True, resets=True, mask=False, stay=False, states=False,
-        differentiation="reverse", checkpoint_every=None, recompute="nothing",
+        precision=None, platform="tpu", devices=1, lengths=True, resets=True, recurrent_mask=False, zoneout=False,
+        return_states=False,
+        checkpoint_every=None, recompute="nothing",
     )  # fmt: skip
     return dataclasses.replace(plain, **changes)
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "any": ({"differentiation": "any"}, "say differentiation='reverse'"),
-    "states": ({"states": True}, "return_states=True"),
+    "states": ({"return_states": True}, "return_states=True"),
     "float64": ({"dtype": "float64", "dtypes": frozenset({"float64"})}, "parameters, inputs and carry are float64"),
     "mixed": ({"dtypes": frozenset({"float32", "bfloat16"})}, "parameters, inputs and carry are bfloat16, float32"),
     "residuals": ({"residual_dtype": "float16"}, "residual_dtype='float16': its kernels store float32 and bfloat16"),
@@ -258,14 +257,14 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_it_cannot_do_has_a_reason(name: str):
     changes, message = REFUSED[name]
-    assert pallas_tpu.unsupported(request()) is None
-    assert message in pallas_tpu.unsupported(request(**changes))
+    assert pallas_tpu.PallasTPU().unsupported(request()) is None
+    assert message in pallas_tpu.PallasTPU().unsupported(request(**changes))
 
 
 def test_the_limit_is_a_constant_that_can_be_raised(monkeypatch: pytest.MonkeyPatch):
-    assert pallas_tpu.unsupported(request(cell=LSTM(896))) is None
+    assert pallas_tpu.PallasTPU().unsupported(request(cell=LSTM(896))) is None
     monkeypatch.setattr(plans, "VMEM_LIMIT", 64 * 2**20)
-    assert pallas_tpu.unsupported(request(cell=LSTM(1024))) is None
+    assert pallas_tpu.PallasTPU().unsupported(request(cell=LSTM(1024))) is None
 
 
 def test_which_platforms_have_it(monkeypatch: pytest.MonkeyPatch):
@@ -280,5 +279,5 @@ def test_which_platforms_have_it(monkeypatch: pytest.MonkeyPatch):
 def test_it_is_never_chosen_unless_named():
     case = cases.BY_ID["gru-dense"]
     problem = cases.draw(case, dtype=jnp.float32)
-    choice = rnncore.explain_backend(case.cell, *problem[:2], differentiation="reverse")
+    choice = rnncore.explain_backend(case.cell, *problem[:2])
     assert choice.name != "pallas_tpu" and "it has not run on a TPU yet" in choice.rejected["pallas_tpu"]

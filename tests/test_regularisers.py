@@ -1,4 +1,4 @@
-"""Recurrent masks, zoneout and reset carries: against a loop written out step by step, in every mode."""
+"""Recurrent masks, zoneout and reset carries: against a loop written out step by step."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, Mode, Problem
+from cases import Case, Problem
 
 import rnncore
 
 B, T, H = 3, 5, cases.HIDDEN
 CELLS = ("elman_silu", "lstm_both-dense", "gru-heads", "indrnn", "user_fast_slow-dense")
-every_mode = pytest.mark.parametrize(("case", "mode"), cases.rows(ids=CELLS, every_backend=True))
+every_mode = pytest.mark.parametrize(("case", "backend"), cases.rows(ids=CELLS, every_backend=True))
 
 
 def draws(case: Case, kind: str) -> dict[str, Any]:
@@ -64,9 +64,9 @@ def loop_of(case: Case, given: Any) -> Any:
 
 
 @every_mode
-def test_values_and_gradients_are_those_of_the_loop(case: Case, mode: Mode):
+def test_values_and_gradients_are_those_of_the_loop(case: Case, backend: str):
     problem, given = cases.draw(case, (B,), T, lengths=True, resets=True), draws(case, "booleans")
-    results, gradients, d_results = cases.pull(cases.runner(case, mode, **given), problem)
+    results, gradients, d_results = cases.pull(cases.runner(case, backend, **given), problem)
     want = cases.puller(loop_of(case, given))(problem, d_results)
     cases.assert_close((results, gradients), want, cases.FLOAT64)
 
@@ -79,13 +79,13 @@ def test_values_and_gradients_are_those_of_the_loop(case: Case, mode: Mode):
         ("h only", {"return_states": True}),
     ],
 )
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("lstm_both-heads",)))
-def test_every_kind_of_zoneout_and_memory_policy(case: Case, mode: Mode, kind: str, options: Any):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("lstm_both-heads",)))
+def test_every_kind_of_zoneout_and_memory_policy(case: Case, backend: str, kind: str, options: Any):
     problem, given = cases.draw(case, (B,), T, lengths=True, resets=True), draws(case, kind)
     states = "return_states" in options
 
     def run(*args: Any) -> Any:
-        carry, ys, *more = cases.runner(case, mode, **given, **options)(*args)
+        carry, ys, *more = cases.runner(case, backend, **given, **options)(*args)
         if more:  # the carries are those after zoneout: h is the output
             carry = (carry, more[0].carries.h - ys)
         return carry, ys
@@ -113,13 +113,12 @@ def test_second_order_and_forward_mode():
         slope = jax.jvp(loss, problem[:3], tangents)[1]
         return slope, jax.jvp(jax.grad(loss, argnums=(0, 1, 2)), problem[:3], tangents)[1]
 
-    ours = jax.jit(lambda: moved(cases.runner(case, Mode("scan", "any"), **given)))()
+    ours = jax.jit(lambda: moved(cases.runner(case, "scan", **given)))()
     loop = jax.jit(lambda: moved(loop_of(case, given)))()
     cases.assert_close(ours, loop, cases.FLOAT64)
 
 
-@pytest.mark.parametrize("differentiation", ["any", "reverse"])
-def test_vmap_over_masks_is_one_run_for_each(differentiation: str):
+def test_vmap_over_masks_is_one_run_for_each():
     case = cases.BY_ID["gru-dense"]
     params, xs, carry, *_ = cases.draw(case, (B,), T)
     rng = np.random.default_rng(5)
@@ -127,7 +126,7 @@ def test_vmap_over_masks_is_one_run_for_each(differentiation: str):
 
     def loss(mask: Any, stay: Any) -> Any:
         def run(params: Any) -> Any:
-            options = dict(recurrent_mask=mask, zoneout=rnncore.HiddenCarry(stay), differentiation=differentiation)
+            options = dict(recurrent_mask=mask, zoneout=rnncore.HiddenCarry(stay))
             return jnp.sum(rnncore.unroll(case.cell, params, xs, initial_carry=carry, **options)[1] ** 2)
 
         return jax.grad(run)(params)

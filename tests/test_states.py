@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import Case, Mode, Problem
+from cases import Case, Problem
 
 import rnncore
 
@@ -33,8 +33,8 @@ def step_by_step(case: Case, problem: Problem) -> tuple[Any, Any]:
     return tuple(jax.tree.map(lambda *a: jnp.stack(a), *stack) for stack in (carries, gates))
 
 
-def run(case: Case, mode: Mode, problem: Problem, **options: Any) -> Any:
-    return cases.runner(case, mode, return_states=True, **options)(*problem)
+def run(case: Case, backend: str, problem: Problem, **options: Any) -> Any:
+    return cases.runner(case, backend, return_states=True, **options)(*problem)
 
 
 def time_second(tree: Any) -> Any:
@@ -48,10 +48,10 @@ def backwards(array: Any, lengths: Any = None) -> Any:
     return jnp.asarray(np.stack(rows))
 
 
-@pytest.mark.parametrize(("case", "mode"), cases.rows("any"))
-def test_states_are_those_of_single_steps(case: Case, mode: Mode):
+@pytest.mark.parametrize(("case", "backend"), cases.rows())
+def test_states_are_those_of_single_steps(case: Case, backend: str):
     problem = cases.draw(case, (2,), STEPS, resets=True)
-    carry, outputs, states = run(case, mode, problem, include_initial=True)
+    carry, outputs, states = run(case, backend, problem, include_initial=True)
     carries, gates = step_by_step(case, problem)
     cases.assert_close(states, time_second((carries, gates)), TOLERANCE)
     cases.assert_close(carry, jax.tree.map(lambda a: a[-1], carries), TOLERANCE)
@@ -62,36 +62,36 @@ def test_states_are_those_of_single_steps(case: Case, mode: Mode):
 ROWS = cases.rows(ids=("lstm_peepholes-dense", "gru-heads", "reset_before_gru"))
 
 
-@pytest.mark.parametrize(("case", "mode"), ROWS)
-def test_asking_for_states_changes_nothing_else(case: Case, mode: Mode):
+@pytest.mark.parametrize(("case", "backend"), ROWS)
+def test_asking_for_states_changes_nothing_else(case: Case, backend: str):
     problem = cases.draw(case, (3,), STEPS, lengths=True, resets=True)
-    with_states = run(case, mode, problem)
-    cases.assert_close(with_states[:2], cases.runner(case, mode)(*problem), TOLERANCE)
+    with_states = run(case, backend, problem)
+    cases.assert_close(with_states[:2], cases.runner(case, backend)(*problem), TOLERANCE)
     assert isinstance(with_states[2], rnncore.States)
 
 
 @pytest.mark.parametrize(
     "options", [{"checkpoint_every": 3, "recompute": "chunk"}, {"checkpoint_every": 2, "recompute": "gates"}], ids=str
 )
-@pytest.mark.parametrize(("case", "mode"), ROWS)
-def test_chunks_leave_states_as_they_are(case: Case, mode: Mode, options: dict[str, Any]):
+@pytest.mark.parametrize(("case", "backend"), ROWS)
+def test_chunks_leave_states_as_they_are(case: Case, backend: str, options: dict[str, Any]):
     problem = cases.draw(case, (3,), STEPS, lengths=True, resets=True)
-    cases.assert_close(run(case, mode, problem, **options), run(case, mode, problem), TOLERANCE)
+    cases.assert_close(run(case, backend, problem, **options), run(case, backend, problem), TOLERANCE)
 
 
 @pytest.mark.parametrize("include_initial", [False, True])
 @pytest.mark.parametrize("lengths", [None, [STEPS, 0, 2, 1]], ids=["whole", "lengths"])
 @pytest.mark.parametrize("keep_order", [False, True])
 def test_states_of_a_reversed_run(keep_order: bool, lengths: Any, include_initial: bool):
-    case, mode = cases.BY_ID["lstm-dense"], Mode("scan", "any")
+    case, backend = cases.BY_ID["lstm-dense"], "scan"
     problem = cases.draw(case, (4,), STEPS)._replace(lengths=None if lengths is None else jnp.array(lengths))
     if keep_order and lengths and include_initial:
         # Rows of other lengths have their first step at other places: no one place for the initial carry.
         with pytest.raises(ValueError, match="the initial carry has no place of its own"):
-            run(case, mode, problem, reverse=True, keep_order=True, include_initial=True)
+            run(case, backend, problem, reverse=True, keep_order=True, include_initial=True)
         return
     carry, outputs, states = run(
-        case, mode, problem, reverse=True, keep_order=keep_order, include_initial=include_initial
+        case, backend, problem, reverse=True, keep_order=keep_order, include_initial=include_initial
     )
     carries, gates = time_second(step_by_step(case, problem._replace(xs=backwards(problem.xs, lengths))))
     carries_after = jax.tree.map(lambda a: a[:, 1:], carries)
@@ -117,7 +117,7 @@ def test_states_of_a_reversed_run(keep_order: bool, lengths: Any, include_initia
 def test_the_time_axis_stands_where_that_of_the_inputs_does(
     batch: tuple[int, ...], time_major: bool, include_initial: bool
 ):
-    case, mode = cases.BY_ID["lstm-dense"], Mode("scan", "any")
+    case, backend = cases.BY_ID["lstm-dense"], "scan"
     problem = cases.draw(case, batch, STEPS)
     carries, gates = step_by_step(case, problem)
     if not include_initial:
@@ -126,7 +126,7 @@ def test_the_time_axis_stands_where_that_of_the_inputs_does(
         problem = problem._replace(xs=jnp.moveaxis(problem.xs, -2, 0))
     else:
         carries, gates = jax.tree.map(lambda a: jnp.moveaxis(a, 0, len(batch)), (carries, gates))
-    _, _, states = run(case, mode, problem, time_major=time_major, include_initial=include_initial)
+    _, _, states = run(case, backend, problem, time_major=time_major, include_initial=include_initial)
     cases.assert_close(states, (carries, gates), TOLERANCE)
 
 
@@ -135,7 +135,7 @@ def test_the_carry_of_a_length_is_among_the_states(backend: str):
     case = cases.BY_ID["lstm-dense"]
     lengths = [STEPS, 0, 2, 1]
     problem = cases.draw(case, (4,), STEPS)._replace(lengths=jnp.array(lengths))
-    carry, _, states = run(case, Mode(backend, "any"), problem, include_initial=True)
+    carry, _, states = run(case, backend, problem, include_initial=True)
     for got, stack in zip(carry, states.carries, strict=True):
         np.testing.assert_array_equal(got, jnp.stack([stack[b, n] for b, n in enumerate(lengths)]))
 
@@ -157,8 +157,8 @@ def test_gates_by_hand():
             np.testing.assert_allclose(got[t], want, atol=1e-14)
 
 
-@pytest.mark.parametrize(("case", "mode"), ROWS)
-def test_states_are_differentiated(case: Case, mode: Mode):
+@pytest.mark.parametrize(("case", "backend"), ROWS)
+def test_states_are_differentiated(case: Case, backend: str):
     """A loss on carries and gates has the gradients of the loop of single steps."""
     problem = cases.draw(case, (2,), STEPS, resets=True)
 
@@ -166,7 +166,7 @@ def test_states_are_differentiated(case: Case, mode: Mode):
         return sum(jnp.sum(jnp.sin(leaf * (n + 1))) for n, leaf in enumerate(jax.tree.leaves(states)))
 
     def whole(params: Any, xs: Any, carry: Any) -> Any:
-        return loss(run(case, mode, Problem(params, xs, carry, None, problem.resets), include_initial=True)[2])
+        return loss(run(case, backend, Problem(params, xs, carry, None, problem.resets), include_initial=True)[2])
 
     def single(params: Any, xs: Any, carry: Any) -> Any:
         return loss(step_by_step(case, Problem(params, xs, carry, None, problem.resets)))

@@ -22,7 +22,6 @@ CELLS: dict[str, Any] = {
     "rnn_tanh": rnncore.Elman,
     "rnn_relu": functools.partial(rnncore.Elman, activation_fn=jax.nn.relu),
 }
-SCAN = pytest.mark.parametrize("differentiation", cases.BACKENDS["scan"])
 Values = dict[str, np.ndarray]
 
 
@@ -52,7 +51,7 @@ def to_torch(kind: str, gradients: rnncore.CellParams, suffix: str) -> Values:
     return {f"{name}_{suffix}": value for name, value in named.items()}
 
 
-def check(kind: str, run: str, values: Values, differentiation: str) -> None:
+def check(kind: str, run: str, values: Values, backend: str = "scan") -> None:
     """One bidirectional layer of torch against two runs of rnncore."""
     hidden = values["weight_hh_l0"].shape[1]
     cell = CELLS[kind](hidden)
@@ -73,7 +72,7 @@ def check(kind: str, run: str, values: Values, differentiation: str) -> None:
         def layer(params: Any, xs: Any, carry: Any, lengths: Any, _: Any, backwards: bool = direction == 1) -> Any:
             return rnncore.unroll(
                 cell, params, xs, initial_carry=carry, seq_lengths=lengths, reverse=backwards, keep_order=backwards,
-                backend="scan", differentiation=differentiation,
+                backend=backend,
             )  # fmt: skip
 
         problem = cases.Problem(from_torch(kind, values, suffix), jnp.asarray(values["xs"]), carry, lengths, None)
@@ -97,12 +96,11 @@ def golden() -> Values:
         return dict(file)
 
 
-@SCAN
 @pytest.mark.parametrize("run", ["full", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_stored_values(kind: str, run: str, differentiation: str):
+def test_stored_values(kind: str, run: str):
     values = {name.removeprefix(f"{kind}/"): a for name, a in golden().items() if name.startswith(f"{kind}/")}
-    check(kind, run, values, differentiation)
+    check(kind, run, values)
 
 
 @pytest.mark.parametrize("run", ["full", "packed"])

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from cases import Case, Mode, Problem
+from cases import Case, Problem
 
 import rnncore
 from rnncore.sequence import call as sequence
 
-AUTODIFF = Mode("autodiff", "any")
+AUTODIFF = "autodiff"
 DEAR = ("elman_silu", "lstm_both-dense", "gru-heads", "user_fast_slow-dense")
 
 
@@ -43,11 +43,11 @@ def central_difference(case: Case, problem: Problem, moved: Any, step: float = 1
     return jax.tree.map(lambda a, b: (a - b) / (2 * step), at(step), at(-step))
 
 
-@pytest.mark.parametrize(("case", "mode"), cases.rows("any"))
-def test_jvp(case: Case, mode: Mode):
+@pytest.mark.parametrize(("case", "backend"), cases.rows())
+def test_jvp(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
     moved = cases.cotangents(problem[:3], seed=2)
-    run = cases.runner(case, mode)
+    run = cases.runner(case, backend)
 
     @jax.jit
     def push(problem: Problem, moved: Any) -> Any:
@@ -66,31 +66,23 @@ def test_jvp(case: Case, mode: Mode):
         cases.assert_close(d_results, central_difference(case, problem, moved), 1e-8)
 
 
-@pytest.mark.parametrize("case", [cases.BY_ID[i] for i in DEAR], ids=DEAR)
-def test_reverse_mode_only_refuses_forward_mode(case: Case):
-    problem = cases.draw(case)
-    run = cases.runner(case, Mode("scan", "reverse"))
-    with pytest.raises(TypeError, match=r"can't apply forward-mode \w+ \(jvp\) to a custom_vjp"):
-        jax.jvp(run, problem[:3], problem[:3])
-
-
 # --------------------------------------------------------------------------------- reverse mode
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("elman_silu", "lstm_both-dense", "user_fast_slow-dense")))
-def test_vjp_of_every_carry_and_gate(case: Case, mode: Mode, reverse: bool):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("elman_silu", "lstm_both-dense", "user_fast_slow-dense")))
+def test_vjp_of_every_carry_and_gate(case: Case, backend: str, reverse: bool):
     options = {"return_states": True, "include_initial": True, "reverse": reverse}
     problem = cases.draw(case, lengths=True, resets=True)
-    results, gradients, d_results = cases.pull(cases.runner(case, mode, **options), problem)
+    results, gradients, d_results = cases.pull(cases.runner(case, backend, **options), problem)
     want = cases.autodiff_puller(case, **options)(problem, d_results)
     cases.assert_close((results, gradients), want, cases.FLOAT64)
 
 
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=cases.ONE_OF_EACH))
-def test_no_jit_around_it(case: Case, mode: Mode):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=cases.ONE_OF_EACH))
+def test_no_jit_around_it(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
-    run = cases.runner(case, mode)
+    run = cases.runner(case, backend)
     results, back = jax.vjp(lambda *moving: run(*moving, *problem[3:]), *problem[:3])
     d_results = cases.cotangents(results)
     cases.assert_expected(case, problem, results, back(d_results), d_results)
@@ -99,24 +91,24 @@ def test_no_jit_around_it(case: Case, mode: Mode):
 def test_lengths_and_resets_that_are_constants_inside_jit():
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case, lengths=True, resets=True)
-    run = cases.runner(case, Mode("scan", "any"))
+    run = cases.runner(case, "scan")
     traced = jax.jit(run)(*problem)
     constant = jax.jit(lambda *moving: run(*moving, problem.lengths, problem.resets))(*problem[:3])
     cases.assert_close(constant, traced, cases.FLOAT64)
 
 
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("elman_silu", "lstm_both-dense", "reset_before_gru")))
-def test_checkpoint(case: Case, mode: Mode):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("elman_silu", "lstm_both-dense", "reset_before_gru")))
+def test_checkpoint(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
-    run = jax.checkpoint(cases.runner(case, mode))
+    run = jax.checkpoint(cases.runner(case, backend))
     cases.assert_expected(case, problem, *cases.pull(run, problem))
 
 
 @pytest.mark.parametrize("return_states", [False, True], ids=["", "states"])
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("elman_silu", "lstm_both-dense", "reset_before_gru")))
-def test_no_steps(case: Case, mode: Mode, return_states: bool):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("elman_silu", "lstm_both-dense", "reset_before_gru")))
+def test_no_steps(case: Case, backend: str, return_states: bool):
     problem = cases.draw(case, steps=0, lengths=True, resets=True)
-    run = cases.runner(case, mode, return_states=return_states)
+    run = cases.runner(case, backend, return_states=return_states)
     (carry, outputs, *states), (params, xs, start), (d_carry, *_) = cases.pull(run, problem)
     assert outputs.shape == (4, 0, cases.HIDDEN) and xs.shape == problem.xs.shape
     assert all(a.shape == (4, 0, cases.HIDDEN) for a in jax.tree.leaves(states))
@@ -140,12 +132,12 @@ CHUNKS = [
 
 
 @pytest.mark.parametrize(
-    ("case", "mode", "every", "recompute"),
+    ("case", "backend", "every", "recompute"),
     [pytest.param(*row.values, every, again, id=f"{row.id}-{every}-{again}") for row, every, again in CHUNKS],
 )
-def test_chunks(case: Case, mode: Mode, every: str, recompute: str):
+def test_chunks(case: Case, backend: str, every: str, recompute: str):
     problem = cases.draw(case, steps=STEPS, lengths=True, resets=True)
-    run = cases.runner(case, mode, checkpoint_every=EVERY[every], recompute=recompute)
+    run = cases.runner(case, backend, checkpoint_every=EVERY[every], recompute=recompute)
     cases.assert_expected(case, problem, *cases.pull(run, problem))
 
 
@@ -175,29 +167,29 @@ def test_second_order(case: Case):
     problem = cases.draw(case, batch=(3,), steps=4, features=2, lengths=True, resets=True)
     moved = cases.cotangents(problem[:3], seed=2)
     got = {}
-    for mode in cases.modes(case, "any"):
-        run = cases.runner(case, mode, return_states=True)
+    for backend in case.backends:
+        run = cases.runner(case, backend, return_states=True)
         weights = cases.cotangents(jax.eval_shape(run, *problem), seed=3)
         orders = jax.jit(lambda *args, run=run: second_orders(run, *args), compiler_options=cases.QUICK)
-        got[mode] = orders(problem, weights, moved)
+        got[backend] = orders(problem, weights, moved)
         # A Hessian is symmetric: all three are the same product of it with `moved`.
-        forward_over_reverse, *others = got[mode]
+        forward_over_reverse, *others = got[backend]
         for other in others:
             cases.assert_close(other, forward_over_reverse, 10 * cases.FLOAT64)
-    for mode in got:
-        cases.assert_close(got[mode], got[AUTODIFF], 10 * cases.FLOAT64)
+    for backend in got:
+        cases.assert_close(got[backend], got["autodiff"], 10 * cases.FLOAT64)
 
 
 # --------------------------------------------------------------------------------- vmap
 
 
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("lstm_both-dense", "reset_before_gru")))
-def test_vmap(case: Case, mode: Mode):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("lstm_both-dense", "reset_before_gru")))
+def test_vmap(case: Case, backend: str):
     """Over examples, and over parameters as an ensemble does, gradients included."""
     several = cases.draw(case, batch=(3,), lengths=True, resets=True)
     problems = [Problem(*jax.tree.map(lambda a, n=n: a[n], several[1:]), None) for n in range(3)]
     problems = [Problem(several.params, *problem[:4]) for problem in problems]
-    run = cases.runner(case, mode)
+    run = cases.runner(case, backend)
     one = cases.puller(run)
     d_results = cases.cotangents(jax.eval_shape(run, *problems[0]))
 
@@ -229,12 +221,12 @@ def test_the_counter_counts(caplog: pytest.LogCaptureFixture):
     assert compiled(caplog, lambda: jax.jit(lambda a: a + 1)(jnp.ones(3)))
 
 
-@pytest.mark.parametrize(("case", "mode"), cases.rows(ids=("elman_silu", "lstm_both-dense", "reset_before_gru")))
-def test_no_recompilation_on_the_second_call(case: Case, mode: Mode, caplog: pytest.LogCaptureFixture):
+@pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("elman_silu", "lstm_both-dense", "reset_before_gru")))
+def test_no_recompilation_on_the_second_call(case: Case, backend: str, caplog: pytest.LogCaptureFixture):
     """Other values, and a cell that is equal but not the same, compile nothing."""
 
     def call(case: Case, problem: Problem, run_jit: bool) -> Any:
-        run = cases.runner(case, mode)
+        run = cases.runner(case, backend)
         if run_jit:
             return run(*problem)
         results, back = jax.vjp(lambda *moving: run(*moving, *problem[3:]), *problem[:3])

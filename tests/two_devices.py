@@ -20,7 +20,7 @@ problem = cases.draw(case, batch=(6,), dtype=dtype, lengths=True, resets=True)
 def gradient(name):
     def local(params, *rest):
         def loss(params):
-            return jnp.sum(cases.runner(case, cases.Mode(name, "reverse"))(params, *rest)[1] ** 2)
+            return jnp.sum(cases.runner(case, name)(params, *rest)[1] ** 2)
         return jax.grad(loss)(params)
     mesh = jax.make_mesh((2,), ("batch",), axis_types=(AxisType.Auto,))
     return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(P(), *[P("batch")] * 4), out_specs=P()))

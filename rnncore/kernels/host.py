@@ -1,8 +1,8 @@
 """What backends that run all steps in one kernel share: everything but the kernels.
 
-z_t is projected for all steps at once, outside.  The forward kernel keeps the carries and nothing else, so that the loop
-is as short as can be.  Reverse mode forms the recurrent products of all steps again, in one product, and from them what the
-derivative needs of every step (`Body.residuals`); its kernel is the loop that is left,
+z_t is projected for all steps at once, outside.  The forward kernel keeps the carries and nothing else, so that
+the loop is as short as can be.  Reverse mode forms the recurrent products of all steps again, in one product, and
+from them what the derivative needs of every step (`Body.residuals`); its kernel is the loop that is left,
 
   dr_t, dz_t, ds_{t-1} = transposed linearised step (ds_t),   dh_{t-1} += U^T dr_t
 
@@ -101,7 +101,6 @@ class Kernels(NamedTuple):
 class KernelBackend(LoopBackend):
     """A backend of two kernels, with all that stands around them."""
 
-    @property
     @abc.abstractmethod
     def kernels(self) -> Kernels:
         """The kernels; imported late, because Pallas takes a while to import."""
@@ -131,10 +130,11 @@ class KernelBackend(LoopBackend):
         return self._run(_Arrays(request, differentiable, constants), request.residual_dtype or request.dtype)
 
     def _run(self, arrays: _Arrays, keep: str | None) -> tuple[Result, PyTree]:
-        forward, cell, request = self.kernels.forward, arrays.cell, arrays.request
+        forward, cell, request = self.kernels().forward, arrays.cell, arrays.request
+        differentiable = arrays.differentiable
         kept = _call(lambda loop, z: forward(cell, loop, z, keep), arrays.loop, arrays.z)
         last = jax.tree.map(
-            lambda a, b: a.reshape(b.shape).astype(b.dtype), cell.Carry(*kept.last), arrays.differentiable.initial_carry
+            lambda a, b: a.reshape(b.shape).astype(b.dtype), cell.Carry(*kept.last), differentiable.initial_carry
         )
         hs = kept.hs.reshape(request.steps, *request.batch_shape, cell.hidden_size)
         return Result(last, hs, None, None), (arrays.z, kept.others)
@@ -159,7 +159,7 @@ class KernelBackend(LoopBackend):
         bias = () if loop.rest_bias is None else loop.rest_bias
         rest = tuple(r[g] + b for g, b in zip(part.rest, bias, strict=True))
         needed = tuple(a.astype(stored) for a in part.residuals(loop.units, sums, rest, before))
-        found = _call(lambda *a: self.kernels.backward(cell, *a), loop, needed, dhs, dlast)
+        found = _call(lambda *a: self.kernels().backward(cell, *a), loop, needed, dhs, dlast)
 
         dr = found.z
         if found.rest is not None:
@@ -175,8 +175,8 @@ class KernelBackend(LoopBackend):
             drest = jnp.sum(found.rest.astype(jnp.float32), (0, 1)).reshape(len(part.rest), -1)
         through: Any = jax.vjp(arrays.prepared, differentiable.params, differentiable.xs)[1]
         dunits = tuple(jnp.sum(a, 0) for a in found.units)
-        dz = found.z.astype(z.dtype)
-        dparams, dxs = through((dz, *jax.tree.map(lambda a, b: a.astype(b.dtype), (drest, dunits), tuple(arrays.shared))))
+        shared = jax.tree.map(lambda a, b: a.astype(b.dtype), (drest, dunits), tuple(arrays.shared))
+        dparams, dxs = through((found.z.astype(z.dtype), *shared))
         dkernel = _mix_gradient(cell, kernel, h, dr.astype(h.dtype)).astype(kernel.dtype)
         dparams = dparams._replace(recurrent_kernel=dkernel)
 
@@ -218,7 +218,7 @@ class _Arrays:
         return a.reshape(*a.shape[:axis], self.rows, a.shape[-1])
 
     def prepared(self, params: CellParams, xs: Array) -> tuple[Array, Array | None, tuple[Array, ...]]:
-        """What a loop reads of parameters and inputs but the kernel: z, the rest's biases and the per-unit parameters."""
+        """What a loop reads of parameters and inputs but the kernel: z, the rest's biases, per-unit parameters."""
         z = self.cell.project(params, xs.reshape(self.request.steps, self.rows, -1))
         added, rest_bias = self.part.recurrent_biases(params)
         z = z if added is None else z + added.reshape(-1)

@@ -16,7 +16,7 @@ Axes = Sequence[int | None] | Callable[[Array], int | None]
 
 
 def over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes) -> Callable[..., PyTree]:
-    """`call(groups, *arrays)`, which gives a pytree of arrays, as a function of the arrays that vmap takes into the batch.
+    """`call(groups, *arrays)`, which gives a pytree of arrays, as a function of arrays that vmap takes into the batch.
 
     Sequences lie in `groups` of equal size, one group after the other; outside of vmap there is one.  A vmap over an
     array that all sequences share, such as a parameter, runs one call after the other.
@@ -80,7 +80,7 @@ def _over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups
             axis = axis or 0
             if a.shape == (0,):
                 return a
-            return jnp.moveaxis(a.reshape(*a.shape[:axis], size, -1, *a.shape[axis + 1 :]), axis, 0)
+            return jnp.moveaxis(a.reshape(*a.shape[:axis], size, a.shape[axis] // size, *a.shape[axis + 1 :]), axis, 0)
 
         apart = [parted(a, axis) for a, axis in zip(leaves, _axes(outputs, leaves), strict=True)]
         return tree.unflatten(apart), tree.unflatten([a.shape != (0,) for a in leaves])

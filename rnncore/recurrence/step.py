@@ -268,7 +268,7 @@ class LinearizedStep:
         return new, (emitted, (saved, tuple(args[n] for n in self._kept_inputs)))
 
     def residuals(self, inputs: Inputs, before: Array, kept: Any) -> tuple[Array, ...]:
-        """Arrays (..., *batch, H) for all that L depends on, per-unit parameters apart; before: h_{t-1} after resets."""
+        """Arrays (..., *batch, H) for all that L depends on but units; before: h_{t-1}, after resets."""
         saved, kept_inputs = kept
         held = dict(zip(self._kept_inputs, kept_inputs, strict=True))
         xs, rest = inputs.xs, None

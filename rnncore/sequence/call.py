@@ -198,7 +198,7 @@ def unroll(
     )  # fmt: skip
     request, layout, arrays = _prepare(cell, params, xs, options)
     choice = choose(request, backend)
-    carry, outputs, states = _run(request, layout, choice.name, *arrays)
+    carry, outputs, states = _run(request, layout, BACKENDS[choice.name], *arrays)
     return (carry, outputs, states) if return_states else (carry, outputs)
 
 
@@ -319,13 +319,13 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _run(
-    request: Request, layout: Layout, backend: str, differentiable: Differentiable, constants: Constants
+    request: Request, layout: Layout, backend: Backend, differentiable: Differentiable, constants: Constants
 ) -> tuple[Any, Array, States | None]:
     """The run itself, in processing order and, where the backend wants it, time-major inside."""
-    cell, loop = request.cell, BACKENDS[backend]
+    cell = request.cell
     params, xs, carry, reset_carry = differentiable
     lengths, resets, mask, zoneout = constants
-    if not layout.time_major and not layout.reverse and request.steps and loop.keeps_time_axis:
+    if not layout.time_major and not layout.reverse and request.steps and backend.keeps_time_axis:
         request = dataclasses.replace(request, time_axis=len(request.batch_shape))
     axis = request.time_axis
     if not layout.time_major:
@@ -350,7 +350,7 @@ def _run(
     if request.steps == 0:
         result = _empty(cell, differentiable)
     else:
-        result = loop.run(request, differentiable, constants)
+        result = backend.run(request, differentiable, constants)
     last, outputs, states = result.carry, result.outputs, States(result.carries, result.gates)
 
     if layout.reverse and layout.keep_order:

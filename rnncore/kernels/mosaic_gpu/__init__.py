@@ -62,11 +62,10 @@ class MosaicGPU(host.KernelBackend):
             return plan
         return too_few_processors(plan) or kernel_body.of(cell, plan.tile).why_not(KNOWN)
 
-    @property
     def kernels(self) -> host.Kernels:
-        from rnncore.kernels.mosaic_gpu.kernels import kernels
+        from rnncore.kernels.mosaic_gpu import kernels
 
-        return kernels()
+        return kernels.kernels()
 
 
 def missing_gpu(platform: str) -> str | None:

@@ -58,11 +58,10 @@ class PallasTPU(host.KernelBackend):
         assert isinstance(cell, PointwiseCell)
         return _does_not_fit(request, stored) or kernel_body.of(cell, (8, 128)).why_not(KNOWN)
 
-    @property
     def kernels(self) -> host.Kernels:
-        from rnncore.kernels.pallas_tpu.kernels import kernels
+        from rnncore.kernels.pallas_tpu import kernels
 
-        return kernels()
+        return kernels.kernels()
 
 
 def missing_platform(platform: str) -> str | None:
