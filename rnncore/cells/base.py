@@ -13,16 +13,18 @@ import jax
 import jax.numpy as jnp
 
 from rnncore import _products, initializers
-from rnncore._types import Array, Initializer, PyTree
+from rnncore._types import Array, Initializer, PyTree, exportable
 from rnncore.cells.recurrent_kernels import Dense, Recurrence
 
 
+@exportable
 class HiddenCarry(NamedTuple):
     """Carry of a cell whose only state is its output h (..., H); or something for it, such as a rate."""
 
     h: Any
 
 
+@exportable
 class CellParams(NamedTuple):
     """Parameters of a pointwise cell.
 
@@ -43,8 +45,17 @@ class CellParams(NamedTuple):
 
 @functools.cache
 def named(kind: str, names: tuple[str, ...]) -> type:
-    """The one named-tuple class for these names, so that pytrees made apart compare equal."""
-    return collections.namedtuple(kind, names)
+    """The one named-tuple class for these names, so that pytrees made apart compare equal.
+
+    It is made where it is needed, also where something pickled is read.
+    """
+    made: Any = collections.namedtuple(kind, names)
+    made.__reduce__ = lambda self: (_named_of, (kind, names, *self))
+    return exportable(made, f"{kind}({', '.join(names)})")
+
+
+def _named_of(kind: str, names: tuple[str, ...], *values: Any) -> Any:
+    return named(kind, names)(*values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from rnncore import _products, initializers
-from rnncore._types import Activation, Array, Initializer
+from rnncore._types import Activation, Array, Initializer, exportable
 from rnncore.cells.base import Cell, HiddenCarry, named
 
 
+@exportable
 class ResetBeforeGRUParams(NamedTuple):
     """input_kernel (D, 3, H), recurrent_kernel (H, 3, H), bias (3, H); gates r, z, n."""
 

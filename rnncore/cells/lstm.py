@@ -8,10 +8,11 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnncore._types import Activation, Array
+from rnncore._types import Activation, Array, exportable
 from rnncore.cells.base import CellParams, PointwiseCell
 
 
+@exportable
 class LSTMCarry(NamedTuple):
     """Carry of an LSTM: cell state c and output h, both (..., H), in Flax's order; or something for each."""
 

@@ -9,12 +9,13 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from rnncore._types import Array
+from rnncore._types import Array, exportable
 from rnncore.cells.base import Cell
 
 Merge = Literal["concat", "sum", "mean", "mul"]
 
 
+@exportable
 class StackParams(NamedTuple):
     """Parameters of a `Stack`.
 

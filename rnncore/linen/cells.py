@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.linear import default_kernel_init
 
 from rnncore import flax_modules as modules
+from rnncore import initializers
 from rnncore._types import Array, Initializer
 from rnncore.linen import trees
 
@@ -112,8 +112,8 @@ class _GatedCell(Cell):
     features: int
     gate_fn: Callable[..., Any] = nn.sigmoid
     activation_fn: Callable[..., Any] = nn.tanh
-    kernel_init: Initializer = default_kernel_init
-    recurrent_kernel_init: Initializer = nn.initializers.orthogonal()
+    kernel_init: Initializer = initializers.lecun_normal
+    recurrent_kernel_init: Initializer = initializers.orthogonal
     bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -238,8 +238,8 @@ class MGUCell(Cell):
     features: int
     gate_fn: Callable[..., Any] = nn.sigmoid
     activation_fn: Callable[..., Any] = nn.tanh
-    kernel_init: Initializer = default_kernel_init
-    recurrent_kernel_init: Initializer = nn.initializers.orthogonal()
+    kernel_init: Initializer = initializers.lecun_normal
+    recurrent_kernel_init: Initializer = initializers.orthogonal
     forget_bias_init: Initializer = nn.initializers.ones_init()
     activation_bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
@@ -281,8 +281,8 @@ class SimpleCell(Cell):
 
     features: int
     activation_fn: Callable[..., Any] = nn.tanh
-    kernel_init: Initializer = default_kernel_init
-    recurrent_kernel_init: Initializer = nn.initializers.orthogonal()
+    kernel_init: Initializer = initializers.lecun_normal
+    recurrent_kernel_init: Initializer = initializers.orthogonal
     bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
     param_dtype: Any = jnp.float32

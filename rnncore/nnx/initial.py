@@ -21,6 +21,7 @@ def orthogonal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Ar
     return initializers.orthogonal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
+@initializers.as_value
 def gate_blocks(block: Initializer, gates: int) -> Initializer:
     """Initialiser of a (rows, G*H) kernel that draws the (rows, H) block of every gate on its own."""
     draw = initializers.per_gate(block)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore import _compat, _lengths
-from rnncore._types import Array, PyTree
+from rnncore._types import Array, PyTree, exportable
 from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.recurrence.backend import Backend
@@ -22,6 +22,7 @@ from rnncore.sequence.backends import BACKENDS
 RECOMPUTE = ("nothing", "gates", "chunk")
 
 
+@exportable
 class States(NamedTuple):
     """What happened inside, with the time axis where the input has it.
 
@@ -286,6 +287,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
             "`unroll(include_initial=True, keep_order=True, reverse=True, seq_lengths=...)`: the initial carry has no "
             "place of its own in that order; use keep_order=False."
         )
+    _checks.check_symbolic(xs, steps, checkpoint_every=checkpoint_every, recompute=recompute)
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
     _checks.check_params(cell, params, xs)
@@ -312,7 +314,6 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
         zoneout=zoneout is not None, return_states=options.return_states, checkpoint_every=checkpoint_every,
         recompute=recompute, residual_dtype=None if residual_dtype is None else jnp.dtype(residual_dtype).name,
     )  # fmt: skip
-    _checks.check_symbolic(request)
     differentiable = Differentiable(params, xs, initial_carry, reset_carry)
     return request, layout, (differentiable, Constants(seq_lengths, resets, recurrent_mask, zoneout))
 

@@ -14,7 +14,6 @@ from jax.export import is_symbolic_dim
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
-from rnncore.recurrence.run import Request
 
 
 @functools.lru_cache(maxsize=256)
@@ -103,18 +102,18 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
     return type(zoneout)(*(None if stay is None else jnp.asarray(stay) for stay in zoneout))
 
 
-def check_symbolic(request: Request) -> None:
+def check_symbolic(xs: Any, steps: Any, **chunks: Any) -> None:
     """Of shapes that are not numbers yet, as `jax.export` may have them, some cannot be served."""
-    if is_symbolic_dim(request.input_size):
+    if is_symbolic_dim(xs.shape[-1]):
         raise ValueError(
-            f"`unroll(xs=<(*batch, T, {request.input_size})>)`: the features are symbolic, expected a number, which the "
-            "parameters have; batch and steps may be symbolic."
+            f"`unroll(xs=<{xs.dtype} {xs.shape}>)`: the features are symbolic, expected the number that the parameters "
+            "are made for; batch and steps may be symbolic."
         )
-    for name, default in (("checkpoint_every", None), ("recompute", "nothing")):
-        if is_symbolic_dim(request.steps) and getattr(request, name) != default:
+    for name, value in chunks.items():
+        if is_symbolic_dim(steps) and value not in (None, "nothing"):
             raise NotImplementedError(
-                f"`unroll({name}={getattr(request, name)!r})` with a symbolic number of steps, {request.steps}: chunks "
-                f"need a number; leave {name} out, or export for a fixed number of steps."
+                f"`unroll({name}={value!r})` with a symbolic number of steps, {steps}: chunks need a number; leave "
+                f"{name} out, or export for a fixed number of steps."
             )
 
 
