@@ -78,6 +78,11 @@ def result_like(shape: tuple[int, ...], dtype: Any, x: Any) -> jax.ShapeDtypeStr
     return described(shape, dtype, **axes)
 
 
+def is_exporting(context: Any) -> bool:
+    """Whether a lowering rule is called for `jax.export`, with its context."""
+    return context.module_context.lowering_parameters.for_export
+
+
 def _by_name(function: Any) -> Any:
     """How JAX's functions are pickled and copied: by their names, as Python's own."""
     if str(getattr(function, "__module__", "")).partition(".")[0] == "jax" and "<" not in function.__qualname__:

@@ -43,7 +43,9 @@ NNX: dict[str, Callable[[], Any]] = {
     "Bidirectional": lambda: nnx.Bidirectional(
         nnx.RNN(nnx.LSTMCell(D, H, rngs=rngs())), nnx.RNN(nnx.GRUCell(D, H, rngs=rngs())), rngs=rngs()
     ),
-    **{name: lambda name=name: getattr(nnx, name)(D, H, num_layers=2, rngs=rngs()) for name in ("LSTM", "GRU", "Elman")},
+    **{name: lambda name=name: getattr(nnx, name)(D, H, num_layers=2, rngs=rngs()) for name in (
+        "LSTM", "GRU", "Elman",
+    )},
 }  # fmt: skip
 COPIES: dict[str, Callable[[Any], Any]] = {
     "pickle": lambda value: pickle.loads(pickle.dumps(value)), "copy": copy.copy, "deepcopy": copy.deepcopy,

@@ -24,7 +24,7 @@ class Autodiff(Backend):
     """See the module."""
 
     name = "autodiff"
-    portable = True
+    takes_symbolic = True
 
     def unsupported(self, request: Request) -> str | None:
         if request.recurrent_mask and not isinstance(request.cell, PointwiseCell):

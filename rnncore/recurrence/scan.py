@@ -38,7 +38,7 @@ class Scan(LoopBackend):
 
     name = "scan"
     keeps_time_axis = True
-    portable = True
+    takes_symbolic = True
 
     def unsupported(self, request: Request) -> str | None:
         if not isinstance(request.cell, PointwiseCell):
