@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Activation, Array, exportable
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import CellParams, PointwiseCell, not_in_carry
 
 
 @exportable
@@ -18,6 +18,9 @@ class LSTMCarry(NamedTuple):
 
     c: Any
     h: Any
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(not_in_carry(self, name))
 
 
 @dataclasses.dataclass(frozen=True)

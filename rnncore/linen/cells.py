@@ -14,8 +14,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from rnncore import _arguments, initializers
 from rnncore import flax_modules as modules
-from rnncore import initializers
 from rnncore._types import Array, Initializer
 from rnncore.linen import trees
 
@@ -59,6 +59,14 @@ class Cell(nn.RNNCellBase):
     """What all cells share: one step through the functional cell that `tree` describes."""
 
     tree: ClassVar[trees.Tree]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _arguments.refuse_foreign(cls, kwargs)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        _arguments.check_size(type(self).__name__, "features", getattr(self, "features"))  # noqa: B009
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, carry: Any, inputs: Array) -> tuple[Any, Array]:

@@ -99,7 +99,7 @@ def unroll(
 def unroll(
     cell: Cell,
     params: PyTree,
-    xs: Array,
+    xs: Array = None,  # type: ignore[assignment]
     *,
     initial_carry: Any = None,
     seq_lengths: Any = None,
@@ -192,7 +192,8 @@ def unroll(
     one batch axis with lengths and returns a padded step's carry for length 0; torch.nn.LSTM returns
     (outputs, (h, c)) and wants packed sequences.
     """
-    _checks.refuse_removed("unroll", removed)
+    _checks.refuse_removed("unroll", removed, Options._fields)
+    _checks.check_arguments("unroll", "cell", params, xs)
     options = Options(
         initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout, reverse, keep_order, time_major,
         return_states, include_initial, checkpoint_every, recompute, residual_dtype, backend,
@@ -203,7 +204,7 @@ def unroll(
     return (carry, outputs, states) if return_states else (carry, outputs)
 
 
-def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> BackendChoice:
+def explain_backend(cell: Cell, params: PyTree, xs: Array = None, **options: Any) -> BackendChoice:
     """Which backend `unroll` takes for the same arguments, why, and why not the others.
 
     Args:
@@ -226,7 +227,9 @@ def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> Ba
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
     """
-    _checks.refuse_removed("explain_backend", {name: options[name] for name in options if name not in Options._fields})
+    unknown = {name: options[name] for name in options if name not in Options._fields}
+    _checks.refuse_removed("explain_backend", unknown, Options._fields)
+    _checks.check_arguments("explain_backend", "cell", params, xs)
     asked = Options(**options)
     return choose(_prepare(cell, params, xs, asked)[0], asked.backend)
 
@@ -267,9 +270,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout = options[:6]
     layout = Layout(options.time_major, options.reverse, options.keep_order, options.include_initial)
     checkpoint_every, recompute, residual_dtype = options.checkpoint_every, options.recompute, options.residual_dtype
-    if not isinstance(cell, Cell):
-        got = f"`unroll(cell=<{type(cell).__name__}>)`"
-        raise ValueError(f"{got}: expected an rnncore cell, such as rnncore.LSTM(256), made and not its class.")
+    _checks.check_cell("unroll", cell)
     if not isinstance(xs, jax.ShapeDtypeStruct):
         xs = jnp.asarray(xs)
     if not jnp.issubdtype(xs.dtype, jnp.floating):
