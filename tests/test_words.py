@@ -175,7 +175,8 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
     "nonlinearity": (lambda: rnncore.Elman(5, nonlinearity="relu"), "it is called activation_fn here"),
     "parameters forgotten": (
         lambda: rnncore.unroll(CELL, XS),
-        "`unroll(cell, <float32 (2, 7, 4)>)`: expected unroll(cell, params, xs); make the parameters by `cell.init(key, D)`.",
+        "`unroll(cell, <float32 (2, 7, 4)>)`: expected unroll(cell, params, xs); make the "
+        "parameters by `cell.init(key, D)`.",
     ),
     "parameters forgotten, explain": (
         lambda: rnncore.explain_backend(CELL, XS),
