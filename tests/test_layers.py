@@ -14,7 +14,7 @@ import rnncore
 ROOT = Path(rnncore.__file__).parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_types", "_compat", "_pallas", "_lengths", "_products", "initializers"),
+    ("_types", "_compat", "_pallas", "_lengths", "_products", "_arguments", "initializers"),
     ("cells",),
     ("recurrence",),
     ("kernels",),
