@@ -21,7 +21,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sequence",),
     ("layers",),
     ("flax_modules",),
-    ("linen", "nnx", "analysis", "training", "gpu"),
+    ("linen", "nnx", "analysis", "online", "training", "gpu"),
 )
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
 SHARED_BY_CELLS = ("base", "pointwise", "recurrent_kernels")
