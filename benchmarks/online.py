@@ -55,7 +55,7 @@ CELLS: dict[str, rnncore.PointwiseCell] = {
     "LSTM": rnncore.LSTM(HIDDEN, forget_bias=1.0), "GRU": rnncore.GRU(HIDDEN), "Elman": rnncore.Elman(HIDDEN),
     "Leaky": rnncore.Leaky(HIDDEN, tau=5.0), "LSTM, diagonal": rnncore.LSTM(HIDDEN, recurrence=rnncore.Diagonal()),
 }  # fmt: skip
-RULES = {
+RULES: dict[str, Any] = {
     "RTRL": online.RTRL, "SnAp-1": online.SnAp1, "e-prop": online.EProp, "RFLO": online.RFLO, "KF-RTRL": online.KFRTRL,
     "UORO": online.UORO,
 }  # fmt: skip
@@ -228,8 +228,8 @@ def main() -> None:
     spent = times(options.rounds)
     jax.config.update("jax_enable_x64", True)
     results = {
-        "jax": jax.__version__, "device": jax.devices()[0].device_kind, "hidden": HIDDEN, "batch": BATCH, "steps": STEPS,
-        "draws": DRAWS, "updates": options.updates, "times": spent, "cosines": cosines(options.updates),
+        "jax": jax.__version__, "device": jax.devices()[0].device_kind, "hidden": HIDDEN, "batch": BATCH,
+        "steps": STEPS, "draws": DRAWS, "updates": options.updates, "times": spent, "cosines": cosines(options.updates),
     }  # fmt: skip
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     write_tables(results, options.docs)
