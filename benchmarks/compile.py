@@ -23,7 +23,7 @@ import rnncore
 from benchmarks import policies, recorded, records, timing
 from benchmarks.run import Progress
 
-CONTENDERS = (policies.FLAX, "any", "reverse", "reverse, checkpoint_every=16", policies.CPP)
+CONTENDERS = (policies.FLAX, "scan", policies.CHUNKS, policies.CPP)
 
 
 def seconds_to_compile(contender: str, batch: int, steps: int, features: int, hidden: int) -> float:

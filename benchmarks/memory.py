@@ -27,7 +27,7 @@ from benchmarks.peers.reference import reference
 from benchmarks.run import Progress
 from benchmarks.workloads import Workload
 
-POLICIES = (policies.FLAX, *(name for name in policies.OPTIONS if name != "reverse, checkpoint_every=16"))
+POLICIES = (policies.FLAX, *(name for name in policies.OPTIONS if name != policies.CHUNKS))
 LARGEST_CHECK = 20_000  # steps of all sequences, B T, that the float64 reference is run for
 
 

@@ -1,4 +1,4 @@
-"""One LSTM layer as flax.linen runs it and in rnncore's modes and memory policies, by the name of each."""
+"""One LSTM layer as flax.linen runs it and with rnncore's memory policies, by the name of each."""
 
 from __future__ import annotations
 
@@ -13,20 +13,17 @@ import jax.numpy as jnp
 
 import rnncore
 from benchmarks.peers.flax_linen import to_core, to_flax
-from rnncore.sequence.backends import BACKENDS
+from rnncore.kernels import cpp
 
-FLAX, CPP = "flax.linen", "reverse, backend='cpp'"
+FLAX, CPP, CHUNKS = "flax.linen", "cpp", "scan, checkpoint_every=16"
 # Options of `rnncore.unroll`.
 OPTIONS: dict[str, dict[str, Any]] = {
-    "any": {"differentiation": "any"},
-    "any, recompute='gates'": {"differentiation": "any", "recompute": "gates"},
-    "any, recompute='chunk'": {"differentiation": "any", "recompute": "chunk"},
-    "reverse": {"differentiation": "reverse"},
-    "reverse, recompute='gates'": {"differentiation": "reverse", "recompute": "gates"},
-    "reverse, recompute='chunk'": {"differentiation": "reverse", "recompute": "chunk"},
-    "reverse, residual_dtype=bfloat16": {"differentiation": "reverse", "residual_dtype": jnp.bfloat16},
-    "reverse, checkpoint_every=16": {"differentiation": "reverse", "checkpoint_every": 16},
-    CPP: {"differentiation": "reverse", "backend": "cpp"},
+    "scan": {"backend": "scan"},
+    "scan, recompute='gates'": {"backend": "scan", "recompute": "gates"},
+    "scan, recompute='chunk'": {"backend": "scan", "recompute": "chunk"},
+    "scan, residual_dtype=bfloat16": {"backend": "scan", "residual_dtype": jnp.bfloat16},
+    CHUNKS: {"backend": "scan", "checkpoint_every": 16},
+    CPP: {"backend": "cpp"},
 }
 
 
@@ -46,7 +43,7 @@ class Layer(NamedTuple):
 
 def available(names: Sequence[str]) -> tuple[str, ...]:
     """Those that can run here; of the others stderr is told why not."""
-    why = BACKENDS["cpp"].missing_compiler(jax.default_backend())
+    why = cpp.missing_compiler(jax.default_backend())
     if CPP in names and why is not None:
         print(f"{CPP}: {why}", file=sys.stderr)
     return tuple(name for name in names if name != CPP or why is None)

@@ -2,7 +2,7 @@
 
   python -m benchmarks.run --tag cpu                      five shapes on the CPU
   python -m benchmarks.run --tag gpu --quick              one NVIDIA GPU, within eight minutes, offline
-  python -m benchmarks.run --tag cpu --workloads S4 S5 --contenders "rnncore reverse" torch
+  python -m benchmarks.run --tag cpu --workloads S4 S5 --contenders "rnncore scan" torch
 
 Every contender gets the same parameters and inputs, and its outputs and gradients are compared with a float64
 reference; one that answers wrongly gets no time.  All contenders of a workload take turns, A B C A B C.

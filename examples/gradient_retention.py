@@ -71,7 +71,7 @@ class CharacterModel(nn.Module):
     def setup(self) -> None:
         self.embedding = nn.Embed(self.vocabulary, self.embed)
         # Training takes first-order gradients only, and "reverse" is the faster rule for these.
-        self.rnn = nn.RNN(CELLS[self.kind](self.hidden), return_carry=True, differentiation="reverse")
+        self.rnn = nn.RNN(CELLS[self.kind](self.hidden), return_carry=True)
         self.readout = nn.Dense(self.vocabulary)
 
     def __call__(self, tokens: jax.Array, carry: Any = None) -> tuple[Any, jax.Array]:

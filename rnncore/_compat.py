@@ -75,3 +75,8 @@ def result_like(shape: tuple[int, ...], dtype: Any, x: Any) -> jax.ShapeDtypeStr
     manual = getattr(jax.typeof(x), "manual_axis_type", None)
     axes = {"vma": varying_axes(x)} if manual is None else {"manual_axis_type": manual}
     return described(shape, dtype, **axes)
+
+
+def is_exporting(context: Any) -> bool:
+    """Whether a lowering rule is called for `jax.export`, with its context."""
+    return context.module_context.lowering_parameters.for_export

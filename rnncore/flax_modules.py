@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +16,21 @@ from rnncore.cells import CellParams, PointwiseCell, pointwise
 from rnncore.cells.recurrent_kernels import Dense, Heads, Recurrence
 from rnncore.layers.compose import unroll_stack
 from rnncore.layers.stack import Stack, StackParams
+from rnncore.sequence import checks
 from rnncore.sequence.call import States
+
+
+def without_differentiation(cls: Any) -> Any:
+    """The class, whose constructor says of an option of earlier versions that it is no longer needed."""
+    make = cls.__init__
+
+    @functools.wraps(make)
+    def init(self: Any, *args: Any, **options: Any) -> None:
+        checks.refuse_removed(cls.__name__, {n: options[n] for n in options if n == "differentiation"})
+        make(self, *args, **options)
+
+    cls.__init__ = init
+    return cls
 
 
 def to_core(cell: PointwiseCell, carry: Any) -> Any:

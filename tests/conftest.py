@@ -19,6 +19,9 @@ os.environ.setdefault("NPROC", "16")
 # The matrices are small, and the tests run in as many processes as there are cores.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+# Every cell and dtype would be compiled; test_cpp.py names the backend, test_cpp_choice.py is about choosing it.
+os.environ.setdefault("RNNCORE_CPP", "0")
+
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402

@@ -7,11 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from rnncore.kernels.cpp import compiler
 
-@pytest.mark.parametrize("kind", ["shard_map", "auto", "explicit"])
-def test_sharded_batch(kind):
+
+@pytest.mark.parametrize("kind", ["shard_map", "auto", "explicit", "pmap"])
+@pytest.mark.parametrize("backend", ["scan", "cpp", "plain"])
+def test_sharded_batch(backend, kind):
+    if backend == "cpp" and compiler.find() is None:
+        pytest.skip("no C++ compiler here")
     script = Path(__file__).with_name("sharding_checks.py")
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, str(script), kind], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(script), kind, backend], env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.strip() == "ok", done.stdout + done.stderr

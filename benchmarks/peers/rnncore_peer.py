@@ -1,11 +1,10 @@
-"""rnncore itself, in its modes of differentiation and on its backends."""
+"""rnncore itself, on its backends."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import importlib.util
-from typing import Any
 
 import jax
 
@@ -17,18 +16,17 @@ from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import Problem, make_cell
 from benchmarks.peers.reference import with_given_products
 from benchmarks.workloads import Workload
-from rnncore.kernels import mosaic_gpu
+from rnncore.kernels import cpp, mosaic_gpu, pallas_tpu
 from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
-from rnncore.sequence.backends import BACKENDS
 
-ANY, REVERSE, GRAPH, CUDNN = "rnncore any", "rnncore reverse", "rnncore reverse, CUDA graph", "rnncore cudnn"
+SCAN, GRAPH, CUDNN = "rnncore scan", "rnncore scan, CUDA graph", "rnncore cudnn"
 CPP, MOSAIC, OWN, TPU = "rnncore cpp", "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"
 # Those that name a backend; the others run on "scan".
 NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu"}
 
 
 class RnncorePeer(Peer):
-    """`rnncore.unroll` on backend "scan" in both modes, with the loop as a CUDA graph, and on the named backends.
+    """`rnncore.unroll` on backend "scan", with the loop as a CUDA graph, and on the named backends.
 
     "own cell" is a user's LSTM in place of the built-in one, through the same kernels.
     """
@@ -42,7 +40,7 @@ class RnncorePeer(Peer):
         return rnncore.__version__
 
     def contenders(self, cell: str) -> tuple[str, ...]:
-        return (ANY, REVERSE, CPP, GRAPH, MOSAIC, TPU) + ((OWN, CUDNN) if cell == "lstm" else ())
+        return (SCAN, CPP, GRAPH, MOSAIC, TPU) + ((OWN, CUDNN) if cell == "lstm" else ())
 
     def absent(self, contender: str, platform: str) -> str | None:
         if contender in (GRAPH, CUDNN) and platform != "gpu":
@@ -50,10 +48,10 @@ class RnncorePeer(Peer):
         if contender == GRAPH and importlib.util.find_spec("rnncore.gpu") is None:
             return "this rnncore has no rnncore.gpu"
         if contender == CPP:
-            return BACKENDS["cpp"].missing_compiler(platform)
+            return cpp.missing_compiler(platform)
         if contender in (MOSAIC, OWN):
-            return BACKENDS["mosaic_gpu"].missing_gpu(platform)
-        return BACKENDS["pallas_tpu"].missing_platform(platform) if contender == TPU else None
+            return mosaic_gpu.missing_gpu(platform)
+        return pallas_tpu.missing_platform(platform) if contender == TPU else None
 
     def why_not(self, contender: str, case: Case) -> str | None:
         if contender not in NAMED:
@@ -63,7 +61,7 @@ class RnncorePeer(Peer):
         cell, problem = _cell(contender, case), _shapes(case)
         try:
             rnncore.explain_backend(
-                cell, problem.params[0], problem.xs, differentiation="reverse", backend=NAMED[contender]
+                cell, problem.params[0], problem.xs, backend=NAMED[contender]
             )
         except (NotImplementedError, ValueError) as error:
             return str(error)
@@ -77,7 +75,7 @@ class RnncorePeer(Peer):
         if NAMED.get(contender) != "mosaic_gpu":
             return None
         kind = _layout(case).sync or "block"
-        if kind in mosaic_gpu.PROVEN:
+        if mosaic_gpu.MosaicGPU.must_be_named is None:
             return None
         if kind not in self._faults:
             self._faults[kind] = trial.fault(contender, case)
@@ -85,10 +83,9 @@ class RnncorePeer(Peer):
 
     def build(self, contender: str, case: Case, problem: Problem, measurement: str) -> Built:
         cell = _cell(contender, case)
-        mode: Any = "any" if contender == ANY else "reverse"
         backend = NAMED.get(contender, "scan")
-        run = functools.partial(rnncore.unroll, cell, differentiation=mode, backend=backend)
-        chosen = rnncore.explain_backend(cell, problem.params[0], problem.xs, differentiation=mode).name
+        run = functools.partial(rnncore.unroll, cell, backend=backend)
+        chosen = rnncore.explain_backend(cell, problem.params[0], problem.xs).name
         options = None
         if contender == GRAPH:
             options = importlib.import_module("rnncore.gpu").loop_as_graph_options()

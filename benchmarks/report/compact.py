@@ -9,8 +9,9 @@ from benchmarks import timing
 from benchmarks.report import words
 from benchmarks.report.results import Record, Results, Run, groups
 
-OURS = {"any": "rnncore any", "reverse": "rnncore reverse", "cpp": "rnncore cpp"}
-PAIRS = (("best", "any"), ("best", "reverse"), ("best", "cpp"), ("torch", "reverse"), ("torch", "cpp"))
+OURS = {"scan": ("rnncore scan", "rnncore reverse"), "cpp": ("rnncore cpp",)}
+"""By the names that they have had."""
+PAIRS = (("best", "scan"), ("best", "cpp"), ("torch", "scan"), ("torch", "cpp"))
 RATIOS = tuple(f"{'best JAX' if slow == 'best' else slow} / {fast}" for slow, fast in PAIRS)
 HEAD = (
     "(B, T, D, H)", "best JAX peer", "its ms", "torch ms", *(f"`{name}` ms" for name in OURS), *RATIOS,
@@ -38,7 +39,7 @@ def parts(run: Run, records: list[Record], measurement: str) -> dict[str, Any]:
     return {
         "best": words.fastest(r for r in records if words.is_jax_peer(r)),
         "torch": words.fastest(r for r in records if r["library"] == "torch"),
-        **{name: by.get(contender) for name, contender in OURS.items()},
+        **{name: next((by[n] for n in names if n in by), None) for name, names in OURS.items()},
         "products": words.fastest(r for r in bounds if r["dtype"] == "float32"),
     }  # fmt: skip
 
@@ -73,7 +74,7 @@ def caption(run: Run, measurement: str) -> str:
     records = [r for found in shapes(run, measurement).values() for r in found]
     told = [
         f"{words.conditions(run, records)}. Ratios are times as fast, medians over rounds of the ratio within a round. "
-        "`any` and `reverse` are rnncore's modes of differentiation on its scan, `cpp` is `reverse` on that backend; "
+        "`scan` and `cpp` are rnncore's backends; "
         "products alone: the matrix products of the step, by XLA, with no loop around them. "
         f"{words.place(run)}. {words.NOISE}",
         words.state(run),

@@ -18,7 +18,7 @@ DASHES: tuple[Any, ...] = (
     "-", (0, (6, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 2)), (0, (8, 2, 1, 2, 1, 2)), (0, (12, 2)),
 )  # fmt: skip
 # Order, and so colour, of the bars: the same library has the same colour in every plot.
-BARS = ("rnncore any", "rnncore reverse", "rnncore cpp", "torch", "flax", "haiku", "equinox", "jax")
+BARS = ("rnncore scan", "rnncore reverse", "rnncore cpp", "torch", "flax", "haiku", "equinox", "jax")
 
 Data = dict[str, Any]
 

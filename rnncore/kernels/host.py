@@ -266,14 +266,14 @@ def _mix_gradient(cell: PointwiseCell, kernel: Array, h: Array, dr: Array) -> Ar
     return jnp.einsum("tbnd,tbgne->ndge", heads, slab, preferred_element_type=jnp.float32).reshape(kernel.shape)
 
 
-# Where the batch lies in each field of a loop; everything else of it is shared by the sequences.
-_BATCH = Loop(None, None, None, 0, 0, 0, 1)  # type: ignore[arg-type]
+# Where the batch lies in each field of a loop; None: the sequences share it.
+_BATCH: dict[str, int | None] = dict(zip(Loop._fields, (None, None, None, 0, 0, 0, 1), strict=True))
 
 
 def _call(kernel: Callable, loop: Loop, *stacks: Any) -> Any:
     """A kernel of (loop, *stacks) under any number of maps; stacks are (T, B, ...), or (B, H), and so are results."""
     leaves, tree = jax.tree.flatten((loop, stacks))
-    known = [axis for field, axis in zip(loop, _BATCH, strict=True) for _ in jax.tree.leaves(field)]
+    known: list[int | None] = [axis for name, axis in _BATCH.items() for _ in jax.tree.leaves(getattr(loop, name))]
     known += [a.ndim - 2 for a in jax.tree.leaves(stacks)]
     return over_batch(lambda groups, *flat: kernel(*_joined(tree, flat)), known, lambda a: a.ndim - 2)(*leaves)
 

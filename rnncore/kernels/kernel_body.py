@@ -37,16 +37,19 @@ class Body:
       cell: the cell.
       shape: of a tile.
       dtype: of a tile; float64 only where JAX has it.
+      states: whether the gates are results too, behind the new carry.
 
     Attributes:
       additive: for each gate whether it sees z + r alone.
       rest: the indices of the gates that do not.
       hidden: the index of h in the carry.
       width: how many residuals there are.
+      emitted: how many gates the update returns; 0 unless `states`.
     """
 
-    def __init__(self, cell: PointwiseCell, shape: tuple[int, ...], dtype: str = "float32"):
+    def __init__(self, cell: PointwiseCell, shape: tuple[int, ...], dtype: str = "float32", states: bool = False):
         self.cell, self.shape, self.dtype = cell, shape, dtype
+        self._states = states
         count = len(cell.gates)
         self.tile = jax.ShapeDtypeStruct(shape, dtype)
         self._units = named("Units", tuple(cell.units))(*(self.tile for _ in cell.units))
@@ -57,6 +60,7 @@ class Body:
             self.additive = pointwise.additive_gates(cell, self._units, self._gates, self._gates, self._carry)
         self.rest = tuple(g for g in range(count) if not self.additive[g])
         self._sizes = (len(cell.units), count, len(self.rest), len(self._carry))
+        self.emitted = len(jax.tree.leaves(self.gates)) if states else 0
 
     # ------------------------------------------------------------------------- inside the kernel
 
@@ -118,10 +122,17 @@ class Body:
 
     def _update(self, units: Any, zs: Any, rs: Any, carry: Any) -> Tiles:
         cell = self.cell
-        new, _ = cell.pointwise(
+        new, gates = cell.pointwise(
             type(self._units)(*units), cell.Gates(*zs), cell.Gates(*rs), cell.Carry(*carry)
         )  # fmt: skip
-        return tuple(a.astype(self.dtype) for a in new)
+        results = (*new, *jax.tree.leaves(gates)) if self._states else new
+        return tuple(jnp.broadcast_to(a, carry[0].shape).astype(self.dtype) for a in results)
+
+    @functools.cached_property
+    def gates(self) -> Any:
+        """What the cell calls its gates, as shapes."""
+        with _alone(self.dtype):
+            return jax.eval_shape(self.cell.pointwise, self._units, self._gates, self._gates, self._carry)[1]
 
     def _kept(self, split: pointwise.Linearized, args: Any) -> tuple[Tiles, Tiles]:
         """(new carry, residuals)"""
@@ -171,20 +182,21 @@ class Body:
         split = self._split
 
         def backward(*flat: Array) -> Tiles:
-            units, residuals, dcarry = _parted(flat, (self._sizes[0], self.width, self._sizes[3]))
+            units, residuals, dcarry = _parted(flat, (self._sizes[0], self.width, self._sizes[3] + self.emitted))
             kept = iter(residuals)
             values = [units[n] if self._is_unit(n) else next(kept) for n in split.needed]  # type: ignore[index]
             linear = [self.tile] * sum(self._sizes)
             parts = jax.linear_transpose(lambda *t: split.tangent(values, t), *linear)(tuple(dcarry))
             return tuple(jnp.broadcast_to(a, self.shape) for a in parts)
 
-        return inlined(backward, *[self.tile] * (self._sizes[0] + self.width + self._sizes[3]))
+        count = self._sizes[0] + self.width + self._sizes[3] + self.emitted
+        return inlined(backward, *[self.tile] * count)
 
 
 @functools.lru_cache(maxsize=256)
-def of(cell: PointwiseCell, shape: tuple[int, ...], dtype: str = "float32") -> Body:
+def of(cell: PointwiseCell, shape: tuple[int, ...], dtype: str = "float32", states: bool = False) -> Body:
     """The body of a cell, traced once."""
-    return Body(cell, shape, dtype)
+    return Body(cell, shape, dtype, states)
 
 
 @contextlib.contextmanager

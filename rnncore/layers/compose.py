@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import itertools
-from typing import Any
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
-from rnncore import _compat, _lengths
 from rnncore._types import Array
 from rnncore.layers.stack import Merge, Stack, StackParams
-from rnncore.sequence.backends import BACKENDS
-from rnncore.sequence.call import explain_backend, unroll
+from rnncore.sequence import checks
+from rnncore.sequence.call import Options, unroll
+from rnncore.sequence.layers import unroll_layers
+
+
+@overload
+def unroll_stack(
+    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[False] = False, **options: Any
+) -> tuple[Any, Array]: ...
+
+
+@overload
+def unroll_stack(
+    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[True], **options: Any
+) -> tuple[Any, Array, Any]: ...
+
+
+@overload
+def unroll_stack(
+    stack: Stack, params: StackParams, xs: Array, *, return_states: bool, **options: Any
+) -> tuple[Any, Array] | tuple[Any, Array, Any]: ...
 
 
 def unroll_stack(
@@ -34,7 +50,8 @@ def unroll_stack(
     recompute: str = "nothing",
     residual_dtype: Any = None,
     backend: str | None = None,
-) -> Any:
+    **removed: Any,
+) -> tuple[Any, Array] | tuple[Any, Array, Any]:
     """Runs a stack over time.
 
     Feeding a stream in pieces, each with the carry that the one before returned, equals feeding it
@@ -52,9 +69,9 @@ def unroll_stack(
       carry_dtype: dtype of the carries; None takes that of `initial_carry`, else of the products.
       output_dtype: dtype of the outputs of the last layer; None takes that of the products.
       seq_lengths, time_major, return_states: as in `rnncore.unroll`.
-      checkpoint_every, recompute, residual_dtype, backend: likewise, for every layer.  With backend
-        "cudnn" all layers and directions are one call of the library, but one for each of them where
-        dropout between layers is drawn or `merge` is not "concat".
+      checkpoint_every, recompute, residual_dtype, backend: likewise, for every layer.  A backend that can (as
+        "cudnn") runs all layers and directions in one call, unless something stands between them: dropout that is
+        drawn, zoneout, or a `merge` other than "concat".
       resets: booleans of xs's shape without D: True at the first step of an episode.  The carry then
         returns to the stack's own initial carry, also where `initial_carry` is another one.  The
         backward direction returns there after that step, on its way into the episode before.
@@ -79,6 +96,7 @@ def unroll_stack(
     Source: see `Stack`.  torch.nn.LSTM returns (outputs, (h, c)) with all layers and directions
     stacked on one axis.
     """
+    checks.refuse_removed("unroll_stack", removed)
     xs = jnp.asarray(xs)
     time_axis = 0 if time_major else xs.ndim - 2
     batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]
@@ -91,13 +109,14 @@ def unroll_stack(
         if carry_dtype is not None:
             carry = jax.tree.map(lambda a: jnp.asarray(a, carry_dtype), carry)
     back = None if resets is None else _backward_resets(jnp.asarray(resets), seq_lengths, time_axis)
-    if backend == "cudnn" and xs.shape[time_axis] and _is_one_call(stack, key):
-        ends, ys = _one_call(
-            stack, layers, carry, xs, seq_lengths, resets=resets, time_major=time_major, return_states=return_states,
-            checkpoint_every=checkpoint_every, recompute=recompute,
-            residual_dtype=residual_dtype,
+    if _is_one_call(stack, key) and resets is None and not return_states:
+        options = Options(
+            seq_lengths=seq_lengths, time_major=time_major, checkpoint_every=checkpoint_every, recompute=recompute,
+            residual_dtype=residual_dtype, backend=backend,
         )  # fmt: skip
-        return ends, ys.astype(dtype if output_dtype is None else output_dtype)
+        together = unroll_layers(stack.cell, layers, carry, xs, options)
+        if together is not None:
+            return together[0], together[1].astype(dtype if output_dtype is None else output_dtype)
     keys: Any = [[None] * (stack.directions + 1)] * stack.num_layers
     if key is not None:
         keys = jax.random.split(key, (stack.num_layers, stack.directions + 1))
@@ -128,32 +147,9 @@ def unroll_stack(
 
 
 def _is_one_call(stack: Stack, key: Array | None) -> bool:
-    """Whether cuDNN's own way of putting layers and directions together is that of this stack."""
+    """Whether nothing stands between layers and directions, so that a backend may run them all in one call."""
     plain = not any(stack.zoneout or ()) and (key is None or not stack.is_random)
     return plain and (stack.directions == 1 or stack.merge == "concat")
-
-
-def _one_call(stack: Stack, layers: Any, carry: Any, xs: Array, seq_lengths: Any, **options: Any) -> Any:
-    """All layers and directions at once, after the checks that `unroll` makes of each of them."""
-    for size, own, start in zip(
-        stack.sizes(xs.shape[-1]).values(), itertools.chain(*layers), itertools.chain(*carry), strict=True
-    ):
-        inputs: Any = jax.ShapeDtypeStruct((*xs.shape[:-1], size), xs.dtype)
-        explain_backend(
-            stack.cell, own, inputs, initial_carry=start, seq_lengths=seq_lengths, backend="cudnn", **options
-        )
-    time_axis = 0 if options["time_major"] else xs.ndim - 2
-    if seq_lengths is not None:
-        batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]
-        seq_lengths = _lengths.check_lengths(seq_lengths, batch_shape, xs.shape[time_axis])
-    return _run_layers(layers, carry, xs, seq_lengths, time_axis, _compat.matmul_precision())
-
-
-@functools.partial(jax.jit, static_argnums=(4, 5))
-def _run_layers(layers: Any, carry: Any, xs: Array, lengths: Any, time_axis: int, precision: str | None) -> Any:
-    xs = jnp.moveaxis(xs, time_axis, 0)
-    ends, ys = BACKENDS["cudnn"].run_layers(layers, carry, xs, lengths, precision)
-    return ends, jnp.moveaxis(ys, 0, time_axis)
 
 
 def _checked(stack: Stack, carry: Any) -> Any:

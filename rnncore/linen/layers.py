@@ -132,6 +132,7 @@ class Layers(nn.Module):
         return stack.start(params, batch_shape, modules.carry_dtype(self))
 
 
+@modules.without_differentiation
 class LSTM(Layers):
     """LSTM layers: `rnncore.LSTM` in a `rnncore.Stack`, with everything that training them takes.
 
@@ -177,6 +178,7 @@ class LSTM(Layers):
     gate_fn: Activation = field(default=jax.nn.sigmoid, kw_only=True)
 
 
+@modules.without_differentiation
 class GRU(Layers):
     """GRU layers: `rnncore.GRU` (reset after the product) in a `rnncore.Stack`.
 
@@ -203,6 +205,7 @@ class GRU(Layers):
     gate_fn: Activation = field(default=jax.nn.sigmoid, kw_only=True)
 
 
+@modules.without_differentiation
 class Elman(Layers):
     """Elman layers, the plain recurrent network: `rnncore.Elman` in a `rnncore.Stack`.
 

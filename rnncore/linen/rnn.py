@@ -16,12 +16,13 @@ from flax.linen import module as flax_module
 
 from rnncore import flax_modules as modules
 from rnncore._types import Array
-from rnncore.cells import pointwise
+from rnncore.cells import CellParams, PointwiseCell, pointwise
 from rnncore.linen import trees
 from rnncore.linen.convert import TREES
 from rnncore.linen.scan import has_plain_parameters, scan_over
 
 
+@modules.without_differentiation
 class RNN(nn.Module):
     """Applies a cell over a sequence: flax.linen.RNN, faster, with lengths done right.
 
@@ -128,8 +129,9 @@ class RNN(nn.Module):
 
         why = self._why_scan(carry)
         if why is None:
-            result = self._fast(
-                inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
+            core, params = self._functional(inputs, carry, step_shape)
+            result = modules.unroll(
+                self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
                 keep_order=keep_order, time_major=time_major, return_states=return_states,
             )  # fmt: skip
         else:
@@ -142,16 +144,15 @@ class RNN(nn.Module):
         return modules.result_of(self, result, return_carry)
 
     @nn.nowrap
-    def _fast(self, inputs: Array, carry: Any, step_shape: tuple[int, ...], **options: Any) -> tuple[Any, ...]:
-        """The run through `rnncore.unroll`."""
+    def _functional(self, inputs: Array, carry: Any, step_shape: tuple[int, ...]) -> tuple[PointwiseCell, CellParams]:
+        """The cell and its parameters as `rnncore.unroll` takes them."""
         cell: Any = self.cell
         tree = TREES[type(cell)]
         if not trees.is_complete(tree, cell, cell.variables.get("params", {})):
             # One step makes the parameters; where it may not, it raises Flax's own error.
             cell(carry, jnp.zeros(step_shape, inputs.dtype))
         weights = nn.meta.unbox(cell.variables["params"])
-        core, params = trees.assemble(tree, cell, weights, inputs, jax.tree.leaves(carry)[-1])
-        return modules.unroll(self, core, params, inputs, carry, step_shape, **options)
+        return trees.assemble(tree, cell, weights, inputs, jax.tree.leaves(carry)[-1])
 
     @nn.nowrap
     def _why_scan(self, carry: Any) -> str | None:

@@ -134,6 +134,7 @@ class Layers(nnx.Module):
         return stack.start(params, batch_shape, modules.carry_dtype(self))
 
 
+@modules.without_differentiation
 class LSTM(Layers):
     """LSTM layers: `rnncore.LSTM` in a `rnncore.Stack`, with everything that training them takes.
 
@@ -185,6 +186,7 @@ class LSTM(Layers):
         super().__init__(make, in_features, hidden_features, zoneout=cells.LSTMCarry(zoneout_cell, zoneout), **options)
 
 
+@modules.without_differentiation
 class GRU(Layers):
     """GRU layers: `rnncore.GRU` (reset after the product) in a `rnncore.Stack`.
 
@@ -218,6 +220,7 @@ class GRU(Layers):
         super().__init__(make, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)
 
 
+@modules.without_differentiation
 class Elman(Layers):
     """Elman layers, the plain recurrent network: `rnncore.Elman` in a `rnncore.Stack`.
 

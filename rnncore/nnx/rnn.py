@@ -19,6 +19,7 @@ _AXES: Any = {...: nnx.Carry}
 """All state goes from step to step: what Flax takes where the user says nothing."""
 
 
+@modules.without_differentiation
 class RNN(nnx.RNN):
     """Applies a cell over a sequence: flax.nnx.RNN, faster, with lengths done right.
 
@@ -148,8 +149,9 @@ class RNN(nnx.RNN):
 
         why = self._why_scan()
         if why is None:
-            result = self._fast(
-                inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
+            core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
+            result = modules.unroll(
+                self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
                 keep_order=keep_order, time_major=time_major, return_states=return_states,
             )  # fmt: skip
         else:
@@ -170,11 +172,6 @@ class RNN(nnx.RNN):
         rngs = self.rngs if rngs is None else rngs
         # Flax forks what is given as Rngs and draws from what is given as a stream.
         return self.cell.initialize_carry(step_shape, rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs)
-
-    def _fast(self, inputs: Array, carry: Any, step_shape: tuple[int, ...], **options: Any) -> tuple[Any, ...]:
-        """The run through `rnncore.unroll`."""
-        core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
-        return modules.unroll(self, core, params, inputs, carry, step_shape, **options)
 
     def _why_scan(self) -> str | None:
         """Reason why the cell has to run under nnx.scan, or None."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import abc
+import functools
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from rnncore._types import PyTree
-from rnncore.recurrence import plain, primitives
+from rnncore.recurrence import mesh, plain, primitives
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
@@ -16,17 +17,39 @@ class Backend(abc.ABC):
 
     Attributes:
       name: as `unroll(backend=...)` has it.
-      must_be_named: reason why it runs only where it is named; None where it may be chosen.
+      opaque: whether XLA can neither part its calls among devices nor take them to another machine: on an explicit mesh
+        it then runs in `jax.shard_map`, and `jax.export` takes `plain`.
+      must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
     """
 
     name: ClassVar[str]
+    opaque: ClassVar[bool] = False
     must_be_named: ClassVar[str | None] = None
     keeps_time_axis: ClassVar[bool] = False
 
     @abc.abstractmethod
     def unsupported(self, request: Request) -> str | None:
         """Reason why this backend cannot serve the request, or None."""
+
+    def unchosen(self, request: Request) -> str | None:
+        """Reason why a request that it can serve runs here only where the backend is named, or None."""
+        del request
+        return self.must_be_named
+
+    def prepare(self, request: Request) -> str | None:
+        """Called once it is chosen, before it runs: reason why another has to be chosen after all, or None."""
+        del request
+        return None
+
+    def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
+        """Whether `run` takes so many layers and directions at once, and had better.
+
+        Parameters, initial carries and the last ones are then, for each layer, a tuple of those of its directions, and
+        the request is that of the first of them.
+        """
+        del request, layers, directions
+        return False
 
     @abc.abstractmethod
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
@@ -73,14 +96,17 @@ class LoopBackend(Backend):
         This one differentiates `plain` and so runs forward again; a backend whose residuals are all that the linearised
         step depends on calls `plain.tangent` with them.
         """
-        return plain.jvp(request, differentiable, constants, tangents)
+        return plain.jvp(self.plain, request, differentiable, constants, tangents)
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run by operations that JAX differentiates to every order: for second and higher ones."""
         return plain.run(request, differentiable, constants)
 
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return primitives.run(self, request, differentiable, constants)
+        run = functools.partial(primitives.run, self)
+        if self.opaque:
+            return mesh.by_device(run, request, differentiable, constants)
+        return run(request, differentiable, constants)
 
 
 _OPTIONS: dict[str, Callable[[Request], bool]] = {

@@ -73,6 +73,7 @@ def _over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups
 
         together = map(merged, arrays, mapped, axes, examples)
         out = _over_batch(call, inputs, outputs, groups * size)(*together)
+        tree: Any
         leaves, tree = jax.tree.flatten(out)
 
         def parted(a: Array, axis: int | None) -> Array:
@@ -80,7 +81,8 @@ def _over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups
             axis = axis or 0
             if a.shape == (0,):
                 return a
-            return jnp.moveaxis(a.reshape(*a.shape[:axis], size, a.shape[axis] // size, *a.shape[axis + 1 :]), axis, 0)
+            apart = (*a.shape[:axis], size, a.shape[axis] // size, *a.shape[axis + 1 :])
+            return jnp.moveaxis(a.reshape(apart), axis, 0)
 
         apart = [parted(a, axis) for a, axis in zip(leaves, _axes(outputs, leaves), strict=True)]
         return tree.unflatten(apart), tree.unflatten([a.shape != (0,) for a in leaves])

@@ -13,6 +13,7 @@ Every backend has its second and higher derivatives, and by default its tangent,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def run(request: Request, differentiable: Differentiable, constants: Constants) 
     xs = jnp.moveaxis(xs, request.time_axis, 0)
     step = steps.of(request, differentiable, request.return_states or request.lengths)
     product = steps.recurrent_product(cell)
-    projection, recurrent, units = steps.input_params(params), steps.recurrent_params(params), None
+    projection, recurrent = steps.input_params(params), steps.recurrent_params(params)
     units = steps.spread_units(params, start.h)
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
@@ -65,8 +66,12 @@ def run(request: Request, differentiable: Differentiable, constants: Constants) 
     return Result(last, jnp.moveaxis(outputs, 0, request.time_axis), carries, gates)
 
 
-def jvp(request: Request, differentiable: Differentiable, constants: Constants, tangents: Differentiable) -> Result:
-    """The tangent of `run`; None for an array that does not move."""
+def jvp(
+    run: Callable[..., Result], request: Request, differentiable: Differentiable, constants: Constants,
+    tangents: Differentiable,
+) -> Result:  # fmt: skip
+    """The tangent of a plain run; None for an array that does not move."""
+    tree: Any
     leaves, tree = jax.tree.flatten(differentiable)
     moves = {n: t for n, t in enumerate(tree.flatten_up_to(tangents)) if t is not None}
 
@@ -110,8 +115,8 @@ def tangent(
     if jax.tree.leaves(moves):
         # The projection is bilinear: its tangent is a product for each of those that move.
         dxs = _moved_projection(project, steps.input_params(params), xs, moves)
-    drecurrent = steps.recurrent_params(tangents.params)
-    drecurrent = steps.recurrent_params(moved.params) if jax.tree.leaves(drecurrent) else None
+    moves_recurrent = jax.tree.leaves(steps.recurrent_params(tangents.params))
+    drecurrent = steps.recurrent_params(moved.params) if moves_recurrent else None
     dunits = steps.spread_units(moved.params, start.h) if jax.tree.leaves(tangents.params.units) else None
     entering = steps.masked(constants.recurrent_mask, before)
     inputs = Inputs(
@@ -128,6 +133,7 @@ def tangent(
 
 def _moved_projection(project: Any, params: Any, xs: Array, moves: Differentiable) -> Array:
     """The tangent of the projected inputs."""
+    tree: Any
     flat, tree = jax.tree.flatten((params, xs))
     at = {n: t for n, t in enumerate(tree.flatten_up_to((moves.params, moves.xs))) if t is not None}
 

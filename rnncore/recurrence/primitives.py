@@ -28,6 +28,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
+from rnncore import _compat
 from rnncore._types import Array
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
@@ -37,6 +38,11 @@ RESIDUALS = "rnncore_residuals"
 
 class Functions(Protocol):
     """What the primitives call: see `backend.LoopBackend`."""
+
+    def __hash__(self) -> int: ...
+
+    @property
+    def opaque(self) -> bool: ...
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result: ...
 
@@ -96,7 +102,7 @@ def _at(tree: Any, where: Sequence[int], leaves: Sequence[Any], other: Any = Non
     return jax.tree.unflatten(tree, flat)
 
 
-def _parted(trees: Sequence[Any], flat: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+def _parted(trees: Sequence[Any], flat: Sequence[Any]) -> tuple[Any, list[Any]]:
     """The leading leaves as trees of these structures, and the rest."""
     parts, rest = [], list(flat)
     for tree in trees:
@@ -110,8 +116,7 @@ def run(backend: Functions, request: Request, differentiable: Differentiable, co
     shapes = jax.eval_shape(_on_trees(backend, request, "forward"), differentiable, constants)
     leaves, tree = jax.tree.flatten(shapes)
     inexact = tuple(n for n, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.inexact))
-    structures: list[Any] = [jax.tree.structure(differentiable), jax.tree.structure(constants)]
-    loop = _Loop(backend, request, *structures, tree, inexact)
+    loop = _Loop(backend, request, jax.tree.structure(differentiable), jax.tree.structure(constants), tree, inexact)
     flat = run_p.bind(*jax.tree.leaves((differentiable, constants)), loop=loop, maps=(), which=())
     return jax.tree.unflatten(tree, flat)
 
@@ -121,7 +126,7 @@ def _on_trees(backend: Functions, request: Request, name: str) -> Callable:
     """A function of the backend, traced once for the same shapes."""
 
     def call(*trees: Any) -> Any:
-        with jax.default_matmul_precision(request.precision):  # type: ignore[arg-type]
+        with jax.default_matmul_precision(request.precision):
             return getattr(backend, name)(request, *trees)
 
     return jax.jit(call)
@@ -141,8 +146,8 @@ def _run(loop: _Loop, which: tuple, *flat: Array) -> list[Array]:
 
 def _tangent(loop: _Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     held, moved = _parted(loop.held, flat)
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
-        found = loop.backend.tangent(loop.request, *held, loop.differentiable_at(which, moved))
+    with jax.default_matmul_precision(loop.request.precision):
+        found = loop.backend.tangent(*(loop.request, *held, loop.differentiable_at(which, moved)))
     return _inexact(loop, found)
 
 
@@ -150,8 +155,8 @@ def _backward(loop: _Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat
     held, arriving = _parted(loop.held, flat)
     cotangents = _at(loop.result, which[0], arriving)
     wanted = loop.differentiable_at(which[1], [True] * len(which[1]), False)
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
-        found = loop.backend.backward(loop.request, *held, cotangents, wanted)
+    with jax.default_matmul_precision(loop.request.precision):
+        found = loop.backend.backward(*(loop.request, *held, cotangents, wanted))
     leaves = loop.differentiable.flatten_up_to(found)
     return [leaves[n] for n in which[1]]
 
@@ -176,17 +181,28 @@ def _plain(loop: _Loop, which: tuple[int, ...], flat: Any) -> tuple[Callable, li
 
 def _plain_tangent(loop: _Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     plain, primals = _plain(loop, which, flat)
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
+    with jax.default_matmul_precision(loop.request.precision):
         return jax.jvp(plain, primals, list(flat[loop.count :]))[1]
 
 
 def _plain_backward(loop: _Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> list[Array]:
     plain, primals = _plain(loop, which[1], flat)
     arriving = dict(zip(which[0], flat[loop.count :], strict=True))
-    with jax.default_matmul_precision(loop.request.precision):  # type: ignore[arg-type]
+    with jax.default_matmul_precision(loop.request.precision):
         results, back = jax.vjp(plain, *primals)
         pairs = zip(loop.inexact, results, strict=True)
         return list(back([arriving.get(n, jnp.zeros_like(a)) for n, a in pairs]))
+
+
+def _run_plain(loop: _Loop, which: tuple, *flat: Array) -> list[Array]:
+    """`_run` by `Backend.plain`, with zeros for residuals: `_plain_tangent` and `_plain_backward` need none."""
+    trees, _ = _parted((loop.differentiable, loop.constants), flat)
+    with jax.default_matmul_precision(loop.request.precision):
+        results = jax.tree.leaves(loop.backend.plain(loop.request, *trees))
+    if loop.residuals is None:
+        return results
+    _, kept = jax.eval_shape(_on_trees(loop.backend, loop.request, "forward_with_residuals"), *trees)
+    return results + [jnp.zeros(a.shape, a.dtype) for a in jax.tree.leaves(kept)]
 
 
 # -------------------------------------------------------------------------------------- the primitives
@@ -201,7 +217,8 @@ def _mapped(function: Callable, loop: _Loop, maps: tuple, which: Any) -> Callabl
     return jax.jit(call)
 
 
-def _primitive(name: str, function: Callable) -> Primitive:
+def _primitive(name: str, function: Callable, plain: Callable) -> Primitive:
+    """`plain` is the same for other machines than this one."""
     primitive = Primitive(f"rnncore_{name}")
     primitive.multiple_results = True
 
@@ -214,16 +231,24 @@ def _primitive(name: str, function: Callable) -> Primitive:
         out = primitive.bind(*front, loop=loop, maps=(*maps, axes), which=which)
         return out, [0] * len(out)
 
+    def evaluate_plain(*flat: Array, **params: Any) -> list[Array]:
+        return _mapped(plain, **params)(*flat)
+
+    def lower(context: Any, *flat: Any, loop: _Loop, **params: Any) -> Any:
+        away = _compat.is_exporting(context) and loop.backend.opaque
+        rule = mlir.lower_fun(evaluate_plain if away else evaluate, multiple_results=True)
+        return rule(context, *flat, loop=loop, **params)
+
     primitive.def_impl(evaluate)
     primitive.def_abstract_eval(lambda *avals, **params: jax.make_jaxpr(_mapped(function, **params))(*avals).out_avals)
-    mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=True))
+    mlir.register_lowering(primitive, lower)
     batching.primitive_batchers[primitive] = batch
     return primitive
 
 
-run_p = _primitive("run", _run)
-tangent_p = _primitive("tangent", _tangent)
-backward_p = _primitive("backward", _backward)
+run_p = _primitive("run", _run, _run_plain)
+tangent_p = _primitive("tangent", _tangent, _plain_tangent)
+backward_p = _primitive("backward", _backward, _plain_backward)
 
 
 def _moving(tangents: Any) -> tuple[int, ...]:

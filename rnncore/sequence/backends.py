@@ -10,7 +10,7 @@ from rnncore.recurrence.scan import Scan
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        mosaic_gpu.MosaicGPU(), pallas_tpu.PallasTPU(), cpp.Cpp(), Scan(), Autodiff(), cudnn.CuDNN(),
+        mosaic_gpu.MosaicGPU(), pallas_tpu.PallasTPU(), cudnn.CuDNN(), cpp.Cpp(), Scan(), Autodiff(),
     )
 }  # fmt: skip
 """The preferred one first: the first that can serve a call and need not be named is chosen."""

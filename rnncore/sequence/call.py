@@ -166,9 +166,9 @@ def unroll(
       residual_dtype: dtype in which "reverse" stores what it keeps, bfloat16 for half of R; None stores it
         as it is.  A GPU's memory traffic is the reason for it; gradients are then as exact as that dtype.
       backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
-        and "autodiff" run everywhere.  With differentiation="reverse" and only where they are named: "cpp" compiles any
-        pointwise cell for this machine's CPU and is fastest there; "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu"
-        run all steps in one kernel made from any pointwise cell; "cudnn" is NVIDIA's library, for plain float32 LSTMs.
+        and "autodiff" run everywhere.  "cpp" compiles any pointwise cell for this machine's CPU and is fastest there;
+        "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" run all steps in one kernel made from any pointwise cell;
+        "cudnn" is NVIDIA's library.
 
     Returns:
       (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,
@@ -197,7 +197,7 @@ def unroll(
         return_states, include_initial, checkpoint_every, recompute, residual_dtype, backend,
     )  # fmt: skip
     request, layout, arrays = _prepare(cell, params, xs, options)
-    choice = choose(request, backend)
+    choice = choose(request, backend, prepare=True)
     carry, outputs, states = _run(request, layout, BACKENDS[choice.name], *arrays)
     return (carry, outputs, states) if return_states else (carry, outputs)
 
@@ -221,17 +221,17 @@ def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> Ba
       backend 'autodiff': the first that can serve this call
       not 'mosaic_gpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
+      not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
-      not 'cudnn': ResetBeforeGRU is not rnncore.LSTM, the only cell that jax.experimental.rnn has
     """
     _checks.refuse_removed("explain_backend", {name: options[name] for name in options if name not in Options._fields})
     asked = Options(**options)
     return choose(_prepare(cell, params, xs, asked)[0], asked.backend)
 
 
-def choose(request: Request, backend: str | None) -> BackendChoice:
-    """The named backend, or the first that can serve the request."""
+def choose(request: Request, backend: str | None, prepare: bool = False) -> BackendChoice:
+    """The named backend, or the first that can serve the request; `prepare`: it is about to run."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
     reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
@@ -245,8 +245,12 @@ def choose(request: Request, backend: str | None) -> BackendChoice:
             )
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
         return BackendChoice(backend, "named by the caller", others)
-    reasons = {name: why or BACKENDS[name].must_be_named for name, why in reasons.items()}
-    name = next(name for name, why in reasons.items() if why is None)
+    reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
+    for name in reasons:
+        if prepare and reasons[name] is None:
+            reasons[name] = BACKENDS[name].prepare(request)
+        if reasons[name] is None:
+            break
     others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
     return BackendChoice(name, "the first that can serve this call", others)
 

@@ -1,19 +1,21 @@
 """Backend "cpp": a whole run in one C++ loop for the CPU, made from any pointwise cell and compiled where it runs.
 
 The update, what its derivative needs, and its transpose are written as C++ (`emit.py`), compiled with this library's
-loops (`forward.h`, `backward.h`) by the C++ compiler of the machine, once, and kept on the disk (`compiler.py`).  A
-thread runs all steps of its share of the sequences, and waits for no other within a step; where there are few sequences
-and a large matrix, threads share the units of each step.  The matrices are laid out once a call in the order in which
-products read them; a product leaves its gates in registers, where the update takes them.  Inputs are projected, and in
-reverse mode all weight gradients summed, a few steps at a time, while they are in the cache.
+loops (`forward.h`, `backward.h`) by the C++ compiler of the machine, once, and kept on the disk (`compiler.py`,
+`cache.py`).  A thread runs all steps of its share of the sequences, and waits for no other within a step; where there
+are few sequences and a large matrix, threads share the units of each step.  The matrices are laid out once a call in
+the order in which products read them; a product leaves its gates in registers, where the update takes them.  Inputs are
+projected, and in reverse mode all weight gradients summed, a few steps at a time, while they are in the cache.
 
 Platform: CPU, with a C++17 compiler that has GCC's vectors (GCC, Clang): what CXX names, or c++, g++, clang++.  The
-first call with a cell compiles for some seconds; RNNCORE_CACHE_DIR (by default rnncore in the user's cache directory)
-keeps the result, and shapes do not matter to it.  Cells: every PointwiseCell whose update is said in the operations of
-`emit.OPERATIONS`, with a dense recurrence or heads.  Dtypes: float32 or float64, of all arrays alike; float64 applies
-the C library's functions, lane by lane.  Lengths, resets, recurrent masks, any number of batch axes: yes; zoneout,
-states, chunks: no.  Differentiation: reverse mode of first order.  vmap over sequences becomes more of a batch, and
-over parameters runs one call after the other.  Data that is sharded over devices is gathered to each of them, unless
+first run of a cell compiles for some seconds; RNNCORE_CACHE_DIR (by default rnncore in the user's cache directory)
+keeps the result, and shapes do not matter to it.  It is chosen by itself on one CPU device; RNNCORE_CPP=0 leaves it to
+those who name it.  Cells: every PointwiseCell whose update is said in the operations of `emit.OPERATIONS`, with a
+dense, block-diagonal or diagonal recurrence.  Dtypes: float64, float32, bfloat16, float16 in any mixture; sums and the
+carry are float32 inside, or float64 where something is; float64 applies the C library's functions, lane by lane.  All
+options of `rnncore.unroll`: with `recompute`, "gates" or "chunk" alike, the carry of every K-th step is kept and the
+steps between run again; `residual_dtype` then has no meaning.  vmap over sequences becomes more of a batch, and over
+parameters runs one call after the other.  Data that is sharded over devices is gathered to each of them, unless
 shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R as in `rnncore.unroll` and in R
 the units of a head padded to a multiple of 16.  The same call gives the same bits on the same number of threads.
 """
@@ -21,48 +23,54 @@ the units of a head padded to a multiple of 16.  The same call gives the same bi
 from __future__ import annotations
 
 from rnncore.cells.base import PointwiseCell
-from rnncore.cells.recurrent_kernels import Dense, Heads
+from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cpp import compiler, emit, recurrence
-from rnncore.recurrence.backend import without
 from rnncore.recurrence.run import Request
 
-DTYPES = ("float32", "float64")
+DTYPES = ("float32", "float64", "bfloat16", "float16")
 
 
 class Cpp(recurrence.CppLoops):
     """See the package."""
 
     name = "cpp"
-    must_be_named = "only where it is named: it calls the C++ compiler of this machine"
+    opaque = True
     keeps_time_axis = True
 
     def unsupported(self, request: Request) -> str | None:
         cell = request.cell
         if not isinstance(cell, PointwiseCell):
             return f"{type(cell).__name__} is not a PointwiseCell, so no loop can be made of its pointwise update"
-        if not isinstance(cell.recurrence, Dense | Heads):
-            return f"{type(cell.recurrence).__name__} recurrences have no product; it has loops for Dense and Heads"
-        refused = without(
-            request,
-            ("zoneout", "return_states", "checkpoint_every", "recompute", "residual_dtype"),
-            "its loop runs all steps at once and keeps what the derivative needs as it is",
-        )
-        if refused is None and 0 in request.batch_shape:
-            refused = f"it takes no empty batch, and this one is {request.batch_shape}"
-        if refused is not None:
-            return refused
-        if request.dtype not in DTYPES or request.dtypes != {request.dtype}:
-            got = ", ".join(sorted(request.dtypes))
-            return f"it takes float32 or float64, one of them; parameters, inputs and carry are {got}"
+        if type(cell.recurrence) not in (Dense, Heads, Diagonal):
+            return f"{type(cell.recurrence).__name__} recurrences: it has loops for Dense, Heads and Diagonal"
+        if not request.dtypes | {request.dtype, request.residual_dtype or "float32"} <= set(DTYPES):
+            got = ", ".join(sorted(request.dtypes | {request.residual_dtype or request.dtype}))
+            return f"it takes {', '.join(DTYPES)}; parameters, inputs, carry and residuals are {got}"
+        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
+            return "its arrays are of known sizes, and here some are symbols"
         changed = kernel_body.why_not_as_declared(cell, "project", "mix", "output", "split")
-        return changed or missing_compiler(request.platform) or emit.why_not(cell, request.dtype)
+        if changed is not None:
+            return changed
+        if request.platform != "cpu":
+            return f"it needs a CPU, and JAX runs on {request.platform} here"
+        variant = recurrence.variant_of(request)
+        return emit.why_not(cell, variant) or compiler.missing(emit.source(cell, variant))
+
+    def unchosen(self, request: Request) -> str | None:
+        if compiler.turned_off():
+            return "RNNCORE_CPP turns it off where it is not named"
+        if request.devices > 1:
+            return "only where it is named: data that is sharded over devices would be gathered to each of them"
+        return None
+
+    def prepare(self, request: Request) -> str | None:
+        variant = recurrence.variant_of(request)
+        return compiler.why_not(emit.source(request.cell, variant), recurrence.described(request.cell, variant))
 
 
 def missing_compiler(platform: str) -> str | None:
-    """Reason why its loops cannot run on this platform, or None."""
+    """Reason why a new cell cannot run on this platform, or None."""
     if platform != "cpu":
         return f"it needs a CPU, and JAX runs on {platform} here"
-    if compiler.find() is None:
-        return "it needs a C++ compiler, and none is found: install one, or name it in CXX"
-    return None
+    return None if compiler.find() else "it needs a C++ compiler, and none is found: install one, or name it in CXX"

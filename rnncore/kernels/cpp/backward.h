@@ -6,12 +6,15 @@
 
 namespace rnn {
 
+// Null where there are none.
 struct Cotangents {
-  const real *y, *last;
+  const stored *y, *states;
+  const real* last;
 };
 
 struct Gradients {
-  real *x, *w, *u, *bias, *rest_bias, *units, *start, *target;
+  stored* x;
+  real *w, *u, *bias, *rest_bias, *units, *start, *target;
 };
 
 // The matrices as the backward products read them.
@@ -20,8 +23,8 @@ struct Transposes {
   Transposed of_w, of_u;
 
   static std::vector<int64_t> sizes(const Sizes& s, bool with_inputs) {
-    return {with_inputs ? Transposed::size(s.inputs, s.lanes) : 0,
-            s.heads * Transposed::size(s.head, s.padded * kGates), Cell::units * s.units};
+    const int64_t recurrent = s.diagonal ? s.lanes : s.heads * Transposed::size(s.head, s.padded * kGates);
+    return {with_inputs ? Transposed::size(s.inputs, s.lanes) : 0, recurrent, Cell::units * s.units};
   }
   explicit Transposes(const Sizes& s) : of_w{s.inputs, s.lanes}, of_u{s.head, s.padded * kGates} {}
   void set(real* const* parts, bool with_inputs) {
@@ -32,10 +35,11 @@ struct Transposes {
 
   void pack(const Sizes& s, const Inputs& in, int64_t block) const {
     if (w) of_w.pack(in.w, s.hidden, s.first(block), s.count(block), block, w);
+    pack_rows(s, in.units, Cell::units, block, units);
+    if (s.diagonal) return pack_rows(s, in.u, kGates, block, u);
     const int64_t n = s.head_of(block);
     of_u.pack(in.u + n * s.head * kGates * s.head, s.head, s.first(block) - n * s.head, s.count(block),
               block - n * s.padded / kLanes, head(s, n));
-    pack_rows(s, in.units, Cell::units, block, units);
   }
 };
 
@@ -52,24 +56,38 @@ struct Sums {
   }
 };
 
-// Sequences lo to hi, all steps.
+// Sequences lo to hi, all steps.  Where `begins` holds carries of some steps, stretches are run again from them, and
+// what the derivative needs is kept of one stretch at a time.
 class Backward {
  public:
-  Backward(const Sizes& s, const Inputs& in, const Transposes& p, const real* y, const real* kept,
-           const Cotangents& given, const Gradients& out, int64_t lo, int64_t hi)
-      : s(s), in(in), p(p), y(y), kept(kept), given(given), out(out), lo(lo), n(hi - lo) {
+  Backward(const Sizes& s, const Inputs& in, const Weights& weights, const Transposes& p, const stored* y,
+           residual* kept, const Outputs& begins, const Cotangents& given, const Gradients& out, int64_t lo, int64_t hi)
+      : s(s), in(in), p(p), y(y), given(given), out(out), lo(lo), n(hi - lo), every(begins.begins ? begins.every : 0),
+        kept(s, kept, s.batch, 0, 0), forward(s, in, weights, begins, lo, hi) {
     chunk = chunk_steps(s, n, 65536, 128);  // below 128 rows the sums wait for memory
     ldx = s.inputs + kPad, ldz = s.lanes + kPad, ldh = s.units + kPad;
+    if (every) chunk = std::min(chunk, every);
   }
 
   std::vector<int64_t> sizes() const {
     const int64_t m = chunk * n, fields = Cell::fields * n * s.units;
-    return {m * ldx, m * ldh, m * ldz, Cell::rest ? m * ldz : 0, fields, in.resets ? fields : 0};
+    std::vector<int64_t> all{m * ldx, every ? (every + 1) * n * ldh : m * ldh, m * ldz, Cell::rest ? m * ldz : 0,
+                             fields, in.resets ? fields : 0};
+    if (every) {
+      all.push_back(Residuals::size(s, every * n));
+      for (int64_t size : forward.sizes()) all.push_back(size);
+    }
+    return all;
   }
 
   void set(real* const* parts, const Sums& totals) {
-    x = parts[0], h = parts[1], dz = parts[2], dr = Cell::rest ? parts[3] : dz, ds = parts[4], dtarget = parts[5],
-    sums = totals;
+    x = parts[0], entering = parts[1], dz = parts[2], dr = Cell::rest ? parts[3] : dz, ds = parts[4],
+    dtarget = parts[5], sums = totals;
+    if (every) {
+      kept.data = reinterpret_cast<residual*>(parts[6]);
+      forward.set(parts + 7);
+      forward.enter_in(entering, every + 1);
+    }
   }
 
   // `together`: the team shares every step too.
@@ -79,20 +97,18 @@ class Backward {
       std::fill_n(ds, Cell::fields * n * s.units, real(0));
       if (in.resets) std::fill_n(dtarget, Cell::fields * n * s.units, real(0));
     });
-    for (int64_t end = s.steps, t0; end > 0; end = t0) {
-      t0 = std::max<int64_t>(end - chunk, 0);
-      const int64_t rows = (end - t0) * n;
-      here.phase(end - t0, [&](int64_t t) {
-        gather_inputs(s, in.x, lo, n, t0 + t, 1, x + t * n * ldx, ldx);
-        gather_hidden(t0 + t, h + t * n * ldh);
-      });
-      in_turn(here, together, [&](Team::Member& here) { loop(here, t0, end); });
-      // One after the other: x and h of a chunk do not fit into the cache together.
-      here.phase(s.blocks, [&](int64_t block) { weights(block, x, ldx, dz, s.inputs, rows, sums.w); });
-      here.phase(s.blocks, [&](int64_t block) {
-        weights(block, h + s.head_of(block) * s.padded, ldh, dr, s.head, rows, sums.u);
-      });
-      if (out.x) here.phase(panels(s.inputs), [&](int64_t panel) { inputs(panel, t0, rows); });
+    for (int64_t last = s.steps, first; last > 0; last = first) {
+      first = every ? (last - 1) / every * every : 0;
+      if (every) {
+        kept = Residuals(s, kept.data, n, first, lo);
+        forward.keep_in(kept);
+        forward.again(here, together, first, last);
+      }
+      for (int64_t end = last, t0; end > first; end = t0) {
+        t0 = std::max(end - chunk, first);
+        h = every ? entering + (t0 - first) * n * ldh : entering;
+        gradients(here, together, t0, end);
+      }
     }
     here.phase(1, [&](int64_t) {
       for (int f = 0; f < Cell::fields; f++)
@@ -109,21 +125,40 @@ class Backward {
   const Sizes& s;
   const Inputs& in;
   const Transposes& p;
-  const real *y, *kept;
+  const stored* y;
   const Cotangents& given;
   const Gradients& out;
-  const int64_t lo, n;
+  const int64_t lo, n, every;
+  Residuals kept;
+  Forward<true> forward;
   int64_t chunk, ldx, ldz, ldh;
-  real *x, *h, *dz, *dr, *ds, *dtarget;  // x, h, dz, dr: (step, sequence) by row; ds: of the carry after the step
+  real *x, *entering, *h, *dz, *dr, *ds, *dtarget;  // x, h, dz, dr: (step, sequence) by row; ds: of the carry after
   Sums sums;
 
   real* field(real* of, int f, int64_t r) const { return of + (f * n + r) * s.units; }
+
+  // A chunk of steps, and what it adds to the sums.
+  void gradients(Team::Member& here, bool together, int64_t t0, int64_t end) {
+    const int64_t rows = (end - t0) * n;
+    here.phase(end - t0, [&](int64_t t) {
+      gather_inputs(s, in.x, lo, n, t0 + t, x + t * n * ldx, ldx);
+      if (!every) gather_hidden(t0 + t, h + t * n * ldh);
+    });
+    in_turn(here, together, [&](Team::Member& here) { loop(here, t0, end); });
+    // One after the other: x and h of a chunk do not fit into the cache together.
+    here.phase(s.blocks, [&](int64_t block) { weights(block, x, ldx, dz, s.inputs, rows, sums.w); });
+    if (!s.diagonal)
+      here.phase(s.blocks, [&](int64_t block) {
+        weights(block, h + s.head_of(block) * s.padded, ldh, dr, s.head, rows, sums.u);
+      });
+    if (out.x) here.phase(panels(s.inputs), [&](int64_t panel) { inputs(panel, t0, rows); });
+  }
 
   void loop(Team::Member& here, int64_t t0, int64_t end) {
     for (int64_t t = end - 1; t >= t0; t--) {
       const int64_t at = (t - t0) * n, each = panels(s.head);
       here.phase(s.blocks, [&](int64_t block) { step(t, block, at); });
-      here.phase(s.heads * each, [&](int64_t item) { recur(item / each, item % each, at); });
+      if (!s.diagonal) here.phase(s.heads * each, [&](int64_t item) { recur(item / each, item % each, at); });
       if (in.resets)
         here.phase(1, [&](int64_t) {
           for (int64_t r = 0; r < n; r++)
@@ -136,6 +171,7 @@ class Backward {
   static int64_t panels(int64_t columns) { return (columns + kWide * kLanes - 1) / (kWide * kLanes); }
 
   void add_last(int f, int64_t r) {
+    if (!given.last) return;
     for (int64_t block = 0; block < s.blocks; block++) {
       real* to = field(ds, f, r) + block * kLanes;
       store(to, load(to) + load(given.last + (f * s.batch + lo + r) * s.hidden + s.first(block), s.count(block)));
@@ -155,11 +191,14 @@ class Backward {
   void gather_hidden(int64_t t, real* to) const {
     for (int64_t r = 0; r < n; r++, to += ldh) {
       const int64_t row = lo + r, carried = (Cell::hidden * s.batch + row) * s.hidden;
-      const real* from = t ? y + row * s.y_row + (t - 1) * s.y_step : in.start + carried;
-      if (in.resets && in.resets[t * s.batch + row]) from = in.target + carried;
-      for (int64_t block = 0; block < s.blocks; block++)
-        store(to + block * kLanes,
-              masked(s, in.recurrent_mask, row, block, load(from + s.first(block), s.count(block))));
+      const bool reset = in.resets && in.resets[t * s.batch + row];
+      const real* from = (reset ? in.target : in.start) + carried;
+      const stored* before = t && !reset ? y + row * s.y_row + (t - 1) * s.y_step : nullptr;
+      for (int64_t block = 0; block < s.blocks; block++) {
+        const int64_t first = s.first(block);
+        const vec one = before ? load(before + first, s.count(block)) : load(from + first, s.count(block));
+        store(to + block * kLanes, masked(s, in.recurrent_mask, row, block, one));
+      }
     }
   }
 
@@ -168,20 +207,34 @@ class Backward {
     const int count = s.count(block);
     mask there;
     for (int lane = 0; lane < kLanes; lane++) there[lane] = lane < count ? -1 : 0;
-    vec units[Cell::units + 1], bias[kGates] = {}, rest_bias[Cell::rest + 1] = {}, dunits[Cell::units + 1] = {};
+    vec units[Cell::units + 1], u[kGates], du[kGates] = {}, bias[kGates] = {}, rest_bias[Cell::rest + 1] = {}, dunits[Cell::units + 1] = {};
     for (int m = 0; m < Cell::units; m++) units[m] = load(p.units + (block * Cell::units + m) * kLanes);
+    if (s.diagonal)
+      for (int g = 0; g < kGates; g++) u[g] = load(p.u + (block * kGates + g) * kLanes);
     for (int64_t r = 0; r < n; r++) {
-      vec residuals[Cell::residuals + 1], after[Cell::fields], dp[Cell::units + 1], z[kGates], rest[Cell::rest + 1],
-          before[Cell::fields];
-      const real* from = kept + (t * s.batch + lo + r) * Cell::residuals * s.units + block * kLanes;
+      vec residuals[Cell::residuals + 1], after[Cell::fields], stays[Cell::fields], gates[Cell::emitted + 1],
+          dp[Cell::units + 1], z[kGates], rest[Cell::rest + 1], before[Cell::fields];
+      const residual* from = kept.at(t, lo + r, block);
       for (int m = 0; m < Cell::residuals; m++) residuals[m] = load(from + m * s.units);
       const bool ends = t + 1 == (in.lengths ? in.lengths[lo + r] : s.steps);
       for (int f = 0; f < Cell::fields; f++) {
         after[f] = load(field(ds, f, r) + block * kLanes);
-        if (ends) after[f] += load(given.last + (f * s.batch + lo + r) * s.hidden + s.first(block), count);
+        if (ends && given.last) after[f] += load(given.last + (f * s.batch + lo + r) * s.hidden + s.first(block), count);
       }
-      after[Cell::hidden] += load(given.y + (lo + r) * s.y_row + t * s.y_step + s.first(block), count);
-      Cell::backward(units, residuals, after, dp, z, rest, before);
+      if (given.y) after[Cell::hidden] += load(given.y + (lo + r) * s.y_row + t * s.y_step + s.first(block), count);
+      if constexpr (Cell::states) states(t, lo + r, block, after, gates);
+      if (in.zoneout.any) stay(t, lo + r, block, after, stays);
+      Cell::backward(units, residuals, after, gates, dp, z, rest, before);
+      if (in.zoneout.any)
+        for (int f = 0; f < Cell::fields; f++) before[f] += stays[f];
+      if (s.diagonal) {
+        vec dh = all(0);
+        for (int g = 0; g < kGates; g++) {
+          const vec recurrent = Cell::rest_of[g] < 0 ? z[g] : rest[std::max(Cell::rest_of[g], 0)];
+          dh += recurrent * u[g], du[g] += select(there, recurrent * load(h + (at + r) * ldh + block * kLanes), all(0));
+        }
+        before[Cell::hidden] += masked(s, in.recurrent_mask, lo + r, block, dh);
+      }
       for (int f = 0; f < Cell::fields; f++) store(field(ds, f, r) + block * kLanes, before[f]);
       real* to = dz + (at + r) * ldz + block * kGates * kLanes;
       for (int g = 0; g < kGates; g++) {
@@ -198,6 +251,28 @@ class Backward {
     }
     add(sums.bias, kGates, block, bias), add(sums.rest_bias, Cell::rest, block, rest_bias),
         add(sums.units, Cell::units, block, dunits);
+    if (s.diagonal) add(sums.u, kGates, block, du);
+  }
+
+  // The cotangents of a step's states: of the other fields added to `after`, of the gates.
+  void states(int64_t t, int64_t row, int64_t block, vec* after, vec* gates) const {
+    const int64_t apart = s.steps * s.batch * s.hidden;
+    const stored* from = given.states ? given.states + (t * s.batch + row) * s.hidden + s.first(block) : nullptr;
+    const auto next = [&] {
+      const vec one = from ? load(from, s.count(block)) : all(0);
+      if (from) from += apart;
+      return one;
+    };
+    for (int f = 0; f < Cell::fields; f++)
+      if (f != Cell::hidden) after[f] += next();
+    for (int m = 0; m < Cell::emitted; m++) gates[m] = next();
+  }
+
+  __attribute__((noinline)) void stay(int64_t t, int64_t row, int64_t block, vec* after, vec* stays) const {
+    for (int f = 0; f < Cell::fields; f++) {
+      stays[f] = after[f];
+      in.zoneout.part(s, f, t, row, block, stays[f], after[f]);
+    }
   }
 
   static void add(real* to, int count, int64_t block, const vec* values) {
@@ -246,7 +321,7 @@ class Backward {
       vec c[rows][kWide] = {};
       multiply<rows, kWide, false>(dz + first * ldz, ldz, p.w + panel * p.of_w.panel(), kWide * kLanes, s.lanes, c);
       for (int r = 0; r < rows; r++) {
-        real* to = out.x + (lo + (first + r) % n) * s.x_row + (t0 + (first + r) / n) * s.x_step + j;
+        stored* to = out.x + (lo + (first + r) % n) * s.x_row + (t0 + (first + r) / n) * s.x_step + j;
         for (int m = 0; m < kWide; m++)
           if (const int64_t left = s.inputs - j - m * kLanes; left > 0)
             store(to + m * kLanes, c[r][m], int(std::min<int64_t>(left, kLanes)));

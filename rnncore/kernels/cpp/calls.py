@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from rnncore import _compat
 from rnncore._types import Array
+from rnncore.kernels.cpp.emit import Variant
 from rnncore.recurrence.batching import over_batch
 
 PAD = 16
@@ -20,7 +23,7 @@ class Moving(NamedTuple):
     Fields:
       x: (B, T, D), or (T, B, D).
       input_kernel: (D, G, H).
-      kernel: (N, H/N, G, H/N).
+      kernel: (N, H/N, G, H/N), or (G, H) of a diagonal recurrence.
       bias: (G, H), with the recurrent bias of the gates that see z + r alone.
       rest_bias: (n, H), of r of the other gates.
       units: (P, H).
@@ -38,52 +41,106 @@ class Moving(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What it depends on besides; empty arrays where there is none: masks (B, H), lengths (B,), resets (T, B)."""
+    """What it depends on besides; empty arrays where there is none.
+
+    Fields:
+      mask: (B, H), multiplies h where it enters the product.
+      lengths: (B,), from 0 to T.
+      resets: (T, B).
+      share: (F,), what of each field of the old carry stays at every step.
+      chosen: (n, T, B, H), which units of a field stay, for the n fields that have such booleans.
+      shares: (m, T, B, H), likewise shares.
+    """
 
     mask: Array
     lengths: Array
     resets: Array
+    share: Array
+    chosen: Array
+    shares: Array
+
+
+class Out(NamedTuple):
+    """What a run gives.
+
+    Fields:
+      y: as x, with H for D.
+      last: (F, B, H).
+      states: (F - 1 + gates, T, B, H), the carry's fields but h, and the gates; empty where nobody wants them.
+    """
+
+    y: Array
+    last: Array
+    states: Array
 
 
 _SHARED = ("input_kernel", "kernel", "bias", "rest_bias", "units")
 """What all sequences share; its gradients are sums over them."""
 
+NONE, SHARE, CHOSEN, SHARES = range(4)
+"""What of a field of the carry stays: `Zoneout::Kind` of layout.h."""
 
+
+@dataclasses.dataclass(frozen=True)
 class Calls:
-    """The handlers of one compiled cell, for one dtype and one order of the axes.
+    """The handlers of one compiled cell.
 
-    Args:
-      targets: handler to its name, see `compiler.targets`.
-      width: residuals of a step.
-      dtype: of all floating arrays.
+    Fields:
+      targets: names of the handlers, as `compiler.HANDLERS`.
+      variant: the types of the arrays, and whether there are states.
+      width, fields, emitted: residuals of a step, fields of the carry, gates that the update returns.
       time_major: whether x and y have time first.
+      zoneout: NONE, SHARE, CHOSEN or SHARES for each field of the carry.
+      every: 0, or to keep the carry before every so many steps and run the steps between again.
     """
 
-    def __init__(self, targets: dict[str, str], width: int, dtype: str, time_major: bool):
-        self.targets, self.width, self.dtype, self.time_major = targets, width, dtype, time_major
-        rows = 1 if time_major else 0
-        shared = [None] * len(_SHARED)
-        self._batch = (rows, *shared, 1, 1, 0, 0, 1)  # of Moving and Given
-        self._outputs = (rows, 1, 1)
+    targets: tuple[str, str, str]
+    variant: Variant
+    width: int
+    fields: int
+    emitted: int
+    time_major: bool
+    zoneout: tuple[int, ...]
+    every: int = 0
 
-    def forward(self, moving: Moving, given: Given, keep: bool) -> tuple[Array, Array, Array]:
-        """(y as x with H for D, last (F, B, H), kept (T, B, width, padded H), empty where it is not wanted)."""
+    @property
+    def _axes(self) -> tuple[tuple, tuple]:
+        """Where the batch lies in Moving and Given, and in Out; None: shared."""
+        rows = 1 if self.time_major else 0
+        return (rows, *[None] * len(_SHARED), 1, 1, 0, 0, 1, None, 2, 2), (rows, 1, 2)
+
+    def _shape(self, moving: Moving) -> tuple[int, int, int]:
+        """(T, B, H)"""
+        steps, rows = moving.x.shape[:2] if self.time_major else moving.x.shape[1::-1]
+        return steps, rows, moving.bias.shape[-1]
+
+    def forward(self, moving: Moving, given: Given, keep: bool) -> tuple[Out, Array]:
+        """(results, what `backward` needs: empty unless it is wanted)."""
 
         def run(groups: int, *args: Array) -> Any:
             del groups  # nothing is summed over sequences
             moving = Moving(*args[: len(Moving._fields)])
-            heads, size = moving.kernel.shape[:2]
-            steps, rows = moving.x.shape[:2] if self.time_major else moving.x.shape[1::-1]
-            kept = (steps, rows, self.width, heads * -(-size // PAD) * PAD) if keep else (0,)
-            shapes = ((*moving.x.shape[:2], heads * size), moving.start.shape, kept)
-            return self._call("forward_keeping" if keep else "forward", shapes, args)
+            steps, rows, hidden = self._shape(moving)
+            heads = moving.kernel.shape[0] if moving.kernel.ndim > 2 else 1
+            padded = heads * -(-(hidden // heads) // PAD) * PAD
+            kept: tuple[int, ...] = (0,)
+            if keep and self.every:
+                kept = (-(-steps // self.every), rows, self.fields, padded)
+            elif keep:
+                kept = (steps, rows, self.width, padded)
+            states = (self.fields - 1 + self.emitted, steps, rows, hidden) if self.variant.states else (0,)
+            real, stored, residual, _ = self.variant
+            shapes = (((*moving.x.shape[:2], hidden), stored), (moving.start.shape, real), (kept, residual),
+                      (states, stored))  # fmt: skip
+            return self._call(1 if keep else 0, rows, 1, shapes, args)
 
-        return over_batch(run, self._batch, self._outputs)(*moving, *given)
+        inputs, (y, last, states) = self._axes
+        outputs = (y, last, 1, states)
+        found = over_batch(run, inputs, outputs)(*moving, *given)
+        return Out(found[0], found[1], found[3]), found[2]
 
-    def backward(
-        self, moving: Moving, given: Given, y: Array, kept: Array, dy: Array, dlast: Array, inputs: bool
-    ) -> Moving:
-        """The cotangents; that of x is empty unless `inputs`."""
+    def backward(self, moving: Moving, given: Given, y: Array, kept: Array, dout: Out, inputs: bool) -> Moving:
+        """The cotangents, empty ones of `dout` counting as zero; that of x is empty unless `inputs`."""
 
         def run(groups: int, *args: Array) -> Any:
             moving = Moving(*args[: len(Moving._fields)])
@@ -91,16 +148,19 @@ class Calls:
             shapes: Any = Moving(*(a.shape for a in moving))._replace(**summed)  # type: ignore[arg-type]
             if not inputs:
                 shapes = shapes._replace(x=(0,))
-            return self._call("backward", shapes, args, groups=groups)
+            types = [self.variant.stored, *[self.variant.real] * (len(shapes) - 1)]
+            return self._call(2, self._shape(moving)[1], groups, tuple(zip(shapes, types, strict=True)), args)
 
-        batch, rows = self._batch, self._batch[0]
-        out = over_batch(run, (*batch, rows, 1, rows, 1), batch[: len(Moving._fields)])(
-            *moving, *given, y, kept, dy, dlast
+        batch, (rows, last, states) = self._axes
+        found = over_batch(run, (*batch, rows, 1, rows, last, states), batch[: len(Moving._fields)])(
+            *moving, *given, y, kept, *dout
         )
-        return Moving(*(a[0] if axis is None else a for a, axis in zip(out, batch, strict=False)))
+        return Moving(*(a[0] if axis is None else a for a, axis in zip(found, batch, strict=False)))
 
-    def _call(self, handler: str, shapes: Any, args: tuple[Array, ...], **options: Any) -> tuple[Array, ...]:
-        results = [jax.ShapeDtypeStruct(shape, self.dtype) for shape in shapes]
+    def _call(self, handler: int, rows: int, groups: int, shapes: Any, args: tuple[Array, ...]) -> tuple[Array, ...]:
+        if not rows:
+            return tuple(jnp.zeros(*one) for one in shapes)
+        results = [jax.ShapeDtypeStruct(*one) for one in shapes]
         call = jax.ffi.ffi_call(self.targets[handler], results)
-        axes = _compat.varying_axes(args[0])
-        return tuple(_compat.vary_over(a, axes) for a in call(*args, time_major=self.time_major, **options))
+        zoneout = np.asarray(self.zoneout, np.int64)
+        return tuple(call(*args, time_major=self.time_major, groups=groups, every=self.every, zoneout=zoneout))

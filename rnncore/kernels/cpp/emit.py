@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -68,39 +68,68 @@ class Unsayable(Exception):
     """An operation that has no expression here."""
 
 
+class Variant(NamedTuple):
+    """What a compiled file is of, besides the cell.
+
+    Fields:
+      real: dtype of all arithmetic, of parameters and of carries: float32 or float64.
+      stored: dtype of inputs, outputs and states over time.
+      residual: dtype of what is kept for the derivative.
+      states: whether states and gates can be returned.
+    """
+
+    real: str
+    stored: str
+    residual: str
+    states: bool = False
+
+
+def body(cell: PointwiseCell, variant: Variant) -> kernel_body.Body:
+    """The update, what its derivative keeps, and its transpose."""
+    return kernel_body.of(cell, (1, 1), variant.real, variant.states)
+
+
 @functools.lru_cache(maxsize=256)
-def why_not(cell: PointwiseCell, dtype: str) -> str | None:
+def why_not(cell: PointwiseCell, variant: Variant) -> str | None:
     """Reason why the cell cannot be written in C++, or None."""
     try:
-        source(cell, dtype)
+        source(cell, variant)
     except Unsayable as error:
         return f"{type(cell).__name__} applies {error}, for which it has no C++"
     return None
 
 
+_TYPES = {"float64": "double", "float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
+
+
 @functools.lru_cache(maxsize=256)
-def source(cell: PointwiseCell, dtype: str) -> str:
+def source(cell: PointwiseCell, variant: Variant) -> str:
     """The whole file for one cell."""
-    part = kernel_body.of(cell, (1, 1), dtype)
+    part, dtype = body(cell, variant), variant.real
     units, gates, fields, rest = len(cell.units), len(cell.gates), len(cell.Carry._fields), len(part.rest)
     arguments = [("p", units), ("z", gates), ("r", rest), ("s", fields)]
+    results = [("out", fields), ("gates", part.emitted)]
     functions = (
-        ("forward", part.folded, arguments, [("out", fields)]),
-        ("keep", part.keeping, arguments, [("out", fields), ("kept", part.width)]),
+        ("forward", part.folded, arguments, results),
+        ("keep", part.keeping, arguments, [*results, ("kept", part.width)]),
         (
-            "backward", part.transposed, [("p", units), ("kept", part.width), ("ds", fields)],
+            "backward", part.transposed,
+            [("p", units), ("kept", part.width), ("ds", fields), ("dgates", part.emitted)],
             [("dp", units), ("dz", gates), ("dr", rest), ("dold", fields)],
         ),
     )  # fmt: skip
     constants = {
         "gates": gates, "fields": fields, "hidden": part.hidden, "units": units, "residuals": part.width, "rest": rest,
+        "emitted": part.emitted,
     }  # fmt: skip
     rest_of = ", ".join(str(part.rest.index(g) if g in part.rest else -1) for g in range(gates))
+    types = ("REAL", variant.real), ("STORED", variant.stored), ("RESIDUAL", variant.residual)
     lines = [
-        f"#define RNN_REAL {'double' if dtype == 'float64' else 'float'}",
+        *(f"#define RNN_{name} {_TYPES[of]}" for name, of in types),
         '#include "vectors.h"',
         "namespace rnn {",
         "struct Cell {",
+        f"  static constexpr bool states = {'true' if variant.states else 'false'};",
         "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in constants.items()) + ";",
         f"  static constexpr int rest_of[gates] = {{{rest_of}}};  // among `rest`; -1: z and r of it are added up",
     ]

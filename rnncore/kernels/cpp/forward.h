@@ -8,13 +8,18 @@ namespace rnn {
 
 // What both loops read; null where there is none of it.
 struct Inputs {
-  const real *x, *w, *u, *bias, *rest_bias, *units, *start, *target, *recurrent_mask;
+  const stored* x;
+  const real *w, *u, *bias, *rest_bias, *units, *start, *target, *recurrent_mask;
   const int32_t* lengths;
   const bool* resets;
+  Zoneout zoneout;
 };
 
+// Null where nobody wants it.  begins: the carry before every step that `every` divides, (T / every, B, F, padded H).
 struct Outputs {
-  real *y, *last, *kept;
+  stored *y, *states;
+  real *last, *begins;
+  int64_t every;
 };
 
 // The parameters as the loops read them.
@@ -22,7 +27,7 @@ struct Weights {
   real *w, *u, *bias, *rest_bias, *units;
 
   static std::vector<int64_t> sizes(const Sizes& s) {
-    return {s.inputs * s.lanes, s.head * s.lanes, s.lanes, Cell::rest * s.units, Cell::units * s.units};
+    return {s.inputs * s.lanes, s.depth * s.lanes, s.lanes, Cell::rest * s.units, Cell::units * s.units};
   }
   Weights() = default;
   explicit Weights(real* const* parts)
@@ -30,8 +35,12 @@ struct Weights {
 
   void pack(const Sizes& s, const Inputs& in, int64_t block) const {
     pack_columns(s, in.w, s.inputs, s.hidden, s.first(block), block, w);
-    const int64_t head = s.head_of(block);
-    pack_columns(s, in.u + head * s.head * kGates * s.head, s.head, s.head, s.first(block) - head * s.head, block, u);
+    if (s.diagonal) {
+      pack_rows(s, in.u, kGates, block, u);
+    } else {
+      const int64_t head = s.head_of(block);
+      pack_columns(s, in.u + head * s.head * kGates * s.head, s.head, s.head, s.first(block) - head * s.head, block, u);
+    }
     pack_rows(s, in.bias, kGates, block, bias);
     pack_rows(s, in.rest_bias, Cell::rest, block, rest_bias);
     pack_rows(s, in.units, Cell::units, block, units);
@@ -59,73 +68,109 @@ inline void project(const Sizes& s, const Weights& p, int64_t block, const real*
     });
 }
 
-// Sequences lo to hi, all steps.
+// Sequences lo to hi.
 template <bool Keep>
 class Forward {
  public:
   Forward(const Sizes& s, const Inputs& in, const Weights& weights, const Outputs& out, int64_t lo, int64_t hi)
-      : s(s), in(in), p(weights), out(out), lo(lo), n(hi - lo) {
+      : s(s), in(in), p(weights), out(out), kept(s, nullptr, s.batch, 0, 0), lo(lo), n(hi - lo) {
     chunk = chunk_steps(s, n, 32768, kRows);
     ldx = s.inputs + kPad, ldz = s.lanes + kPad, ldh = s.units + kPad;
   }
 
   std::vector<int64_t> sizes() const {
-    return {chunk * n * ldx, chunk * n * ldz, n * ldh, n * ldh, Cell::fields * n * s.units};
+    return {chunk * n * ldx, chunk * n * ldz, 2 * n * ldh, Cell::fields * n * s.units};
   }
 
-  void set(real* const* parts) { x = parts[0], z = parts[1], hs[0] = parts[2], hs[1] = parts[3], carry = parts[4]; }
+  void set(real* const* parts) { x = parts[0], z = parts[1], h = parts[2], carry = parts[3]; }
 
-  // `together`: the team shares every step too.
+  // Where what the derivative needs goes.
+  void keep_in(const Residuals& rows) { kept = rows; }
+
+  // What enters the recurrent product of all steps of a stretch, one step more than it has, is wanted here.
+  void enter_in(real* rows, int64_t steps) { h = rows, h_steps = steps; }
+
+  // All steps, and the last carry.  `together`: the team shares every step too.
   void run(Team& team, bool together) {
     Team::Member here(team);
     here.phase(1, [&](int64_t) {
       for (int64_t r = 0; r < n; r++) {
-        begin(r, in.start, hs[0]);
+        begin(r, in.start, h);
         if (in.lengths && in.lengths[lo + r] == 0) finish(r);
       }
     });
-    for (int64_t t0 = 0; t0 < s.steps; t0 += chunk) {
-      const int64_t end = std::min(t0 + chunk, s.steps);
-      here.phase(end - t0, [&](int64_t t) { gather_inputs(s, in.x, lo, n, t0 + t, 1, x + t * n * ldx, ldx); });
-      here.phase(s.blocks, [&](int64_t block) { project(s, p, block, x, ldx, z, ldz, (end - t0) * n); });
-      in_turn(here, together, [&](Team::Member& here) { loop(here, t0, end); });
-    }
+    steps(here, together, 0, s.steps);
     here.phase(1, [&](int64_t) {
       for (int64_t r = 0; r < n && !in.lengths; r++) finish(r);
     });
+  }
+
+  // A stretch that begins with one of `begins`.
+  void again(Team::Member& here, bool together, int64_t first, int64_t end) {
+    here.phase(1, [&](int64_t) {
+      for (int64_t r = 0; r < n; r++) {
+        for (int f = 0; f < Cell::fields; f++)
+          std::copy_n(beginning(first, f, r), s.units, field(f, r));
+        enter(r, h);
+      }
+    });
+    h_first = first;
+    steps(here, together, first, end);
   }
 
  private:
   const Sizes& s;
   const Inputs& in;
   const Weights& p;
-  const Outputs& out;
+  const Outputs out;
+  Residuals kept;
   const int64_t lo, n;
-  int64_t chunk, ldx, ldz, ldh;
-  real *x, *z, *hs[2], *carry;  // hs: what enters the recurrent product of even and odd steps, row by row
+  int64_t chunk, ldx, ldz, ldh, h_first = 0, h_steps = 2;
+  real *x, *z, *h, *carry;  // h: what enters the recurrent product of the last steps, row by row
 
   real* field(int f, int64_t r) const { return carry + (f * n + r) * s.units; }
+  real* entering(int64_t t) const { return h + (t - h_first) % h_steps * n * ldh; }
+  real* beginning(int64_t t, int f, int64_t r) const {
+    return out.begins + ((t / out.every * s.batch + lo + r) * Cell::fields + f) * s.units;
+  }
 
   // The carry of a sequence becomes the given one.
-  void begin(int64_t r, const real* from, real* h) {
+  void begin(int64_t r, const real* from, real* to) {
     for (int f = 0; f < Cell::fields; f++) spread(s, from + (f * s.batch + lo + r) * s.hidden, field(f, r));
+    enter(r, to);
+  }
+  void enter(int64_t r, real* to) {
     for (int64_t block = 0; block < s.blocks; block++)
-      store(h + r * ldh + block * kLanes,
+      store(to + r * ldh + block * kLanes,
             masked(s, in.recurrent_mask, lo + r, block, load(field(Cell::hidden, r) + block * kLanes)));
+  }
+
+  void steps(Team::Member& here, bool together, int64_t first, int64_t last) {
+    for (int64_t t0 = first; t0 < last; t0 += chunk) {
+      const int64_t end = std::min(t0 + chunk, last);
+      here.phase(end - t0, [&](int64_t t) { gather_inputs(s, in.x, lo, n, t0 + t, x + t * n * ldx, ldx); });
+      here.phase(s.blocks, [&](int64_t block) { project(s, p, block, x, ldx, z, ldz, (end - t0) * n); });
+      in_turn(here, together, [&](Team::Member& here) { loop(here, t0, end); });
+    }
   }
 
   void loop(Team::Member& here, int64_t t0, int64_t end) {
     for (int64_t t = t0; t < end; t++) {
-      real *h = hs[t % 2], *next = hs[(t + 1) % 2];
+      real *now = entering(t), *next = entering(t + 1);
+      if (!Keep && out.begins && t % out.every == 0)
+        here.phase(1, [&](int64_t) {
+          for (int64_t r = 0; r < n; r++)
+            for (int f = 0; f < Cell::fields; f++) std::copy_n(field(f, r), s.units, beginning(t, f, r));
+        });
       if (in.resets)
         here.phase(1, [&](int64_t) {
           for (int64_t r = 0; r < n; r++)
-            if (in.resets[t * s.batch + lo + r]) begin(r, in.target, h);
+            if (in.resets[t * s.batch + lo + r]) begin(r, in.target, now);
         });
       here.phase(s.blocks, [&](int64_t block) {
-        in_blocks(n, [&](int at, auto rows) { step<rows>(t, block, at, z + ((t - t0) * n + at) * ldz, h, next); });
+        in_blocks(n, [&](int at, auto rows) { step<rows>(t, block, at, z + ((t - t0) * n + at) * ldz, now, next); });
       });
-      if (in.lengths)
+      if (in.lengths && out.last)
         here.phase(1, [&](int64_t) {
           for (int64_t r = 0; r < n; r++)
             if (in.lengths[lo + r] == t + 1) finish(r);
@@ -137,8 +182,22 @@ class Forward {
     for (int f = 0; f < Cell::fields; f++) collect(s, field(f, r), out.last + (f * s.batch + lo + r) * s.hidden);
   }
 
+  // c += what enters the product, of `Rows` rows, times the columns of gates g to g + kColumns.
   template <int Rows>
-  void step(int64_t t, int64_t block, int64_t at, const real* z, const real* h, real* next) {
+  RNN_INLINE void multiply_recurrent(int64_t block, int g, const real* h, vec (&c)[Rows][kColumns]) const {
+    if (s.diagonal) {
+      for (int m = 0; m < kColumns; m++) {
+        const vec u = load(p.u + (block * kGates + g + m) * kLanes);
+        for (int r = 0; r < Rows; r++) c[r][m] += load(h + r * ldh + block * kLanes) * u;
+      }
+      return;
+    }
+    const real* columns = p.u + (block * kGates + g) * s.head * kLanes;
+    multiply<Rows, kColumns, false>(h + s.head_of(block) * s.padded, ldh, columns, kColumns * kLanes, s.head, c);
+  }
+
+  template <int Rows>
+  void step(int64_t t, int64_t block, int64_t at, const real* z, const real* now, real* next) {
     vec sums[Rows][kGates];  // z + r of the gates that see no more, r of the others
     const real* zs = z + block * kGates * kLanes;
     for (int g = 0; g < kGates; g += kColumns) {
@@ -149,9 +208,7 @@ class Forward {
           c[r][m] =
               load(rest < 0 ? zs + r * ldz + (g + m) * kLanes : p.rest_bias + (block * Cell::rest + rest) * kLanes);
       }
-      const real* columns = p.u + (block * kGates + g) * s.head * kLanes;
-      multiply<Rows, kColumns, false>(h + at * ldh + s.head_of(block) * s.padded, ldh, columns, kColumns * kLanes,
-                                      s.head, c);
+      multiply_recurrent<Rows>(block, g, now + at * ldh, c);
       for (int r = 0; r < Rows; r++)
         for (int m = 0; m < kColumns; m++) sums[r][g + m] = c[r][m];
     }
@@ -159,23 +216,41 @@ class Forward {
     for (int m = 0; m < Cell::units; m++) units[m] = load(p.units + (block * Cell::units + m) * kLanes);
     const int count = s.count(block);
     for (int r = 0; r < Rows; r++) {
-      vec folded[kGates], rest[Cell::rest + 1], old[Cell::fields], fresh[Cell::fields], kept[Cell::residuals + 1];
+      const int64_t row = lo + at + r;
+      vec folded[kGates], rest[Cell::rest + 1], old[Cell::fields], fresh[Cell::fields], gates[Cell::emitted + 1],
+          values[Cell::residuals + 1];
       for (int g = 0; g < kGates; g++) {
         folded[g] = sums[r][g];
         if (Cell::rest_of[g] >= 0) rest[Cell::rest_of[g]] = sums[r][g], folded[g] = load(zs + r * ldz + g * kLanes);
       }
       for (int f = 0; f < Cell::fields; f++) old[f] = load(field(f, at + r) + block * kLanes);
       if constexpr (Keep) {
-        Cell::keep(units, folded, rest, old, fresh, kept);
-        real* to = out.kept + (t * s.batch + lo + at + r) * Cell::residuals * s.units + block * kLanes;
-        for (int m = 0; m < Cell::residuals; m++) store(to + m * s.units, kept[m]);
+        Cell::keep(units, folded, rest, old, fresh, gates, values);
+        residual* to = kept.at(t, row, block);
+        for (int m = 0; m < Cell::residuals; m++) store(to + m * s.units, values[m]);
       } else {
-        Cell::forward(units, folded, rest, old, fresh);
+        Cell::forward(units, folded, rest, old, fresh, gates);
       }
+      if (in.zoneout.any) stay(t, row, block, old, fresh);
       for (int f = 0; f < Cell::fields; f++) store(field(f, at + r) + block * kLanes, fresh[f]);
       const vec y = fresh[Cell::hidden];
-      store(out.y + (lo + at + r) * s.y_row + t * s.y_step + s.first(block), y, count);
-      store(next + (at + r) * ldh + block * kLanes, masked(s, in.recurrent_mask, lo + at + r, block, y));
+      if (out.y) store(out.y + row * s.y_row + t * s.y_step + s.first(block), y, count);
+      if constexpr (Cell::states)
+        if (out.states) {
+          stored* to = out.states + (t * s.batch + row) * s.hidden + s.first(block);
+          const int64_t apart = s.steps * s.batch * s.hidden;
+          for (int f = 0; f < Cell::fields; f++)
+            if (f != Cell::hidden) store(to, fresh[f], count), to += apart;
+          for (int m = 0; m < Cell::emitted; m++, to += apart) store(to, gates[m], count);
+        }
+      store(next + (at + r) * ldh + block * kLanes, masked(s, in.recurrent_mask, row, block, y));
+    }
+  }
+
+  __attribute__((noinline)) void stay(int64_t t, int64_t row, int64_t block, vec* old, vec* fresh) const {
+    for (int f = 0; f < Cell::fields; f++) {
+      in.zoneout.part(s, f, t, row, block, old[f], fresh[f]);
+      fresh[f] += old[f];
     }
   }
 };

@@ -79,12 +79,58 @@ inline vec masked(const Sizes& s, const real* recurrent_mask, int64_t row, int64
   return recurrent_mask ? h * load(recurrent_mask + row * s.hidden + s.first(block), s.count(block)) : h;
 }
 
-// The inputs of a chunk, (step, sequence) by row.
-inline void gather_inputs(const Sizes& s, const real* x, int64_t lo, int64_t n, int64_t t0, int64_t count, real* to,
-                          int64_t ld) {
-  for (int64_t t = 0; t < count; t++)
-    for (int64_t r = 0; r < n; r++)
-      std::memcpy(to + (t * n + r) * ld, x + (lo + r) * s.x_row + (t0 + t) * s.x_step, s.inputs * sizeof(real));
+// The inputs of a step, sequence by row.
+inline void gather_inputs(const Sizes& s, const stored* x, int64_t lo, int64_t n, int64_t t, real* to, int64_t ld) {
+  for (int64_t r = 0; r < n; r++) {
+    const stored* from = x + (lo + r) * s.x_row + t * s.x_step;
+    real* row = to + r * ld;
+    if constexpr (std::is_same_v<stored, real>)
+      std::memcpy(row, from, s.inputs * sizeof(real));
+    else
+      for (int64_t k = 0; k < s.inputs; k += kLanes) {
+        const int count = int(std::min<int64_t>(s.inputs - k, kLanes));
+        store(row + k, load(from + k, count), count);
+      }
+  }
 }
+
+// What is kept of a step for the derivative: of all steps and sequences, or of some.
+struct Residuals {
+  residual* data;
+  int64_t step, first_step, first_row, units;
+
+  static int64_t size(const Sizes& s, int64_t rows) { return rows * Cell::residuals * s.units; }
+  Residuals(const Sizes& s, residual* data, int64_t rows, int64_t first_step, int64_t first_row)
+      : data(data), step(size(s, rows)), first_step(first_step), first_row(first_row), units(s.units) {}
+  // Where the first one of a vector of units is; the next are `units` further each.
+  residual* at(int64_t t, int64_t row, int64_t block) const {
+    return data + (t - first_step) * step + (row - first_row) * Cell::residuals * units + block * kLanes;
+  }
+};
+
+// What of the old carry stays, for each field: nothing, a share, booleans, or shares of their own (both (T, B, H)).
+struct Zoneout {
+  enum Kind { kNone, kShare, kChosen, kShares };
+  bool any = false;
+  Kind kinds[Cell::fields] = {};
+  real share[Cell::fields] = {};
+  const bool* chosen[Cell::fields] = {};
+  const real* shares[Cell::fields] = {};
+
+  // `old` becomes what stays of it, `fresh` what it gives to the sum of both.
+  __attribute__((noinline)) void part(const Sizes& s, int f, int64_t t, int64_t row, int64_t block, vec& old,
+                                      vec& fresh) const {
+    const int64_t at = (t * s.batch + row) * s.hidden + s.first(block);
+    if (kinds[f] == kNone) {
+      old = all(0);
+    } else if (kinds[f] == kChosen) {
+      const mask stays = load(chosen[f] + at, s.count(block));
+      old = select(stays, old, all(0)), fresh = select(stays, all(0), fresh);
+    } else {
+      const vec stays = kinds[f] == kShare ? all(share[f]) : load(shares[f] + at, s.count(block));
+      old *= stays, fresh *= 1 - stays;
+    }
+  }
+};
 
 }  // namespace rnn

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,13 +13,29 @@ import jax.numpy as jnp
 from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import CellParams, PointwiseCell
-from rnncore.cells.recurrent_kernels import Heads
-from rnncore.kernels import kernel_body
+from rnncore.cells.recurrent_kernels import Diagonal, Heads
 from rnncore.kernels.cpp import compiler, emit
-from rnncore.kernels.cpp.calls import Calls, Given, Moving
+from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Given, Moving, Out
 from rnncore.recurrence import plain
 from rnncore.recurrence.backend import LoopBackend
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+
+
+def described(cell: PointwiseCell, variant: emit.Variant) -> str:
+    """What is compiled, for messages."""
+    types = dict.fromkeys(variant[:3])
+    return f"{type(cell).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
+
+
+def variant_of(request: Request) -> emit.Variant:
+    """The types of a run.  A mixture is brought to the dtype of the sums before it, and back after it."""
+    dtypes = request.dtypes | {request.dtype}
+    real = "float64" if "float64" in dtypes else "float32"
+    stored = request.dtype if len(dtypes) == 1 else real
+    residual = request.residual_dtype or stored
+    if request.recompute != "nothing" or jnp.finfo(residual).bits > jnp.finfo(real).bits:
+        residual = real
+    return emit.Variant(real, stored, residual, request.return_states)
 
 
 class CppLoops(LoopBackend):
@@ -26,15 +43,14 @@ class CppLoops(LoopBackend):
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         run = _Run(request, differentiable, constants)
-        y, last, _ = run.calls.forward(run.moving(differentiable), run.given, False)
-        return run.result(y, last)
+        return run.result(run.calls.forward(run.moving(differentiable), run.given, False)[0])
 
     def forward_with_residuals(
         self, request: Request, differentiable: Differentiable, constants: Constants
     ) -> tuple[Result, PyTree]:
         run = _Run(request, differentiable, constants)
-        y, last, kept = run.calls.forward(run.moving(differentiable), run.given, True)
-        return run.result(y, last), kept
+        out, kept = run.calls.forward(run.moving(differentiable), run.given, True)
+        return run.result(out), kept
 
     def backward(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
@@ -42,91 +58,162 @@ class CppLoops(LoopBackend):
     ) -> Differentiable:  # fmt: skip
         run = _Run(request, differentiable, constants)
         moving, back = jax.vjp(run.moving, differentiable)
-        dy, dlast = run.flat(dense(cotangents, result))
-        y, _ = run.flat(result)
-        found: Any = run.calls.backward(moving, run.given, y, residuals, dy, dlast, wanted.xs)
-        found = found if wanted.xs else found._replace(x=jnp.zeros_like(moving.x))
-        return back(found)[0]
+        dout = run.cotangents(cotangents)
+        found: Any = run.calls.backward(moving, run.given, run.outputs(result), residuals, dout, wanted.xs)
+        return back(found if wanted.xs else found._replace(x=jnp.zeros_like(moving.x)))[0]
 
     def tangent(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
         tangents: Differentiable,
     ) -> Result:  # fmt: skip
         run = _Run(request, differentiable, constants)
-        steps, rows, width, _ = residuals.shape
-        heads, size = run.heads, request.cell.hidden_size // run.heads
-        stacks = residuals.reshape(steps, rows, width, heads, -1)[..., :size]
-        stacks = stacks.reshape(steps, *request.batch_shape, width, heads * size)
-        stacks = tuple(jnp.moveaxis(stacks, -2, 0))
-        return plain.tangent(request, differentiable, constants, result, stacks, tangents)
+        dtypes = {*run.variant[:3], *request.dtypes}
+        # Inside shard_map the linearised step depends on other values than the one that was compiled.
+        if run.every or request.return_states or len(dtypes) > 1 or run.axes:
+            return super().tangent(request, differentiable, constants, result, residuals, tangents)
+        steps, rows, width, padded = residuals.shape
+        heads, hidden = run.heads, request.cell.hidden_size
+        stacks = residuals.reshape(steps, rows, width, heads, padded // heads)[..., : hidden // heads]
+        stacks = jnp.moveaxis(stacks.reshape(steps, *request.batch_shape, width, hidden), -2, 0)
+        return plain.tangent(request, differentiable, constants, result, tuple(stacks), tangents)
 
 
 class _Run:
-    """The arrays of a run as the calls have them."""
+    """The arrays of a run as the calls have them: one batch axis, a carry as one array, few dtypes."""
 
     def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
         cell = request.cell
         assert isinstance(cell, PointwiseCell)
-        self.request, self.cell = request, cell
+        start = differentiable.initial_carry
+        self.request, self.cell, self.dtypes = request, cell, [a.dtype for a in start]
         self.rows, self.time_major = math.prod(request.batch_shape), request.time_axis == 0
         self.heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
+        self.variant = variant_of(request)
+        self.part = emit.body(cell, self.variant)
+        self.every = 0
+        if request.recompute != "nothing":
+            self.every = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
         self.axes = _compat.varying_axes(differentiable.xs)
+        steps, hidden, real = request.steps, cell.hidden_size, self.variant.real
+        self.zoneout, shares, chosen, stacks = self._zoneout(constants.zoneout)
         self.given = Given(
-            self._given(constants.recurrent_mask, (self.rows, cell.hidden_size), request.dtype),
-            self._given(constants.lengths, (self.rows,), jnp.int32),
-            self._given(constants.resets, (request.steps, self.rows), bool),
-        )
+            self._one(constants.recurrent_mask, (self.rows, hidden), real),
+            self._one(constants.lengths, (self.rows,), jnp.int32),
+            self._one(constants.resets, (steps, self.rows), bool),
+            shares, chosen, stacks,
+        )  # fmt: skip
 
     @property
     def calls(self) -> Calls:
-        return _calls(self.cell, self.request.dtype, self.time_major)
+        return _calls(self.cell, self.variant, self.time_major, self.zoneout, self.every)
 
-    def _given(self, a: Array | None, shape: tuple[int, ...], dtype: Any) -> Array:
-        return _compat.vary_over(jnp.zeros((0,), dtype) if a is None else a.reshape(shape).astype(dtype), self.axes)
+    def _one(self, a: Array | None, shape: tuple[int, ...], dtype: Any) -> Array:
+        """An array, or one that stands for none."""
+        if a is None:
+            # Inside shard_map it has to differ over the devices as the others do.
+            return _compat.vary_over(jnp.zeros((0,), dtype), self.axes)
+        return a.reshape(shape).astype(dtype)
+
+    def _stack(self, arrays: Sequence[Array | None], shape: tuple[int, ...], dtype: Any) -> Array:
+        """Arrays below each other, zeros in the place of None; one that stands for none if all are."""
+        if all(a is None for a in arrays):
+            return self._one(None, shape, dtype)
+        zeros = jnp.zeros(shape, dtype)
+        return jnp.stack([zeros if a is None else self._one(a, shape, dtype) for a in arrays])
+
+    def _zoneout(self, zoneout: Any) -> tuple[tuple[int, ...], Array, Array, Array]:
+        """(kind of each field, shares of fields, booleans of those that have them, shares at every step)."""
+
+        def kind(a: Array | None) -> int:
+            return NONE if a is None else SHARE if a.ndim == 0 else CHOSEN if a.dtype == jnp.bool_ else SHARES
+
+        fields = zoneout or ()
+        kinds, real = tuple(map(kind, fields)), self.variant.real
+        shape = (self.request.steps, self.rows, self.cell.hidden_size)
+
+        def of(which: int, shape: tuple[int, ...], dtype: Any) -> Array:
+            found = [a for a, k in zip(fields, kinds, strict=True) if k == which]
+            return self._stack(found, shape, dtype)
+
+        shares = [a if k == SHARE else None for a, k in zip(fields, kinds, strict=True)]
+        return kinds, self._stack(shares, (), real), of(CHOSEN, shape, bool), of(SHARES, shape, real)
 
     def moving(self, differentiable: Differentiable) -> Moving:
         """What the calls read, a linear function of what is differentiable."""
         params, xs, start, reset_carry = differentiable
-        request, hidden, dtype = self.request, self.cell.hidden_size, self.request.dtype
-        size = hidden // self.heads
-        shape = (request.steps, self.rows) if self.time_major else (self.rows, request.steps)
+        real, hidden = self.variant.real, self.cell.hidden_size
+        params = jax.tree.map(lambda a: a.astype(real), params)
+        kernel = params.recurrent_kernel
+        if not isinstance(self.cell.recurrence, Diagonal):
+            size = hidden // self.heads
+            kernel = kernel.reshape(self.heads, size, len(self.cell.gates), size)
         moving = Moving(
-            xs.reshape(*shape, xs.shape[-1]), params.input_kernel,
-            params.recurrent_kernel.reshape(self.heads, size, len(self.cell.gates), size),
-            *_biases(self.cell, params), _rows(params.units, hidden, dtype), self._carry(start),
-            jnp.zeros((0,), dtype) if reset_carry is None else self._carry(reset_carry),
+            xs.reshape(*self._sequences, xs.shape[-1]).astype(self.variant.stored), params.input_kernel, kernel,
+            *self._biases(params), _rows(params.units, hidden, real), self._carry(start), self._carry(reset_carry),
         )  # fmt: skip
-        # Inside shard_map the empty ones have to differ over the devices as the others do.
         return jax.tree.map(lambda a: _compat.vary_over(a, self.axes), moving)
 
+    @property
+    def _sequences(self) -> tuple[int, int]:
+        return (self.request.steps, self.rows) if self.time_major else (self.rows, self.request.steps)
+
     def _carry(self, fields: Any) -> Array:
-        return jnp.stack([a.reshape(self.rows, self.cell.hidden_size) for a in fields])
+        none = [None] * len(self.dtypes)
+        return self._stack(none if fields is None else fields, (self.rows, self.cell.hidden_size), self.variant.real)
 
-    def flat(self, result: Result) -> tuple[Array, Array]:
-        """(outputs, last carry) with one batch axis."""
-        shape = (self.request.steps, self.rows) if self.time_major else (self.rows, self.request.steps)
-        return result.outputs.reshape(*shape, self.cell.hidden_size), self._carry(result.carry)
+    def _biases(self, params: CellParams) -> tuple[Array, Array]:
+        """(bias of z, bias of r of the gates that do not see z + r alone): r's other biases are z's as well."""
+        hidden, real = self.cell.hidden_size, self.variant.real
+        added, rest = self.part.recurrent_biases(params)
+        bias = jnp.zeros((len(self.cell.gates), hidden), real) if params.bias is None else params.bias
+        return bias if added is None else bias + added, _rows(rest, hidden, real)
 
-    def result(self, y: Array, last: Array) -> Result:
+    def outputs(self, result: Result) -> Array:
+        return result.outputs.reshape(*self._sequences, self.cell.hidden_size).astype(self.variant.stored)
+
+    def result(self, out: Out) -> Result:
+        """What the calls gave as the caller has it."""
         steps, batch, hidden = self.request.steps, self.request.batch_shape, self.cell.hidden_size
-        carry = self.cell.Carry(*(a.reshape(*batch, hidden) for a in last))
+        fields, h = self.cell.Carry._fields, self.part.hidden
+
+        def carry(arrays: Sequence[Array]) -> Any:
+            return self.cell.Carry(*(a.astype(dtype) for a, dtype in zip(arrays, self.dtypes, strict=True)))
+
+        last = carry([a.reshape(*batch, hidden) for a in out.last])
         shape = (steps, *batch) if self.time_major else (*batch, steps)
-        return Result(carry, y.reshape(*shape, hidden), None, None)
+        outputs = out.y.reshape(*shape, hidden).astype(self.dtypes[h])
+        if not self.request.return_states:
+            return Result(last, outputs, None, None)
+        stacks = list(out.states.reshape(out.states.shape[0], steps, *batch, hidden))
+        others, gates = stacks[: len(fields) - 1], stacks[len(fields) - 1 :]
+        carries = carry([*others[:h], jnp.moveaxis(outputs, self.request.time_axis, 0), *others[h:]])
+        leaves, tree = jax.tree.flatten(self.part.gates)
+        # Gates are of the dtype of what they are made of; a cell may call a boolean or an integer one.
+        dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
+        return Result(last, outputs, carries, tree.unflatten([a.astype(d) for a, d in zip(gates, dtypes, strict=True)]))
+
+    def cotangents(self, of: Result) -> Out:
+        """The transpose of `result`, of cotangents that may be None."""
+        hidden, h, stored = self.cell.hidden_size, self.part.hidden, self.variant.stored
+        last = self._carry(of.carry)
+        dy, states = of.outputs, []
+        if self.request.return_states:
+            more = of.carries[h]
+            if more is not None:
+                more = jnp.moveaxis(more, 0, self.request.time_axis)
+                dy = more if dy is None else dy + more
+            gates = jax.tree.leaves(of.gates, is_leaf=lambda a: a is None)
+            states = [*of.carries[:h], *of.carries[h + 1 :], *gates]
+        y = self._one(dy, (*self._sequences, hidden), stored)
+        return Out(y, last, self._stack(states, (self.request.steps, self.rows, hidden), stored))
 
 
 def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
     return jnp.stack(list(arrays)) if arrays else jnp.zeros((0, hidden), dtype)
 
 
-def _biases(cell: PointwiseCell, params: CellParams) -> tuple[Array, Array]:
-    """(bias of z, bias of r of the gates that do not see z + r alone): r's other biases are z's as well."""
-    hidden, dtype = cell.hidden_size, params.input_kernel.dtype
-    added, rest = kernel_body.of(cell, (1, 1), dtype.name).recurrent_biases(params)
-    bias = jnp.zeros((len(cell.gates), hidden), dtype) if params.bias is None else params.bias
-    return bias if added is None else bias + added, _rows(rest, hidden, dtype)
-
-
 @functools.lru_cache(maxsize=256)
-def _calls(cell: PointwiseCell, dtype: str, time_major: bool) -> Calls:
-    targets = compiler.targets(emit.source(cell, dtype))
-    return Calls(targets, kernel_body.of(cell, (1, 1), dtype).width, dtype, time_major)
+def _calls(cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int) -> Calls:
+    part = emit.body(cell, variant)
+    targets = tuple(compiler.targets(emit.source(cell, variant), described(cell, variant)).values())
+    return Calls(targets, variant, part.width, len(cell.Carry._fields), part.emitted, time_major, zoneout, every)

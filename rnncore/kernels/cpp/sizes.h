@@ -18,17 +18,20 @@ struct Sizes {
   int64_t steps, batch, inputs, hidden, heads;
   int64_t head, padded, units, blocks;   // units of a head; padded; of all heads, padded; vectors of these
   int64_t lanes;                         // padded units times gates
+  bool diagonal;                         // whether every unit sees itself alone
+  int64_t depth;                         // how many units a recurrent product adds up
   int64_t x_row, x_step, y_row, y_step;  // strides of inputs and outputs, between sequences and between steps
 
-  Sizes(int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t heads, bool time_major)
-      : steps(steps), batch(batch), inputs(inputs), hidden(hidden), heads(heads) {
+  Sizes(int64_t steps, int64_t batch, int64_t inputs, int64_t hidden, int64_t heads, bool diagonal,
+        bool time_major)
+      : steps(steps), batch(batch), inputs(inputs), hidden(hidden), heads(heads), diagonal(diagonal) {
     head = hidden / heads, padded = rounded(head, kPad), units = heads * padded;
-    blocks = units / kLanes, lanes = units * kGates;
+    blocks = units / kLanes, lanes = units * kGates, depth = diagonal ? 1 : head;
     x_row = time_major ? inputs : steps * inputs, x_step = time_major ? batch * inputs : inputs;
     y_row = time_major ? hidden : steps * hidden, y_step = time_major ? batch * hidden : hidden;
   }
 
-  int64_t weights() const { return (inputs + head) * lanes; }
+  int64_t weights() const { return (inputs + depth) * lanes; }
   int64_t products() const { return steps * batch * weights(); }  // multiplications and additions of a run
 
   // A vector of units: its head, where it begins among the caller's units, and how many are real.

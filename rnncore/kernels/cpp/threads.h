@@ -105,7 +105,7 @@ struct Parts {
   Parts(const Sizes& s, int64_t groups, const ffi::ThreadPool& pool) : rows(s.batch), groups(groups) {
     constexpr int64_t kWaiting = 1 << 17;  // multiplications and additions of a step, to a thread, that are worth it
     const int64_t count = std::max<int64_t>(1, threads(pool, s.products()) / groups), own = rows / groups;
-    together = own * s.head * s.lanes / count >= kWaiting;
+    together = own * s.depth * s.lanes / count >= kWaiting;
     each = std::clamp<int64_t>(own / (together ? kRows : 2), 1, count);
     team = count / each;
   }

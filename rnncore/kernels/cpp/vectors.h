@@ -10,6 +10,15 @@
 namespace rnn {
 
 using real = RNN_REAL;
+struct bfloat16 {
+  uint16_t bits;
+};
+#if defined(__FLT16_MAX__)
+using float16 = _Float16;
+#endif
+// What arrays over time hold, and what is kept for the derivative: all arithmetic is on `real`.
+using stored = RNN_STORED;
+using residual = RNN_RESIDUAL;
 using integer = std::conditional_t<sizeof(real) == 4, int32_t, int64_t>;
 
 #if defined(__AVX512F__)
@@ -33,16 +42,58 @@ RNN_INLINE mask none() { return mask{}; }
 RNN_INLINE vec load(const real* p) { return *reinterpret_cast<const unaligned*>(p); }
 RNN_INLINE void store(real* p, vec v) { *reinterpret_cast<unaligned*>(p) = v; }
 
-// The first `count` lanes; loaded, the others are 0.
-RNN_INLINE vec load(const real* p, int count) {
-  if (count >= kLanes) return load(p);
-  vec v = all(0);
-  std::memcpy(&v, p, count * sizeof(real));
-  return v;
+// Numbers of other types are converted, to the nearest even where they have fewer digits.
+typedef float floats __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint32_t words __attribute__((vector_size(kLanes * sizeof(float))));
+typedef uint16_t shorts __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+
+template <class T>
+RNN_INLINE vec load(const T* p) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    shorts half;
+    std::memcpy(&half, p, sizeof half);
+    const words wide = __builtin_convertvector(half, words) << 16;
+    return __builtin_convertvector((floats)wide, vec);
+  } else {
+    vec v;
+    for (int n = 0; n < kLanes; n++) v[n] = real(p[n]);
+    return v;
+  }
 }
-RNN_INLINE void store(real* p, vec v, int count) {
+template <class T>
+RNN_INLINE void store(T* p, vec v) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const floats narrow = __builtin_convertvector(v, floats);
+    const words wide = (words)narrow;
+    const words nearest = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    const shorts half = __builtin_convertvector(narrow != narrow ? (wide >> 16) | 0x40 : nearest, shorts);
+    std::memcpy(p, &half, sizeof half);
+  } else {
+    for (int n = 0; n < kLanes; n++) p[n] = T(v[n]);
+  }
+}
+
+// The first `count` lanes; loaded, the others are 0.
+template <class T>
+RNN_INLINE vec load(const T* p, int count) {
+  if (count >= kLanes) return load(p);
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, count * sizeof(T));
+  return load(lanes);
+}
+template <class T>
+RNN_INLINE void store(T* p, vec v, int count) {
   if (count >= kLanes) return store(p, v);
-  std::memcpy(p, &v, count * sizeof(real));
+  T lanes[kLanes];
+  store(lanes, v);
+  std::memcpy(p, lanes, count * sizeof(T));
+}
+
+// Booleans, the first `count`; the others are false.
+RNN_INLINE mask load(const bool* p, int count) {
+  mask m = {};
+  for (int n = 0; n < kLanes && n < count; n++) m[n] = p[n] ? -1 : 0;
+  return m;
 }
 
 RNN_INLINE vec select(mask m, vec yes, vec no) { return m ? yes : no; }

@@ -1,0 +1,138 @@
+"""Where compiled files are kept, which get loaded into the process: whose they must be, and how they are made whole."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import logging
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # elsewhere processes may make the same file at once, which harms nothing
+    fcntl = None  # type: ignore[assignment]
+
+_log = logging.getLogger("rnncore")
+
+PATIENCE = 330.0
+"""Seconds that one process waits for another that makes the same file."""
+STALE = 3600.0
+"""Seconds after which what a killed process left is removed."""
+
+
+class UntrustedError(RuntimeError):
+    """Somebody else could have written what would be loaded."""
+
+
+def directory() -> Path | None:
+    """RNNCORE_CACHE_DIR, else rnncore in the user's cache directory; None where there is no home."""
+    named = os.environ.get("RNNCORE_CACHE_DIR")
+    if named:
+        return Path(named)
+    caches = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(caches) if caches else Path.home() / ".cache") / "rnncore"
+    except RuntimeError:
+        return None
+
+
+def load(key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
+    """The library of a key, from the disk or by `make`, which writes it to a path.
+
+    A key may be the beginning of one.  Names have digests of the contents, so that what is not whole is never loaded.
+
+    Raises:
+      UntrustedError: somebody else can write it.
+      OSError: it cannot be kept.
+    """
+    where = directory()
+    if where is None:
+        raise OSError("there is no home directory")
+    where.mkdir(parents=True, exist_ok=True, mode=0o700)
+    _check(where, "directory")
+    library = _found(where, key)
+    if library is not None:
+        return library
+    with _turn(where / f"{key}.lock"):
+        library = _found(where, key)  # another process has made it
+        return library or _made(where, key, make)
+
+
+def _found(where: Path, key: str) -> ctypes.CDLL | None:
+    for path in sorted(where.glob(f"{key}*.so")):
+        _check(path, "file")
+        try:
+            if path.name == _name(path.name.rpartition("-")[0], path):
+                return ctypes.CDLL(str(path))
+        except OSError as error:  # such as one for another machine
+            _log.info("%s is made again: %s", path, error)
+        path.unlink(missing_ok=True)
+    return None
+
+
+def _made(where: Path, key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
+    _remove_stale(where)
+    with tempfile.TemporaryDirectory(prefix="making-", dir=where, ignore_cleanup_errors=True) as alone:
+        made = Path(alone) / "made.so"
+        make(made)
+        path = where / _name(key, made)
+        made.chmod(0o600)
+        os.replace(made, path)  # whole or not at all
+    return ctypes.CDLL(str(path))
+
+
+def _name(key: str, path: Path) -> str:
+    return f"{key}-{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _check(path: Path, kind: str) -> None:
+    """UntrustedError unless it is this user's, or the administrator's, and nobody else can write it."""
+    if not hasattr(os, "getuid"):
+        return
+    found = path.stat()
+    if found.st_uid not in (os.getuid(), 0):
+        whose = f"belongs to user {found.st_uid}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        whose = f"can be written by others (mode {stat.S_IMODE(found.st_mode):04o})"
+    else:
+        return
+    raise UntrustedError(
+        f"the {kind} {path} {whose}, and what is in it would be loaded into this process: expected one that user "
+        f"{os.getuid()} alone can write. Remove it, or name another place in RNNCORE_CACHE_DIR."
+    )
+
+
+def _remove_stale(where: Path) -> None:
+    for left in where.glob("making-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _turn(path: Path) -> Iterator[None]:
+    """Of several processes one makes a file, and the others wait for it; not for ever."""
+    if fcntl is None:
+        yield
+        return
+    with open(path, "w") as lock:
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                time.sleep(0.05)
+            except OSError:  # a file system without locks
+                break
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
