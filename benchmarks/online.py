@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -212,9 +211,10 @@ def table_of_times(rows: list[dict[str, Any]]) -> str:
 def write_tables(results: dict[str, Any], path: Path) -> None:
     text = path.read_text()
     for name, table in (("cosines", table_of_cosines(results["cosines"])), ("times", table_of_times(results["times"]))):
-        pattern = rf"(<!-- table: {name} -->\n).*?(\n<!-- end of table -->)"
-        text, count = re.subn(pattern, lambda m, t=table: m[1] + t + m[2], text, flags=re.DOTALL)
-        assert count == 1, name
+        start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
+        head, _, rest = text.partition(start)
+        text = f"{head}{start}{table}\n{end}{rest.partition(end)[2]}"
+        assert rest, name
     path.write_text(text)
 
 
@@ -224,7 +224,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds of the timing")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/online_cpu.json")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/online.md")
+    parser.add_argument(
+        "--tables", action="store_true", help="write the tables of what was measured before, and no more"
+    )
     options = parser.parse_args()
+    if options.tables:
+        return write_tables(json.loads(options.out.read_text()), options.docs)
     spent = times(options.rounds)
     jax.config.update("jax_enable_x64", True)
     results = {

@@ -18,6 +18,12 @@ from rnncore.cells.recurrent_kernels import Diagonal as Diagonal
 from rnncore.cells.recurrent_kernels import Heads as Heads
 from rnncore.cells.recurrent_kernels import Recurrence as Recurrence
 from rnncore.layers.compose import unroll_stack as unroll_stack
+from rnncore.layers.equinox_weights import from_equinox as from_equinox
+from rnncore.layers.equinox_weights import to_equinox as to_equinox
+from rnncore.layers.haiku_weights import from_haiku as from_haiku
+from rnncore.layers.haiku_weights import to_haiku as to_haiku
+from rnncore.layers.keras_weights import from_keras as from_keras
+from rnncore.layers.keras_weights import to_keras as to_keras
 from rnncore.layers.stack import Stack as Stack
 from rnncore.layers.stack import StackParams as StackParams
 from rnncore.layers.torch_weights import from_torch as from_torch
