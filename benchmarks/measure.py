@@ -6,19 +6,22 @@ that says so.
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
+import logging
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from benchmarks import bounds, records, timing
-from benchmarks.peers import Case, Peer
+from benchmarks.peers import Built, Case, Peer
 from benchmarks.peers.problem import Problem, make_problem
 from benchmarks.peers.reference import FORMS, reference
 
+log = logging.getLogger(__name__)
 NOT_REACHED = "not reached within the budget"
 
 
@@ -44,11 +47,15 @@ class Settings(NamedTuple):
     Fields:
       rounds, seconds: how often everything takes its turn, and about how long a turn is.
       deadline: of `time.monotonic`.
+      threads: in which the programs of a case are built side by side; their `compile_seconds` are then None.
+      reference: right answers, see `reference.reference`.
     """
 
     rounds: int
     seconds: float
     deadline: float = math.inf
+    threads: int = 1
+    reference: Callable[..., dict[str, Any]] = reference
 
 
 Write = Callable[..., dict[str, Any]]
@@ -64,17 +71,15 @@ def run_case(plan: Plan, settings: Settings, write: Write, tick: Tick) -> list[d
     found: dict[Key, dict[str, Any]] = {}
     calls: dict[Key, Callable[[], Any]] = {}
     waits: dict[Key, timing.Wait] = {}
-    answers = Answers(plan.case)
-    for peer, contender in plan.entries:
-        for measurement in plan.measurements:
-            if time.monotonic() > settings.deadline:
-                _missing(write, plan.case, contender, measurement, NOT_REACHED)
-                continue
-            built = _prepare(peer, contender, plan.case, measurement, answers, write)
-            if built is not None:
-                key = (contender, measurement)
-                calls[key], waits[key], found[key] = built
-            tick(1)
+    answers = Answers(plan.case, settings.reference)
+    for peer, contender, measurement, built in _build_all(plan, settings, answers, write):
+        checked = None if built is None else _check(peer, contender, plan.case, measurement, answers, write, built)
+        if checked is not None:
+            key = (contender, measurement)
+            calls[key], waits[key], found[key] = checked
+            if settings.threads > 1:
+                found[key]["compile_seconds"] = None
+        tick(1)
     ready = {measurement for _, measurement in calls}
     for measurement in plan.measurements if plan.bounds else ():
         # Nothing to bound where no contender could run.
@@ -90,10 +95,14 @@ def run_case(plan: Plan, settings: Settings, write: Write, tick: Tick) -> list[d
 class Answers:
     """The problem of a case and what is right for it, made when first asked for; a failure is kept too."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, reference: Callable[..., dict[str, Any]] = reference) -> None:
+        self.case, self._reference = case, reference
         self._problem: Problem | None = None
         self._found: dict[str, dict[str, Any] | Exception] = {}
+
+    def draw(self) -> None:
+        """Makes the problem."""
+        assert self.problem is not None
 
     @property
     def problem(self) -> Problem:
@@ -105,7 +114,7 @@ class Answers:
         """The reference of a measurement for an equation."""
         if form not in self._found:
             try:
-                self._found[form] = reference(self.case.workload, self.problem, self.case.input_product, form)
+                self._found[form] = self._reference(self.case.workload, self.problem, self.case.input_product, form)
             except Exception as failure:  # see _prepare
                 self._found[form] = RuntimeError(f"no float64 reference: {type(failure).__name__}: {failure}")
         answer = self._found[form]
@@ -121,20 +130,52 @@ def _missing(write: Write, case: Case, contender: str, measurement: str | None, 
     )  # fmt: skip
 
 
-def _prepare(
-    peer: Peer, contender: str, case: Case, measurement: str, answers: Answers, write: Write
+Building = concurrent.futures.Future[Built]
+
+
+def _build_all(plan: Plan, settings: Settings, answers: Answers, write: Write) -> Iterator[tuple]:
+    """(peer, contender, measurement, what is being built or None where a record says why not), in order.
+
+    In one thread each is built when the one before has been checked.
+    """
+    answers.draw()  # before several threads ask for it
+    pool = concurrent.futures.ThreadPoolExecutor(settings.threads)
+    begun: list[tuple] = []
+    try:
+        for peer, contender in plan.entries:
+            for measurement in plan.measurements:
+                fault = NOT_REACHED if time.monotonic() > settings.deadline else peer.fault(contender, plan.case)
+                if fault is not None:
+                    _missing(write, plan.case, contender, measurement, fault)
+                    begun.append((peer, contender, measurement, None))
+                else:
+                    made = pool.submit(_build, peer, contender, plan.case, answers, measurement)
+                    begun.append((peer, contender, measurement, made))
+                if settings.threads == 1:
+                    yield begun.pop()
+        yield from begun
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _build(peer: Peer, contender: str, case: Case, answers: Answers, measurement: str) -> Built:
+    built = peer.build(contender, case, answers.problem, measurement)
+    log.info("built: %s, %s", contender, measurement)
+    return built
+
+
+def _check(
+    peer: Peer, contender: str, case: Case, measurement: str, answers: Answers, write: Write, building: Building
 ) -> tuple[Callable[[], Any], timing.Wait, dict[str, Any]] | None:
-    """Builds, checks and warms up: (call, wait, fields of its record); None where a record says why not."""
-    if (fault := peer.fault(contender, case)) is not None:
-        _missing(write, case, contender, measurement, fault)
-        return None
+    """Checks and warms up: (call, wait, fields of its record); None where a record says why not."""
     form = peer.form(contender, case.workload.cell)
     # Whatever a library raises on a machine that nobody has seen before is a result, and the others go on.
     try:
+        built = building.result()
         right = answers.of(form, measurement)
-        built = peer.build(contender, case, answers.problem, measurement)
         error = timing.relative_error(built.result(), right)
         peak = built.peak(built.call)
+        log.info("checked: %s, %s", contender, measurement)
     except Exception as failure:
         first = str(failure).strip().partition("\n")[0]
         _missing(write, case, contender, measurement, f"{type(failure).__name__}: {first[:300]}")
@@ -157,10 +198,17 @@ def _take_turns(
     turns: dict[Key, dict[str, Any]] = {}
     shared, steps = records.case_fields(case), case.workload.steps
     written = []
+
+    def after_round(number: int) -> None:
+        # A run that is killed has at least these: a process that waits for a hung kernel hears no other end.
+        for key, turn in turns.items() if number == 0 else ():
+            record, ms = found[key], turn["ms"][0]
+            if "bound" not in record:
+                write("round", **shared, **record, ms=ms, us_per_step=ms * 1e3 / steps)
     try:
         timing.take_turns(
             calls, settings.rounds, settings.seconds, lambda: tick(1), waits=waits, turns=turns,
-            deadline=settings.deadline,
+            deadline=settings.deadline, after_round=after_round,
         )  # fmt: skip
     finally:
         for key, turn in timing.complete_rounds(turns).items() if len(turns) == len(calls) else ():

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -27,9 +28,10 @@ from typing import Any
 
 import jax
 
-from benchmarks import bounds, measure, records, workloads
+from benchmarks import bounds, measure, records, timing, workloads
 from benchmarks.peers import CONTENDERS, PEERS, Case, Peer
 from benchmarks.peers.base import PRECISIONS
+from benchmarks.peers.reference import reference
 from benchmarks.workloads import HALF, MEASUREMENTS, WORKLOADS, Workload
 
 QUICK_BUDGET = 450.0
@@ -89,8 +91,12 @@ def cases(chosen: Sequence[Workload], precisions: Sequence[str], platform: str, 
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Inside, SIGTERM is a KeyboardInterrupt."""
+def terminable(grace: float = 10.0) -> Iterator[None]:
+    """Inside, SIGTERM is a KeyboardInterrupt; a process that has not heard it, or Ctrl-C, after `grace` seconds ends.
+
+    Python answers a signal between two of its own operations, and a process that waits for a hung kernel comes to
+    none: a second thread sees the signal too.
+    """
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt("SIGTERM")
@@ -98,11 +104,29 @@ def terminable() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Only the main thread may set a handler.
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    done = threading.Event()
+    listen, tell = socket.socketpair()
+    tell.setblocking(False)
+    before, before_wakeup = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(tell.fileno())
+
+    def watch() -> None:
+        while (heard := listen.recv(1)) and heard[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        if heard and not done.wait(grace):
+            print(f"not at its end {grace:g} s after a signal: killed; the records are complete", file=sys.stderr)
+            os._exit(130)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
+        done.set()
+        signal.set_wakeup_fd(before_wakeup)
         signal.signal(signal.SIGTERM, before)
+        tell.close()  # ends the watcher
+        watcher.join()
+        listen.close()
 
 
 def parser() -> argparse.ArgumentParser:
@@ -122,6 +146,10 @@ def parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", default=(), choices=("float32", *HALF), help="these only, of each workload's own")
     add("--precision", nargs="+", default=(), choices=tuple(PRECISIONS),
         help="of products of float32 numbers (default: float32, on a GPU float32 and tf32)")  # fmt: skip
+    add("--input-product", choices=("inside", "given"),
+        help="only with x W inside the measured call, or only with x W given (default: both)")  # fmt: skip
+    add("--no-bounds", action="store_true", help="without the bounds that run beside the contenders")
+    add("--threads", type=int, help="programs built side by side (default: 1, for a quick run on a GPU up to 12)")
     add("--rounds", type=int, help="rounds of all contenders in turn (default: 11, with --quick 5)")
     add("--seconds", type=float, help="time of one turn, roughly (default: 0.2, with --quick 0.05)")
     add("--budget", type=float, metavar="SECONDS", help="what is not reached by then is left out and named "
@@ -146,8 +174,13 @@ def choose(args: argparse.Namespace, platform: str) -> list[Workload]:
     for workload in workloads.select(tag, args.quick or args.tag == "quick", args.workloads):
         kept = [m for m in workload.measurements if m in (args.measurements or MEASUREMENTS)]
         dtypes = [d for d in workload.dtypes if d in (args.dtypes or workload.dtypes)]
-        if kept and dtypes:
-            chosen.append(dataclasses.replace(workload, measurements=tuple(kept), dtypes=tuple(dtypes)))
+        products = [p for p in workload.input_product if args.input_product in (None, "inside" if p else "given")]
+        if kept and dtypes and products:
+            chosen.append(
+                dataclasses.replace(
+                    workload, measurements=tuple(kept), dtypes=tuple(dtypes), input_product=tuple(products)
+                )
+            )
     if not chosen:
         raise ValueError("nothing is left to measure; see --list")
     return chosen
@@ -165,8 +198,13 @@ def list_names() -> str:
     return "\n".join([*lines, "contenders:", *(f"  {name}" for name in CONTENDERS)])
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Runs the script; exit status 0, 130 where it was interrupted, 2 for what cannot be run."""
+def main(argv: list[str] | None = None, reference: Any = reference) -> int:
+    """Runs the script; exit status 0, 130 where it was interrupted, 2 for what cannot be run.
+
+    Args:
+      argv: options; those of the command line.
+      reference: where right answers come from, see `reference.reference`.
+    """
     made = parser()
     args = made.parse_args(argv)
     if args.list:
@@ -197,9 +235,12 @@ def main(argv: list[str] | None = None) -> int:
         chosen = choose(args, platform)
     except ValueError as error:
         made.error(str(error))
-    settings = measure.Settings(
-        args.rounds, args.seconds, float("inf") if args.budget is None else time.monotonic() + args.budget
-    )
+    if args.threads is None:
+        args.threads = min(12, timing.cores()) if args.quick and platform == "gpu" else 1
+    if args.threads < 1:
+        made.error(f"--threads {args.threads}: expected at least 1")
+    deadline = float("inf") if args.budget is None else time.monotonic() + args.budget
+    settings = measure.Settings(args.rounds, args.seconds, deadline, args.threads, reference)
     told = {name: getattr(args, name) for name in ("tag", "quick", "rounds", "seconds", "budget", "precision")}
     writer = records.Writer(args.out or records.default_path(args.tag))
     interrupted, reason = False, None
@@ -224,12 +265,13 @@ def main(argv: list[str] | None = None) -> int:
 def run_all(todo: Sequence[Case], args: argparse.Namespace, settings: measure.Settings, write: Any) -> str | None:
     """Every case; returns a reason if the budget cut the run."""
     entries = present(todo, args.contenders, write)
-    copy = bounds.copy_bandwidth(args.rounds, args.quick)
-    write("bound", workload=None, bound="copy bandwidth", dtype="float32", measurement="copy", **copy)
+    if not args.no_bounds:
+        copy = bounds.copy_bandwidth(args.rounds, args.quick)
+        write("bound", workload=None, bound="copy bandwidth", dtype="float32", measurement="copy", **copy)
     plans = []
     for case in todo:
         # Where x W is left out too, the bounds stand beside the variant with it.
-        with_bounds = case.input_product == case.workload.input_product[0]
+        with_bounds = case.input_product == case.workload.input_product[0] and not args.no_bounds
         plans.append(measure.plan_case(case, entries, with_bounds, args.quick, write))
     progress = Progress(sum(len(p.entries) * len(p.measurements) * (1 + settings.rounds) for p in plans))
     cut = False

@@ -54,7 +54,7 @@ Name = TypeVar("Name", bound=Hashable)
 def take_turns(
     calls: dict[Name, Callable[[], Any]], rounds: int, seconds: float, tick: Callable[[], Any] = lambda: None,
     *, waits: dict[Name, Wait] | None = None, turns: dict[Name, dict[str, Any]] | None = None,
-    deadline: float = math.inf,
+    deadline: float = math.inf, after_round: Callable[[int], Any] = lambda number: None,
 ) -> dict[Name, dict[str, Any]]:
     """Runs all in turn, A B C A B C: {name: calls_a_round and ms, one time of a call for each round}.
 
@@ -65,6 +65,7 @@ def take_turns(
       waits: by name, for what is not a JAX program.
       turns: filled as the rounds go, so that an interruption leaves what was done, see `complete_rounds`.
       deadline: of `time.monotonic`; no round but the first begins after it.
+      after_round: called with the number of a round, from 0, when all have taken their turn.
     """  # fmt: skip
     waits, turns = waits or {}, {} if turns is None else turns
     for name, call in calls.items():
@@ -81,6 +82,7 @@ def take_turns(
             wait(out)
             turns[name]["ms"].append((time.perf_counter() - begin) / count * 1e3)
             tick()
+        after_round(done)
     return turns
 
 

@@ -17,9 +17,17 @@ jaxpr_as_fun = jex_core.jaxpr_as_fun
 
 def varying_axes(x: Any) -> frozenset:
     """Names of the shard_map axes over which a value differs between devices."""
-    aval = jax.typeof(x)
+    return _varying(jax.typeof(x))
+
+
+def _varying(aval: Any) -> frozenset:
     manual = getattr(aval, "manual_axis_type", None)
     return frozenset(manual.varying if manual is not None else aval.vma)
+
+
+def is_of_one_device(aval: Any) -> bool:
+    """Whether a type says nothing of devices: of no explicit mesh, and the same everywhere inside shard_map."""
+    return aval.sharding.mesh.empty and not _varying(aval)
 
 
 def vary_over(x: Any, axes: frozenset) -> Any:
@@ -38,15 +46,37 @@ def platform_version() -> str:
     return str(jex_backend.get_backend().platform_version).lower()
 
 
-def command_buffer_commands() -> list[str]:
-    """The kinds of operations that XLA puts into CUDA graphs, by this jaxlib's defaults and XLA_FLAGS."""
+def _xla_option(name: str) -> list[str]:
+    """The values of an option of XLA, by this jaxlib's defaults and XLA_FLAGS."""
     from jax._src.lib import xla_client  # no public route exists
 
     # Each holds memory of the one before: a name keeps it alive.
     options = xla_client.CompileOptions()
     build = options.executable_build_options
     text = repr(build.debug_options)
-    return re.findall(r"^\s*xla_gpu_enable_command_buffer:\s*(\w+)", text, re.MULTILINE)
+    return re.findall(rf"^\s*{name}:\s*(\w+)", text, re.MULTILINE)
+
+
+def command_buffer_commands() -> list[str]:
+    """The kinds of operations that XLA puts into CUDA graphs."""
+    return _xla_option("xla_gpu_enable_command_buffer")
+
+
+def kernels_side_by_side() -> str | None:
+    """The option under which XLA may run two kernels of a device at the same time, or None; not set by default."""
+    if "CONCURRENT" in _xla_option("xla_gpu_command_buffer_scheduling_mode"):
+        return "xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
+    streams = _xla_option("xla_gpu_executable_num_compute_streams")
+    return f"xla_gpu_executable_num_compute_streams={streams[0]}" if streams and int(streams[0]) > 1 else None
+
+
+def cuda_folder() -> str | None:
+    """What JAX takes for the folder of the CUDA toolkit."""
+    try:
+        from jax._src.lib import cuda_path  # no public route exists
+    except ImportError:
+        return None
+    return cuda_path
 
 
 def without_mesh() -> Any:

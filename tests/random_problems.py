@@ -114,7 +114,7 @@ def main() -> int:
     draw = {"cpp": cpp, "mosaic_gpu": mosaic_gpu, "pallas_tpu": tpu}[args.backend]
     if args.backend == "mosaic_gpu" and not test_mosaic_gpu.ON_HOPPER:
         test_mosaic_gpu.GPU.missing_gpu = lambda platform: None
-        test_mosaic_gpu.GPU.the_kernels = functools.partial(test_mosaic_gpu.kernels, interpret=True)
+        test_mosaic_gpu.kernels.kernels = functools.partial(test_mosaic_gpu.kernels.kernels, interpret=True)
     if args.backend == "pallas_tpu":
         pallas_tpu.missing_platform = lambda platform: None
         pallas_tpu_kernels.kernels = functools.partial(pallas_tpu_kernels.kernels, True)

@@ -42,10 +42,9 @@ def test_every_policy_has_a_whole_record_and_right_gradients(measured):
         assert r["times_flax_time"] == pytest.approx(statistics.median(ratios))
         assert r["times_flax_memory"] == pytest.approx(r["temporary_bytes"] / flax["temporary_bytes"])
     # The options reach the layer: each makes a program of its own.
-    for mode in ("any", "reverse"):
-        sizes = [found[mode + rest]["temporary_bytes"] for rest in ("", ", recompute='gates'", ", recompute='chunk'")]
-        assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
-    assert found["reverse, residual_dtype=bfloat16"]["relative_error"] > 1e-4
+    sizes = [found["scan" + rest]["temporary_bytes"] for rest in ("", ", recompute='gates'", ", recompute='chunk'")]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    assert found["scan, residual_dtype=bfloat16"]["relative_error"] > 1e-4
 
 
 def test_the_memory_table_has_a_row_for_every_policy(measured):
@@ -59,7 +58,7 @@ def test_the_memory_table_has_a_row_for_every_policy(measured):
 @pytest.fixture
 def three(monkeypatch):
     """Only three policies, and no float64 reference."""
-    names = ("flax.linen", "any", "reverse")
+    names = ("flax.linen", "scan", "cpp")
     monkeypatch.setattr(memory, "POLICIES", names)
     monkeypatch.setattr(memory, "LARGEST_CHECK", 5)
     return names
@@ -93,7 +92,7 @@ def test_ctrl_c_in_the_rounds_keeps_the_whole_ones(three, tmp_path, monkeypatch,
 
 
 def test_without_the_compilers_account_there_is_no_ratio_of_memory():
-    turns = {name: {"calls_a_round": 1, "ms": ms} for name, ms in (("flax.linen", [2.0, 4.0, 3.0]), ("any", [3.0] * 3))}
+    turns = {name: {"calls_a_round": 1, "ms": ms} for name, ms in (("flax.linen", [2.0, 4.0, 3.0]), ("scan", [3.0] * 3))}
     shared = {"shape_BTDH": [1, 2, 3, 4], "temporary_bytes": None, "relative_error": None}
     found = {name: {"policy": name, **shared} for name in turns}
     _, own = memory.in_terms_of_flax(found, turns)
@@ -102,7 +101,7 @@ def test_without_the_compilers_account_there_is_no_ratio_of_memory():
 
 
 def test_compile_records_have_every_length_and_make_a_table(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiling, "CONTENDERS", ("flax.linen", "reverse, checkpoint_every=16"))
+    monkeypatch.setattr(compiling, "CONTENDERS", ("flax.linen", "scan, checkpoint_every=16"))
     path = tmp_path / "compile.jsonl"
     before = jax.config.jax_enable_compilation_cache
     assert compiling.main([*SHORT, "40", "8", "--out", str(path)]) == 0
@@ -136,7 +135,7 @@ def test_compilations_take_turns_and_ctrl_c_keeps_them(tmp_path, monkeypatch):
     assert order == [*lengths[:4], *lengths * 2, *lengths[:2]]  # the first of each is not counted
     (run,) = read([path]).runs
     found = {(r["contender"], r["T"]): r["compile_seconds"] for r in run.of("compile")}
-    assert found["flax.linen", 8] == [5.0, 13.0, 21.0] and found["any", 8] == [6.0, 14.0] and len(found) == 8
+    assert found["flax.linen", 8] == [5.0, 13.0, 21.0] and found["scan", 8] == [6.0, 14.0] and len(found) == 8
     assert not run.complete and "of 2 to 3." in others.compiling(read([path]))
 
 

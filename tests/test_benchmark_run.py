@@ -34,7 +34,7 @@ FLAX = {
     "elman": {"flax.linen SimpleCell", "flax.nnx SimpleCell"},
 }
 SIBLINGS = {"flax.linen LSTMCell", "flax.nnx OptimizedLSTMCell"}
-OURS = {"rnncore any", "rnncore reverse"}
+OURS = {"rnncore scan"}
 OPTIONAL = {
     "haiku": ("haiku",), "equinox": ("equinox",), "torch": ("torch", torch_peer.ONE_THREAD),
     "flashrnn": ("FlashRNN triton_fused", "FlashRNN cuda_fused", "FlashRNN cuda"),
@@ -89,7 +89,7 @@ MEASURED = {
 def test_every_installed_contender_gives_the_right_answers(name, tmp_path, capsys):
     out = tmp_path / "new" / "r.jsonl"
     # Two layers are the same in both modes, and in both of Flax's LSTMs.
-    some = set(run.CONTENDERS) - ({"rnncore any", *SIBLINGS} if name == "tiny-layers" else set())
+    some = set(run.CONTENDERS) - ({"rnncore scan", *SIBLINGS} if name == "tiny-layers" else set())
     options = ["--measurements", *MEASURED[name], "--contenders", *sorted(some)]
     assert go("--workloads", name, *options, "--out", str(out)) == 0
     found, workload = lines(out), workloads.WORKLOADS[name]
@@ -117,14 +117,14 @@ def test_every_installed_contender_gives_the_right_answers(name, tmp_path, capsy
     for r in about:
         assert set(r) - {"gigaflops"} == BOUND and ("gigaflops" in r) == (r["bound"] != "empty loop")
     printed = capsys.readouterr().out
-    assert "rnncore reverse" in printed and "(products batched)" in printed
+    assert "rnncore scan" in printed and "(products batched)" in printed
 
 
 def test_head_and_end_of_a_run_and_who_is_missing(tmp_path):
     out = tmp_path / "r.jsonl"
     options = ["--workloads", "tiny-lstm", "--measurements", "forward", "--contenders"]
     kernels = [rnncore_peer.MOSAIC, rnncore_peer.OWN, rnncore_peer.TPU]
-    everyone = ["rnncore any", "rnncore cudnn", *kernels, "jax.experimental.rnn"]
+    everyone = ["rnncore scan", "rnncore cudnn", *kernels, "jax.experimental.rnn"]
     everyone += [n for m in OPTIONAL.values() for n in m]
     for names in (everyone, ["rnncore cudnn"]):
         assert go(*options, *names, "--out", str(out)) == 0
@@ -284,7 +284,7 @@ def test_rounds_that_not_all_have_run_are_dropped():
     ("options", "message"),
     [
         (["--workloads", "S9"], r"no such workload; expected one of S1, S2"),
-        (["--contenders", "rnncore any", "pytorch"], "--contenders pytorch: unknown; expected some of rnncore any,"),
+        (["--contenders", "rnncore scan", "pytorch"], "--contenders pytorch: unknown; expected some of rnncore scan,"),
         (["--workloads", "W7-*", "--measurements", "training_step"], "nothing is left to measure"),
         (["--rounds", "0"], "expected at least 1 round"),
         (["--budget", "0"], "expected more than 0 s"),

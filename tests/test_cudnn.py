@@ -51,7 +51,6 @@ class Recorder:
     def __init__(self) -> None:
         self.path = built(STAND_IN)
         self.library = library.Library(self.path, on_host=True)
-        self._file = ctypes.CDLL(self.path)
         self._file.stand_in_calls.restype = ctypes.c_char_p
 
     def forget(self) -> None:

@@ -116,14 +116,10 @@ def loss(cell: Any, **options: Any) -> Any:
     return lambda params, xs: jnp.sum(jnp.sin(rnncore.unroll(cell, params, xs, **options)[1].astype(jnp.float32)))
 
 
-MODES = ("any", "reverse")
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_a_step_holds_one_product_each_way(mode: Any):
+def test_a_step_holds_one_product_each_way():
     """Forward h U, backward dr U^T; the inputs' product and all weight gradients stand outside the loops."""
     cell, params, xs = small("lstm", jnp.float32)
-    run = loss(cell, differentiation=mode)
+    run = loss(cell)
     forward = products(run, params, xs)
     assert [(p.loop, p.result) for p in forward] == [(None, f"{T * B}x{4 * H}xf32"), (0, f"{B}x{4 * H}xf32")]
     both = products(jax.grad(run, (0, 1)), params, xs)
@@ -141,12 +137,10 @@ def second_order(run: Any) -> Any:
 
 
 PROGRAMS: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "any": ("lstm", {}, jax.grad),
-    "reverse": ("lstm", {"differentiation": "reverse"}, jax.grad),
-    "heads, any": ("lstm-heads", {}, jax.grad),
-    "heads, reverse": ("lstm-heads", {"differentiation": "reverse"}, jax.grad),
+    "lstm": ("lstm", {}, jax.grad),
+    "heads": ("lstm-heads", {}, jax.grad),
     "gru, gates again": ("gru", {"recompute": "gates", "checkpoint_every": 3}, jax.grad),
-    "gru, chunks again": ("gru", {"recompute": "chunk", "differentiation": "reverse"}, jax.grad),
+    "gru, chunks again": ("gru", {"recompute": "chunk"}, jax.grad),
     "second order": ("lstm", {}, second_order),
     "autodiff": ("reset_before_gru", {}, jax.grad),
 }
@@ -178,11 +172,10 @@ def test_a_policy_around_the_model_alone_holds_for_its_gradient_too():
 
 
 @pytest.mark.parametrize("carry_dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("mode", MODES)
-def test_bfloat16_is_multiplied_as_bfloat16(mode: Any, carry_dtype: Any):
+def test_bfloat16_is_multiplied_as_bfloat16(carry_dtype: Any):
     """No factor of any product is widened on the way, the carry and cotangents included."""
     cell, params, xs = small("lstm", jnp.bfloat16)
     carry = cell.initial_carry((B,), carry_dtype)
-    found = products(jax.grad(loss(cell, differentiation=mode, initial_carry=carry), (0, 1)), params, xs)
+    found = products(jax.grad(loss(cell, initial_carry=carry), (0, 1)), params, xs)
     assert len(found) >= 6
     assert {operand.split("x")[-1] for p in found for operand in p.operands} == {"bf16"}

@@ -24,7 +24,7 @@ import numpy as np
 import pytest
 
 import rnncore
-from rnncore import _pallas
+from rnncore import _compat, _pallas
 from rnncore.kernels import kernel_body
 from rnncore.kernels import mosaic_gpu as GPU
 from rnncore.kernels.mosaic_gpu import kernels, tiles
@@ -448,3 +448,23 @@ def test_chosen_by_itself_only_where_it_has_run(monkeypatch: pytest.MonkeyPatch)
     assert choose(request_of(heads), None).name == "mosaic_gpu"
     assert choose(request_of(heads), "scan").name == "scan"
     assert choose(request_of(heads, dtype="float32", dtypes=frozenset({"float32"})), None).name == "scan"
+
+
+def test_says_in_words_that_the_cuda_toolkit_is_not_found(tmp_path: Path):
+    why = GPU.missing_toolkit("None", tmp_path)
+    assert "CUDA_ROOT" in why and "'None'" in why and "before JAX is imported" in why
+    assert GPU.missing_toolkit(None, tmp_path) is None and GPU.missing_toolkit("/opt/cuda", tmp_path) is None
+    (tmp_path / GPU.LIBDEVICE).parent.mkdir(parents=True)
+    (tmp_path / GPU.LIBDEVICE).touch()
+    assert GPU.missing_toolkit("None", tmp_path) is None
+
+
+def test_a_grid_is_refused_where_xla_may_run_another_kernel_beside_it(monkeypatch: pytest.MonkeyPatch):
+    grid, block = request_of(rnncore.LSTM(768)), request_of(rnncore.LSTM(128))
+    assert BACKEND.unsupported(grid) is None, "by default it runs them one after the other"
+    for option, value in (
+        ("xla_gpu_command_buffer_scheduling_mode", "CONCURRENT"), ("xla_gpu_executable_num_compute_streams", "2")
+    ):  # fmt: skip
+        set_to = {option: [value]}
+        monkeypatch.setattr(_compat, "_xla_option", lambda name, set_to=set_to: set_to.get(name, []))
+        assert f"{option}={value}" in (BACKEND.unsupported(grid) or "") and BACKEND.unsupported(block) is None

@@ -173,3 +173,28 @@ def test_states_are_differentiated(case: Case, backend: str):
 
     got, want = (jax.jit(jax.grad(f, (0, 1, 2)))(*problem[:3]) for f in (whole, single))
     cases.assert_close(got, want, 1e-12)
+
+
+class Marked(rnncore.PointwiseCell):
+    """Calls a boolean and an integer gates: they have no derivative."""
+
+    gates = ("a",)
+
+    def pointwise(self, p, z, r, carry):
+        h = jnp.tanh(z.a + r.a)
+        return carry._replace(h=h), {"on": h > 0, "h": h, "sign": jnp.sign(h).astype(jnp.int32)}
+
+
+@pytest.mark.parametrize("recompute", ["nothing", "gates", "chunk"])
+def test_gates_that_are_no_numbers_to_differentiate(recompute):
+    cell = Marked(3)
+    params = cell.init(jax.random.key(0), 2, jnp.float64)
+    xs = jax.random.normal(jax.random.key(1), (2, 4, 2), jnp.float64)
+
+    def loss(params, xs, backend):
+        _, ys, states = rnncore.unroll(cell, params, xs, backend=backend, return_states=True, recompute=recompute)
+        return jnp.sum(jnp.where(states.gates["on"], ys, 0) * states.gates["h"] * states.gates["sign"])
+
+    for transform in (jax.grad, lambda f: jax.jacfwd(f, 1), lambda f: jax.hessian(f, 1)):
+        got, want = (transform(functools.partial(loss, backend=b))(params, xs) for b in ("scan", "autodiff"))
+        cases.assert_close(got, want, cases.FLOAT64)

@@ -54,7 +54,9 @@ class LinenPeer(Peer):
 
         cell, dtype = case.workload.cell, np.asarray(problem.xs).dtype
         make = getattr(nn, contender.removeprefix("flax.linen "))
-        layer = nn.RNN(make(case.workload.hidden, dtype=dtype, param_dtype=dtype))
+        # Only the shapes of what this would draw are looked at, and the orthogonal default has none in half types.
+        zeros = nn.initializers.zeros_init()
+        layer = nn.RNN(make(case.workload.hidden, dtype=dtype, param_dtype=dtype, recurrent_kernel_init=zeros))
         params = tuple(to_flax(own, cell) for own in problem.params)
         forward = jax_programs.layer_by_layer(layer.apply)
         back = lambda trees: tuple(to_core(tree, cell) for tree in trees)  # noqa: E731

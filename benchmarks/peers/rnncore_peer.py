@@ -18,11 +18,15 @@ from benchmarks.peers.reference import with_given_products
 from benchmarks.workloads import Workload
 from rnncore.kernels import cpp, mosaic_gpu, pallas_tpu
 from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
+from rnncore.sequence.backends import BACKENDS
 
 SCAN, GRAPH, CUDNN = "rnncore scan", "rnncore scan, CUDA graph", "rnncore cudnn"
 CPP, MOSAIC, OWN, TPU = "rnncore cpp", "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"
+CUDA = "rnncore cuda"
 # Those that name a backend; the others run on "scan".
-NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu"}
+NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu", CUDA: "cuda"}
+CHECKED: frozenset[str] = frozenset()
+"""Kinds of layouts of Mosaic's that this process need not try first in a process of their own."""
 
 
 class RnncorePeer(Peer):
@@ -40,10 +44,11 @@ class RnncorePeer(Peer):
         return rnncore.__version__
 
     def contenders(self, cell: str) -> tuple[str, ...]:
-        return (SCAN, CPP, GRAPH, MOSAIC, TPU) + ((OWN, CUDNN) if cell == "lstm" else ())
+        every = (SCAN, CPP, GRAPH, MOSAIC, CUDA, CUDNN, TPU, *((OWN,) if cell == "lstm" else ()))
+        return tuple(name for name in every if NAMED.get(name, "scan") in BACKENDS)
 
     def absent(self, contender: str, platform: str) -> str | None:
-        if contender in (GRAPH, CUDNN) and platform != "gpu":
+        if contender in (GRAPH, CUDNN, CUDA) and platform != "gpu":
             return f"needs an NVIDIA GPU; JAX runs on {platform} here"
         if contender == GRAPH and importlib.util.find_spec("rnncore.gpu") is None:
             return "this rnncore has no rnncore.gpu"
@@ -74,8 +79,8 @@ class RnncorePeer(Peer):
         """One trial for each kind of layout, and none of a kind that has proved itself."""
         if NAMED.get(contender) != "mosaic_gpu":
             return None
-        kind = _layout(case).sync or "block"
-        if mosaic_gpu.MosaicGPU.must_be_named is None:
+        kind = _layout(case).kind
+        if kind in CHECKED:
             return None
         if kind not in self._faults:
             self._faults[kind] = trial.fault(contender, case)

@@ -101,6 +101,8 @@ class Kernels(NamedTuple):
 class KernelBackend(LoopBackend):
     """A backend of two kernels, with all that stands around them."""
 
+    maps_into_batch = True
+
     @abc.abstractmethod
     def kernels(self) -> Kernels:
         """The kernels; imported late, because Pallas takes a while to import."""
@@ -137,14 +139,16 @@ class KernelBackend(LoopBackend):
             lambda a, b: a.reshape(b.shape).astype(b.dtype), cell.Carry(*kept.last), differentiable.initial_carry
         )
         hs = kept.hs.reshape(request.steps, *request.batch_shape, cell.hidden_size)
-        return Result(last, hs, None, None), (arrays.z, kept.others)
+        batched = jax.tree.map(lambda a: a.reshape(request.steps, *request.batch_shape, -1), (arrays.z, kept.others))
+        return Result(last, hs, None, None), batched
 
     def backward(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
         cotangents: Result, wanted: Differentiable,
     ) -> Differentiable:  # fmt: skip
         cotangents = dense(cotangents, result)
-        z, others = residuals
+        rows = math.prod(request.batch_shape)
+        z, others = jax.tree.map(lambda a: a.reshape(request.steps, rows, a.shape[-1]), residuals)
         arrays = _Arrays(request, differentiable, constants, z)
         cell, part, loop = arrays.cell, arrays.part, arrays.loop
         count, stored = len(cell.gates), request.residual_dtype or request.dtype

@@ -61,7 +61,13 @@ class LoopBackend(Backend):
 
     Its functions are traced with the matmul precision of the request, and under vmap: opaque calls in them say by
     `batching.over_batch` where their batch lies.  They are never differentiated themselves.
+
+    Attributes:
+      maps_into_batch: whether every residual is an array (n, *batch, ...), so that vmap over sequences can give the
+        functions a larger batch in place of vmap: gradients of shared parameters are then summed inside.
     """
+
+    maps_into_batch: ClassVar[bool] = False
 
     @abc.abstractmethod
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:

@@ -44,6 +44,9 @@ class Functions(Protocol):
     @property
     def opaque(self) -> bool: ...
 
+    @property
+    def maps_into_batch(self) -> bool: ...
+
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result: ...
 
     def forward_with_residuals(
@@ -217,8 +220,8 @@ def _mapped(function: Callable, loop: _Loop, maps: tuple, which: Any) -> Callabl
     return jax.jit(call)
 
 
-def _primitive(name: str, function: Callable, plain: Callable) -> Primitive:
-    """`plain` is the same for other machines than this one."""
+def _primitive(name: str, function: Callable, plain: Callable, roles: Callable) -> Primitive:
+    """A primitive of one of the functions above; `plain` is the same for other machines, for `roles` see below."""
     primitive = Primitive(f"rnncore_{name}")
     primitive.multiple_results = True
 
@@ -226,9 +229,14 @@ def _primitive(name: str, function: Callable, plain: Callable) -> Primitive:
         return _mapped(function, **params)(*flat)
 
     def batch(flat: Any, dims: Any, loop: _Loop, maps: tuple, which: Any) -> Any:
+        if not maps and loop.backend.maps_into_batch:
+            axes, results = roles(loop, which, [a.ndim - (d is not None) for a, d in zip(flat, dims, strict=True)])
+            if results is not None and _only_sequences(axes, dims, loop):
+                merged = map(_into_batch(flat, dims), flat, dims, axes)
+                return primitive.bind(*merged, loop=_with_batch(loop, flat, dims), maps=(), which=which), results
         front = [a if d is None else jnp.moveaxis(a, d, 0) for a, d in zip(flat, dims, strict=True)]
-        axes = tuple(None if d is None else 0 for d in dims)
-        out = primitive.bind(*front, loop=loop, maps=(*maps, axes), which=which)
+        mapped = tuple(None if d is None else 0 for d in dims)
+        out = primitive.bind(*front, loop=loop, maps=(*maps, mapped), which=which)
         return out, [0] * len(out)
 
     def evaluate_plain(*flat: Array, **params: Any) -> list[Array]:
@@ -240,15 +248,100 @@ def _primitive(name: str, function: Callable, plain: Callable) -> Primitive:
         return rule(context, *flat, loop=loop, **params)
 
     primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(lambda *avals, **params: jax.make_jaxpr(_mapped(function, **params))(*avals).out_avals)
+    def abstract(*avals: Any, loop: _Loop, maps: tuple, which: Any) -> Any:
+        if primitive.name == "rnncore_tangent" and not maps and all(map(_compat.is_of_one_device, avals)):
+            # Known without tracing the loop, which in reverse mode is transposed and never run.
+            before = loop.differentiable.num_leaves + loop.constants.num_leaves
+            return [avals[before + n].to_tangent_aval() for n in loop.inexact]
+        return jax.make_jaxpr(_mapped(function, loop, maps, which))(*avals).out_avals
+
+    primitive.def_abstract_eval(abstract)
     mlir.register_lowering(primitive, lower)
     batching.primitive_batchers[primitive] = batch
     return primitive
 
 
-run_p = _primitive("run", _run, _run_plain)
-tangent_p = _primitive("tangent", _tangent, _plain_tangent)
-backward_p = _primitive("backward", _backward, _plain_backward)
+# vmap over sequences makes them more of the batch, as the outermost of its axes.  The gradients of parameters are then
+# sums over all sequences at once, where vmap of the loop would form them one by one to add them up.  `roles` are the
+# axes at which the batch begins in each operand, None where the sequences share it, and the same of each result, or
+# None in their place where vmap of the loop is called for.
+
+
+def _axes(loop: _Loop, ndims: Sequence[int]) -> tuple[list[int | None], list[int], list[int]]:
+    """Where the batch begins in (differentiable, constants), in the result, and in the residuals."""
+    xs = 0 if loop.request.time_axis else 1
+
+    def fill(tree: Any, axis: Any) -> Any:
+        return jax.tree.map(lambda _: axis, tree)
+
+    d = _at(loop.differentiable, (), (), 0)
+    count = loop.differentiable.num_leaves
+    c = jax.tree.unflatten(loop.constants, ndims[count : count + loop.constants.num_leaves])
+    result = _at(loop.result, (), (), 0)
+    operands = (
+        Differentiable(fill(d.params, -1), xs, fill(d.initial_carry, 0), fill(d.reset_carry, 0)),
+        Constants(
+            fill(c.lengths, 0), fill(c.resets, 1), fill(c.recurrent_mask, 0),
+            jax.tree.map(lambda ndim: 1 if ndim else -1, c.zoneout),
+        ),
+    )  # fmt: skip
+    results = Result(fill(result.carry, 0), xs, fill(result.carries, 1), fill(result.gates, 1))
+    residuals = 0 if loop.residuals is None else loop.residuals.num_leaves
+    shared = [None if axis < 0 else axis for axis in jax.tree.leaves(operands)]
+    return shared, jax.tree.leaves(results), [1] * residuals
+
+
+def _run_roles(loop: _Loop, which: tuple, ndims: Sequence[int]) -> Any:
+    operands, results, residuals = _axes(loop, ndims)
+    return operands, results + residuals
+
+
+def _tangent_roles(loop: _Loop, which: tuple[int, ...], ndims: Sequence[int]) -> Any:
+    operands, results, residuals = _axes(loop, ndims)
+    moved = [operands[n] for n in which]
+    return operands + results + residuals + moved, [results[n] for n in loop.inexact]
+
+
+def _backward_roles(loop: _Loop, which: tuple[tuple[int, ...], tuple[int, ...]], ndims: Sequence[int]) -> Any:
+    operands, results, residuals = _axes(loop, ndims)
+    arriving, wanted = ([results[n] for n in which[0]], [operands[n] for n in which[1]])
+    # Of each map's own gradient of the parameters a sum over all of them would be no use.
+    return operands + results + residuals + arriving, None if None in wanted else wanted
+
+
+def _only_sequences(axes: Sequence[int | None], dims: Sequence[int | None], loop: _Loop) -> bool:
+    """Whether a map is over sequences: not over tangents alone, to which the run they belong to is common."""
+    held = loop.count if loop.residuals is not None else len(dims)
+    of_run = any(d is not None for d in dims[:held])
+    return of_run and all(axis is not None or d is None for axis, d in zip(axes, dims, strict=True))
+
+
+def _size(flat: Sequence[Any], dims: Sequence[int | None]) -> int:
+    return next(a.shape[d] for a, d in zip(flat, dims, strict=True) if d is not None)
+
+
+def _into_batch(flat: Sequence[Any], dims: Sequence[int | None]) -> Callable[..., Array]:
+    size = _size(flat, dims)
+
+    def merged(a: Array, dim: int | None, axis: int | None) -> Array:
+        if axis is None:
+            return a
+        return jnp.repeat(jnp.expand_dims(a, axis), size, axis) if dim is None else jnp.moveaxis(a, dim, axis)
+
+    return merged
+
+
+def _with_batch(loop: _Loop, flat: Sequence[Any], dims: Sequence[int | None]) -> _Loop:
+    request = loop.request
+    batch_shape = (_size(flat, dims), *request.batch_shape)
+    time_axis = request.time_axis + 1 if request.time_axis else 0
+    larger = dataclasses.replace(request, batch_shape=batch_shape, time_axis=time_axis)
+    return dataclasses.replace(loop, request=larger)
+
+
+run_p = _primitive("run", _run, _run_plain, _run_roles)
+tangent_p = _primitive("tangent", _tangent, _plain_tangent, _tangent_roles)
+backward_p = _primitive("backward", _backward, _plain_backward, _backward_roles)
 
 
 def _moving(tangents: Any) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ class Scan(LoopBackend):
 
     name = "scan"
     keeps_time_axis = True
+    maps_into_batch = True
 
     def unsupported(self, request: Request) -> str | None:
         if not isinstance(request.cell, PointwiseCell):
@@ -57,7 +58,7 @@ class Scan(LoopBackend):
         cotangents: Result, wanted: Differentiable,
     ) -> Differentiable:  # fmt: skip
         run = _Run(request, differentiable, constants)
-        return _Backward(run, result, residuals, dense(cotangents, result), wanted).all_chunks()
+        return _Backward(run, result, residuals, cotangents, wanted).all_chunks()
 
     def tangent(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
@@ -216,14 +217,18 @@ class _Backward:
     """The transpose of a run."""
 
     def __init__(self, run: _Run, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable):
-        self.run, self.outputs, self.kept, self.cotangents = run, result.outputs, residuals, cotangents
+        self.run, self.outputs, self.kept = run, result.outputs, residuals
+        self.dlast, self.doutputs = dense(cotangents.carry, result.carry), cotangents.outputs
+        self.dcarries: list = [None] * len(result.carry) if cotangents.carries is None else [*cotangents.carries]
+        gates = enumerate(jax.tree.structure(result.gates).flatten_up_to(cotangents.gates))
+        self.dgates = {n: d for n, d in gates if d is not None}
         self.tangent_params = run.product.tangent_params(run.recurrent_params)
         self.want_xs = wanted.xs
         self.want_input = any(jax.tree.leaves(steps.input_params(wanted.params)))
         self.want_recurrent = any(jax.tree.leaves(steps.recurrent_params(wanted.params)))
 
     def all_chunks(self) -> Differentiable:
-        run, dlast = self.run, self.cotangents.carry
+        run, dlast = self.run, self.dlast
         params, xs, _, reset_carry = run.differentiable
         lengths = run.constants.lengths
         zeros = functools.partial(jax.tree.map, jnp.zeros_like)
@@ -277,7 +282,9 @@ class _Backward:
 
             def forward(ds: Any, dreset: Any, row: Any, dunits: Any) -> Any:
                 one = now._replace(xs=(residual, *row, dunits), reset_carry=dreset)
-                return steps.advance(linear.tangent, run.product.tangent, one, ds)
+                new, gates = steps.advance(linear.tangent, run.product.tangent, one, ds)
+                leaves = jax.tree.leaves(gates)
+                return new, [leaves[n] for n in self.dgates]
 
             like = (run.start, run.differentiable.reset_carry, row_shapes, run.units)
             ds, more, row, more_units = jax.linear_transpose(forward, *like)((ds, dgates))
@@ -299,15 +306,16 @@ class _Backward:
             dxs = lax.dynamic_update_slice_in_dim(dxs, jnp.moveaxis(dx, 0, run.axis), first, run.axis)
         return ds, dreset, (dinput, drecurrent, dunits), dxs
 
-    def _arriving(self, ds: Any, t: Any) -> tuple[Any, Any]:
-        """The cotangents of step t's carry and of its gates."""
-        dlast, doutputs, dcarries, dgates = self.cotangents
+    def _arriving(self, ds: Any, t: Any) -> tuple[Any, list[Array]]:
+        """The cotangents of step t's carry, and of its gates those that there are."""
         lengths = self.run.constants.lengths
         if lengths is not None:
-            ds = _add(ds, steps.at_end(t == lengths - 1, dlast, jax.tree.map(jnp.zeros_like, dlast)))
-        if dcarries is not None:
-            ds = _add(ds, at(dcarries, t, 0))
-        return ds._replace(h=ds.h + at(doutputs, t, self.run.axis)), at(dgates, t, 0)
+            ds = _add(ds, steps.at_end(t == lengths - 1, self.dlast, jax.tree.map(jnp.zeros_like, self.dlast)))
+        pairs = zip(ds, self.dcarries, strict=True)
+        ds = type(ds)(*(a if d is None else a + at(d, t, 0).astype(a.dtype) for a, d in pairs))
+        if self.doutputs is not None:
+            ds = ds._replace(h=ds.h + at(self.doutputs, t, self.run.axis))
+        return ds, [at(d, t, 0) for d in self.dgates.values()]
 
     def _residuals(self, first: Any, size: int) -> tuple[Array, PyTree, Any, Callable]:
         """What the derivative needs of a stretch.

@@ -41,6 +41,8 @@ def variant_of(request: Request) -> emit.Variant:
 class CppLoops(LoopBackend):
     """The loops, of requests that they can serve."""
 
+    maps_into_batch = True
+
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         run = _Run(request, differentiable, constants)
         return run.result(run.calls.forward(run.moving(differentiable), run.given, False)[0])
@@ -50,7 +52,7 @@ class CppLoops(LoopBackend):
     ) -> tuple[Result, PyTree]:
         run = _Run(request, differentiable, constants)
         out, kept = run.calls.forward(run.moving(differentiable), run.given, True)
-        return run.result(out), kept
+        return run.result(out), kept.reshape(kept.shape[0], *request.batch_shape, *kept.shape[2:])
 
     def backward(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
@@ -59,7 +61,8 @@ class CppLoops(LoopBackend):
         run = _Run(request, differentiable, constants)
         moving, back = jax.vjp(run.moving, differentiable)
         dout = run.cotangents(cotangents)
-        found: Any = run.calls.backward(moving, run.given, run.outputs(result), residuals, dout, wanted.xs)
+        kept = residuals.reshape(residuals.shape[0], run.rows, *residuals.shape[-2:])
+        found: Any = run.calls.backward(moving, run.given, run.outputs(result), kept, dout, wanted.xs)
         return back(found if wanted.xs else found._replace(x=jnp.zeros_like(moving.x)))[0]
 
     def tangent(
@@ -71,10 +74,9 @@ class CppLoops(LoopBackend):
         # Inside shard_map the linearised step depends on other values than the one that was compiled.
         if run.every or request.return_states or len(dtypes) > 1 or run.axes:
             return super().tangent(request, differentiable, constants, result, residuals, tangents)
-        steps, rows, width, padded = residuals.shape
         heads, hidden = run.heads, request.cell.hidden_size
-        stacks = residuals.reshape(steps, rows, width, heads, padded // heads)[..., : hidden // heads]
-        stacks = jnp.moveaxis(stacks.reshape(steps, *request.batch_shape, width, hidden), -2, 0)
+        stacks = residuals.reshape(*residuals.shape[:-1], heads, -1)[..., : hidden // heads]
+        stacks = jnp.moveaxis(stacks.reshape(*residuals.shape[:-1], hidden), -2, 0)
         return plain.tangent(request, differentiable, constants, result, tuple(stacks), tangents)
 
 

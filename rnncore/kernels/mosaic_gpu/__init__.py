@@ -14,7 +14,8 @@ of batch axes: yes; masks, zoneout, states, chunks: no.  Differentiation: revers
 sequences, not over parameters; shard_map over the batch.  The same call gives the same bits: no atomic sums.
 
 Blocks of a grid wait for each other, so all of them have to run at once: another kernel that fills the GPU
-at the same time can make both wait for ever.
+at the same time can make both wait for ever.  XLA runs the kernels of a device one after the other, in CUDA graphs
+too, unless told otherwise in XLA_FLAGS; then a grid is refused.  Another library on the same GPU is not seen.
 
 Not yet run on a GPU.  What is tested: one block and clusters in JAX's interpreter on a CPU, with its detection
 of races, and every kind lowered for CUDA; ptxas takes them for sm_90a (benchmarks/NOTES.md).  The grid's
@@ -24,7 +25,9 @@ counters cannot be interpreted; its data flow is the clusters'.  So it is chosen
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
+from rnncore import _compat
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of, too_few_processors
@@ -36,6 +39,8 @@ KNOWN = frozenset(
     "lt max min mul ne neg or round rsqrt select_n sign sin sub tanh xor".split()
 )
 """Elementwise operations that Mosaic GPU lowers in every supported JAX; `rewritten.py` says some more by these."""
+LIBDEVICE = "nvvm/libdevice/libdevice.10.bc"
+"""In the folder of the CUDA toolkit: functions that the kernels are linked with."""
 
 
 class MosaicGPU(host.KernelBackend):
@@ -60,7 +65,7 @@ class MosaicGPU(host.KernelBackend):
         plan = plan_for(request)
         if isinstance(plan, str):
             return plan
-        return too_few_processors(plan) or kernel_body.of(cell, plan.tile).why_not(KNOWN)
+        return too_few_processors(plan) or side_by_side(plan) or kernel_body.of(cell, plan.tile).why_not(KNOWN)
 
     def kernels(self) -> host.Kernels:
         from rnncore.kernels.mosaic_gpu import kernels
@@ -77,7 +82,29 @@ def missing_gpu(platform: str) -> str | None:
     capability = getattr(jax.devices()[0], "compute_capability", "unknown")
     if str(capability) != "9.0":
         return f"its matrix instructions are Hopper's, compute capability 9.0, and this GPU has {capability}"
-    return None
+    return missing_toolkit(_compat.cuda_folder())
+
+
+def missing_toolkit(folder: str | None, usual: Path = Path("/usr/local/cuda")) -> str | None:
+    """Reason why the kernels cannot be compiled with what JAX takes for the folder of the CUDA toolkit, or None."""
+    if folder != "None" or (usual / LIBDEVICE).exists():
+        return None
+    # JAX 0.11.2 makes this string of a missing folder, beside the CUDA 13 packages that PyTorch brings.
+    return (
+        f"JAX takes the word 'None' for the folder of the CUDA toolkit, so that {LIBDEVICE} is not found; set the "
+        "environment variable CUDA_ROOT to the toolkit's folder before JAX is imported"
+    )
+
+
+def side_by_side(plan: Plan) -> str | None:
+    """Reason why a grid may not run under the options of XLA that hold here, or None."""
+    option = _compat.kernels_side_by_side() if plan.sync == "grid" else None
+    if option is None:
+        return None
+    return (
+        f"the blocks of its grid wait for each other, and with the XLA option {option} another such kernel may hold "
+        "the processors that they need, so that both wait for ever; leave that option out"
+    )
 
 
 def plan_for(request: Request) -> Plan | str:

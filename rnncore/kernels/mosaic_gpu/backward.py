@@ -110,26 +110,27 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
             """Gives this warpgroup's cotangents to the others and to the results; dr U^T."""
             now = lax.rem(n, plan.slots)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            # What the others wait for first: the cotangents of the recurrent products.
             outgoing = []  # (where it is staged, result, gate of it)
             for gate, dz in enumerate(dzs):
                 own = tiles.staged(gate) if exchange else scratch.h.at[now, gate, :, tiles.inside]
-                if gate in apart:
-                    here = tiles.staged(plan.gates + apart[gate])
-                    tiles.write(own, drest[apart[gate]])
-                    tiles.write(here, dz)
-                    outgoing += [(own, results.rest, apart[gate]), (here, results.z, gate)]
-                else:
-                    tiles.write(own, dz)
-                    outgoing.append((own, results.z, gate))
+                tiles.write(own, drest[apart[gate]] if gate in apart else dz)
+                outgoing.append((own, *((results.rest, apart[gate]) if gate in apart else (results.z, gate))))
             plgpu.commit_smem()
-            ring.refill(n)
-            for here, target, gate in outgoing:
-                plgpu.copy_smem_to_gmem(tiles.filled(here), target.at[t, tiles.sequences, tiles.units(gate)])
+            give(t, outgoing)
             if exchange is None:
                 tiles.meet()
             else:
                 plgpu.wait_smem_to_gmem(0)
                 exchange.arrive()
+            ring.refill(n)
+            if apart:
+                staged = [(tiles.staged(plan.gates + own), results.z, gate) for gate, own in apart.items()]
+                for here, _, gate in staged:
+                    tiles.write(here, dzs[gate])
+                plgpu.commit_smem()
+                give(t, staged)
+            if exchange is not None:
                 exchange.wait(n)
 
             if plan.gates_together:
@@ -151,6 +152,11 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
                 return total[...]
 
             return pl.run_scoped(product, plgpu.ACC(plan.tile, jnp.float32))
+
+        def give(t: Array, outgoing: Any) -> None:
+            """Staged tiles to the results."""
+            for here, target, gate in outgoing:
+                plgpu.copy_smem_to_gmem(tiles.filled(here), target.at[t, tiles.sequences, tiles.units(gate)])
 
         def of_all(t: Array, gate: int) -> Any:
             """The cotangents of a gate's recurrent product that all blocks of the head have given."""

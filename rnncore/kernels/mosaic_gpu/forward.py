@@ -131,21 +131,25 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
             else:
                 here = tiles.staged(0)
             tiles.write(here, carry[body.hidden])
+            plgpu.commit_smem()
+            # h first: the others wait for it, and for nothing else that is done here.
+            plgpu.copy_smem_to_gmem(tiles.filled(here), results.hs.at[t, tiles.sequences, tiles.units()])
+            if exchange is None:
+                tiles.meet()
+            else:
+                plgpu.wait_smem_to_gmem(0)
+                exchange.arrive()
+            ring.refill(t)
             others = [a for n, a in enumerate(carry) if n != body.hidden] if keep else []
             for n, a in enumerate(others):
                 tiles.write(tiles.staged(n + 1), a)
-            plgpu.commit_smem()
-            ring.refill(t)
-            plgpu.copy_smem_to_gmem(tiles.filled(here), results.hs.at[t, tiles.sequences, tiles.units()])
-            if exchange is not None:
-                plgpu.wait_smem_to_gmem(0)
-                exchange.arrive()
+            if others:
+                plgpu.commit_smem()
             for n, stack in enumerate(results.others):
                 plgpu.copy_smem_to_gmem(
                     tiles.filled(tiles.staged(n + 1)), stack.at[t, tiles.sequences, tiles.units()]
                 )  # fmt: skip
             if exchange is None:
-                tiles.meet()
                 return
             exchange.wait(t)
 

@@ -22,7 +22,11 @@ SHARED_BYTES = 227 * 1024
 PROCESSORS = 132
 """Multiprocessors of an H100 or H200 (SXM): how many blocks of this size run at once."""
 CLUSTER = 16
-"""Blocks to a cluster at most; above 8 they are "non-portable", which Hopper takes."""
+"""Blocks to a cluster at most."""
+PORTABLE = 8
+"""Blocks to a cluster that every GPU with clusters can schedule; Hopper may take more, where its processors allow."""
+KINDS = ("block", "cluster", "wide cluster", "grid")
+"""What a layout can be, see `Plan.kind`."""
 ROWS = 64
 """Rows that the matrix unit of a warpgroup takes at a time."""
 DEPTH = (4, 3)
@@ -62,6 +66,11 @@ class Plan:
     def sync(self) -> str | None:
         """How blocks wait for each other: "cluster", "grid" or not at all."""
         return None if self.blocks == 1 else "cluster" if self.blocks <= CLUSTER else "grid"
+
+    @property
+    def kind(self) -> str:
+        """Of KINDS: what has to be proved on a GPU before a layout like this one is trusted there."""
+        return "wide cluster" if self.sync == "cluster" and self.blocks > PORTABLE else self.sync or "block"
 
     @property
     def tile(self) -> tuple[int, int]:
