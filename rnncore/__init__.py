@@ -17,6 +17,9 @@ from rnncore.cells.recurrent_kernels import Dense as Dense
 from rnncore.cells.recurrent_kernels import Diagonal as Diagonal
 from rnncore.cells.recurrent_kernels import Heads as Heads
 from rnncore.cells.recurrent_kernels import Recurrence as Recurrence
+from rnncore.cells.structured_kernels import Dale as Dale
+from rnncore.cells.structured_kernels import LowRank as LowRank
+from rnncore.cells.structured_kernels import Sparse as Sparse
 from rnncore.layers.compose import unroll_stack as unroll_stack
 from rnncore.layers.equinox_weights import from_equinox as from_equinox
 from rnncore.layers.equinox_weights import to_equinox as to_equinox

@@ -1,6 +1,7 @@
 """Online learning: gradients at every step, forward in time, without keeping the past."""
 
 from rnncore.online.exact import RTRL as RTRL
+from rnncore.online.exact import SnAp as SnAp
 from rnncore.online.kronecker import KFRTRL as KFRTRL
 from rnncore.online.learning import OnlineInput as OnlineInput
 from rnncore.online.learning import OnlineState as OnlineState

@@ -12,9 +12,11 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
 from rnncore._types import Array
 from rnncore.cells.base import CellParams
+from rnncore.cells.structured_kernels import Sparse
 from rnncore.online.blocks import Blocks, blocks_of, to_blocks
 from rnncore.online.local import from_pieces, local_step, piece_shapes
 from rnncore.online.own_unit import SnAp1
@@ -118,3 +120,57 @@ class RTRL(Rule):
     def _kept(self, influence: Array) -> Array:
         """What of the influence (*batch, N, S, R, C, S) is followed further: all."""
         return influence
+
+
+@dataclasses.dataclass(frozen=True)
+class SnAp(RTRL):
+    """Sparse n-step approximation: what a parameter does to the units that it reaches within n steps.
+
+    P_t = pattern * (J_t P_{t-1} + d s_t / d params)
+
+    The pattern has the entries that n steps over the connections can make.
+
+    Over a dense kernel or heads all units are reached in two steps, and n = 2 is `RTRL`; over `Sparse` connections it
+    is less, and for n as long as the longest path between two units it is exact.
+
+    Args:
+      cell: a `PointwiseCell`, over `Sparse`, or `Dale` within it, where the pattern is to be one.
+      order: n; 1 is `SnAp1`, which keeps less.
+
+    Raises:
+      ValueError: an order below 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import online
+      >>> cell = rnncore.GRU(8, recurrence=rnncore.Sparse.random(8, 0.2))
+      >>> rule, params = online.SnAp(cell, order=2), cell.init(jax.random.key(0), 3)
+      >>> memory, y = rule.step(params, rule.init(params, cell.initial_carry()), jnp.ones(3))
+      >>> rule.gradient(params, memory, jnp.ones_like(y)).recurrent_kernel.shape
+      (8, 3, 8)
+
+    Source: Menick et al. (2020), arXiv:2006.07232.  The pattern is masked here, not stored sparsely: a step costs what
+    RTRL's does.
+    """
+
+    order: int = 2
+    connections: Sparse | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.order < 1:
+            raise ValueError(f"`SnAp(cell, order={self.order})`: expected at least 1 step.")
+        recurrence: Any = self.cell.recurrence
+        within = getattr(recurrence, "within", recurrence)
+        if isinstance(within, Sparse):
+            object.__setattr__(self, "connections", within)
+
+    def _kept(self, influence: Array) -> Array:
+        blocks = self._blocks
+        if self.connections is None:
+            reached = np.ones((blocks.size, blocks.size), bool) if self.order > 1 else np.eye(blocks.size, dtype=bool)
+        else:
+            step = self.connections.mask | np.eye(blocks.size, dtype=bool)
+            reached = np.linalg.matrix_power(step.astype(float), self.order - 1) > 0
+        # P is by (i, ..., j) of what unit j's parameters do to unit i.
+        return jnp.where(reached.T[:, None, None, :], influence, 0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
-from rnncore.cells import pointwise
+from rnncore.cells import pointwise, structured_kernels
 from rnncore.cells.base import CellParams, PointwiseCell
 
 
@@ -48,7 +48,13 @@ class Rule(abc.ABC):
 
     def init(self, params: CellParams, carry: Any) -> Memory:
         """The memory before the first step, from a carry that no parameter has influenced."""
-        return Memory(carry, self._start(params, carry))
+        rule, params = self._plain(params)
+        return Memory(carry, rule._start(params, carry))
+
+    def _plain(self, params: CellParams) -> tuple[Rule, CellParams]:
+        """The rule for the plain kernel that a structured one runs as, whose gradient is pulled back once."""
+        cell, params = structured_kernels.plain(self.cell, params)
+        return (self if cell is self.cell else dataclasses.replace(self, cell=cell)), params
 
     def step(
         self,
@@ -96,7 +102,8 @@ class Rule(abc.ABC):
             start = jax.tree.map(jnp.zeros_like, memory.carry) if reset_carry is None else reset_carry
             start = jax.tree.map(lambda a, c: jnp.broadcast_to(a, c.shape).astype(c.dtype), start, memory.carry)
             before = select(reset, Memory(start, jax.tree.map(jnp.zeros_like, memory.influence)), before)
-        new = Memory(*self._advance(params, before.carry, before.influence, jnp.asarray(x), key))
+        rule, params = self._plain(params)
+        new = Memory(*rule._advance(params, before.carry, before.influence, jnp.asarray(x), key))
         # As a run does: the carry keeps its dtype.
         new = jax.tree.map(lambda a, b: a.astype(b.dtype), new, memory)
         if valid is not None:
@@ -126,7 +133,12 @@ class Rule(abc.ABC):
                     f"output, or a {type(carry).__name__}."
                 )
             (cotangent,) = pull(jnp.asarray(cotangent, y.dtype))
-        return self._gradient(params, memory, cotangent)
+        rule, core = self._plain(params)
+        gradient = rule._gradient(core, memory, cotangent)
+        if rule is self:
+            return gradient
+        _, back = jax.vjp(lambda k: self.cell.recurrence.effective(k)[1], params.recurrent_kernel)  # type: ignore[attr-defined]
+        return gradient._replace(recurrent_kernel=back(gradient.recurrent_kernel)[0])
 
     @abc.abstractmethod
     def _start(self, params: CellParams, carry: Any) -> PyTree:
