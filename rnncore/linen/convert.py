@@ -8,6 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
+from rnncore._types import Array
+from rnncore.cells import CellParams
 from rnncore.linen import cells, trees
 
 TREES: dict[type, trees.Tree] = {
@@ -117,3 +119,40 @@ def _check_shapes(name: str, tree: trees.Tree, weights: trees.Weights) -> None:
                         f"`functional({name}, params)`: params['{gate}']['{leaf}'] has shape {got}, expected "
                         f"{expected} to fit the other gates."
                     )
+
+
+def from_functional(cell: nn.Module, params: CellParams) -> dict[str, dict[str, Array]]:
+    """The parameters of a Flax cell that computes what a functional cell does: the inverse of `functional`.
+
+    With `functional` of either Flax flavour it takes a trained cell from one to the other.
+
+    Args:
+      cell: a cell of `rnncore.linen` or of flax.linen, as in `functional`.
+      params: the functional parameters; a bias that is None becomes zeros.
+
+    Returns:
+      {'ii': {'kernel': (D, H)}, 'hi': {'kernel': (H, H), 'bias': (H,)}, ...}, unboxed.
+
+    Raises:
+      ValueError: parameters of another number of gates, or of a kernel that is not dense.
+      NotImplementedError: another cell; a b_hn where the cell has no such bias.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rnncore import linen, nnx
+      >>> old = nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0))
+      >>> weights = linen.from_functional(linen.LSTMCell(4), nnx.functional(old)[1])
+      >>> _, y = linen.LSTMCell(4).apply({"params": weights}, (jnp.zeros(4), jnp.ones(4)), jnp.ones(3))
+      >>> bool(jnp.allclose(y, old((jnp.zeros(4), jnp.ones(4)), jnp.ones(3))[1], atol=1e-6))
+      True
+
+    Source: trees as in flax.linen.
+    """
+    name = type(cell).__name__
+    tree = TREES.get(type(cell))
+    if tree is None:
+        raise NotImplementedError(
+            f"`from_functional({name}, params)`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or "
+            "SimpleCell of rnncore.linen or flax.linen."
+        )
+    return trees.disassemble(tree, cell, params)

@@ -6,6 +6,7 @@ from typing import Any
 
 from flax import nnx
 
+from rnncore.cells import CellParams
 from rnncore.nnx import trees
 
 
@@ -59,3 +60,38 @@ def functional(cell: nnx.Module) -> Any:
             "parameters into the plain cell: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell, SimpleCell or IndRNNCell."
         )
     return trees.assemble(cell)
+
+
+def from_functional(cell: nnx.Module, params: CellParams) -> nnx.Module:
+    """Gives an nnx cell the parameters with which it computes what a functional cell does: `functional` backwards.
+
+    With `functional` of either Flax flavour it takes a trained cell from one to the other.
+
+    Args:
+      cell: a cell of `rnncore.nnx` or of flax.nnx, whose parameters are replaced in place.
+      params: the functional parameters, of the cell's sizes; a bias that is None becomes zeros.
+
+    Returns:
+      The cell.
+
+    Raises:
+      ValueError: parameters that do not fit the cell's.
+      NotImplementedError: another cell; a b_hn where the cell has none, as flax.nnx.GRUCell.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rnncore import linen, nnx
+      >>> old, start = linen.GRUCell(4), jnp.ones(4)
+      >>> variables = old.init(jax.random.key(0), start, jnp.ones(3))
+      >>> new = nnx.GRUCell(3, 4, rngs=nnx.Rngs(1), recurrent_bias=True)
+      >>> _ = nnx.from_functional(new, linen.functional(old, variables["params"])[1])
+      >>> bool(jnp.allclose(new(start, jnp.ones(3))[1], old.apply(variables, start, jnp.ones(3))[1], atol=1e-6))
+      True
+
+    Source: trees as in flax.nnx.
+    """
+    why = trees.why_unknown(cell)
+    if why is not None:
+        raise NotImplementedError(f"`from_functional({type(cell).__name__}, params)`: {why}.")
+    trees.disassemble(cell, params)
+    return cell

@@ -12,7 +12,7 @@ import numpy as np
 
 from rnncore import _compat, _lengths
 from rnncore._types import Array, PyTree, exportable
-from rnncore.cells import pointwise
+from rnncore.cells import pointwise, structured_kernels
 from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.recurrence.backend import Backend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
@@ -298,6 +298,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
     _checks.check_params(cell, params, xs)
+    cell, params = structured_kernels.plain(cell, params)
     z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
     dtype = jax.tree.leaves(z)[0].dtype
     for name, carry in (("initial_carry", initial_carry), ("reset_carry", reset_carry)):
