@@ -169,7 +169,7 @@ def _primitive(name: str, function: Callable, plain: Callable, roles: Callable) 
         return _mapped(plain, **params)(*flat)
 
     def lower(context: Any, *flat: Any, loop: Loop, **params: Any) -> Any:
-        away = _compat.is_exporting(context) and loop.backend.opaque
+        away = loop.backend.opaque and _compat.runs_elsewhere(context, loop.request.platform)
         rule = mlir.lower_fun(evaluate_plain if away else evaluate, multiple_results=True)
         return rule(context, *flat, loop=loop, **params)
 
