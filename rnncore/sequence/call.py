@@ -204,7 +204,7 @@ def unroll(
     return (carry, outputs, states) if return_states else (carry, outputs)
 
 
-def explain_backend(cell: Cell, params: PyTree, xs: Array = None, **options: Any) -> BackendChoice:
+def explain_backend(cell: Cell, params: PyTree, xs: Any = None, **options: Any) -> BackendChoice:
     """Which backend `unroll` takes for the same arguments, why, and why not the others.
 
     Args:
