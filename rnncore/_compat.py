@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import re
 from typing import Any
 
@@ -112,3 +113,15 @@ def runs_elsewhere(context: Any, platform: str) -> bool:
     module = context.module_context
     platforms = {"gpu" if name in ("cuda", "rocm") else name for name in module.platforms}
     return module.lowering_parameters.for_export or platforms != {platform}
+
+
+def _by_name(function: Any) -> Any:
+    """How JAX's functions are pickled and copied: by their names, as Python's own."""
+    if str(getattr(function, "__module__", "")).partition(".")[0] == "jax" and "<" not in function.__qualname__:
+        return function.__qualname__
+    return function.__reduce_ex__(4)
+
+
+# `jax.nn.sigmoid` and its like are compiled functions, which pickle looks for by what they wrap and does not find.
+for _kind in (type(jax.nn.sigmoid), jax.custom_jvp, jax.custom_vjp):
+    copyreg.pickle(_kind, _by_name)  # type: ignore[arg-type]

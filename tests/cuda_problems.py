@@ -72,7 +72,8 @@ def plain(cell: Any, run: kernels.Run, z: Any, rounded: Any = None) -> tuple[Any
             def blend(k: Any, old: Any, new: Any) -> Any:
                 return new if k is None else jnp.where(k, old, new) if k.dtype == bool else k * old + (1 - k) * new
 
-            new = tuple(blend(None if k is None else k[t], a, b) for k, a, b in zip(run.stay, carry, new, strict=True))
+            now = [k if k is None or k.ndim == 0 else k[t] for k in run.stay]
+            new = tuple(map(blend, now, carry, new))
         carry = tuple(new)
         hs.append(carry[h])
         others.append([a for n, a in enumerate(carry) if n != h])

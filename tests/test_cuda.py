@@ -171,8 +171,10 @@ def test_transformations(mode: str):
 
 
 def test_it_says_what_it_lacks():
-    why = rnncore.explain_backend(rnncore.LSTM(8), (2, 3, 4))["cuda"]
-    assert "NVIDIA GPU" in str(why)
+    cell = rnncore.LSTM(8)
+    xs = jnp.zeros((2, 3, 4), jnp.float32)
+    choice = rnncore.explain_backend(cell, cell.init(jax.random.key(0), 4, jnp.float32), xs)
+    assert "NVIDIA GPU" in choice.rejected["cuda"]
 
 
 # --------------------------------------------------------------------------------------------- compiled

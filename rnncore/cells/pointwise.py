@@ -148,6 +148,26 @@ def why_not_elementwise(cell: PointwiseCell) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=256)
+def why_not_linear(cell: PointwiseCell) -> str | None:
+    """Reason why the recurrent product cannot be differentiated once for all steps, or None."""
+    size, gates = cell.hidden_size, len(cell.gates)
+    kernel = jax.ShapeDtypeStruct(cell.recurrence.shape(gates, size), jnp.float32)
+    h, r = jax.ShapeDtypeStruct((size,), jnp.float32), jax.ShapeDtypeStruct((gates * size,), jnp.float32)
+
+    def transpose(h: Any, r: Any) -> Any:
+        return jax.linear_transpose(lambda kernel: cell.recurrence.mix(kernel, h), kernel)(r)
+
+    try:
+        jax.eval_shape(transpose, h, r)
+    except Exception:  # JAX says in many ways that something is not linear, an AssertionError among them.
+        return (
+            f"{type(cell.recurrence).__name__}.mix is not linear in the kernel, such as U = A B, so its gradient is no "
+            "one product over all steps; backend 'autodiff' takes it"
+        )
+    return None
+
+
 def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> None:
     jaxpr = getattr(closed, "jaxpr", closed)
     hint = (

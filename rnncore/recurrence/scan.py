@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rnncore._types import Array, PyTree
+from rnncore.cells import pointwise
 from rnncore.cells.base import PointwiseCell
 from rnncore.recurrence import plain
 from rnncore.recurrence import step as steps
@@ -38,12 +39,13 @@ class Scan(LoopBackend):
 
     name = "scan"
     keeps_time_axis = True
+    takes_symbolic = True
     maps_into_batch = True
 
     def unsupported(self, request: Request) -> str | None:
         if not isinstance(request.cell, PointwiseCell):
             return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
-        return None
+        return pointwise.why_not_linear(request.cell)
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         return _Run(request, differentiable, constants).forward(False)[0]

@@ -21,6 +21,7 @@ cannot is an error of the plan or of the launch, not a hang; a batch that is too
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 from rnncore._types import PyTree
@@ -50,6 +51,8 @@ class Cuda(LoopBackend):
         refused = without(
             request, ("checkpoint_every", "recompute"), "its kernel runs all steps at once and keeps what it needs"
         )
+        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
+            return "its arrays are of known sizes, and here some are symbols"
         if refused is None and 0 in (*request.batch_shape, request.steps):
             refused = f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
         if refused is None:
@@ -63,8 +66,7 @@ class Cuda(LoopBackend):
         why = self.missing(request)
         if why is not None:
             return why
-        settings = self.settings(request)
-        found = self._plan(settings, request)
+        found = self._plan(request, "forward", 1)  # one sequence fits wherever many run in parts
         return found if isinstance(found, str) else emit.why_not(cell)
 
     def missing(self, request: Request) -> str | None:
@@ -86,14 +88,18 @@ class Cuda(LoopBackend):
         product = plan.products(request.dtype, request.precision, device.capability)
         return kernels.Settings(device, product, functools.partial(launch.launch, device=device))
 
-    def _plan(self, settings: kernels.Settings, request: Request) -> plan.Plan | str:
-        """The forward layout of one sequence, which fits wherever many do."""
+    def describe(self, request: Request) -> str | None:
+        rows = math.prod(request.batch_shape)
+        return "; ".join(f"{way}: {self._plan(request, way, rows)}" for way in ("forward", "backward"))
+
+    def _plan(self, request: Request, direction: str, rows: int) -> plan.Plan | str:
         cell: Any = request.cell
+        settings = self.settings(request)
         heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
         shape = plan.Shape(
-            "forward", request.dtype, request.dtype, settings.product, gates=len(cell.gates),
+            direction, request.dtype, request.dtype, settings.product, gates=len(cell.gates),
             fields=len(cell.Carry._fields), width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size // heads,
-            heads=heads, sequences=1,
+            heads=heads, sequences=rows,
         )  # fmt: skip
         return settings.choose(settings.device, shape)
 

@@ -149,6 +149,15 @@ class Plan:
     apart: bool
     step: float
 
+    def __str__(self) -> str:
+        waits = {"none": "none waits", "cluster": "a head's in a cluster", "grid": "a head's wait for each other"}
+        places = {"registers": self.in_registers, "shared memory": self.in_shared, "the L2 cache": self.streamed}
+        matrix = " and ".join(f"{count} / {self.each} in {place}" for place, count in places.items() if count)
+        return (
+            f"{self.grid} blocks of {self.threads} threads ({waits[self.sync]}), {COLUMNS * self.tiles} sequences "
+            f"each; of the matrix {matrix}; {self.step:.2f} us a step predicted"
+        )
+
     @property
     def each(self) -> int:
         """Chunks of k of a warp."""
