@@ -140,12 +140,18 @@ def test_compilations_take_turns_and_ctrl_c_keeps_them(tmp_path, monkeypatch):
     assert not run.complete and "of 2 to 3." in others.compiling(read([path]))
 
 
-def test_results_go_beside_the_others(monkeypatch, tmp_path):
-    monkeypatch.setattr(records, "RESULTS", tmp_path)
+def test_results_go_where_the_caller_is_and_only_when_asked_beside_the_others(monkeypatch, tmp_path):
+    here, results = tmp_path / "here", tmp_path / "results"
+    here.mkdir(), results.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(records, "RESULTS", results)
     monkeypatch.setattr(compiling, "seconds_to_compile", lambda *_: 1.0)
-    assert compiling.main([*SHORT, "8"]) == 0
     version = ".".join(jax.__version__.split(".")[:2])
-    assert [path.name for path in tmp_path.iterdir()] == [f"compile_cpu_jax{version}.jsonl"]
+    name = f"compile_cpu_jax{version}.jsonl"
+    assert compiling.main([*SHORT, "8"]) == 0
+    assert [path.name for path in here.iterdir()] == [name] and not list(results.iterdir())
+    assert compiling.main([*SHORT, "8", "--record"]) == 0
+    assert [path.name for path in results.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(
