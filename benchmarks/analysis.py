@@ -1,7 +1,7 @@
 """What the analysis costs: Jacobians, retention curves, Lyapunov exponents, the monitor.
 
   python -m benchmarks.analysis --out benchmarks/results/analysis_cpu.json
-  python -m benchmarks.report --results benchmarks/results/analysis_cpu.json
+  python -m benchmarks.report --results benchmarks/results/analysis_cpu.json --documents
 
 Jacobians: all T of an LSTM against `vmap(jacrev)` of its step, in turns; every contender is compared
 with float64.  Retention: the kinds rms and adjoint of state and cell and the direct path, 100 lags, after
@@ -30,7 +30,8 @@ from tqdm import tqdm
 import rnncore
 from benchmarks import timing
 from rnncore import analysis
-from rnncore.analysis.trajectory import Trajectory, flatten_carry, unflatten_carry
+from rnncore.analysis.run.flat import flatten_carry, unflatten_carry
+from rnncore.analysis.run.trajectory import Trajectory
 
 
 def run_of(batch: int, steps: int, features: int, hidden: int, dtype: Any = jnp.float32) -> Trajectory:

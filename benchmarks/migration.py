@@ -7,7 +7,7 @@ and the ratio is taken within a round.  Both gradients are compared with Flax's 
 with each other.
 
   python -m benchmarks.migration --out benchmarks/results/migration_cpu.json
-  python -m benchmarks.report --results benchmarks/results/migration_cpu.json
+  python -m benchmarks.report --results benchmarks/results/migration_cpu.json --documents
 """
 
 from __future__ import annotations

@@ -21,15 +21,16 @@ def parser(command: str, doc: str | None) -> argparse.ArgumentParser:
         prog=f"python -m benchmarks.{command}", description=summary, epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    where = f"benchmarks/results/{command}_<platform>_jax<version>.jsonl"
+    where = f"{command}_<platform>_jax<version>.jsonl where you are"
     made.add_argument("--out", type=Path, help=f"JSON lines are appended to this file (default: {where})")
+    made.add_argument("--record", action="store_true", help="append to the project's own results, benchmarks/results/")
     return made
 
 
-def path(tag: str) -> Path:
-    """benchmarks/results/<tag>_<platform>_jax<major.minor>.jsonl"""
+def path(tag: str, record: bool) -> Path:
+    """<tag>_<platform>_jax<major.minor>.jsonl"""
     version = ".".join(jax.__version__.split(".")[:2])
-    return records.RESULTS / f"{tag}_{jax.default_backend()}_jax{version}.jsonl"
+    return records.folder(record) / f"{tag}_{jax.default_backend()}_jax{version}.jsonl"
 
 
 def run(
@@ -37,7 +38,7 @@ def run(
     measure: Callable[[argparse.Namespace, records.Writer], None],
 ) -> int:  # fmt: skip
     """The record of the run, those that `measure` writes, and the end; exit status 0, or 130 where interrupted."""
-    writer, interrupted, reason = records.Writer(args.out or path(tag)), False, None
+    writer, interrupted, reason = records.Writer(args.out or path(tag, args.record)), False, None
     with terminable():
         try:
             machine = records.machine()

@@ -69,14 +69,19 @@ def machine() -> dict[str, Any]:
     return told | {"platform": jax.default_backend(), "versions": versions()}
 
 
-def default_path(tag: str) -> Path:
-    """benchmarks/results/<tag>_<device>_jax<major.minor>.jsonl"""
+def folder(record: bool) -> Path:
+    """Where a file of no name goes: where the command was called, or with --record among the project's own results."""
+    return RESULTS if record else Path.cwd()
+
+
+def default_path(tag: str, record: bool) -> Path:
+    """<tag>_<device>_jax<major.minor>.jsonl"""
     kind = jax.devices()[0].device_kind
     # A CPU calls itself "cpu"; the processor's name is in brackets in what the machine is called.
     name = timing.machine()["device"].partition("(")[2].rstrip(")") if kind.lower() == "cpu" else kind
     words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)", "", name.lower()))
     slug = "-".join(word for word in words[:6] if word not in ("cpu", "processor")) or "cpu"
-    return RESULTS / f"{tag}_{slug}_jax{'.'.join(jax.__version__.split('.')[:2])}.jsonl"
+    return folder(record) / f"{tag}_{slug}_jax{'.'.join(jax.__version__.split('.')[:2])}.jsonl"
 
 
 def case_fields(case: Case) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from jax.nn.initializers import glorot_uniform
 from tqdm import tqdm
 
 import rnncore
-from benchmarks.records import RESULTS, asked, machine, now
+from benchmarks.records import asked, folder, machine, now
 from rnncore import analysis, initializers
 
 CELLS: dict[str, Any] = {"Elman": rnncore.Elman, "LSTM": rnncore.LSTM, "GRU": rnncore.GRU, "MGU": rnncore.MGU}
@@ -217,14 +217,15 @@ def options(argv: list[str]) -> argparse.Namespace:
     add("--seeds", type=int, default=5, help="draws of parameters and inputs (default: 5)")
     add("--first-seed", type=int, default=0, help="of these (default: 0)")
     add("--quick", action="store_true", help="H 8, D 3, B 2, T 12, lags 1 3 10, two seeds: to see that it runs")
-    add("--out", type=Path, help="JSON lines, written anew; default: benchmarks/results/retention_<platform>.jsonl")
+    add("--out", type=Path, help="JSON lines, written anew (default: retention_<platform>.jsonl where you are)")
+    add("--record", action="store_true", help="write the project's own results, benchmarks/results/")
     args = parser.parse_args(argv)
     if args.quick:
         args.hidden, args.features, args.batch, args.steps, args.lags, args.seeds = 8, 3, 2, 12, [1, 3, 10], 2
     if args.out is None:
-        if args.quick:
-            parser.error("--quick: say --out FILE; figures of a tiny network do not belong among the results")
-        args.out = RESULTS / f"retention_{jax.default_backend()}.jsonl"
+        if args.quick and args.record:
+            parser.error("--quick --record: figures of a tiny network do not belong among the results")
+        args.out = folder(args.record) / f"retention_{jax.default_backend()}.jsonl"
     for name, least in (("hidden", 2), ("features", 1), ("batch", 1), ("seeds", 1), ("first_seed", 0)):
         if getattr(args, name) < least:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: expected at least {least}")

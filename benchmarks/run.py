@@ -162,7 +162,8 @@ def parser() -> argparse.ArgumentParser:
     add("--budget", type=float, metavar="SECONDS", help="what is not reached by then is left out and named "
         f"(default: none, for a quick run on a GPU {QUICK_BUDGET:.0f})")  # fmt: skip
     add("--out", type=Path, metavar="FILE",
-        help="JSON lines, appended (default: benchmarks/results/<tag>_<device>_jax<version>.jsonl)")  # fmt: skip
+        help="JSON lines, appended (default: <tag>_<device>_jax<version>.jsonl where you are)")  # fmt: skip
+    add("--record", action="store_true", help="append to the project's own results, benchmarks/results/")
     add("--list", action="store_true", help="names of workloads and contenders, and nothing else")
     return made
 
@@ -251,7 +252,7 @@ def main(argv: list[str] | None = None, reference: Any = None) -> int:
     answers = measure.reference if reference is None else reference
     settings = measure.Settings(args.rounds, args.seconds, deadline, args.threads, answers)
     told = {name: getattr(args, name) for name in ("tag", "quick", "rounds", "seconds", "budget", "precision")}
-    writer = records.Writer(args.out or records.default_path(args.tag))
+    writer = records.Writer(args.out or records.default_path(args.tag, args.record))
     interrupted, reason = False, None
     with terminable():
         try:

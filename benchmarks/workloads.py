@@ -313,6 +313,14 @@ _W11 = tuple(
     for size, heads in _AIMS
 )  # fmt: skip
 
+_W12 = tuple(
+    Workload(
+        f"W12-H{hidden}", "this project: float32 layers of the usual sizes", "lstm", 64, 512, hidden, hidden,
+        tags=frozenset({"gpu", "quick"}),
+    )
+    for hidden in (256, 512)
+)
+
 _TINY = tuple(
     Workload(name, "a check of the suite itself", cell, 2, 6, 5, 4, measurements=MEASUREMENTS, tags=frozenset(), **rest)
     for name, cell, rest in (
@@ -325,7 +333,7 @@ _TINY = tuple(
     )
 )
 
-_ALL: tuple[Workload, ...] = (*_S, *_W1, *_W2, *_W3, *_W4, *_W5, *_W6, *_W7, *_W8, *_W9, *_W11, *_TINY)
+_ALL: tuple[Workload, ...] = (*_S, *_W1, *_W2, *_W3, *_W4, *_W5, *_W6, *_W7, *_W8, *_W9, *_W11, *_W12, *_TINY)
 WORKLOADS: dict[str, Workload] = {workload.name: workload for workload in _ALL}
 """By name.  The tiny ones have no tag: they run only where they are named."""
 

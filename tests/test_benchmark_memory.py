@@ -92,7 +92,8 @@ def test_ctrl_c_in_the_rounds_keeps_the_whole_ones(three, tmp_path, monkeypatch,
 
 
 def test_without_the_compilers_account_there_is_no_ratio_of_memory():
-    turns = {name: {"calls_a_round": 1, "ms": ms} for name, ms in (("flax.linen", [2.0, 4.0, 3.0]), ("scan", [3.0] * 3))}
+    taken = {"flax.linen": [2.0, 4.0, 3.0], "scan": [3.0] * 3}
+    turns = {name: {"calls_a_round": 1, "ms": ms} for name, ms in taken.items()}
     shared = {"shape_BTDH": [1, 2, 3, 4], "temporary_bytes": None, "relative_error": None}
     found = {name: {"policy": name, **shared} for name in turns}
     _, own = memory.in_terms_of_flax(found, turns)
@@ -139,12 +140,18 @@ def test_compilations_take_turns_and_ctrl_c_keeps_them(tmp_path, monkeypatch):
     assert not run.complete and "of 2 to 3." in others.compiling(read([path]))
 
 
-def test_results_go_beside_the_others(monkeypatch, tmp_path):
-    monkeypatch.setattr(records, "RESULTS", tmp_path)
+def test_results_go_where_the_caller_is_and_only_when_asked_beside_the_others(monkeypatch, tmp_path):
+    here, results = tmp_path / "here", tmp_path / "results"
+    here.mkdir(), results.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(records, "RESULTS", results)
     monkeypatch.setattr(compiling, "seconds_to_compile", lambda *_: 1.0)
-    assert compiling.main([*SHORT, "8"]) == 0
     version = ".".join(jax.__version__.split(".")[:2])
-    assert [path.name for path in tmp_path.iterdir()] == [f"compile_cpu_jax{version}.jsonl"]
+    name = f"compile_cpu_jax{version}.jsonl"
+    assert compiling.main([*SHORT, "8"]) == 0
+    assert [path.name for path in here.iterdir()] == [name] and not list(results.iterdir())
+    assert compiling.main([*SHORT, "8", "--record"]) == 0
+    assert [path.name for path in results.iterdir()] == [name]
 
 
 @pytest.mark.parametrize(

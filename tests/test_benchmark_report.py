@@ -61,7 +61,7 @@ def missing(contender, reason, workload=None, dtype=None, run="one"):
             "reason": reason}  # fmt: skip
 
 
-# Best JAX peer is flax: the ratios within rounds to "scan" are 2, 4 and 1, so their median is 2; that of medians is 1.5.
+# Best JAX peer is flax: the ratios within rounds to "scan" are 2, 4 and 1: their median is 2; that of medians is 1.5.
 FLAX, ANY, REVERSE, TORCH, EQUINOX, CPP = (
     [40.0, 80.0, 60.0], [20.0, 20.0, 60.0], [25.0, 20.0, 30.0], [50.0, 50.0, 90.0], [70.0, 90.0, 80.0],
     [10.0, 8.0, 15.0],
@@ -391,10 +391,24 @@ def test_given_files_change_only_their_own_tables(pages):
     before = (pages / "README.md").read_text()
     new = pages / "other.jsonl"
     new.write_text("".join(json.dumps(r) + "\n" for r in ONE))
-    assert command.main(["--results", str(new)]) == 0
+    assert command.main(["--results", str(new), "--documents"]) == 0
     after = (pages / "README.md").read_text()
     assert "flax OptimizedLSTMCell" in after and "Lyapunov exponents" in after
     assert command.put(after, "cpu-gradient", "x") == command.put(before, "cpu-gradient", "x")
+
+
+def test_given_files_are_printed_and_the_documents_left_alone(pages, capsys):
+    assert command.main([]) == 0
+    everything = {path: path.read_bytes() for path in pages.rglob("*") if path.is_file()}
+    mine = pages.parent / "mine" / "mine.jsonl"
+    mine.parent.mkdir()
+    mine.write_text("".join(json.dumps(r) + "\n" for r in ONE))
+    capsys.readouterr()
+    assert command.main(["--results", str(mine)]) == 0
+    printed = capsys.readouterr().out
+    assert "cpu-gradient, as README.md has it:" in printed and "flax OptimizedLSTMCell" in printed
+    assert sorted(p.name for p in mine.parent.iterdir()) == ["mine.jsonl", "mine_speed_cpu.png"]
+    assert {path: path.read_bytes() for path in pages.rglob("*") if path.is_file()} == everything
 
 
 def test_markers_are_asked_for(pages, capsys):
@@ -407,7 +421,8 @@ def test_markers_are_asked_for(pages, capsys):
     ):  # fmt: skip
         page.write_text(wrong)
         readme = (pages / "README.md").read_text()
-        for options in ([], ["--check"], ["--results", str(pages / "benchmarks/results/analysis_cpu.json")]):
+        given = ["--results", str(pages / "benchmarks/results/analysis_cpu.json"), "--documents"]
+        for options in ([], ["--check"], given):
             with pytest.raises(SystemExit) as stop:
                 command.main(options)
             assert stop.value.code == 2 and message in capsys.readouterr().err

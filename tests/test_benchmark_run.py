@@ -422,6 +422,6 @@ def test_half_a_line_of_a_killed_run_does_not_spoil_the_next(tmp_path):
 
 
 def test_results_are_named_after_tag_device_and_jax():
-    name = records.default_path("cpu").name
+    name = records.default_path("cpu", True).name
     assert name.startswith("cpu_") and name.endswith(f"_jax{'.'.join(jax.__version__.split('.')[:2])}.jsonl")
     assert " " not in name and name == name.lower()

@@ -456,6 +456,20 @@ def test_what_forward_kept_is_used_as_it_was_or_not_at_all(cudnn: Recorder):
     assert_close(got.xs, want.xs[:, :2], 0.0)
 
 
+def test_on_another_device_than_the_gpu_the_plain_run_takes_over(cudnn: Recorder, monkeypatch: pytest.MonkeyPatch):
+    """As where JAX sees a GPU, and these arrays lie on the CPU: the library has no call for that."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    run, arguments, *_ = single("plain", GRU(H + 3))
+
+    def loss(backend: str, *arguments: Any) -> Any:
+        return jnp.sum(run(backend, *arguments)[1] ** 2)
+
+    got = jax.jit(jax.value_and_grad(functools.partial(loss, "cudnn"), (0, 1, 2)))(*arguments)
+    assert not cudnn.runs()
+    monkeypatch.undo()
+    assert_close(got, jax.value_and_grad(functools.partial(loss, "scan"), (0, 1, 2))(*in_double(arguments)), 1e-6)
+
+
 def test_rematerialization_and_jacobians(cudnn: Recorder):
     run, (params, xs, carry), *_ = single("plain", CELLS["lstm"])
     loss = lambda backend, xs: jnp.sum(run(backend, params, xs, carry)[1] ** 2)  # noqa: E731

@@ -19,7 +19,8 @@ from benchmarks.gpu_check.processes import TIMES, Runner, folder, tell, work
 PLAIN = ("rnncore scan", "rnncore scan, CUDA graph")
 FLAX = ("flax.linen OptimizedLSTMCell", "flax.linen GRUCell")
 OWN = ("rnncore mosaic_gpu", "rnncore cudnn", "rnncore cuda")
-KERNELS = ("rnncore mosaic_gpu, own cell", "FlashRNN triton_fused")
+KERNELS = ("rnncore mosaic_gpu", "rnncore cuda")
+OWN_CELLS = ("rnncore cuda, own cell", "rnncore mosaic_gpu, own cell")
 
 
 class Group(NamedTuple):
@@ -44,20 +45,21 @@ class Group(NamedTuple):
 
 TF32 = ("--precision", "tf32")
 GROUPS = (
-    Group(("W1-768x1",), ("bfloat16",), (*OWN, "torch", *PLAIN, *FLAX)),
-    Group(("W1-64x12",), ("bfloat16",), (*OWN, *PLAIN), "given"),
-    Group(("W4-lstm768",), ("float16",), (*OWN, "torch", *PLAIN, *FLAX)),
-    Group(("W4-lstm768",), ("float32",), (*OWN, "torch", *PLAIN, *FLAX), extra=TF32),
-    Group(("W1-768x1",), ("bfloat16",), (OWN[0], OWN[2]), "given"),
-    Group(("W4-gru768",), ("bfloat16",), (*OWN, "torch", *PLAIN, *FLAX)),
-    Group(("W1-128x6", "W1-32x24"), ("bfloat16",), (OWN[0], OWN[2]), "given"),
-    Group(("W1-256x3",), ("bfloat16",), (OWN[0], OWN[2]), "given"),
-    Group(("W4-gru768",), ("float32",), (*OWN, "torch", *PLAIN), extra=TF32),
-    Group(("W5-H40", "W5-H128"), ("float32",), (*OWN, "torch", *PLAIN, *FLAX), extra=TF32),
-    Group(("W1-64x12",), ("bfloat16",), KERNELS, "given"),
+    Group(("W1-768x1",), ("bfloat16",), (*OWN, "torch", PLAIN[0], FLAX[0])),
+    Group(("W1-64x12",), ("bfloat16",), (*KERNELS, OWN_CELLS[0], "FlashRNN triton_fused"), "given"),
+    Group(("W4-lstm768",), ("float32",), (*OWN, "torch", PLAIN[0], FLAX[0]), extra=TF32),
+    Group(("W4-lstm768",), ("float16",), (*OWN, "torch")),
+    Group(("W12-H256", "W12-H512"), ("float32",), ("rnncore cuda", "rnncore cudnn", "torch"), extra=TF32),
+    Group(("W4-gru768",), ("bfloat16",), (*OWN, "torch", PLAIN[0], FLAX[1])),
+    Group(("W1-128x6", "W1-256x3"), ("bfloat16",), KERNELS, "given"),
+    Group(("W5-H40", "W5-H128"), ("float32",), ("rnncore cuda", "rnncore cudnn", "torch"), extra=TF32),
+    Group(("W1-768x1", "W1-32x24"), ("bfloat16",), KERNELS, "given"),
+    Group(("W4-gru768",), ("float32",), (*OWN, "torch"), extra=TF32),
+    Group(("W4-lstm768",), ("float32",), (PLAIN[1],), extra=TF32),
+    Group(("W1-64x12",), ("bfloat16",), (OWN_CELLS[1],), "given"),
 )
 DRY = (
-    Group(("tiny-lstm",), ("float32",), (*OWN, "torch", *PLAIN, *FLAX, *KERNELS)),
+    Group(("tiny-lstm",), ("float32",), (*OWN, "torch", *PLAIN, *FLAX, "FlashRNN triton_fused")),
     Group(("tiny-gru",), ("float32",), PLAIN, "given"),
 )
 

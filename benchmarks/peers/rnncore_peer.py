@@ -21,10 +21,13 @@ from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
 from rnncore.sequence.backends import BACKENDS
 
 SCAN, GRAPH = "rnncore scan", "rnncore scan, CUDA graph"
-CUDNN, CUDA = "rnncore cudnn", "rnncore cuda"
+CUDNN, CUDA, OWN_CUDA = "rnncore cudnn", "rnncore cuda", "rnncore cuda, own cell"
 CPP, MOSAIC, OWN, TPU = "rnncore cpp", "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"
 # Those that name a backend; the others run on "scan".
-NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu", CUDA: "cuda"}
+NAMED = {
+    CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu", CUDA: "cuda",
+    OWN_CUDA: "cuda",
+}  # fmt: skip
 
 CHECKED: frozenset[str] = frozenset()
 """Kinds of layouts of Mosaic's that this process need not try first in a process of their own."""
@@ -45,11 +48,11 @@ class RnncorePeer(Peer):
         return rnncore.__version__
 
     def contenders(self, cell: str) -> tuple[str, ...]:
-        every = (SCAN, CPP, GRAPH, MOSAIC, CUDA, CUDNN, TPU, *((OWN,) if cell == "lstm" else ()))
+        every = (SCAN, CPP, GRAPH, MOSAIC, CUDA, CUDNN, TPU, *((OWN, OWN_CUDA) if cell == "lstm" else ()))
         return tuple(name for name in every if NAMED.get(name, "scan") in BACKENDS)
 
     def absent(self, contender: str, platform: str) -> str | None:
-        if contender in (GRAPH, CUDNN, CUDA) and platform != "gpu":
+        if contender in (GRAPH, CUDNN, CUDA, OWN_CUDA) and platform != "gpu":
             return f"needs an NVIDIA GPU; JAX runs on {platform} here"
         if contender == GRAPH and importlib.util.find_spec("rnncore.gpu") is None:
             return "this rnncore has no rnncore.gpu"
@@ -72,7 +75,7 @@ class RnncorePeer(Peer):
         return None
 
     def asked(self, contender: str, workload: Workload) -> bool:
-        return contender != OWN or workload.own_cell
+        return contender not in (OWN, OWN_CUDA) or workload.own_cell
 
     def fault(self, contender: str, case: Case) -> str | None:
         """One trial for each kind of layout, and none of a kind that has proved itself."""
@@ -103,7 +106,7 @@ class RnncorePeer(Peer):
 def _cell(contender: str, case: Case) -> rnncore.Cell:
     """The cell that a contender runs."""
     cell: rnncore.Cell = make_cell(case.workload)
-    if contender == OWN:
+    if contender in (OWN, OWN_CUDA):
         cell = OwnLSTM(case.workload.hidden, recurrence=make_cell(case.workload).recurrence)
     return cell if case.input_product else with_given_products(cell)
 

@@ -2,7 +2,8 @@
 
   python -m benchmarks.report                            all, from benchmarks/results/
   python -m benchmarks.report --check                    exit 1 where a document is not what the results give
-  python -m benchmarks.report --results new.jsonl        only what these files have results for
+  python -m benchmarks.report --results mine.jsonl       prints the tables of these files, with plots beside the first
+  python -m benchmarks.report --results new.jsonl --documents    writes them into the project's documents
 
 A table stands between the lines <!-- table: NAME --> and <!-- end of table -->, a plot too.
 """
@@ -111,6 +112,26 @@ def picture(document: str, name: str, results: Results) -> str | None:
     return f"![{words}]({os.path.relpath(path, Path(document).parent)})" if data(results) is not None else None
 
 
+def shown(results: Results, beside: Path) -> int:
+    """Prints the tables of these results and writes their plots beside a file; touches nothing of the project's."""
+    found = 0
+    for document, tables in TABLES.items():
+        for name, (table, _) in tables.items():
+            text = table(results)
+            if text is not None:
+                found += 1
+                print(f"{name}, as {document} has it:\n\n{text}\n")
+    for name, (data_of, _, path, _) in plots.PLOTS.items():
+        data = data_of(results)
+        if data is not None:
+            target = beside.with_name(f"{beside.stem}_{Path(path).name}")
+            target.write_bytes(plots.png(name, data))
+            print(f"wrote {target}")
+    if not found:
+        print("these results belong to no table", file=sys.stderr)
+    return 0 if found else 1
+
+
 def main(argv: list[str] | None = None) -> int:
     """Writes the documents and the plots, or says which are not what the results give."""
     summary, _, details = (__doc__ or "").partition("\n\n")
@@ -121,12 +142,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something would change")
     parser.add_argument("--results", type=Path, nargs="+", metavar="FILE",
                         help="these instead of all *.jsonl and *.json of benchmarks/results/")  # fmt: skip
+    parser.add_argument("--documents", action="store_true", help="with --results: write the project's documents")
     args = parser.parse_args(argv)
     folder = ROOT / "benchmarks" / "results"
     try:
         results = read(args.results or sorted([*folder.glob("*.jsonl"), *folder.glob("*.json")]))
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if args.results and not args.documents and not args.check:
+        return shown(results, args.results[0])
     stale, texts = [], {}
     for document in TABLES:
         try:
