@@ -265,7 +265,7 @@ def _laid_out(device: Device, shape: Shape, sync: str, blocks: int, groups: int,
 
 
 def _microseconds(device: Device, plan: Plan, own: int, registers: int) -> float:
-    """The predicted step: cycles by what a layout does, fitted to 180 layouts that were timed on an H200.
+    """The predicted step: cycles by what a layout does, fitted to 149 layouts that were timed on an H200.
 
     Half of them are within a tenth of the fit; a few figures are moved so that the best layouts of the rows that matter
     come first.
