@@ -20,7 +20,7 @@ PUBLIC = {name: value for name, value in vars(rnncore).items() if not name.start
 # What a caller gets and never makes needs no example; its fields are what it has to say.
 RESULTS = ("CellParams", "HiddenCarry", "LSTMCarry", "States", "BackendChoice", "StackParams")
 INITIALIZERS = ("per_gate", "forget_bias", "chrono", "uniform_gate", "critical_forget_bias")
-FUNCTIONS = ("unroll", "explain_backend", "unroll_stack", "from_torch", "to_torch")
+FUNCTIONS = ("unroll", "explain_backend", "unroll_stack", "from_torch", "to_torch", "foreign_cell")
 CELLS = ("Elman", "IndRNN", "LSTM", "GRU", "MGU", "ResetBeforeGRU")
 
 
