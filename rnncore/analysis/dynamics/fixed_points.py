@@ -20,6 +20,10 @@ HALVINGS = 12
 """How often a Newton step that does not lower the residual is halved."""
 SLOW = 1e-3
 """Damping, relative to the largest diagonal, with which a point that Newton's steps cannot improve is tried on."""
+STALLED = 1e-3
+"""Relative fall of the residual below which a step has not improved it."""
+FAR_BELOW = 1e-2
+"""Part of the tolerance at which a point needs no further step."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -99,7 +103,7 @@ def fixed_points(
       >>> cell = rnncore.Elman(1)  # h' = tanh(2 h): 0, and two others
       >>> params = cell.init(jax.random.key(0), 1)._replace(recurrent_kernel=jnp.full((1, 1, 1), 2.0))
       >>> found = analysis.fixed_points(cell, params, jnp.zeros(1), jnp.linspace(-1, 1, 8)[:, None])
-      >>> found.states.round(3).ravel().tolist(), found.stable.tolist()
+      >>> [round(s, 3) for s in found.states.ravel().tolist()], found.stable.tolist()
       ([-0.958, 0.958, 0.0], [True, True, False])
 
     Source: Sussillo and Barak (2013), "Opening the black box", which minimise |F(s) - s|^2 by gradients; Newton's
@@ -118,7 +122,7 @@ def fixed_points(
     check_finite(f"{call}(starts=...)", (states, x), "no search begins there")
     dtype = _dtype(params)
     tolerance = (1e-12 if dtype == jnp.float64 else 1e-5) if tolerance is None else tolerance
-    ends, residuals = _search(cell, params, x.astype(dtype), states.astype(dtype), iterations)
+    ends, residuals = _search(cell, params, x.astype(dtype), states.astype(dtype), iterations, float(tolerance))
     reached = np.asarray(residuals) <= tolerance
     points, counts = _merged(
         np.asarray(ends)[reached], np.asarray(residuals)[reached], math.sqrt(tolerance) if merge is None else merge
@@ -165,9 +169,11 @@ def _residuals(cell: Cell, params: PyTree, x: Array, states: Array) -> Array:
         return jnp.linalg.norm(jax.vmap(_map(cell, params, x))(states), axis=-1)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4))
-def _search(cell: Cell, params: PyTree, x: Array, states: Array, iterations: int) -> tuple[Array, Array]:
-    """(states, residuals) after the iterations, or where no start improves any more."""
+@functools.partial(jax.jit, static_argnums=(0, 4, 5))
+def _search(
+    cell: Cell, params: PyTree, x: Array, states: Array, iterations: int, tolerance: float
+) -> tuple[Array, Array]:
+    """(states, residuals) after the iterations, or where no start that is not there yet improves any more."""
     with jax.default_matmul_precision("highest"):
         change = _map(cell, params, x)
         eye = jnp.eye(states.shape[-1], dtype=states.dtype)
@@ -194,7 +200,8 @@ def _search(cell: Cell, params: PyTree, x: Array, states: Array, iterations: int
         def again(carry: Any) -> Any:
             states, size, _, count = carry
             states, after = jax.vmap(one)(states, size)
-            return states, after, jnp.any(after < size), count + 1
+            going = (after < (1 - STALLED) * size) & (after > FAR_BELOW * tolerance)
+            return states, after, jnp.any(going), count + 1
 
         start = (states, jax.vmap(size_of)(states), jnp.asarray(True), 0)
         states, size, _, _ = jax.lax.while_loop(lambda c: c[2] & (c[3] < iterations), again, start)
