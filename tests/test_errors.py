@@ -165,9 +165,9 @@ def test_resets_that_do_not_fit(resets: Any):
     ("options", "message"),
     [
         (
-            {"backend": "cuda"},
-            "`unroll(backend='cuda')`: unknown; expected one of mosaic_gpu, pallas_tpu, cudnn, cpp, scan, autodiff, or "
-            "None",
+            {"backend": "fast"},
+            "`unroll(backend='fast')`: unknown; expected one of mosaic_gpu, cuda, pallas_tpu, cudnn, cpp, scan, autodiff, "
+            "or None",
         ),
         ({"recompute": "all"}, "`unroll(recompute='all')`: expected one of 'nothing', 'gates', 'chunk'"),
         ({"recompute": None}, "`unroll(recompute=None)`: expected one of 'nothing', 'gates', 'chunk'"),

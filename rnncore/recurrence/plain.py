@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from rnncore import _lengths
 from rnncore._types import Array, PyTree
-from rnncore.cells.base import PointwiseCell
+from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.chunks import chunk_size, scan_chunks
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
@@ -104,42 +104,45 @@ def tangent(
     recurrent = steps.recurrent_params(params)
     linear = LinearizedStep(step, product, Inputs(recurrent, units, first, start, reset_carry), ())
     resets, zoneout = steps.per_step(request, constants)
-    hs = jnp.moveaxis(result.outputs, axis, 0)
-    before = previous(start, reset_carry, resets, hs)
-
-    def project(params: Any, xs: Array) -> Array:
-        return cell.project(params, jnp.moveaxis(xs, axis, 0))
-
-    moves = tangents._replace(params=steps.input_params(tangents.params), initial_carry=None, reset_carry=None)
-    dxs: Any = jnp.zeros((request.steps, *first[0].shape[:-1], len(first) * first[0].shape[-1]), first[0].dtype)
-    if jax.tree.leaves(moves):
-        # The projection is bilinear: its tangent is a product for each of those that move.
-        dxs = _moved_projection(project, steps.input_params(params), xs, moves)
-    moves_recurrent = jax.tree.leaves(steps.recurrent_params(tangents.params))
-    drecurrent = steps.recurrent_params(moved.params) if moves_recurrent else None
+    before = previous(start, reset_carry, resets, jnp.moveaxis(result.outputs, axis, 0))
+    projection, dprojection = steps.input_params(params), steps.input_params(tangents.params)
+    drecurrent = None
+    if jax.tree.leaves(steps.recurrent_params(tangents.params)):
+        drecurrent = steps.recurrent_params(moved.params)
     dunits = steps.spread_units(moved.params, start.h) if jax.tree.leaves(tangents.params.units) else None
-    entering = steps.masked(constants.recurrent_mask, before)
-    inputs = Inputs(
-        product.tangent_params(recurrent), units,
-        (residuals, *linear.prepare(entering, drecurrent, cell.split(dxs), dunits)),
-        moved.initial_carry, moved.reset_carry, resets, constants.recurrent_mask, zoneout,
-    )  # fmt: skip
-    last, dhs, (carries, gates) = _loop(linear.tangent, product.tangent, inputs)
-    if constants.lengths is not None:
-        last = _lengths.last_valid(moved.initial_carry, carries, constants.lengths, 0)
-    states = (carries, gates) if request.return_states else (None, None)
+    tangent_params = product.tangent_params(recurrent)
+
+    def chunk(carry: Any, first: Any, now: Any) -> Any:
+        (carry, last), (xs, dxs, residuals, before, resets, zoneout) = carry, now
+        dz = _moved_projection(cell, projection, xs, dprojection, dxs)
+        prepared = linear.prepare(steps.masked(constants.recurrent_mask, before), drecurrent, cell.split(dz), dunits)
+        inputs = Inputs(
+            tangent_params, units, (residuals, *prepared), carry, moved.reset_carry, resets, constants.recurrent_mask,
+            zoneout,
+        )  # fmt: skip
+        carry, dhs, (carries, gates) = _loop(linear.tangent, product.tangent, inputs)
+        last = carry if constants.lengths is None else _lengths.last_valid(last, carries, constants.lengths, first)
+        return (carry, last), (dhs, (carries, gates) if request.return_states else (None, None))
+
+    dxs = None if tangents.xs is None else jnp.moveaxis(tangents.xs, axis, 0)
+    stacks = (jnp.moveaxis(xs, axis, 0), dxs, residuals, before, resets, zoneout)
+    begin = (moved.initial_carry, moved.initial_carry)
+    (_, last), (dhs, states) = scan_chunks(chunk, begin, stacks, request.steps, chunk_size(request), False)
     return Result(last, jnp.moveaxis(dhs, 0, axis), *states)
 
 
-def _moved_projection(project: Any, params: Any, xs: Array, moves: Differentiable) -> Array:
-    """The tangent of the projected inputs."""
+def _moved_projection(cell: PointwiseCell, params: CellParams, xs: Array, dparams: CellParams, dxs: Any) -> Array:
+    """The tangent of the projected inputs: a product for each of the two that moves."""
     tree: Any
     flat, tree = jax.tree.flatten((params, xs))
-    at = {n: t for n, t in enumerate(tree.flatten_up_to((moves.params, moves.xs))) if t is not None}
+    at = {n: t for n, t in enumerate(tree.flatten_up_to((dparams, dxs))) if t is not None}
 
     def of_moving(moving: dict[int, Array]) -> Array:
-        return project(*tree.unflatten([moving.get(n, a) for n, a in enumerate(flat)]))
+        return cell.project(*tree.unflatten([moving.get(n, a) for n, a in enumerate(flat)]))
 
+    if not at:
+        shape = jax.eval_shape(cell.project, params, xs)
+        return jnp.zeros(shape.shape, shape.dtype)
     return jax.jvp(of_moving, ({n: flat[n] for n in at},), (at,))[1]
 
 

@@ -19,13 +19,15 @@ from pathlib import Path
 
 import jax
 
-import rnncore
 from rnncore.cells.base import PointwiseCell
+from rnncore.cells.elman import Elman
+from rnncore.cells.gru import GRU
+from rnncore.cells.lstm import LSTM
 from rnncore.kernels.cpp import compiler, emit
 
 CELLS: dict[str, PointwiseCell] = {
-    "LSTM": rnncore.LSTM(8), "LSTM with peepholes": rnncore.LSTM(8, peepholes=True), "GRU": rnncore.GRU(8),
-    "Elman": rnncore.Elman(8),
+    "LSTM": LSTM(8), "LSTM with peepholes": LSTM(8, peepholes=True), "GRU": GRU(8),
+    "Elman": Elman(8),
 }  # fmt: skip
 DTYPES = ("float32", "float64")
 # Other machines may have older libraries than this one.
