@@ -20,14 +20,9 @@ PUBLIC = {name: value for name, value in vars(rnncore).items() if not name.start
 # What a caller gets and never makes needs no example; its fields are what it has to say.
 RESULTS = ("CellParams", "HiddenCarry", "LSTMCarry", "States", "BackendChoice", "StackParams")
 INITIALIZERS = ("per_gate", "forget_bias", "chrono", "uniform_gate", "critical_forget_bias")
-<<<<<<< HEAD
 FUNCTIONS = ("unroll", "explain_backend", "unroll_stack", "from_torch", "to_torch", "from_keras", "to_keras",
-             "from_haiku", "to_haiku", "from_equinox", "to_equinox")
+             "from_haiku", "to_haiku", "from_equinox", "to_equinox", "foreign_cell")
 CELLS = ("Elman", "IndRNN", "Leaky", "LSTM", "GRU", "MGU", "ResetBeforeGRU")
-=======
-FUNCTIONS = ("unroll", "explain_backend", "unroll_stack", "from_torch", "to_torch", "foreign_cell")
-CELLS = ("Elman", "IndRNN", "LSTM", "GRU", "MGU", "ResetBeforeGRU")
->>>>>>> analysis
 
 
 @pytest.mark.parametrize("name", ["rnncore", *MODULES])
