@@ -12,3 +12,6 @@ from rnncore.cells.leaky import Leaky as Leaky
 from rnncore.cells.lstm import LSTM as LSTM
 from rnncore.cells.lstm import LSTMCarry as LSTMCarry
 from rnncore.cells.mgu import MGU as MGU
+from rnncore.cells.minimal import RGLRU as RGLRU
+from rnncore.cells.minimal import MinGRU as MinGRU
+from rnncore.cells.minimal import MinLSTM as MinLSTM
