@@ -101,6 +101,7 @@ class Kernels(NamedTuple):
 class KernelBackend(LoopBackend):
     """A backend of two kernels, with all that stands around them."""
 
+    opaque = True
     maps_into_batch = True
 
     @abc.abstractmethod

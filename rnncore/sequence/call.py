@@ -14,7 +14,7 @@ from rnncore import _compat, _lengths
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise, structured_kernels
 from rnncore.cells.base import Cell, PointwiseCell
-from rnncore.recurrence.backend import Backend
+from rnncore.recurrence.backend import Backend, LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
 from rnncore.sequence.backends import BACKENDS
@@ -168,7 +168,7 @@ def unroll(
       backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
         and "autodiff" run everywhere.  "cpp" compiles any pointwise cell for this machine's CPU and is fastest there;
         "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" run all steps in one kernel made from any pointwise cell;
-        "cudnn" is NVIDIA's library.
+        "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks.
 
     Returns:
       (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,
@@ -234,7 +234,7 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
     """The named backend, or the first that can serve the request; `prepare`: it is about to run."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
-    reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
+    reasons = {name: _why_not(module, request) for name, module in BACKENDS.items()}
     if all(reasons.values()):
         every = "; ".join(f"{name}: {why}" for name, why in reasons.items())
         raise NotImplementedError(f"`unroll({type(request.cell).__name__}, ...)`: no backend can do this: {every}.")
@@ -253,6 +253,17 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
             break
     others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
     return BackendChoice(name, "the first that can serve this call", others)
+
+
+def _why_not(backend: Backend, request: Request) -> str | None:
+    """Reason why a backend cannot serve the request, or None."""
+    cell = request.cell
+    if isinstance(backend, LoopBackend) and isinstance(cell, PointwiseCell) and pointwise.has_caught_traced(cell):
+        return (
+            f"the update of {type(cell).__name__} uses a value from outside that is being differentiated, mapped or "
+            "compiled, which its derivative rules do not see; declare it in `units`"
+        )
+    return backend.unsupported(request)
 
 
 def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Request, Layout, tuple[Any, ...]]:
