@@ -141,7 +141,8 @@ class PointwiseCell(Cell):
 
     Args:
       hidden_size: H.
-      recurrence: structure of the recurrent kernel: Dense(), Heads(N) or Diagonal().
+      recurrence: structure of the recurrent kernel: Dense(), Heads(N), Diagonal(), LowRank(r), a `Sparse`, `Dale` or
+        `Unconnected`.
       kernel_init: initialiser of the (D, G, H) input kernel, called with shape (D, G*H).
       recurrent_init: initialiser of the recurrent kernel; None takes the recurrence's own.
       bias_init: initialiser of the (G, H) bias.
