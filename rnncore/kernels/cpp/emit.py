@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore import _compat
+from rnncore.cells import pointwise
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import kernel_body
 
@@ -107,9 +108,11 @@ def source(cell: PointwiseCell, variant: Variant) -> str:
     """The whole file for one cell."""
     part, dtype = body(cell, variant), variant.real
     units, gates, fields, rest = len(cell.units), len(cell.gates), len(cell.Carry._fields), len(part.rest)
+    plan = residuals(cell, variant)
     arguments = [("p", units), ("z", gates), ("r", rest), ("s", fields)]
     results = [("out", fields), ("gates", part.emitted)]
-    functions = (
+    reformed = [n for _, n in plan.reformed]
+    functions = [
         ("forward", part.folded, arguments, results),
         ("keep", part.keeping, arguments, [*results, ("kept", part.width)]),
         (
@@ -117,10 +120,13 @@ def source(cell: PointwiseCell, variant: Variant) -> str:
             [("p", units), ("kept", part.width), ("ds", fields), ("dgates", part.emitted)],
             [("dp", units), ("dz", gates), ("dr", rest), ("dold", fields)],
         ),
-    )  # fmt: skip
+        (
+            "reform", plan.reform, [("p", units), ("kept", part.width), ("s", fields)], [("fresh", len(reformed))],
+        ),
+    ]  # fmt: skip
     constants = {
         "gates": gates, "fields": fields, "hidden": part.hidden, "units": units, "residuals": part.width, "rest": rest,
-        "emitted": part.emitted,
+        "emitted": part.emitted, "kept": len(plan.kept), "reformed": len(reformed), "h_at": plan.h,
     }  # fmt: skip
     rest_of = ", ".join(str(part.rest.index(g) if g in part.rest else -1) for g in range(gates))
     types = ("REAL", variant.real), ("STORED", variant.stored), ("RESIDUAL", variant.residual)
@@ -132,6 +138,11 @@ def source(cell: PointwiseCell, variant: Variant) -> str:
         f"  static constexpr bool states = {'true' if variant.states else 'false'};",
         "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in constants.items()) + ";",
         f"  static constexpr int rest_of[gates] = {{{rest_of}}};  // among `rest`; -1: z and r of it are added up",
+        "  // Of the residuals: where each is kept, -1: nowhere; which are old fields that are formed again.",
+        _list("kept_at", [plan.kept.index(n) if n in plan.kept else -1 for n in range(part.width)]),
+        _list("reformed_at", reformed),
+        _list("reformed_fields", [field for field, _ in plan.reformed]),
+        f"  static constexpr bool reform_sees_h = {'true' if plan.sees_h else 'false'};",
     ]
     for name, closed, inputs, outputs in functions:
         parameters = [f"const vec* {what}" for what, _ in inputs] + [f"vec* {what}" for what, _ in outputs]
@@ -139,6 +150,106 @@ def source(cell: PointwiseCell, variant: Variant) -> str:
         lines += ["    " + line for line in _statements(closed, inputs, outputs, dtype)]
         lines.append("  }")
     return "\n".join([*lines, "};", "}  // namespace rnn", '#include "handlers.h"', ""])
+
+
+def _list(name: str, numbers: Sequence[int]) -> str:
+    return f"  static constexpr int {name}[] = {{{', '.join(map(str, (*numbers, -1)))}}};"
+
+
+class Residuals(NamedTuple):
+    """What becomes of the residuals of a step.
+
+    Fields:
+      kept: those that are stored.
+      h: the old h, which is an output; -1 for none.
+      reformed: (field, residual) of old fields of the carry that are formed again from the step before, by arithmetic.
+      reform: jaxpr of (units, residuals, old carry): these fields of the new carry.
+      sees_h: whether that depends on the old h.
+    """
+
+    kept: tuple[int, ...]
+    h: int
+    reformed: tuple[tuple[int, int], ...]
+    reform: Any
+    sees_h: bool
+
+
+@functools.lru_cache(maxsize=256)
+def residuals(cell: PointwiseCell, variant: Variant) -> Residuals:
+    """An LSTM's c_t is f_t c_{t-1} + i_t g_t, and the gates are kept: so its c need not be.
+
+    In fewer bits than the sums have nothing is formed again: errors would add up over the steps.
+    """
+    part = body(cell, variant)
+    fields, hidden = len(cell.Carry._fields), part.hidden
+    first = part.keeping.jaxpr.invars[-fields:]
+    of_kept = part.keeping.jaxpr.outvars[-part.width :] if part.width else []
+    old = {f: n for n, v in enumerate(of_kept) for f in range(fields) if v is first[f]}
+    h = old.pop(hidden, -1)
+    if variant.residual != variant.real:
+        old = {}
+    while True:
+        found = _reform(part, of_kept, first, [hidden, *old], sorted(old))
+        failed = [f for f in old if f not in found]
+        if not failed:
+            break
+        for f in failed:
+            del old[f]
+    wanted = sorted(old)
+    closed, sees_h = _as_function(part, of_kept, first, wanted, found)
+    gone = {h, *old.values()}
+    kept = tuple(n for n in range(part.width) if n not in gone)
+    return Residuals(kept, h, tuple((f, old[f]) for f in wanted), closed, sees_h)
+
+
+def _reform(part: Any, of_kept: Any, first: Any, known: Any, wanted: Any) -> dict[int, list[Any]]:
+    """For those of the wanted fields of which it is so, the equations that form the new one by arithmetic."""
+    jaxpr = part.keeping.jaxpr
+    maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
+    allowed = {*jaxpr.invars[: len(part.cell.units)], *of_kept, *(first[f] for f in known)} - {
+        v for n, v in enumerate(first) if n not in known
+    }
+    found: dict[int, list[Any]] = {}
+    for f in wanted:
+        path, todo = [], [jaxpr.outvars[f]]
+        while todo:
+            v = todo.pop()
+            if isinstance(v, _compat.Literal) or v in allowed:
+                continue
+            eqn = maker.get(v)
+            if eqn is None or eqn.primitive.name in pointwise.TRANSCENDENTAL:
+                break
+            path.append(eqn)
+            todo += eqn.invars
+        else:
+            order = {id(eqn): n for n, eqn in enumerate(jaxpr.eqns)}
+            found[f] = sorted({id(e): e for e in path}.values(), key=lambda eqn: order[id(eqn)])
+    return found
+
+
+def _as_function(part: Any, of_kept: Any, first: Any, wanted: Any, found: dict[int, list[Any]]) -> tuple[Any, bool]:
+    """(jaxpr of (units, residuals, old carry) to the wanted fields of the new one, whether it reads the old h)."""
+    jaxpr, units = part.keeping.jaxpr, len(part.cell.units)
+    eqns = {id(eqn): eqn for f in wanted for eqn in found[f]}
+    ordered = [eqn for eqn in jaxpr.eqns if id(eqn) in eqns]
+
+    def reform(*flat: Any) -> Any:
+        env = dict(zip(of_kept, flat[units:], strict=False))
+        # Of a residual that is an old field the field itself is read.
+        env |= dict(zip(jaxpr.invars[:units], flat, strict=False))
+        env |= dict(zip(first, flat[units + len(of_kept) :], strict=True))
+
+        def read(v: Any) -> Any:
+            return v.val if isinstance(v, _compat.Literal) else env[v]
+
+        for eqn in ordered:
+            out = eqn.primitive.bind(*map(read, eqn.invars), **eqn.primitive.get_bind_params(eqn.params))
+            env[eqn.outvars[0]] = out
+        return [read(jaxpr.outvars[f]) for f in wanted]
+
+    closed = kernel_body.inlined(reform, *[part.tile] * (units + len(of_kept) + len(first)))
+    h = jaxpr.invars[-len(first) + part.hidden]
+    return closed, any(v is h for eqn in ordered for v in eqn.invars)
 
 
 Names = Sequence[tuple[str, int]]
