@@ -39,7 +39,7 @@ def check_lengths(seq_lengths: Any, batch_shape: tuple[int, ...], steps: int) ->
 def valid_mask(lengths: Array, steps: int, start: Array | int = 0) -> Array:
     """(steps, *batch) booleans: whether step start + t lies inside the length."""
     times = jnp.arange(steps).reshape((steps,) + (1,) * lengths.ndim)
-    return times + start < lengths
+    return times + start < lengths[None]
 
 
 def blank_padding(xs: Array, lengths: Array, axis: int = 0) -> Array:
@@ -60,7 +60,8 @@ def reverse_time(tree: PyTree, lengths: Array | None) -> PyTree:
         steps = a.shape[0]
         times = jnp.arange(steps).reshape((steps,) + (1,) * lengths.ndim)
         # Steps 0..L-1 read L-1..0, steps L..T-1 read T-1..L.
-        source = jnp.where(times < lengths, lengths - 1 - times, steps - 1 - times + lengths)
+        ends = lengths[None]
+        source = jnp.where(times < ends, ends - 1 - times, steps - 1 - times + ends)
         source = source.reshape(source.shape + (1,) * (a.ndim - source.ndim))
         return jnp.take_along_axis(a, source, axis=0)
 
@@ -80,7 +81,7 @@ def last_valid(carry: PyTree, carries: PyTree, lengths: Array, start: Array | in
     def select(before: Array, stack: Array) -> Array:
         steps = stack.shape[0]
         times = jnp.arange(steps).reshape((steps,) + (1,) * lengths.ndim) + start
-        hit = times == lengths - 1
+        hit = times == lengths[None] - 1
         hit = hit.reshape(hit.shape + (1,) * (stack.ndim - hit.ndim))
         # A masked sum, not a gather: it never multiplies by a padded value and shards over the batch.
         found = jnp.sum(jnp.where(hit, stack, jnp.zeros_like(stack)), axis=0, dtype=stack.dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -10,27 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rnncore import _lengths, sequence
+from rnncore import _arguments, _lengths, sequence
 from rnncore._types import Array, PyTree
 from rnncore.cells import CellParams, PointwiseCell, pointwise
 from rnncore.cells.recurrent_kernels import Dense, Heads, Recurrence
 from rnncore.layers.compose import unroll_stack
 from rnncore.layers.stack import Stack, StackParams
-from rnncore.sequence import checks
 from rnncore.sequence.call import States
-
-
-def without_differentiation(cls: Any) -> Any:
-    """The class, whose constructor says of an option of earlier versions that it is no longer needed."""
-    make = cls.__init__
-
-    @functools.wraps(make)
-    def init(self: Any, *args: Any, **options: Any) -> None:
-        checks.refuse_removed(cls.__name__, {n: options[n] for n in options if n == "differentiation"})
-        make(self, *args, **options)
-
-    cls.__init__ = init
-    return cls
 
 
 def to_core(cell: PointwiseCell, carry: Any) -> Any:
@@ -64,6 +49,33 @@ def time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
             "features."
         )
     return 0 if time_major else inputs.ndim - feature_axes - 1
+
+
+def check_is_cell(cell: Any, example: str) -> None:
+    """ValueError unless an RNN module is given a Flax cell that has been made."""
+    if isinstance(cell, type) or not hasattr(type(cell), "initialize_carry"):
+        shown = cell.__name__ if isinstance(cell, type) else type(cell).__name__
+        why = "made and not its class" if isinstance(cell, type) else "of Flax or of this module"
+        if isinstance(cell, PointwiseCell):
+            why += "; `rnncore.unroll` takes this one"
+        raise ValueError(f"`RNN(cell=<{shown}>)`: expected a cell, such as {example}, {why}.")
+
+
+def check_are_rnns(layer: Any) -> None:
+    """ValueError where a Bidirectional is given something else than two RNN modules."""
+    for name in ("forward_rnn", "backward_rnn"):
+        rnn = getattr(layer, name)
+        if isinstance(rnn, type) or hasattr(type(rnn), "initialize_carry") or not callable(rnn):
+            shown = rnn.__name__ if isinstance(rnn, type) else type(rnn).__name__
+            raise ValueError(
+                f"`Bidirectional({name}=<{shown}>)`: expected an RNN module, such as RNN(cell), made and not its class."
+            )
+
+
+def check_dtypes(layer: Any) -> None:
+    """ValueError for dtypes of a module that are none."""
+    names = ("dtype", "param_dtype", "carry_dtype", "output_dtype")
+    _arguments.check_dtypes(type(layer).__name__, {n: getattr(layer, n) for n in names if hasattr(layer, n)})
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:

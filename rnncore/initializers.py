@@ -6,8 +6,11 @@ Bias initialisers draw the (G, H) bias of a cell and are told the order of its g
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +20,48 @@ from rnncore._types import Array, Initializer
 
 LSTM_GATES = ("i", "f", "g", "o")
 
-lecun_normal = jax_initializers.lecun_normal()
-orthogonal = jax_initializers.orthogonal()
+P = ParamSpec("P")
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """The initialiser that a function makes of its arguments, as a value: it can be compared and pickled.
+
+    A function inside of another one could not.
+    """
+
+    make: Callable[..., Initializer]
+    arguments: tuple[Any, ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
+        return self.__wrapped__(key, shape, dtype)
+
+    @property
+    def __wrapped__(self) -> Initializer:
+        """The function; `inspect.unwrap` finds it."""
+        return getattr(self.make, "__wrapped__", self.make)(*self.arguments, **dict(self.options))
+
+
+def as_value(make: Callable[P, Initializer]) -> Callable[P, Made]:
+    """A function that makes initialisers, so that what it makes is a `Made`."""
+
+    @functools.wraps(make)
+    def made(*arguments: P.args, **options: P.kwargs) -> Made:
+        make(*arguments, **options)  # its checks
+        fixed = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+        return Made(made, arguments, tuple(sorted(fixed.items())))
+
+    return made
+
+
+lecun_normal = Made(jax_initializers.lecun_normal)
+orthogonal = Made(jax_initializers.orthogonal)
 zeros = jax_initializers.zeros
-unit_interval = jax_initializers.uniform(1.0)
+unit_interval = Made(jax_initializers.uniform, (1.0,))
 
 
+@as_value
 def per_gate(block: Initializer = orthogonal) -> Initializer:
     """Draws every gate's block of a (rows, G, columns) kernel on its own.
 
@@ -65,6 +104,7 @@ def per_gate(block: Initializer = orthogonal) -> Initializer:
     return init
 
 
+@as_value
 def forget_bias(value: float = 1.0, *, gates: Sequence[str] = LSTM_GATES, gate: str = "f") -> Initializer:
     """Bias of `value` on the forget gate, 0 elsewhere: f = sigmoid(value) at the origin.
 
@@ -97,9 +137,8 @@ def forget_bias(value: float = 1.0, *, gates: Sequence[str] = LSTM_GATES, gate: 
     return init
 
 
-def chrono(
-    t_max: int, *, gates: Sequence[str] = LSTM_GATES, forget: str = "f", input: str | None = "i"
-) -> Initializer:
+@as_value
+def chrono(t_max: int, *, gates: Sequence[str] = LSTM_GATES, forget: str = "f", input: str | None = "i") -> Initializer:
     """Forget biases whose time scales are spread evenly over 2 to `t_max` steps.
 
     b_f = log u with u ~ U(1, t_max - 1), b_i = -b_f.  Then 1/(1 - f) = 1 + u at the origin.
@@ -137,9 +176,8 @@ def chrono(
     return init
 
 
-def uniform_gate(
-    *, gates: Sequence[str] = LSTM_GATES, forget: str = "f", input: str | None = "i"
-) -> Initializer:
+@as_value
+def uniform_gate(*, gates: Sequence[str] = LSTM_GATES, forget: str = "f", input: str | None = "i") -> Initializer:
     """Forget gates uniform in (0, 1) at the origin, so that E[f^k] = 1/(k + 1).
 
     b_f = log(u / (1 - u)) with u ~ U(1/H, 1 - 1/H), b_i = -b_f.

@@ -14,18 +14,19 @@ import rnncore
 ROOT = Path(rnncore.__file__).parent
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("_types", "_compat", "_pallas", "_lengths", "_products", "initializers"),
+    ("_types", "_compat", "_pallas", "_lengths", "_products", "_arguments", "initializers"),
     ("cells",),
     ("recurrence",),
     ("kernels",),
     ("sequence",),
     ("layers",),
     ("flax_modules",),
-    ("linen", "nnx", "analysis", "training", "gpu"),
+    ("linen", "nnx", "online", "training", "gpu"),
+    ("analysis",),
 )
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
-SHARED_BY_CELLS = ("base", "pointwise", "recurrent_kernels")
-SHARED_BY_KERNELS = ("host", "kernel_body", "op_lowerings", "cpp.compiler", "cpp.cache")
+SHARED_BY_CELLS = ("base", "pointwise", "recurrent_kernels", "structured_kernels")
+SHARED_BY_KERNELS = ("emit", "host", "kernel_body", "op_lowerings", "cpp.cache", "cpp.compiler")
 FLAX = ("linen", "nnx")
 
 

@@ -4,10 +4,17 @@ from rnncore.cells.base import Cell as Cell
 from rnncore.cells.base import CellParams as CellParams
 from rnncore.cells.base import HiddenCarry as HiddenCarry
 from rnncore.cells.base import PointwiseCell as PointwiseCell
+from rnncore.cells.base import named
 from rnncore.cells.elman import Elman as Elman
 from rnncore.cells.elman import IndRNN as IndRNN
 from rnncore.cells.gru import GRU as GRU
 from rnncore.cells.gru_reset_before import ResetBeforeGRU as ResetBeforeGRU
+from rnncore.cells.leaky import Leaky as Leaky
 from rnncore.cells.lstm import LSTM as LSTM
 from rnncore.cells.lstm import LSTMCarry as LSTMCarry
 from rnncore.cells.mgu import MGU as MGU
+
+_LSTMS = [LSTM(1, peepholes=p, coupled=c) for p in (False, True) for c in (False, True)]
+for _cell in (*_LSTMS, GRU(1), MGU(1), Elman(1), IndRNN(1)):
+    # Made now, so that a process that has no such cell yet can read what `jax.export` wrote down of one.
+    _made = _cell.Gates, named("Units", tuple(_cell.units))

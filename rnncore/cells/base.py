@@ -12,17 +12,30 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnncore import _products, initializers
-from rnncore._types import Array, Initializer, PyTree
+from rnncore import _arguments, _products, initializers
+from rnncore._types import Array, Initializer, PyTree, exportable
 from rnncore.cells.recurrent_kernels import Dense, Recurrence
 
 
+def not_in_carry(carry: Any, name: str) -> str:
+    """What to say of an attribute that a carry does not have."""
+    said = f"'{type(carry).__name__}' object has no attribute '{name}'"
+    if hasattr(jax.Array, name):
+        said += ": it is a carry, not an array. A run returns the carry first: carry, ys = unroll(...)"
+    return said
+
+
+@exportable
 class HiddenCarry(NamedTuple):
     """Carry of a cell whose only state is its output h (..., H); or something for it, such as a rate."""
 
     h: Any
 
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(not_in_carry(self, name))
 
+
+@exportable
 class CellParams(NamedTuple):
     """Parameters of a pointwise cell.
 
@@ -43,8 +56,18 @@ class CellParams(NamedTuple):
 
 @functools.cache
 def named(kind: str, names: tuple[str, ...]) -> type:
-    """The one named-tuple class for these names, so that pytrees made apart compare equal."""
-    return collections.namedtuple(kind, names)
+    """The one named-tuple class for these names, so that pytrees made apart compare equal.
+
+    It is made where it is needed, also where something pickled is read.
+    """
+    make: Any = collections.namedtuple
+    made = make(kind, names)
+    made.__reduce__ = lambda self: (_named_of, (kind, names, *self))
+    return exportable(made, f"{kind}({', '.join(names)})")
+
+
+def _named_of(kind: str, names: tuple[str, ...], *values: Any) -> Any:
+    return named(kind, names)(*values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +81,13 @@ class Cell(abc.ABC):
     """
 
     hidden_size: int
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _arguments.refuse_foreign(cls, kwargs)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        _arguments.check_size(type(self).__name__, "hidden_size", self.hidden_size)
 
     @abc.abstractmethod
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> PyTree:
@@ -83,6 +113,20 @@ class Cell(abc.ABC):
         """One step in the order of `jax.lax.scan`: (params, carry, z) to (carry, y)."""
         carry, _ = self.update(params, carry, z)
         return carry, self.output(carry)
+
+
+def check_init(what: Any, key: Any, input_size: Any, dtype: Any) -> None:
+    """ValueError where parameters cannot be drawn from these arguments of `init`."""
+    call = f"{type(what).__name__}(...).init"
+    _arguments.check_key(call, key)
+    _arguments.check_size(call, "input_size", input_size)
+    _arguments.check_dtypes(call, {"dtype": dtype})
+    size = getattr(what, "cell", what).hidden_size
+    if size < 1 or input_size < 1:
+        raise ValueError(
+            f"`{type(what).__name__}(hidden_size={size}).init(key, input_size={input_size})`: expected at least one "
+            "unit and one feature."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +168,14 @@ class PointwiseCell(Cell):
 
     Carry: ClassVar[Any] = HiddenCarry
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.recurrence, Recurrence):
+            raise ValueError(
+                f"`{type(self).__name__}(recurrence={self.recurrence!r})`: expected the structure of a recurrent "
+                "kernel, such as rnncore.Dense(), Heads(4) or Diagonal()."
+            )
+
     @property
     @abc.abstractmethod
     def gates(self) -> tuple[str, ...]:
@@ -160,11 +212,7 @@ class PointwiseCell(Cell):
 
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> CellParams:
         """Draws parameters in `dtype` for inputs of `input_size` features."""
-        if self.hidden_size < 1 or input_size < 1:
-            raise ValueError(
-                f"`{type(self).__name__}(hidden_size={self.hidden_size}).init(key, input_size={input_size})`: "
-                "expected at least one unit and one feature."
-            )
+        check_init(self, key, input_size, dtype)
         count, hidden = len(self.gates), self.hidden_size
         input_key, recurrent_key, bias_key = jax.random.split(key, 3)
         recurrent_init = self.recurrent_init or self.recurrence.default_init
@@ -190,7 +238,8 @@ class PointwiseCell(Cell):
             return zs
         # In float32 where there is less: the same sum, but its transpose adds up over T and the batch.
         wide = jnp.promote_types(zs.dtype, jnp.float32)
-        return (zs.astype(wide) + params.bias.reshape(-1).astype(wide)).astype(jnp.result_type(zs, params.bias))
+        bias = jnp.broadcast_to(params.bias.reshape(-1).astype(wide), zs.shape)
+        return (zs.astype(wide) + bias).astype(jnp.promote_types(zs.dtype, params.bias.dtype))
 
     def mix(self, params: CellParams, h: Array) -> Array:
         """r = mix(U, h) + its bias as a slab: (..., H) to (..., G*H); linear in the parameters."""
@@ -200,7 +249,7 @@ class PointwiseCell(Cell):
             return r
         rows = dict(zip(self.recurrent_bias, params.recurrent_bias, strict=True))
         none = jnp.zeros_like(params.recurrent_bias[0])
-        return r + jnp.concatenate([rows.get(gate, none) for gate in self.gates])
+        return r + jnp.broadcast_to(jnp.concatenate([rows.get(gate, none) for gate in self.gates]), r.shape)
 
     def split(self, slab: Array) -> Any:
         """A slab (..., G*H) as a named tuple of G arrays (..., H)."""

@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from rnncore import _products, initializers
-from rnncore._types import Activation, Array, Initializer
-from rnncore.cells.base import Cell, HiddenCarry, named
+from rnncore._types import Activation, Array, Initializer, exportable
+from rnncore.cells.base import Cell, HiddenCarry, check_init, named
 
 
+@exportable
 class ResetBeforeGRUParams(NamedTuple):
     """input_kernel (D, 3, H), recurrent_kernel (H, 3, H), bias (3, H); gates r, z, n."""
 
@@ -61,6 +62,7 @@ class ResetBeforeGRU(Cell):
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> ResetBeforeGRUParams:
         """Draws parameters in `dtype` for inputs of `input_size` features."""
         hidden = self.hidden_size
+        check_init(self, key, input_size, dtype)
         input_key, recurrent_key, bias_key = jax.random.split(key, 3)
         return ResetBeforeGRUParams(
             self.kernel_init(input_key, (input_size, 3 * hidden), dtype).reshape(input_size, 3, hidden),
@@ -75,7 +77,8 @@ class ResetBeforeGRU(Cell):
     def project(self, params: ResetBeforeGRUParams, xs: Array) -> Array:
         """z = x W + b as a slab: (..., D) to (..., 3*H)."""
         kernel = params.input_kernel
-        return _products.times(xs, kernel.reshape(kernel.shape[0], -1)) + params.bias.reshape(-1)
+        zs = _products.times(xs, kernel.reshape(kernel.shape[0], -1))
+        return zs + jnp.broadcast_to(params.bias.reshape(-1), zs.shape)
 
     def update(self, params: ResetBeforeGRUParams, carry: HiddenCarry, z: Array) -> tuple[HiddenCarry, Any]:
         """One step: (carry, z slab) to (new carry, gates)."""

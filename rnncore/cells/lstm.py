@@ -8,15 +8,19 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnncore._types import Activation, Array
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore._types import Activation, Array, exportable
+from rnncore.cells.base import CellParams, PointwiseCell, not_in_carry
 
 
+@exportable
 class LSTMCarry(NamedTuple):
     """Carry of an LSTM: cell state c and output h, both (..., H), in Flax's order; or something for each."""
 
     c: Any
     h: Any
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(not_in_carry(self, name))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -139,12 +139,42 @@ def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=256)
+def has_caught_traced(cell: PointwiseCell) -> bool:
+    """Whether the update uses a value from outside that is being differentiated, mapped or compiled."""
+    values = jax.ShapeDtypeStruct((1, cell.hidden_size), jnp.float32)
+    units = named("Units", tuple(cell.units))(*(values for _ in cell.units))
+    carry, gates = cell.Carry(*(values for _ in cell.Carry._fields)), cell.Gates(*(values for _ in cell.gates))
+    consts = jax.make_jaxpr(cell.pointwise)(units, gates, gates, carry).consts
+    return any(isinstance(const, jax.core.Tracer) for const in consts)
+
+
 def why_not_elementwise(cell: PointwiseCell) -> str | None:
     """What `check_elementwise` says, or None."""
     try:
         check_elementwise(cell)
     except ValueError as error:
         return str(error)
+    return None
+
+
+@functools.lru_cache(maxsize=256)
+def why_not_linear(cell: PointwiseCell) -> str | None:
+    """Reason why the recurrent product cannot be differentiated once for all steps, or None."""
+    size, gates = cell.hidden_size, len(cell.gates)
+    kernel = jax.ShapeDtypeStruct(cell.recurrence.shape(gates, size), jnp.float32)
+    h, r = jax.ShapeDtypeStruct((size,), jnp.float32), jax.ShapeDtypeStruct((gates * size,), jnp.float32)
+
+    def transpose(h: Any, r: Any) -> Any:
+        return jax.linear_transpose(lambda kernel: cell.recurrence.mix(kernel, h), kernel)(r)
+
+    try:
+        jax.eval_shape(transpose, h, r)
+    except Exception:  # JAX says in many ways that something is not linear, an AssertionError among them.
+        return (
+            f"{type(cell.recurrence).__name__}.mix is not linear in the kernel, such as U = A B, so its gradient is no "
+            "one product over all steps; backend 'autodiff' takes it"
+        )
     return None
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
 
+from rnncore import _arguments
 from rnncore._types import Array
 from rnncore.layers.stack import Merge, Stack, StackParams
 from rnncore.sequence import checks
@@ -35,7 +37,7 @@ def unroll_stack(
 def unroll_stack(
     stack: Stack,
     params: StackParams,
-    xs: Array,
+    xs: Array = None,  # type: ignore[assignment]
     *,
     key: Array | None = None,
     initial_carry: Any = None,
@@ -96,7 +98,20 @@ def unroll_stack(
     Source: see `Stack`.  torch.nn.LSTM returns (outputs, (h, c)) with all layers and directions
     stacked on one axis.
     """
-    checks.refuse_removed("unroll_stack", removed)
+    checks.refuse_removed("unroll_stack", removed, inspect.signature(unroll_stack).parameters)
+    if not isinstance(stack, Stack):
+        raise ValueError(
+            f"`unroll_stack(stack=<{type(stack).__name__}>)`: expected an rnncore.Stack; `unroll` takes a cell."
+        )
+    checks.check_arguments("unroll_stack", "stack", params, xs)
+    if not isinstance(params, StackParams):
+        raise ValueError(
+            f"`unroll_stack(params=<{type(params).__name__}>)`: expected StackParams, as `stack.init(key, D)` makes "
+            "them."
+        )
+    _arguments.check_dtypes(
+        "unroll_stack", {"dtype": dtype, "carry_dtype": carry_dtype, "output_dtype": output_dtype}
+    )
     xs = jnp.asarray(xs)
     time_axis = 0 if time_major else xs.ndim - 2
     batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]

@@ -9,12 +9,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from rnncore._types import Array
-from rnncore.cells.base import Cell
+from rnncore import _arguments
+from rnncore._types import Array, exportable
+from rnncore.cells.base import Cell, check_init
 
 Merge = Literal["concat", "sum", "mean", "mul"]
 
 
+@exportable
 class StackParams(NamedTuple):
     """Parameters of a `Stack`.
 
@@ -73,7 +75,17 @@ class Stack:
     zoneout: Any = dataclasses.field(default=None, kw_only=True)
     learned_carry: bool = dataclasses.field(default=False, kw_only=True)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _arguments.refuse_foreign(cls, kwargs)
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
+        if not isinstance(self.cell, Cell):
+            raise ValueError(
+                f"`Stack(cell={self.cell!r})`: expected an rnncore cell, such as rnncore.LSTM(256), made and not its "
+                "class."
+            )
+        _arguments.check_size("Stack", "num_layers", self.num_layers)
         if self.num_layers < 1:
             raise ValueError(f"`Stack(num_layers={self.num_layers})`: expected at least one layer.")
         if self.merge not in get_args(Merge):
@@ -160,6 +172,7 @@ class Stack:
 
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> StackParams:
         """Draws parameters in `dtype` for inputs of `input_size` features."""
+        check_init(self, key, input_size, dtype)
         keys = jax.random.split(key, (self.num_layers, self.directions))
         sizes = [input_size] + [self.output_size] * (self.num_layers - 1)
         layers = tuple(

@@ -76,6 +76,7 @@ class Bidirectional(nn.Module):
           NotImplementedError: `reverse=True`.
         """
         del keep_order
+        modules.check_are_rnns(self)
         modules.refuse_reverse(reverse)
         return_carry = self.return_carry if return_carry is None else return_carry
         if time_major is None:

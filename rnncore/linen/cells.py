@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.linear import default_kernel_init
 
+from rnncore import _arguments, initializers
 from rnncore import flax_modules as modules
 from rnncore._types import Array, Initializer
 from rnncore.linen import trees
@@ -59,6 +59,14 @@ class Cell(nn.RNNCellBase):
     """What all cells share: one step through the functional cell that `tree` describes."""
 
     tree: ClassVar[trees.Tree]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _arguments.refuse_foreign(cls, kwargs)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        _arguments.check_size(type(self).__name__, "features", getattr(self, "features"))  # noqa: B009
+        super().__post_init__()
 
     @nn.compact
     def __call__(self, carry: Any, inputs: Array) -> tuple[Any, Array]:
@@ -112,8 +120,8 @@ class _GatedCell(Cell):
     features: int
     gate_fn: Callable[..., Any] = nn.sigmoid
     activation_fn: Callable[..., Any] = nn.tanh
-    kernel_init: Initializer = default_kernel_init
-    recurrent_kernel_init: Initializer = nn.initializers.orthogonal()
+    kernel_init: Initializer = initializers.lecun_normal
+    recurrent_kernel_init: Initializer = initializers.orthogonal
     bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -238,8 +246,8 @@ class MGUCell(Cell):
     features: int
     gate_fn: Callable[..., Any] = nn.sigmoid
     activation_fn: Callable[..., Any] = nn.tanh
-    kernel_init: Initializer = default_kernel_init
-    recurrent_kernel_init: Initializer = nn.initializers.orthogonal()
+    kernel_init: Initializer = initializers.lecun_normal
+    recurrent_kernel_init: Initializer = initializers.orthogonal
     forget_bias_init: Initializer = nn.initializers.ones_init()
     activation_bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
@@ -281,8 +289,8 @@ class SimpleCell(Cell):
 
     features: int
     activation_fn: Callable[..., Any] = nn.tanh
-    kernel_init: Initializer = default_kernel_init
-    recurrent_kernel_init: Initializer = nn.initializers.orthogonal()
+    kernel_init: Initializer = initializers.lecun_normal
+    recurrent_kernel_init: Initializer = initializers.orthogonal
     bias_init: Initializer = nn.initializers.zeros_init()
     dtype: Any = None
     param_dtype: Any = jnp.float32

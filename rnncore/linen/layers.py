@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rnncore import cells, initializers
+from rnncore import _arguments, cells, initializers
 from rnncore import flax_modules as modules
 from rnncore._types import Activation, Array, Initializer
 from rnncore.layers.stack import Merge, Stack, StackParams
@@ -48,6 +48,10 @@ class Layers(nn.Module):
     recompute: str = field(default="nothing", kw_only=True)
     backend: str | None = field(default=None, kw_only=True)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _arguments.refuse_foreign(cls, kwargs)
+        return super().__new__(cls)
+
     @nn.compact
     def __call__(
         self,
@@ -80,6 +84,7 @@ class Layers(nn.Module):
         Raises:
           ValueError: shapes, lengths, rates that make no sense; `deterministic` nowhere said.
         """
+        modules.check_dtypes(self)
         stack = self.stack
         tree = {
             name: self.param(name, stack.init_entries, size, self.param_dtype)
@@ -132,7 +137,6 @@ class Layers(nn.Module):
         return stack.start(params, batch_shape, modules.carry_dtype(self))
 
 
-@modules.without_differentiation
 class LSTM(Layers):
     """LSTM layers: `rnncore.LSTM` in a `rnncore.Stack`, with everything that training them takes.
 
@@ -178,7 +182,6 @@ class LSTM(Layers):
     gate_fn: Activation = field(default=jax.nn.sigmoid, kw_only=True)
 
 
-@modules.without_differentiation
 class GRU(Layers):
     """GRU layers: `rnncore.GRU` (reset after the product) in a `rnncore.Stack`.
 
@@ -205,7 +208,6 @@ class GRU(Layers):
     gate_fn: Activation = field(default=jax.nn.sigmoid, kw_only=True)
 
 
-@modules.without_differentiation
 class Elman(Layers):
     """Elman layers, the plain recurrent network: `rnncore.Elman` in a `rnncore.Stack`.
 

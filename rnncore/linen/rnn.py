@@ -14,6 +14,7 @@ from flax.core import FrozenDict
 from flax.core.scope import in_filter
 from flax.linen import module as flax_module
 
+from rnncore import _arguments
 from rnncore import flax_modules as modules
 from rnncore._types import Array
 from rnncore.cells import CellParams, PointwiseCell, pointwise
@@ -22,7 +23,6 @@ from rnncore.linen.convert import TREES
 from rnncore.linen.scan import has_plain_parameters, scan_over
 
 
-@modules.without_differentiation
 class RNN(nn.Module):
     """Applies a cell over a sequence: flax.linen.RNN, faster, with lengths done right.
 
@@ -79,6 +79,14 @@ class RNN(nn.Module):
     carry_dtype: Any = field(default=None, kw_only=True)
     output_dtype: Any = field(default=None, kw_only=True)
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _arguments.refuse_foreign(cls, kwargs)
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        modules.check_is_cell(self.cell, "LSTMCell(256)")
+        super().__post_init__()
+
     def __call__(
         self,
         inputs: Array,
@@ -120,6 +128,7 @@ class RNN(nn.Module):
         time_major = self.time_major if time_major is None else time_major
         reverse = self.reverse if reverse is None else reverse
         keep_order = self.keep_order if keep_order is None else keep_order
+        modules.check_dtypes(self)
         time_axis = modules.time_axis(inputs, self.cell.num_feature_axes, time_major)
         step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
         carry = initial_carry

@@ -59,6 +59,7 @@ class Bidirectional(nnx.Bidirectional):
         self.forward_rnn = forward_rnn
         self.backward_rnn = backward_rnn
         self.merge_fn = merge_fn
+        modules.check_are_rnns(self)
         self.time_major = time_major
         self.return_carry = return_carry
         random = any(_is_random(rnn) for rnn in (forward_rnn, backward_rnn))

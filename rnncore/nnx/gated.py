@@ -56,12 +56,16 @@ class GRUCell(initial.Cell, nnx.GRUCell):
         *,
         per_gate_init: bool = False,
         recurrent_bias: bool = False,
+        kernel_init: Initializer = initializers.lecun_normal,
         recurrent_kernel_init: Initializer = initial.orthogonal,
         bias_init: Initializer = nnx.initializers.zeros,
         **options: Any,
     ):
         init = initial.gate_blocks(recurrent_kernel_init, 3) if per_gate_init else recurrent_kernel_init
-        super().__init__(in_features, hidden_features, recurrent_kernel_init=init, bias_init=bias_init, **options)
+        super().__init__(
+            in_features, hidden_features, kernel_init=kernel_init, recurrent_kernel_init=init, bias_init=bias_init,
+            **options,
+        )  # fmt: skip
         self.b_hn = nnx.data(None)
         if recurrent_bias:
             value = bias_init(options["rngs"].params(), (hidden_features,), self.param_dtype)
@@ -86,6 +90,17 @@ class GRUCell(initial.Cell, nnx.GRUCell):
         n = self.activation_fn(zn + self.gate_fn(zr + rr) * (rn + self.b_hn[...].astype(rn.dtype)))
         new = (1 - keep) * n + keep * carry
         return new, new
+
+
+@initializers.as_value
+def _side_by_side(*inits: Initializer) -> Initializer:
+    """Draws equal parts of a bias, each by its own initialiser."""
+
+    def init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
+        keys, part = jax.random.split(key, len(inits)), (shape[0] // len(inits),)
+        return jnp.concatenate([draw(k, part, dtype) for draw, k in zip(inits, keys, strict=True)])
+
+    return init
 
 
 class MGUCell(initial.Cell):
@@ -151,11 +166,7 @@ class MGUCell(initial.Cell):
         self.reset_gate = reset_gate
         self.rngs = nnx.data(None)
 
-        def bias_init(key: Array, shape: tuple[int, ...], dtype: Any) -> Array:
-            keys, half = jax.random.split(key), (shape[0] // 2,)
-            inits = (forget_bias_init, activation_bias_init)
-            return jnp.concatenate([init(k, half, dtype) for init, k in zip(inits, keys, strict=True)])
-
+        bias_init = _side_by_side(forget_bias_init, activation_bias_init)
         self.dense_i = nnx.Linear(
             in_features, 2 * hidden_features, kernel_init=kernel_init, bias_init=bias_init, dtype=dtype,
             param_dtype=param_dtype, promote_dtype=promote_dtype, rngs=rngs, kernel_metadata=kernel_metadata,

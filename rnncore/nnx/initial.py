@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
 
-from rnncore import initializers
+from rnncore import _arguments, initializers
 from rnncore._types import Array, Initializer
 
 CONSTANT = (None, nnx.initializers.zeros, nnx.initializers.ones)
@@ -21,6 +21,7 @@ def orthogonal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Ar
     return initializers.orthogonal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
+@initializers.as_value
 def gate_blocks(block: Initializer, gates: int) -> Initializer:
     """Initialiser of a (rows, G*H) kernel that draws the (rows, H) block of every gate on its own."""
     draw = initializers.per_gate(block)
@@ -30,6 +31,14 @@ def gate_blocks(block: Initializer, gates: int) -> Initializer:
         return draw(key, (rows, gates, columns // gates), dtype).reshape(shape)
 
     return init
+
+
+def check_rngs(cls: type, given: Mapping[str, Any]) -> None:
+    """ValueError for something else where random numbers for the parameters are to come from."""
+    if "rngs" in given and not hasattr(given["rngs"], "params"):
+        raise ValueError(
+            f"`{cls.__name__}(rngs={given['rngs']!r})`: expected streams of random numbers, such as nnx.Rngs(0)."
+        )
 
 
 class Cell(nnx.RNNCellBase):
@@ -42,6 +51,14 @@ class Cell(nnx.RNNCellBase):
 
     carries: ClassVar[int] = 1
     """How many arrays the carry has; one stands by itself, more are a tuple."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _arguments.refuse_foreign(cls, kwargs)
+        check_rngs(cls, kwargs)
+        for name, value in (*zip(("in_features", "hidden_features"), args, strict=False), *kwargs.items()):
+            if name in ("in_features", "hidden_features"):
+                _arguments.check_size(cls.__name__, name, value)
+        return super().__new__(cls)
 
     def initialize_carry(
         self,

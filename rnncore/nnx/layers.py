@@ -10,14 +10,20 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rnncore import cells, initializers
+from rnncore import _arguments, cells, initializers
 from rnncore import flax_modules as modules
 from rnncore._types import Activation, Array, Initializer
 from rnncore.layers.stack import Merge, Stack, StackParams
+from rnncore.nnx import initial
 
 
 class Layers(nnx.Module):
     """What `LSTM`, `GRU` and `Elman` share: the parameters of a `rnncore.Stack`, and the call."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _arguments.refuse_foreign(cls, kwargs)
+        initial.check_rngs(cls, kwargs)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -59,6 +65,8 @@ class Layers(nnx.Module):
             learned_carry=learned_carry,
         )  # fmt: skip
         self.in_features = in_features
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "carry_dtype": carry_dtype, "output_dtype": output_dtype}
+        _arguments.check_dtypes(type(self).__name__, dtypes)
         for name, size in stack.sizes(in_features).items():
             entries = stack.init_entries(rngs.params(), size, param_dtype)
             setattr(self, name, nnx.Dict({leaf: nnx.Param(value) for leaf, value in entries.items()}))
@@ -134,7 +142,6 @@ class Layers(nnx.Module):
         return stack.start(params, batch_shape, modules.carry_dtype(self))
 
 
-@modules.without_differentiation
 class LSTM(Layers):
     """LSTM layers: `rnncore.LSTM` in a `rnncore.Stack`, with everything that training them takes.
 
@@ -186,7 +193,6 @@ class LSTM(Layers):
         super().__init__(make, in_features, hidden_features, zoneout=cells.LSTMCarry(zoneout_cell, zoneout), **options)
 
 
-@modules.without_differentiation
 class GRU(Layers):
     """GRU layers: `rnncore.GRU` (reset after the product) in a `rnncore.Stack`.
 
@@ -220,7 +226,6 @@ class GRU(Layers):
         super().__init__(make, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)
 
 
-@modules.without_differentiation
 class Elman(Layers):
     """Elman layers, the plain recurrent network: `rnncore.Elman` in a `rnncore.Stack`.
 

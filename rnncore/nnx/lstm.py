@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from flax import nnx
 
+from rnncore import initializers
 from rnncore._types import Initializer
 from rnncore.nnx import initial
 
@@ -43,6 +44,23 @@ class LSTMCell(initial.Cell, nnx.LSTMCell):
     """
 
     carries: ClassVar[int] = 2
+
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        kernel_init: Initializer = initializers.lecun_normal,
+        recurrent_kernel_init: Initializer = initial.orthogonal,
+        **options: Any,
+    ):
+        super().__init__(
+            in_features,
+            hidden_features,
+            kernel_init=kernel_init,
+            recurrent_kernel_init=recurrent_kernel_init,
+            **options,
+        )
 
 
 class OptimizedLSTMCell(initial.Cell, nnx.OptimizedLSTMCell):
@@ -82,8 +100,9 @@ class OptimizedLSTMCell(initial.Cell, nnx.OptimizedLSTMCell):
         hidden_features: int,
         *,
         per_gate_init: bool = False,
+        kernel_init: Initializer = initializers.lecun_normal,
         recurrent_kernel_init: Initializer = initial.orthogonal,
         **options: Any,
     ):
         init = initial.gate_blocks(recurrent_kernel_init, 4) if per_gate_init else recurrent_kernel_init
-        super().__init__(in_features, hidden_features, recurrent_kernel_init=init, **options)
+        super().__init__(in_features, hidden_features, kernel_init=kernel_init, recurrent_kernel_init=init, **options)

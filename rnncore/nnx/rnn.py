@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
+from rnncore import _arguments
 from rnncore import flax_modules as modules
 from rnncore._types import Array
 from rnncore.nnx import initial, trees
@@ -19,7 +19,6 @@ _AXES: Any = {...: nnx.Carry}
 """All state goes from step to step: what Flax takes where the user says nothing."""
 
 
-@modules.without_differentiation
 class RNN(nnx.RNN):
     """Applies a cell over a sequence: flax.nnx.RNN, faster, with lengths done right.
 
@@ -66,6 +65,10 @@ class RNN(nnx.RNN):
     than it went in with (Flax fails) keeps the initial carry's dtype.
     """
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        _arguments.refuse_foreign(cls, kwargs)
+        return super().__new__(cls)
+
     def __init__(
         self,
         cell: Any,
@@ -84,9 +87,7 @@ class RNN(nnx.RNN):
         carry_dtype: Any = None,
         output_dtype: Any = None,
     ):
-        for name, dtype in (("carry_dtype", carry_dtype), ("output_dtype", output_dtype)):
-            if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-                raise ValueError(f"`RNN({name}={dtype!r})`: expected a floating dtype, or None for the cell's own.")
+        modules.check_is_cell(cell, "LSTMCell(3, 256, rngs=rngs)")
         self.cell = cell
         self.time_major = time_major
         self.return_carry = return_carry
@@ -101,6 +102,7 @@ class RNN(nnx.RNN):
         self.backend = backend
         self.carry_dtype = carry_dtype
         self.output_dtype = output_dtype
+        modules.check_dtypes(self)
 
     def __call__(
         self,

@@ -49,10 +49,17 @@ class SimpleCell(initial.Cell, nnx.SimpleCell):
         in_features: int,
         hidden_features: int,
         *,
+        kernel_init: Initializer = initializers.lecun_normal,
         recurrent_kernel_init: Initializer = initial.orthogonal,
         **options: Any,
     ):
-        super().__init__(in_features, hidden_features, recurrent_kernel_init=recurrent_kernel_init, **options)
+        super().__init__(
+            in_features,
+            hidden_features,
+            kernel_init=kernel_init,
+            recurrent_kernel_init=recurrent_kernel_init,
+            **options,
+        )
 
 
 class IndRNNCell(initial.Cell):

@@ -16,7 +16,7 @@ from rnncore import _lengths
 from rnncore.cells.base import PointwiseCell
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.backend import Backend
-from rnncore.recurrence.chunks import scan_chunks
+from rnncore.recurrence.chunks import chunk_size, scan_chunks
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
@@ -24,6 +24,7 @@ class Autodiff(Backend):
     """See the module."""
 
     name = "autodiff"
+    takes_symbolic = True
 
     def unsupported(self, request: Request) -> str | None:
         if request.recurrent_mask and not isinstance(request.cell, PointwiseCell):
@@ -53,7 +54,7 @@ class Autodiff(Backend):
             return (carry, last), (outputs, carries if request.return_states else None, gates)
 
         stacks = (jnp.moveaxis(xs, request.time_axis, 0), *steps.per_step(request, constants))
-        size = request.checkpoint_every or request.steps
         again = request.recompute != "nothing"
+        size = chunk_size(request) if again else request.checkpoint_every or request.steps
         (_, last), ys = scan_chunks(chunk, (start, start), stacks, request.steps, size, again)
         return Result(last, *ys)

@@ -18,12 +18,14 @@ def chunk_size(request: Request) -> int:
     """K: what the caller names, or else for a pointwise cell a good one.
 
     With `recompute` about sqrt(T), which keeps least of a run that is formed again chunk by chunk.
-    Else T, except on one CPU.  There a slab of all steps that outgrows the caches costs page faults
-    and memory traffic: above 4 MiB it is cut into chunks of about 2 MiB, at least 8 steps.  Either way
+    Else T, except on one CPU, for known sizes.  There a slab of all steps that outgrows the caches costs page
+    faults and memory traffic: above 4 MiB it is cut into chunks of about 2 MiB, at least 8 steps.  Either way
     a divisor of T, if one is near.
     """
     if request.checkpoint_every is not None:
         return request.checkpoint_every
+    if request.symbolic:
+        return request.steps
     if request.recompute != "nothing":
         wanted = max(8, math.isqrt(request.steps))
     else:

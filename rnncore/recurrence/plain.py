@@ -146,7 +146,7 @@ def _moved_projection(project: Any, params: Any, xs: Array, moves: Differentiabl
 def previous(initial_carry: Any, reset_carry: Any, resets: Array | None, hs: Array) -> Array:
     """h_{t-1} of every step, after resets."""
     before = jnp.concatenate([initial_carry.h.astype(hs.dtype)[None], hs[:-1]])
-    return before if resets is None else jnp.where(resets, reset_carry.h, before)
+    return before if resets is None else jnp.where(resets, reset_carry.h[None], before)
 
 
 def _loop(step: Step, product: RecurrentProduct, inputs: Inputs) -> tuple[Any, Array, PyTree]:

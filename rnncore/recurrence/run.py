@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.export import is_symbolic_dim
 
 from rnncore._types import PyTree
 from rnncore.cells.base import Cell
@@ -58,6 +59,11 @@ class Request:
     recompute: str
     residual_dtype: str | None = None
     time_axis: int = 0
+
+    @property
+    def symbolic(self) -> bool:
+        """Whether steps or batch are not numbers yet, as inside `jax.export` with symbolic shapes."""
+        return any(map(is_symbolic_dim, (self.steps, *self.batch_shape, self.input_size)))
 
 
 class Differentiable(NamedTuple):

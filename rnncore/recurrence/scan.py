@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rnncore._types import Array, PyTree
+from rnncore.cells import pointwise
 from rnncore.cells.base import PointwiseCell
 from rnncore.recurrence import plain
 from rnncore.recurrence import step as steps
@@ -38,12 +39,13 @@ class Scan(LoopBackend):
 
     name = "scan"
     keeps_time_axis = True
+    takes_symbolic = True
     maps_into_batch = True
 
     def unsupported(self, request: Request) -> str | None:
         if not isinstance(request.cell, PointwiseCell):
             return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
-        return None
+        return pointwise.why_not_linear(request.cell)
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         return _Run(request, differentiable, constants).forward(False)[0]
@@ -220,8 +222,8 @@ class _Backward:
         self.run, self.outputs, self.kept = run, result.outputs, residuals
         self.dlast, self.doutputs = dense(cotangents.carry, result.carry), cotangents.outputs
         self.dcarries: list = [None] * len(result.carry) if cotangents.carries is None else [*cotangents.carries]
-        gates = enumerate(jax.tree.structure(result.gates).flatten_up_to(cotangents.gates))
-        self.dgates = {n: d for n, d in gates if d is not None}
+        tree: Any = jax.tree.structure(result.gates)
+        self.dgates = {n: d for n, d in enumerate(tree.flatten_up_to(cotangents.gates)) if d is not None}
         self.tangent_params = run.product.tangent_params(run.recurrent_params)
         self.want_xs = wanted.xs
         self.want_input = any(jax.tree.leaves(steps.input_params(wanted.params)))

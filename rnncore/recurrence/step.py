@@ -29,12 +29,12 @@ def reset(resets: Array | None, reset_carry: Any, carry: Any) -> Any:
     """The carry that a step begins with; resets (*batch, 1), or with time in front as the carries have it."""
     if resets is None:
         return carry
-    return jax.tree.map(lambda a, b: jnp.where(resets, a, b), reset_carry, carry)
+    return jax.tree.map(lambda a, b: jnp.where(resets, jnp.broadcast_to(a, b.shape), b), reset_carry, carry)
 
 
 def masked(recurrent_mask: Array | None, h: Array) -> Array:
     """h as it enters the recurrent product."""
-    return h if recurrent_mask is None else h * recurrent_mask.astype(h.dtype)
+    return h if recurrent_mask is None else h * jnp.broadcast_to(recurrent_mask.astype(h.dtype), h.shape)
 
 
 def blend(zoneout: Any, old: Any, new: Any) -> Any:

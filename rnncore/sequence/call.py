@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore import _compat, _lengths
-from rnncore._types import Array, PyTree
-from rnncore.cells import pointwise
+from rnncore._types import Array, PyTree, exportable
+from rnncore.cells import pointwise, structured_kernels
 from rnncore.cells.base import Cell, PointwiseCell
-from rnncore.recurrence.backend import Backend
+from rnncore.recurrence.backend import Backend, LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
 from rnncore.sequence.backends import BACKENDS
@@ -22,6 +22,7 @@ from rnncore.sequence.backends import BACKENDS
 RECOMPUTE = ("nothing", "gates", "chunk")
 
 
+@exportable
 class States(NamedTuple):
     """What happened inside, with the time axis where the input has it.
 
@@ -98,7 +99,7 @@ def unroll(
 def unroll(
     cell: Cell,
     params: PyTree,
-    xs: Array,
+    xs: Array = None,  # type: ignore[assignment]
     *,
     initial_carry: Any = None,
     seq_lengths: Any = None,
@@ -168,7 +169,7 @@ def unroll(
       backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
         and "autodiff" run everywhere.  "cpp" compiles any pointwise cell for this machine's CPU and is fastest there;
         "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" run all steps in one kernel made from any pointwise cell;
-        "cudnn" is NVIDIA's library.
+        "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks.
 
     Returns:
       (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,
@@ -191,7 +192,8 @@ def unroll(
     one batch axis with lengths and returns a padded step's carry for length 0; torch.nn.LSTM returns
     (outputs, (h, c)) and wants packed sequences.
     """
-    _checks.refuse_removed("unroll", removed)
+    _checks.refuse_removed("unroll", removed, Options._fields)
+    _checks.check_arguments("unroll", "cell", params, xs)
     options = Options(
         initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout, reverse, keep_order, time_major,
         return_states, include_initial, checkpoint_every, recompute, residual_dtype, backend,
@@ -202,7 +204,7 @@ def unroll(
     return (carry, outputs, states) if return_states else (carry, outputs)
 
 
-def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> BackendChoice:
+def explain_backend(cell: Cell, params: PyTree, xs: Any = None, **options: Any) -> BackendChoice:
     """Which backend `unroll` takes for the same arguments, why, and why not the others.
 
     Args:
@@ -220,12 +222,15 @@ def explain_backend(cell: Cell, params: PyTree, xs: Array, **options: Any) -> Ba
       >>> print(rnncore.explain_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3))))
       backend 'autodiff': the first that can serve this call
       not 'mosaic_gpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
+      not 'cuda': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
     """
-    _checks.refuse_removed("explain_backend", {name: options[name] for name in options if name not in Options._fields})
+    unknown = {name: options[name] for name in options if name not in Options._fields}
+    _checks.refuse_removed("explain_backend", unknown, Options._fields)
+    _checks.check_arguments("explain_backend", "cell", params, xs)
     asked = Options(**options)
     return choose(_prepare(cell, params, xs, asked)[0], asked.backend)
 
@@ -234,7 +239,7 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
     """The named backend, or the first that can serve the request; `prepare`: it is about to run."""
     if backend is not None and backend not in BACKENDS:
         raise ValueError(f"`unroll(backend={backend!r})`: unknown; expected one of {', '.join(BACKENDS)}, or None.")
-    reasons = {name: module.unsupported(request) for name, module in BACKENDS.items()}
+    reasons = {name: _why_not(module, request) for name, module in BACKENDS.items()}
     if all(reasons.values()):
         every = "; ".join(f"{name}: {why}" for name, why in reasons.items())
         raise NotImplementedError(f"`unroll({type(request.cell).__name__}, ...)`: no backend can do this: {every}.")
@@ -244,7 +249,8 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
                 f"`unroll(backend={backend!r})`: {reasons[backend]}. Use backend=None to let rnncore choose."
             )
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
-        return BackendChoice(backend, "named by the caller", others)
+        about = None if prepare else BACKENDS[backend].describe(request)
+        return BackendChoice(backend, f"named by the caller; {about}" if about else "named by the caller", others)
     reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
     for name in reasons:
         if prepare and reasons[name] is None:
@@ -255,14 +261,25 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
     return BackendChoice(name, "the first that can serve this call", others)
 
 
+def _why_not(backend: Backend, request: Request) -> str | None:
+    """Reason why a backend cannot serve the request, or None."""
+    cell = request.cell
+    if isinstance(backend, LoopBackend) and isinstance(cell, PointwiseCell) and pointwise.has_caught_traced(cell):
+        return (
+            f"the update of {type(cell).__name__} uses a value from outside that is being differentiated, mapped or "
+            "compiled, which its derivative rules do not see; declare it in `units`"
+        )
+    if request.symbolic and not backend.takes_symbolic:
+        return "its loop is made for shapes that are numbers, and this call has symbolic ones"
+    return backend.unsupported(request)
+
+
 def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Request, Layout, tuple[Any, ...]]:
     """All checks of a call, in one place."""
     initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout = options[:6]
     layout = Layout(options.time_major, options.reverse, options.keep_order, options.include_initial)
     checkpoint_every, recompute, residual_dtype = options.checkpoint_every, options.recompute, options.residual_dtype
-    if not isinstance(cell, Cell):
-        got = f"`unroll(cell=<{type(cell).__name__}>)`"
-        raise ValueError(f"{got}: expected an rnncore cell, such as rnncore.LSTM(256), made and not its class.")
+    _checks.check_cell("unroll", cell)
     if not isinstance(xs, jax.ShapeDtypeStruct):
         xs = jnp.asarray(xs)
     if not jnp.issubdtype(xs.dtype, jnp.floating):
@@ -284,9 +301,11 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
             "`unroll(include_initial=True, keep_order=True, reverse=True, seq_lengths=...)`: the initial carry has no "
             "place of its own in that order; use keep_order=False."
         )
+    _checks.check_symbolic(xs, steps, checkpoint_every=checkpoint_every, recompute=recompute)
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
     _checks.check_params(cell, params, xs)
+    cell, params = structured_kernels.plain(cell, params)
     z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
     dtype = jax.tree.leaves(z)[0].dtype
     for name, carry in (("initial_carry", initial_carry), ("reset_carry", reset_carry)):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 
+from rnncore import _arguments
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
@@ -101,12 +103,58 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
     return type(zoneout)(*(None if stay is None else jnp.asarray(stay) for stay in zoneout))
 
 
-def refuse_removed(name: str, options: Mapping[str, Any]) -> None:
-    """TypeError for options that a function does not have, of which one was needed in earlier versions."""
+def check_symbolic(xs: Any, steps: Any, **chunks: Any) -> None:
+    """Of shapes that are not numbers yet, as `jax.export` may have them, some cannot be served."""
+    if is_symbolic_dim(xs.shape[-1]):
+        raise ValueError(
+            f"`unroll(xs=<{xs.dtype} {xs.shape}>)`: the features are symbolic, expected the number that the parameters "
+            "are made for; batch and steps may be symbolic."
+        )
+    for name, value in chunks.items():
+        if is_symbolic_dim(steps) and value not in (None, "nothing"):
+            raise NotImplementedError(
+                f"`unroll({name}={value!r})` with a symbolic number of steps, {steps}: chunks need a number; leave "
+                f"{name} out, or export for a fixed number of steps."
+            )
+
+
+def check_cell(name: str, cell: Any) -> None:
+    """ValueError unless this is a cell."""
+    if isinstance(cell, Cell):
+        return
+    shown = cell.__name__ if isinstance(cell, type) else type(cell).__name__
+    expected = "expected an rnncore cell, such as rnncore.LSTM(256), made and not its class"
+    if any(base.__module__.partition(".")[0] == "flax" for base in type(cell).__mro__):
+        expected = (
+            "a Flax module; expected an rnncore cell. rnncore.linen.functional(cell, params) and "
+            "rnncore.nnx.functional(cell) give the rnncore cell and the parameters of a Flax cell"
+        )
+    elif not isinstance(cell, type):
+        expected = "expected an rnncore cell, such as rnncore.LSTM(256)"
+    raise ValueError(f"`{name}(cell=<{shown}>)`: {expected}.")
+
+
+def check_arguments(name: str, first: str, params: Any, xs: Any) -> None:
+    """TypeError where the parameters were forgotten."""
+    if xs is None:
+        raise TypeError(
+            f"`{name}({first}, {_shown(params)})`: expected {name}({first}, params, xs); make the parameters by "
+            f"`{first}.init(key, D)`."
+        )
+    tree: Any = jax.tree.structure(xs)
+    if not hasattr(xs, "dtype") and tree.num_nodes > 1 and hasattr(params, "dtype"):
+        got = f"`{name}({first}, {_shown(params)}, {_shown(xs)})`"
+        raise TypeError(f"{got}: expected the parameters before the inputs.")
+
+
+def _shown(value: Any) -> str:
+    return f"<{value.dtype} {value.shape}>" if hasattr(value, "dtype") else f"<{type(value).__name__}>"
+
+
+def refuse_removed(name: str, options: Mapping[str, Any], known: Collection[str]) -> None:
+    """TypeError for options that a function does not have: earlier ones, and those of other libraries."""
     for option, value in options.items():
-        why = "there is no such option"
-        if option == "differentiation":
-            why = "it is no longer needed: every run has every mode and order of differentiation; leave it out"
+        why = _arguments.known_as(option, known) or "there is no such option"
         raise TypeError(f"`{name}({option}={value!r})`: {why}.")
 
 

@@ -17,7 +17,8 @@ options of `rnncore.unroll`: with `recompute`, "gates" or "chunk" alike, the car
 steps between run again; `residual_dtype` then has no meaning.  vmap over sequences becomes more of a batch, and over
 parameters runs one call after the other.  Data that is sharded over devices is gathered to each of them, unless
 shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R: LSTM 4, GRU 4, MGU 3,
-Elman 1, in which the units of a head are padded to a multiple of 16.  The same call gives the same bits on the same number of threads.
+Elman 1, in which the units of a head are padded to a multiple of 16.  The same call gives the same bits on the same
+number of threads.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class Backward {
   std::vector<int64_t> sizes() const {
     const int64_t m = chunk * n, fields = Cell::fields * n * s.units;
     std::vector<int64_t> all{m * ldx, again ? (every + 1) * n * ldh : m * ldh, m * ldz, Cell::rest ? m * ldz : 0,
-                             fields, in.resets ? fields : 0, every ? span * n * Cell::reformed * s.units : 0,
-                             every ? Cell::reformed * n * s.units : 0};
+                             fields, in.resets ? fields : 0, every ? span * n * Kept::reformed * s.units : 0,
+                             every ? Kept::reformed * n * s.units : 0};
     if (again) {
       all.push_back(Residuals::size(s, every * n));
       for (int64_t size : forward.sizes()) all.push_back(size);
@@ -107,7 +107,7 @@ class Backward {
         forward.keep_in(kept);
         forward.again(here, together, first, last);
       }
-      if (Cell::reformed && every) here.phase(n, [&](int64_t r) { reform(r, first, last); });
+      if (Kept::reformed && every) here.phase(n, [&](int64_t r) { reform(r, first, last); });
       stretch = first;
       for (int64_t end = last, t0; end > first; end = t0) {
         t0 = std::max(end - chunk, first);
@@ -220,34 +220,34 @@ class Backward {
     }
   }
 
-  real* old(int64_t t, int64_t r) const { return olds + ((t - stretch) * n + r) * Cell::reformed * s.units; }
+  real* old(int64_t t, int64_t r) const { return olds + ((t - stretch) * n + r) * Kept::reformed * s.units; }
 
-  // The carry's fields in `Cell::reformed` of a sequence before each step from first to last.
+  // The carry's fields in `Kept::reformed` of a sequence before each step from first to last.
   void reform(int64_t r, int64_t first, int64_t last) const {
-    real *carry = reforming + r * Cell::reformed * s.units, *to = olds + r * Cell::reformed * s.units;
-    for (int k = 0; k < Cell::reformed; k++)
-      std::copy_n(begins.at(s, first, lo + r, begins.again ? Cell::reformed_fields[k] : k), s.units,
+    real *carry = reforming + r * Kept::reformed * s.units, *to = olds + r * Kept::reformed * s.units;
+    for (int k = 0; k < Kept::reformed; k++)
+      std::copy_n(begins.at(s, first, lo + r, begins.again ? Kept::reformed_fields[k] : k), s.units,
                   carry + k * s.units);
-    for (int64_t t = first; t < last; t++, to += n * Cell::reformed * s.units) {
+    for (int64_t t = first; t < last; t++, to += n * Kept::reformed * s.units) {
       if (resets(t, lo + r))
-        for (int k = 0; k < Cell::reformed; k++)
-          spread(s, in.target + (Cell::reformed_fields[k] * s.batch + lo + r) * s.hidden, carry + k * s.units);
+        for (int k = 0; k < Kept::reformed; k++)
+          spread(s, in.target + (Kept::reformed_fields[k] * s.batch + lo + r) * s.hidden, carry + k * s.units);
       const Previous before = previous(t, lo + r);
       for (int64_t block = 0; block < s.blocks; block++) {
-        vec units[Cell::units + 1], residuals[Cell::residuals + 1], old[Cell::fields], fresh[Cell::reformed + 1];
+        vec units[Cell::units + 1], residuals[Cell::residuals + 1], old[Cell::fields], fresh[Kept::reformed + 1];
         for (int m = 0; m < Cell::units; m++) units[m] = load(p.units + (block * Cell::units + m) * kLanes);
         const residual* from = kept.at(t, lo + r, block);
         for (int m = 0; m < Cell::residuals; m++)
-          if (Cell::kept_at[m] >= 0) residuals[m] = load(from + Cell::kept_at[m] * s.units);
-        if (Cell::reform_sees_h) old[Cell::hidden] = before.at(s, block);
-        for (int k = 0; k < Cell::reformed; k++) {
+          if (Kept::at[m] >= 0) residuals[m] = load(from + Kept::at[m] * s.units);
+        if (Kept::reform_sees_h) old[Cell::hidden] = before.at(s, block);
+        for (int k = 0; k < Kept::reformed; k++) {
           const int64_t at = k * s.units + block * kLanes;
-          old[Cell::reformed_fields[k]] = load(carry + at);
-          store(to + at, old[Cell::reformed_fields[k]]);
+          old[Kept::reformed_fields[k]] = load(carry + at);
+          store(to + at, old[Kept::reformed_fields[k]]);
         }
-        Cell::reform(units, residuals, old, fresh);
-        for (int k = 0; k < Cell::reformed; k++) {
-          const int f = Cell::reformed_fields[k];
+        Kept::reform(units, residuals, old, fresh);
+        for (int k = 0; k < Kept::reformed; k++) {
+          const int f = Kept::reformed_fields[k];
           if (in.zoneout.any) in.zoneout.part(s, f, t, lo + r, block, old[f], fresh[k]), fresh[k] += old[f];
           store(carry + k * s.units + block * kLanes, fresh[k]);
         }
@@ -269,10 +269,10 @@ class Backward {
           dp[Cell::units + 1], z[kGates], rest[Cell::rest + 1], before[Cell::fields];
       const residual* from = kept.at(t, lo + r, block);
       for (int m = 0; m < Cell::residuals; m++)
-        if (Cell::kept_at[m] >= 0) residuals[m] = load(from + Cell::kept_at[m] * s.units);
-      if (Cell::h_at >= 0) residuals[Cell::h_at] = previous(t, lo + r).at(s, block);
-      for (int k = 0; k < Cell::reformed; k++)
-        residuals[Cell::reformed_at[k]] = load(old(t, r) + k * s.units + block * kLanes);
+        if (Kept::at[m] >= 0) residuals[m] = load(from + Kept::at[m] * s.units);
+      if (Kept::h_at >= 0) residuals[Kept::h_at] = previous(t, lo + r).at(s, block);
+      for (int k = 0; k < Kept::reformed; k++)
+        residuals[Kept::reformed_at[k]] = load(old(t, r) + k * s.units + block * kLanes);
       const bool ends = t + 1 == (in.lengths ? in.lengths[lo + r] : s.steps);
       for (int f = 0; f < Cell::fields; f++) {
         after[f] = load(field(ds, f, r) + block * kLanes);

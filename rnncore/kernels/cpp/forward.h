@@ -16,15 +16,15 @@ struct Inputs {
 };
 
 // The carry before every step that `every` divides, (T / every, B, fields, padded H): all fields, for stretches that are
-// run `again` from there, or those in `Cell::reformed`.
+// run `again` from there, or those in `Kept::reformed`.
 struct Begins {
   real* data;
   int64_t every;
   bool again;
 
-  static int64_t fields(bool again) { return again ? Cell::fields : Cell::reformed; }
+  static int64_t fields(bool again) { return again ? Cell::fields : Kept::reformed; }
   int64_t fields() const { return data ? fields(again) : 0; }
-  int field(int64_t k) const { return again ? int(k) : Cell::reformed_fields[k]; }
+  int field(int64_t k) const { return again ? int(k) : Kept::reformed_fields[k]; }
   real* at(const Sizes& s, int64_t t, int64_t row, int64_t k) const {
     return data + ((t / every * s.batch + row) * fields() + k) * s.units;
   }
@@ -243,7 +243,7 @@ class Forward {
         Cell::keep(units, folded, rest, old, fresh, gates, values);
         residual* to = kept.at(t, row, block);
         for (int m = 0; m < Cell::residuals; m++)
-          if (Cell::kept_at[m] >= 0) store(to + Cell::kept_at[m] * s.units, values[m]);
+          if (Kept::at[m] >= 0) store(to + Kept::at[m] * s.units, values[m]);
       } else {
         Cell::forward(units, folded, rest, old, fresh, gates);
       }

@@ -20,7 +20,7 @@ template <class T>
 using ResultOf = ffi::ResultBuffer<type_of<T>()>;
 using Array = Of<real>;          // parameters and carries
 using Stack = Of<stored>;        // arrays over time
-using Kept = Of<residual>;       // what the derivative needs
+using Rows = Of<residual>;       // what the derivative needs
 using Booleans = ffi::Buffer<ffi::PRED>;
 using Integers = ffi::Buffer<ffi::S32>;
 
@@ -94,7 +94,7 @@ ffi::Error forward(RNN_OPERANDS, ResultOf<stored> y, ResultOf<real> last, Result
   });
 }
 
-inline ffi::Error backward(RNN_OPERANDS, Stack y, Kept kept, Array begins, Stack dy, Array dlast,
+inline ffi::Error backward(RNN_OPERANDS, Stack y, Rows kept, Array begins, Stack dy, Array dlast,
                            Stack dstates,
                            ResultOf<stored> dx, ResultOf<real> dw, ResultOf<real> du, ResultOf<real> dbias,
                            ResultOf<real> drest_bias, ResultOf<real> dunits, ResultOf<real> dstart,
@@ -140,14 +140,14 @@ auto with_inputs(Bound&& bound) {
 }
 
 inline auto bind_forward() {
-  return with_inputs(bind()).Ret<Stack>().Ret<Array>().Ret<Kept>().Ret<Array>().Ret<Stack>();
+  return with_inputs(bind()).Ret<Stack>().Ret<Array>().Ret<Rows>().Ret<Array>().Ret<Stack>();
 }
 
 // The cotangents of the outputs come last, those of the inputs go in the order of these.
 inline auto bind_backward() {
   return with_inputs(bind())
       .Arg<Stack>()
-      .Arg<Kept>()
+      .Arg<Rows>()
       .Arg<Array>()
       .Arg<Stack>()
       .Arg<Array>()

@@ -94,7 +94,7 @@ class _Run:
         self.heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
         self.variant = variant_of(request)
         self.part = emit.body(cell, self.variant)
-        self.plan, self.again = emit.residuals(cell, self.variant), request.recompute != "nothing"
+        self.plan, self.again = emit.plan(cell, self.variant), request.recompute != "nothing"
         self.every, self.begins = STRETCH, len(self.plan.reformed)
         if self.again:
             self.every = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
@@ -265,7 +265,7 @@ def _calls(
     cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int, begins: int,
     again: bool,
 ) -> Calls:  # fmt: skip
-    part, width = emit.body(cell, variant), len(emit.residuals(cell, variant).kept)
+    part, width = emit.body(cell, variant), len(emit.plan(cell, variant).kept)
     names = compiler.targets(emit.source(cell, variant), described(cell, variant))
     targets = names["forward"], names["forward_keeping"], names["backward"]
     return Calls(

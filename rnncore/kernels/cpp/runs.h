@@ -26,7 +26,7 @@ struct Written {
   size_t y, kept, dx;
   Written(const Sizes& s, bool keep) {
     const size_t line = s.steps * s.batch;
-    y = line * s.hidden * sizeof(stored), kept = keep ? line * s.units * Cell::kept * sizeof(residual) : 0,
+    y = line * s.hidden * sizeof(stored), kept = keep ? line * s.units * Kept::count * sizeof(residual) : 0,
     dx = keep ? line * s.inputs * sizeof(stored) : 0;
   }
   size_t all() const { return y + kept + dx; }

@@ -1,0 +1,289 @@
+"""What a user is told: what was called with what, what is expected and what to do; no insides of JAX or Python."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as flax_linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cases import assert_close
+from flax import nnx as flax_nnx
+
+import rnncore
+from rnncore import linen, nnx
+
+KEY, XS = jax.random.key(0), jnp.ones((2, 7, 4), jnp.float32)
+CELL = rnncore.LSTM(5)
+PARAMS = CELL.init(KEY, 4)
+STACK = rnncore.Stack(CELL)
+
+
+def rngs() -> flax_nnx.Rngs:
+    return flax_nnx.Rngs(0)
+
+
+def nnx_cell() -> Any:
+    return nnx.LSTMCell(4, 5, rngs=rngs())
+
+
+def init(layer: Any) -> Any:
+    return layer.init(KEY, XS)
+
+
+WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
+    "class in linen.RNN": (
+        lambda: linen.RNN(linen.LSTMCell),
+        "`RNN(cell=<LSTMCell>)`: expected a cell, such as LSTMCell(256), made and not its class.",
+    ),
+    "class in nnx.RNN": (
+        lambda: nnx.RNN(nnx.LSTMCell),
+        "`RNN(cell=<LSTMCell>)`: expected a cell, such as LSTMCell(3, 256, rngs=rngs), made and not its class.",
+    ),
+    "string in linen.RNN": (lambda: linen.RNN("lstm"), "`RNN(cell=<str>)`: expected a cell"),
+    "functional cell in nnx.RNN": (lambda: nnx.RNN(CELL), "`rnncore.unroll` takes this one"),
+    "rngs, layers": (
+        lambda: nnx.LSTM(4, 5, rngs=0),
+        "`LSTM(rngs=0)`: expected streams of random numbers, such as nnx.Rngs(0)",
+    ),
+    "rngs, cell": (lambda: nnx.GRUCell(4, 5, rngs=0), "`GRUCell(rngs=0)`: expected streams"),
+    "rngs, RNN": (lambda: nnx.RNN(nnx_cell(), rngs=0), "`RNN(rngs=<int>)`: expected nnx.Rngs"),
+    "output_dtype, linen": (
+        lambda: init(linen.RNN(linen.LSTMCell(5), output_dtype="fp16")),
+        "`RNN(output_dtype='fp16')`: expected a floating dtype, such as jnp.bfloat16 or 'float16'",
+    ),
+    "output_dtype, nnx": (
+        lambda: nnx.RNN(nnx_cell(), output_dtype="fp16"),
+        "`RNN(output_dtype='fp16')`: expected a floating dtype",
+    ),
+    "output_dtype, layers": (lambda: init(linen.LSTM(5, output_dtype="fp16")), "`LSTM(output_dtype='fp16')`"),
+    "dtype, nnx layers": (lambda: nnx.LSTM(4, 5, dtype=jnp.int32, rngs=rngs()), "`LSTM(dtype=<class"),
+    "output_dtype, stack": (
+        lambda: rnncore.unroll_stack(STACK, STACK.init(KEY, 4), XS, output_dtype="fp16"),
+        "`unroll_stack(output_dtype='fp16')`",
+    ),
+    "dtype of init": (lambda: CELL.init(KEY, 4, "fp16"), "`LSTM(...).init(dtype='fp16')`"),
+    "recurrence": (
+        lambda: rnncore.LSTM(8, recurrence=4),
+        "`LSTM(recurrence=4)`: expected the structure of a recurrent kernel, such as rnncore.Dense(), Heads(4)",
+    ),
+    "inputs for their size": (
+        lambda: CELL.init(KEY, XS),
+        "`LSTM(...).init(input_size=<float32 (2, 7, 4)>)`: expected an int",
+    ),
+    "a seed for a key": (
+        lambda: CELL.init(0, 4),
+        "`LSTM(...).init(key=0)`: expected a random key, such as jax.random.key(0)",
+    ),
+    "a seed for a key, stack": (lambda: STACK.init(0, 4), "`Stack(...).init(key=0)`: expected a random key"),
+    "hidden_size": (lambda: rnncore.LSTM(8.0), "`LSTM(hidden_size=8.0)`: expected an int"),
+    "hidden_size, linen": (lambda: linen.GRUCell(8.0), "`GRUCell(features=8.0)`: expected an int"),
+    "hidden_size, nnx": (lambda: nnx.GRUCell(4, 8.0, rngs=rngs()), "`GRUCell(hidden_features=8.0)`: expected an int"),
+    "no units": (
+        lambda: rnncore.ResetBeforeGRU(-1).init(KEY, 4),
+        "`ResetBeforeGRU(hidden_size=-1).init(key, input_size=4)`: expected at least one",
+    ),
+    "cells in linen.Bidirectional": (
+        lambda: init(linen.Bidirectional(linen.LSTMCell(5), linen.LSTMCell(5))),
+        "`Bidirectional(forward_rnn=<LSTMCell>)`: expected an RNN module",
+    ),
+    "cells in nnx.Bidirectional": (
+        lambda: nnx.Bidirectional(nnx.RNN(nnx_cell()), nnx_cell(), rngs=rngs()),
+        "`Bidirectional(backward_rnn=<LSTMCell>)`: expected an RNN module, such as RNN(cell)",
+    ),
+    "string for a cell": (
+        lambda: rnncore.unroll("lstm", PARAMS, XS),
+        "`unroll(cell=<str>)`: expected an rnncore cell, such as rnncore.LSTM(256).",
+    ),
+    "class for a cell": (
+        lambda: rnncore.unroll(rnncore.LSTM, PARAMS, XS),
+        "`unroll(cell=<LSTM>)`: expected an rnncore cell, such as rnncore.LSTM(256), made and not its class.",
+    ),
+    "string in Stack": (lambda: rnncore.Stack("lstm"), "`Stack(cell='lstm')`: expected an rnncore cell"),
+    "cell for a stack": (
+        lambda: rnncore.unroll_stack(CELL, PARAMS, XS),
+        "`unroll_stack(stack=<LSTM>)`: expected an rnncore.Stack; `unroll` takes a cell.",
+    ),
+    "Flax's cell": (
+        lambda: rnncore.explain_backend(flax_linen.LSTMCell(5), PARAMS, XS),
+        "a Flax module; expected an rnncore cell. rnncore.linen.functional",
+    ),
+    "Flax's RNN": (
+        lambda: rnncore.explain_backend(linen.RNN(linen.LSTMCell(5)), PARAMS, XS),
+        "`unroll(cell=<RNN>)`: a Flax module",
+    ),
+    "nnx cell": (lambda: rnncore.unroll(nnx_cell(), PARAMS, XS), "rnncore.nnx.functional(cell)"),
+}
+
+WRONG_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
+    "batch_first": (
+        lambda: rnncore.unroll(CELL, PARAMS, XS, batch_first=True),
+        "`unroll(batch_first=True)`: inputs are (batch, T, D)",
+    ),
+    "batch_first, explain": (
+        lambda: rnncore.explain_backend(CELL, PARAMS, XS, batch_first=True),
+        "`explain_backend(batch_first=True)`: inputs are",
+    ),
+    "batch_first, stack": (
+        lambda: rnncore.unroll_stack(STACK, PARAMS, XS, batch_first=True),
+        "`unroll_stack(batch_first=True)`: inputs are",
+    ),
+    "batch_first, linen": (
+        lambda: linen.LSTM(5, batch_first=True),
+        "`LSTM(batch_first=True)`: inputs are (batch, T, D), or (T, batch, D) with time_major=True",
+    ),
+    "batch_first, nnx": (lambda: nnx.RNN(nnx_cell(), batch_first=True), "`RNN(batch_first=True)`: inputs are"),
+    "lengths": (
+        lambda: rnncore.unroll(CELL, PARAMS, XS, lengths=None),
+        "`unroll(lengths=None)`: it is called seq_lengths here.",
+    ),
+    "hidden_size, linen": (lambda: linen.LSTM(hidden_size=5), "`LSTM(hidden_size=5)`: it is called features here."),
+    "hidden_size, linen cell": (
+        lambda: linen.GRUCell(hidden_size=5),
+        "`GRUCell(hidden_size=5)`: it is called features here.",
+    ),
+    "hidden_size, nnx": (
+        lambda: nnx.LSTM(4, hidden_size=5, rngs=rngs()),
+        "`LSTM(hidden_size=5)`: it is called hidden_features here.",
+    ),
+    "input_size, nnx cell": (
+        lambda: nnx.LSTMCell(input_size=4, hidden_features=5, rngs=rngs()),
+        "`LSTMCell(input_size=4)`: it is called in_features here.",
+    ),
+    "input_size": (
+        lambda: rnncore.LSTM(hidden_size=5, input_size=4),
+        "`LSTM(input_size=4)`: the number of features is that of the inputs",
+    ),
+    "units": (lambda: rnncore.GRU(units=5), "`GRU(units=5)`: it is called hidden_size here."),
+    "features": (lambda: rnncore.GRU(features=5), "`GRU(features=5)`: it is called hidden_size here."),
+    "num_layers": (
+        lambda: rnncore.LSTM(5, num_layers=2),
+        "`LSTM(num_layers=2)`: it is one layer; rnncore.Stack(cell, num_layers=...)",
+    ),
+    "bidirectional": (lambda: rnncore.LSTM(5, bidirectional=True), "rnncore.Stack(cell, bidirectional=True)"),
+    "return_sequences": (
+        lambda: linen.RNN(linen.LSTMCell(5), return_sequences=True),
+        "`RNN(return_sequences=True)`: the outputs of every step are returned; leave it out",
+    ),
+    "return_state": (
+        lambda: nnx.LSTM(4, 5, return_state=True, rngs=rngs()),
+        "`LSTM(return_state=True)`: it is called return_carry here.",
+    ),
+    "nonlinearity": (lambda: rnncore.Elman(5, nonlinearity="relu"), "it is called activation_fn here"),
+    "parameters forgotten": (
+        lambda: rnncore.unroll(CELL, XS),
+        "`unroll(cell, <float32 (2, 7, 4)>)`: expected unroll(cell, params, xs); make the "
+        "parameters by `cell.init(key, D)`.",
+    ),
+    "parameters forgotten, explain": (
+        lambda: rnncore.explain_backend(CELL, XS),
+        "`explain_backend(cell, <float32 (2, 7, 4)>)`: expected",
+    ),
+    "parameters forgotten, stack": (
+        lambda: rnncore.unroll_stack(STACK, XS),
+        "make the parameters by `stack.init(key, D)`",
+    ),
+    "parameters after inputs": (
+        lambda: rnncore.unroll(CELL, XS, PARAMS),
+        "`unroll(cell, <float32 (2, 7, 4)>, <CellParams>)`: expected the parameters before the inputs.",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_VALUES)
+def test_wrong_values(name: str) -> None:
+    call, words = WRONG_VALUES[name]
+    with pytest.raises(ValueError, match=re.escape(words)):
+        call()
+
+
+@pytest.mark.parametrize("name", WRONG_CALLS)
+def test_words_of_other_libraries(name: str) -> None:
+    call, words = WRONG_CALLS[name]
+    with pytest.raises(TypeError, match=re.escape(words)):
+        call()
+
+
+def test_options_that_nobody_has() -> None:
+    with pytest.raises(TypeError, match=re.escape("`unroll(nonsense=1)`: there is no such option.")):
+        rnncore.unroll(CELL, PARAMS, XS, nonsense=1)
+    with pytest.raises(TypeError, match="nonsense"):
+        linen.LSTM(5, nonsense=1)
+
+
+def test_carry_taken_for_outputs() -> None:
+    ys, (h, _) = rnncore.unroll(CELL, PARAMS, XS)
+    with pytest.raises(AttributeError, match=r"'LSTMCarry' object has no attribute 'shape'.*carry, ys = unroll"):
+        _ = ys.shape
+    carry = rnncore.GRU(5).initial_carry((2,))
+    with pytest.raises(AttributeError, match="carry first"):
+        _ = carry.mean
+    assert not hasattr(carry, "nonsense")
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(rnncore.Recurrence):
+    """U = A B, which is not linear in (A, B)."""
+
+    rank: int = 2
+    default_init = staticmethod(jax.nn.initializers.normal(0.3))
+
+    def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
+        return (2, hidden_size, gates * self.rank)
+
+    def mix(self, kernel: Any, h: Any) -> Any:
+        return (h @ kernel[0]) @ kernel[1].T
+
+    def transposed(self, kernel: Any) -> Any:
+        return kernel[::-1]
+
+    def mix_transposed(self, kernel: Any, g: Any) -> Any:
+        return (g @ kernel[0]) @ kernel[1].T
+
+    def gate_matrices(self, kernel: Any) -> Any:
+        return (kernel[0] @ kernel[1].T)[None]
+
+
+def test_kernels_that_are_not_linear() -> None:
+    cell = rnncore.Elman(8, recurrence=LowRank())
+    params, xs = cell.init(KEY, 4, jnp.float64), jax.random.normal(KEY, (2, 6, 4), jnp.float64)
+    with pytest.raises(NotImplementedError, match="LowRank.mix is not linear in the kernel.*'autodiff' takes it"):
+        rnncore.unroll(cell, params, xs, backend="scan")
+    assert rnncore.explain_backend(cell, params, xs).name == "autodiff"
+
+    def dense(p: Any) -> Any:
+        kernel = (p.recurrent_kernel[0] @ p.recurrent_kernel[1].T)[:, None]
+        full = rnncore.CellParams(p.input_kernel, kernel, p.bias, None, p.units)
+        return rnncore.unroll(rnncore.Elman(8), full, xs, backend="scan")[1]
+
+    gradients = [
+        jax.grad(lambda p, run=run: jnp.sum(jnp.sin(run(p))))(params)
+        for run in (lambda p: rnncore.unroll(cell, p, xs)[1], dense)
+    ]
+    assert_close(*gradients, 1e-12)
+
+
+@pytest.mark.parametrize("cell", [rnncore.LSTM(16), rnncore.ResetBeforeGRU(16)])
+@pytest.mark.parametrize("backend", ["scan", "autodiff"])
+def test_recompute_without_checkpoint_every_saves_memory(cell: rnncore.Cell, backend: str) -> None:
+    if backend == "scan" and not isinstance(cell, rnncore.PointwiseCell):
+        backend = "autodiff"
+    params = cell.init(KEY, 4)
+    shape = jax.ShapeDtypeStruct((8, 400, 4), jnp.float32)
+
+    def memory(recompute: str) -> int:
+        def loss(p: Any, xs: Any) -> Any:
+            return jnp.sum(rnncore.unroll(cell, p, xs, backend=backend, recompute=recompute)[1])
+
+        return jax.jit(jax.grad(loss)).lower(params, shape).compile().memory_analysis().temp_size_in_bytes
+
+    assert memory("chunk") < 0.6 * memory("nothing")
+    xs = jnp.asarray(np.random.default_rng(0).normal(size=(2, 40, 4)), jnp.float32)
+    assert_close(
+        rnncore.unroll(cell, params, xs, backend=backend, recompute="chunk"),
+        rnncore.unroll(cell, params, xs, backend=backend),
+        1e-6,
+    )
