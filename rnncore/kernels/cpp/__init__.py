@@ -16,8 +16,9 @@ carry are float32 inside, or float64 where something is; float64 applies the C l
 options of `rnncore.unroll`: with `recompute`, "gates" or "chunk" alike, the carry of every K-th step is kept and the
 steps between run again; `residual_dtype` then has no meaning.  vmap over sequences becomes more of a batch, and over
 parameters runs one call after the other.  Data that is sharded over devices is gathered to each of them, unless
-shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R as in `rnncore.unroll` and in R
-the units of a head padded to a multiple of 16.  The same call gives the same bits on the same number of threads.
+shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R: LSTM 4, GRU 4, MGU 3,
+Elman 1, in which the units of a head are padded to a multiple of 16.  The same call gives the same bits on the same
+number of threads.
 """
 
 from __future__ import annotations
