@@ -30,7 +30,8 @@ from tqdm import tqdm
 import rnncore
 from benchmarks import timing
 from rnncore import analysis
-from rnncore.analysis.trajectory import Trajectory, flatten_carry, unflatten_carry
+from rnncore.analysis.run.flat import flatten_carry, unflatten_carry
+from rnncore.analysis.run.trajectory import Trajectory
 
 
 def run_of(batch: int, steps: int, features: int, hidden: int, dtype: Any = jnp.float32) -> Trajectory:

@@ -1,7 +1,7 @@
 """Measures recurrent layers of many libraries on the same problems, in turns, and checks every answer.
 
   python -m benchmarks.run --tag cpu                      five shapes on the CPU
-  python -m benchmarks.run --tag gpu --quick              one NVIDIA GPU, within eight minutes, offline
+  python -m benchmarks.run --tag gpu --quick              one NVIDIA GPU, offline, as far as eight minutes go
   python -m benchmarks.run --tag cpu --workloads S4 S5 --contenders "rnncore scan" torch
 
 Every contender gets the same parameters and inputs, and its outputs and gradients are compared with a float64
@@ -31,10 +31,16 @@ import jax
 from benchmarks import bounds, measure, records, timing, workloads
 from benchmarks.peers import CONTENDERS, PEERS, Case, Peer
 from benchmarks.peers.base import PRECISIONS
-from benchmarks.peers.reference import reference
 from benchmarks.workloads import HALF, MEASUREMENTS, WORKLOADS, Workload
 
 QUICK_BUDGET = 450.0
+QUICK_GPU_CONTENDERS = tuple(
+    name
+    for name in CONTENDERS
+    if name.startswith(("rnncore", "FlashRNN triton", "flax.linen OptimizedLSTMCell", "flax.linen GRUCell"))
+    or name in ("torch", "flax.linen SimpleCell")
+)
+"""Of a short run on a GPU: what programs take to compile is most of its time."""
 
 
 class Progress:
@@ -141,7 +147,8 @@ def parser() -> argparse.ArgumentParser:
         help="which workloads, and on what; quick: the short run of what JAX runs on here (default: cpu)")  # fmt: skip
     add("--quick", action="store_true", help="the workloads of a short run, 5 rounds of shorter turns")
     add("--workloads", nargs="+", default=(), metavar="NAME", help=f"these, whatever their tags{names}; see --list")
-    add("--contenders", nargs="+", default=CONTENDERS, metavar="NAME", help="these only; see --list")
+    add("--contenders", nargs="+", default=(), metavar="NAME",
+        help="these only; see --list (default: all, for a quick run on a GPU the fastest of each library)")  # fmt: skip
     add("--measurements", nargs="+", default=(), choices=MEASUREMENTS, help="these only")
     add("--dtypes", nargs="+", default=(), choices=("float32", *HALF), help="these only, of each workload's own")
     add("--precision", nargs="+", default=(), choices=tuple(PRECISIONS),
@@ -199,12 +206,12 @@ def list_names() -> str:
     return "\n".join([*lines, "contenders:", *(f"  {name}" for name in CONTENDERS)])
 
 
-def main(argv: list[str] | None = None, reference: Any = reference) -> int:
+def main(argv: list[str] | None = None, reference: Any = None) -> int:
     """Runs the script; exit status 0, 130 where it was interrupted, 2 for what cannot be run.
 
     Args:
       argv: options; those of the command line.
-      reference: where right answers come from, see `reference.reference`.
+      reference: where right answers come from, `benchmarks.peers.reference.reference` or one like it.
     """
     made = parser()
     args = made.parse_args(argv)
@@ -223,6 +230,7 @@ def main(argv: list[str] | None = None, reference: Any = reference) -> int:
         hint = 'install jax with CUDA, as by `pip install "jax[cuda13]"`, or use --tag cpu'
         made.error(f"--tag {args.tag}: JAX {jax.__version__} runs on {platform} here ({devices}); {hint}")
     args.quick = args.quick or args.tag == "quick"
+    args.contenders = args.contenders or (QUICK_GPU_CONTENDERS if args.quick and platform == "gpu" else CONTENDERS)
     args.rounds = (5 if args.quick else 11) if args.rounds is None else args.rounds
     args.seconds = (0.05 if args.quick else 0.2) if args.seconds is None else args.seconds
     if args.rounds < 1 or not args.seconds > 0:
@@ -241,7 +249,8 @@ def main(argv: list[str] | None = None, reference: Any = reference) -> int:
     if args.threads < 1:
         made.error(f"--threads {args.threads}: expected at least 1")
     deadline = float("inf") if args.budget is None else time.monotonic() + args.budget
-    settings = measure.Settings(args.rounds, args.seconds, deadline, args.threads, reference)
+    answers = measure.reference if reference is None else reference
+    settings = measure.Settings(args.rounds, args.seconds, deadline, args.threads, answers)
     told = {name: getattr(args, name) for name in ("tag", "quick", "rounds", "seconds", "budget", "precision")}
     writer = records.Writer(args.out or records.default_path(args.tag, args.record))
     interrupted, reason = False, None

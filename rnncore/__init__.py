@@ -9,6 +9,7 @@ from rnncore.cells import CellParams as CellParams
 from rnncore.cells import Elman as Elman
 from rnncore.cells import HiddenCarry as HiddenCarry
 from rnncore.cells import IndRNN as IndRNN
+from rnncore.cells import Leaky as Leaky
 from rnncore.cells import LSTMCarry as LSTMCarry
 from rnncore.cells import PointwiseCell as PointwiseCell
 from rnncore.cells import ResetBeforeGRU as ResetBeforeGRU
@@ -16,7 +17,17 @@ from rnncore.cells.recurrent_kernels import Dense as Dense
 from rnncore.cells.recurrent_kernels import Diagonal as Diagonal
 from rnncore.cells.recurrent_kernels import Heads as Heads
 from rnncore.cells.recurrent_kernels import Recurrence as Recurrence
+from rnncore.cells.structured_kernels import Dale as Dale
+from rnncore.cells.structured_kernels import LowRank as LowRank
+from rnncore.cells.structured_kernels import Sparse as Sparse
 from rnncore.layers.compose import unroll_stack as unroll_stack
+from rnncore.layers.equinox_weights import from_equinox as from_equinox
+from rnncore.layers.equinox_weights import to_equinox as to_equinox
+from rnncore.layers.foreign import foreign_cell as foreign_cell
+from rnncore.layers.haiku_weights import from_haiku as from_haiku
+from rnncore.layers.haiku_weights import to_haiku as to_haiku
+from rnncore.layers.keras_weights import from_keras as from_keras
+from rnncore.layers.keras_weights import to_keras as to_keras
 from rnncore.layers.stack import Stack as Stack
 from rnncore.layers.stack import StackParams as StackParams
 from rnncore.layers.torch_weights import from_torch as from_torch

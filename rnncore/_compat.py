@@ -108,9 +108,11 @@ def result_like(shape: tuple[int, ...], dtype: Any, x: Any) -> jax.ShapeDtypeStr
     return described(shape, dtype, **axes)
 
 
-def is_exporting(context: Any) -> bool:
-    """Whether a lowering rule is called for `jax.export`, with its context."""
-    return context.module_context.lowering_parameters.for_export
+def runs_elsewhere(context: Any, platform: str) -> bool:
+    """Whether a lowering rule, by its context, is called for `jax.export`, or for another platform than this one."""
+    module = context.module_context
+    platforms = {"gpu" if name in ("cuda", "rocm") else name for name in module.platforms}
+    return module.lowering_parameters.for_export or platforms != {platform}
 
 
 def parts(slab: Any, count: int) -> list[Any]:
@@ -134,4 +136,4 @@ def _by_name(function: Any) -> Any:
 
 # `jax.nn.sigmoid` and its like are compiled functions, which pickle looks for by what they wrap and does not find.
 for _kind in (type(jax.nn.sigmoid), jax.custom_jvp, jax.custom_vjp):
-    copyreg.pickle(_kind, _by_name)  # type: ignore[arg-type]
+    copyreg.pickle(_kind, _by_name)

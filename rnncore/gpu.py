@@ -15,11 +15,10 @@ def loop_as_graph_options(platform: str | None = None) -> dict[str, str | int]:
 
     Left to itself XLA launches the two to five kernels of every step from the host, and launches are what
     short steps wait for.  As a graph the loop is one launch, and its condition is looked at on the device.
-    That holds for loops of which every operation can stand in a graph (a library call like backend "cudnn"
-    cannot: then the loop stays as it was), on NVIDIA GPUs with CUDA and driver 12.3 or newer.  While a
-    profiler runs XLA takes graphs apart.  A graph costs time when it is made, at the first call, and again where
-    buffers have moved since the call before.  What it gains has not been measured yet: measure yours with and
-    without.
+    That holds for loops of which every operation can stand in a graph, on NVIDIA GPUs with CUDA and driver 12.3 or
+    newer.  While a profiler runs XLA takes graphs apart.  A graph costs time when it is made, at the first call, and
+    again where buffers have moved since the call before.  What it gains has not been measured yet: measure yours with
+    and without.
 
     To what this jaxlib and XLA_FLAGS put into graphs anyway this adds loops, and small graphs.  An option given
     to jit holds for the outermost jit only: it is the step as a whole that needs it.

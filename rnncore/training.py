@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -100,6 +101,7 @@ def segments(tree: PyTree, steps: int, *, time_axis: int = 1, drop_remainder: bo
 
     Source: plain reshaping; no peer offers it.
     """
+    steps = operator.index(steps)  # what `analysis.choose_truncation` found is one too
     if steps < 1:
         raise ValueError(f"`segments(tree, steps={steps})`: expected at least one step to a segment.")
 

@@ -105,6 +105,8 @@ CASES = [
     Case("elman_relu", rnncore.Elman(HIDDEN, activation_fn=jax.nn.relu), reference.elman("relu")),
     Case("elman_silu", rnncore.Elman(HIDDEN, activation_fn=jax.nn.silu), reference.elman("silu")),
     Case("indrnn", rnncore.IndRNN(HIDDEN), reference.elman("relu")),
+    *over_kernels("leaky", rnncore.Leaky, reference.leaky(1 / 10)),
+    Case("leaky_tau", rnncore.Leaky(HIDDEN, learn_tau=True), reference.leaky()),
     *over_kernels("lstm", rnncore.LSTM, reference.lstm()),
     *over_kernels("lstm_peepholes", rnncore.LSTM, reference.lstm(peepholes=True), peepholes=True),
     *over_kernels("lstm_coupled", rnncore.LSTM, reference.lstm(coupled=True), coupled=True),

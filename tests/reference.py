@@ -106,6 +106,26 @@ def elman(activation: str = "tanh", residual: bool = False) -> Cell:
     return Cell(("h",), (), forward, backward)
 
 
+def leaky(alpha: float | None = None) -> Cell:
+    """h' = h + alpha (tanh(x W + h U + b) - h); without an alpha it is exp(-p) of each unit."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        (a,) = sums(w, x, h)
+        rate = np.exp(-w.p[0]) if alpha is None else alpha
+        return (h + rate * (np.tanh(a) - h),), (np.tanh(a),), (x, h, a, rate)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, a, rate = kept
+        da = ds[0] * rate * (1 - np.tanh(a) ** 2)
+        if alpha is None:
+            dw.p[0] -= ds[0] * (np.tanh(a) - h) * rate
+        dh = back_recurrent(w, dw, h, [da])
+        return back_input(w, dw, x, [da]), (dh + ds[0] * (1 - rate),)
+
+    return Cell(("h",), (), forward, backward)
+
+
 def lstm(gate: str = "sigmoid", activation: str = "tanh", peepholes: bool = False, coupled: bool = False) -> Cell:
     """c' = f c + i g, h' = o phi(c'); with `coupled` i = 1 - f; with `peepholes` i, f see c and o sees c'."""
     sig, dsig = ACTIVATIONS[gate]

@@ -37,10 +37,15 @@ def run(cell, params, xs, key=None, **options):
     return rnncore.unroll(cell, params, xs, **options)
 
 
-def problem(cell):
+def dtype_of(backend):
+    """The plain kernels have float32 inside."""
+    return jnp.float32 if backend == "plain" else jnp.float64
+
+
+def problem(cell, backend):
     keys = jax.random.split(jax.random.key(0), 4)
-    params = cell.init(keys[0], FEATURES, jnp.float64)
-    xs = jax.random.normal(keys[1], (BATCH, STEPS, FEATURES), jnp.float64)
+    params = cell.init(keys[0], FEATURES, dtype_of(backend))
+    xs = jax.random.normal(keys[1], (BATCH, STEPS, FEATURES), dtype_of(backend))
     lengths = jax.random.randint(keys[2], (BATCH,), 0, STEPS + 1)
     resets = jax.random.bernoulli(keys[3], 0.3, (BATCH, STEPS))
     return params, xs, lengths, resets
@@ -58,7 +63,7 @@ def loss_of(cell, backend, options, key=None):
 
 
 def assert_equal(got, want, what):
-    tolerance = 2e-5 if " plain" in what else 1e-12  # the plain kernels have float32 inside
+    tolerance = 2e-5 if " plain" in what else 1e-12
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(np.asarray(g), np.asarray(w), rtol=tolerance, atol=tolerance, err_msg=what)
 
@@ -90,7 +95,7 @@ def check_shard_map(backend):
     for cell in CELLS if backend == "scan" else CELLS[:1]:
         for options in (True,) if isinstance(cell, rnncore.Stack) else (False, True):
             loss = loss_of(cell, backend, options)
-            arguments = problem(cell)
+            arguments = problem(cell, backend)
             want = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
 
             def local(params, *data, loss=loss):
@@ -112,7 +117,7 @@ def check_mesh(backend, axis_type):
     for cell in CELLS if backend == "scan" else CELLS[:1]:
         for options in (True,) if isinstance(cell, rnncore.Stack) else (False, True):
             loss = loss_of(cell, backend, options, jax.random.key(5))
-            arguments = problem(cell)
+            arguments = problem(cell, backend)
             want = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
             with jax.set_mesh(mesh):
                 split = NamedSharding(mesh, P("data"))
@@ -124,7 +129,7 @@ def check_mesh(backend, axis_type):
                 if backend == "scan":
                     assert_reduced_outside_loops(step, placed, what)
                 # A carry that the caller made without thinking of devices.
-                given = cell.initial_carry((BATCH,), jnp.float64)
+                given = cell.initial_carry((BATCH,), dtype_of(backend))
                 carry, _ = jax.jit(lambda p, x, c, cell=cell: run(cell, p, x, initial_carry=c))(
                     placed[0], placed[1], given
                 )
@@ -133,7 +138,7 @@ def check_mesh(backend, axis_type):
 
 def check_pmap(backend):
     for cell in CELLS[:2] if backend == "scan" else CELLS[:1]:
-        params, xs, *_ = problem(cell)
+        params, xs, *_ = problem(cell, backend)
         parts = xs.reshape(8, BATCH // 8, STEPS, FEATURES)
 
         def gradient(params, xs, cell=cell):

@@ -10,7 +10,7 @@ from analysis_cases import close, run_of
 
 import rnncore
 from rnncore import analysis
-from rnncore.analysis.backward import backward
+from rnncore.analysis.gradients._backward import backward
 
 EXACT = 1e-12
 NAMES = ("lstm_both-dense", "gru_no_recurrent_bias", "user_fast_slow-heads", "reset_before_gru")
@@ -183,7 +183,8 @@ def test_one_run_and_one_backward_pass():
 
     def everything(norms):
         def call(params, xs, carry):
-            return analysis.gradients_over_time(loss, case.cell, params, xs, carry, norms=norms)
+            found = analysis.gradients_over_time(loss, case.cell, params, xs, carry, norms=norms)
+            return found.states, found.inputs, found.gates, found.parameters
 
         return jax.make_jaxpr(call)(*problem[:3])
 

@@ -11,7 +11,7 @@ import pytest
 import rnncore
 from rnncore import analysis
 from rnncore.analysis import RetentionCurve
-from rnncore.analysis.lanczos import top_right_vectors
+from rnncore.analysis.retention._lanczos import top_right_vectors
 
 
 def close(got, want, tolerance=1e-10):
@@ -111,7 +111,7 @@ def test_norms_by_iteration_are_those_of_numpy(dtype, tolerance):
     a = jnp.asarray(np.stack(matrices), dtype)
 
     def gram(v):
-        from rnncore.analysis.scaled import renormalise
+        from rnncore.analysis.jacobians.products import renormalise
 
         none = jnp.zeros(len(v), jnp.int32)
         w, there = renormalise(jnp.einsum("nij,nj->ni", a, v, precision="highest")[:, None], none)

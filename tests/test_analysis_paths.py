@@ -104,9 +104,7 @@ def test_gate_paths_of_a_users_cell_are_derivatives_with_the_other_gates_held():
         carry = cell.Carry(*jnp.split(state, 2))
         r = [cell.split(cell.mix(params, h)) for h in (carry.h, before.h)]
         r = cell.Gates(*(a if gate in moving else b for gate, a, b in zip(cell.gates, *r, strict=True)))
-        new, _ = cell.pointwise(
-            params.units, cell.split(run.zs[1, 2]), r, carry if "direct" in moving else before
-        )
+        new, _ = cell.pointwise(params.units, cell.split(run.zs[1, 2]), r, carry if "direct" in moving else before)
         return jnp.concatenate(new)
 
     want = {m: jax.jacrev(step)(jnp.concatenate(before), (m,)) for m in ("direct", *cell.gates)}

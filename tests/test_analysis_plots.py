@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import math
-import re
 import subprocess
 import sys
 import types
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import matplotlib
 import matplotlib.image
@@ -385,112 +382,3 @@ def test_matplotlib_is_loaded_by_the_plots_only_and_its_absence_says_what_to_ins
     root = Path(rnncore.__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     assert "pip install rnncore[plots]" in done.stdout
-
-
-# -------------------------------------------------------------------------------- reports
-
-
-def pictures(page):
-    codes = re.findall(r'src="data:image/png;base64,([^"]+)"', page)
-    return [matplotlib.image.imread(io.BytesIO(base64.b64decode(code, validate=True))) for code in codes]
-
-
-def assert_self_contained(page):
-    rest = re.sub(r"base64,[A-Za-z0-9+/=]+", "", page)
-    assert not re.search(r"https?:|//|<script|<link|@import|url\(|file:", rest)
-    assert set(re.findall(r'(?:src|href)="([^"]*)', rest)) <= {
-        "data:image/png;",
-        *(f"#figure-{i}" for i in range(1, 20)),
-    }
-
-
-def test_html_report_holds_everything_and_escapes_text(tmp_path):
-    evil = '<b onclick="x">&amp'
-    sections = [
-        plots.Section(f"First {evil}", plots.saliency(np.ones((3, 1)), ax=axes()), f"one\n\ntwo {evil}"),
-        ("Second", plots.saliency(np.ones((4, 1)), ax=axes()).figure),
-        ("Words", None, "only", [("a", evil), (1, 2)]),
-    ]
-    path = plots.report(tmp_path / "run.html", title=f"Run {evil}", sections=sections, settings={"cell": evil})
-    page = path.read_text(encoding="utf-8")
-    assert_self_contained(page)
-    assert evil not in page and page.count("&lt;b onclick=&quot;x&quot;&gt;&amp;amp") == 9
-    shown = pictures(page)
-    assert len(shown) == 2 and all(one.shape[2] == 4 and one[..., :3].std() > 0.01 for one in shown)
-    assert page.count("<p>") == 3 and page.count("<table>") == 2
-    # Every figure is in the table of figures and has a number.
-    assert re.findall(r'<li><a href="#(figure-\d)">', page) == re.findall(r'<figure id="(figure-\d)">', page)
-    assert "Figure 2. Second" in page and "<td>1</td><td>2</td>" in page
-
-
-def test_png_report_holds_all_figures(tmp_path):
-    figures = [(f"figure ${i}", plots.saliency(np.ones((3, 1)), ax=axes(figsize=(4, 2)))) for i in range(3)]
-    path = plots.report(tmp_path / "run.PNG", title="cost $1", sections=figures, settings={"T": 3, "a": "b" * 200})
-    sheet = matplotlib.image.imread(path)
-    assert sheet.shape[1] == 2 * 520 and sheet.shape[0] > 2 * 260
-    # Something is drawn in three of the last four quarters, and nothing beside the third figure.
-    dark = sheet[-260:, :, :3].min(-1) < 0.5
-    assert dark[:, :520].any() and not dark[:, 520:].any()
-    assert (sheet[-2 * 260 - 40 : -260 - 40, 520:, :3].min(-1) < 0.5).any()
-
-
-@pytest.mark.parametrize(
-    ("name", "sections", "match"),
-    [
-        ("run.pdf", [("a", None)], "ends in .html or .png"),
-        ("run.html", [], "at least one section"),
-        ("run.html", ["words"], r"expected \(heading, figure, text, table\)"),
-        ("run.html", [("a", 3)], r"<int>.*expected a figure, axes or None"),
-        ("run.png", [("a", None, "words")], "no section has a figure"),
-    ],
-)
-def test_reports_refuse_what_they_cannot_hold(tmp_path, name, sections, match):
-    with pytest.raises(ValueError, match=match):
-        plots.report(tmp_path / name, title="a", sections=sections)
-    assert not list(tmp_path.iterdir())
-
-
-HEADINGS = [
-    "Retention", "Retention by path", "Shares of the paths", "Gradient over time", "Saliency of the inputs",
-    "Singular values", "Eigenvalues of single steps", "Lyapunov spectrum", "Convergence of the exponents",
-    "Saturation of the gates", "Time scales",
-]  # fmt: skip
-
-
-def headings(page):
-    return re.findall(r"<h2>([^<]*)</h2>", page)[2:]
-
-
-def test_report_of_an_lstm_has_every_figure(tmp_path, monkeypatch):
-    monkeypatch.setattr("rnncore.analysis.plots.overview.FAN", 1)  # each of the lags compiles anew
-    cell = rnncore.LSTM(3)
-    params = cell.init(jax.random.key(0), 2, jnp.float64)
-    xs = jax.random.normal(jax.random.key(1), (2, 5, 2), jnp.float64)
-    run = analysis.trajectory(cell, params, xs)
-    adjoint = jax.tree.map(jnp.ones_like, run.last)
-    seen = []
-
-    def progress(names):
-        for name in names:
-            seen.append(name)
-            yield name
-
-    page = plots.report_trajectory(run, tmp_path / "run.html", adjoint, progress=progress).read_text(encoding="utf-8")
-    assert_self_contained(page)
-    assert seen == HEADINGS and headings(page) == [*HEADINGS, "Left out"]  # no a-priori bound for an LSTM
-    assert len(pictures(page)) == len(HEADINGS)
-    facts = dict(re.findall(r"<tr><td>([^<]*)</td><td>([^<]*)</td></tr>", page))
-    assert facts["cell"] == "LSTM" and facts["entries of the state n"] == "6" and facts["steps T"] == "5"
-    assert facts["dtype of the state"] == "float64" and "0x" not in facts["options"]
-    assert facts["retention, path state"] == "operator, rms, sigma_min, adjoint, bound"
-    assert "sum" in page and not plt.get_fignums()
-
-
-def test_report_leaves_out_what_a_cell_does_not_have_and_says_why(tmp_path):
-    """Sequences of several lengths, a large state by the limit given, no adjoint."""
-    cell = rnncore.GRU(3)
-    xs = jnp.ones((2, 4, 2))
-    run = analysis.trajectory(cell, cell.init(jax.random.key(0), 2), xs, seq_lengths=jnp.array([3, 4]))
-    page = plots.report_trajectory(run, tmp_path / "run.html", title="mine", dense_up_to=2).read_text(encoding="utf-8")
-    assert headings(page) == ["Saturation of the gates", "Time scales", "Left out"]
-    assert "above dense_up_to = 2" in page and "<title>mine</title>" in page and "3 to 4" in page

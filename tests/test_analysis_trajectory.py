@@ -189,7 +189,7 @@ def test_resets_in_the_padding_play_no_role():
 
 
 def test_a_step_that_knows_of_neither_is_refused():
-    from rnncore.analysis.trajectory import flat_step
+    from rnncore.analysis.run.flat import flat_step
 
     for options, named in (({"lengths": True}, "seq_lengths"), ({"resets": True}, "resets")):
         run = run_of(**options)

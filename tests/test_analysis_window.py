@@ -37,9 +37,7 @@ def test_influence_is_the_derivative_in_every_input(of):
     ragged = analysis.trajectory(run.cell, run.params, run.xs, first, resets=resets, seq_lengths=lengths)
 
     def last(xs):
-        carry, _ = rnncore.unroll(
-            run.cell, run.params, xs, initial_carry=first, resets=resets, seq_lengths=lengths
-        )
+        carry, _ = rnncore.unroll(run.cell, run.params, xs, initial_carry=first, resets=resets, seq_lengths=lengths)
         return getattr(carry, of or "c")
 
     jacobian = np.asarray(jax.jit(jax.jacrev(last))(run.xs))

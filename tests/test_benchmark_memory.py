@@ -92,7 +92,8 @@ def test_ctrl_c_in_the_rounds_keeps_the_whole_ones(three, tmp_path, monkeypatch,
 
 
 def test_without_the_compilers_account_there_is_no_ratio_of_memory():
-    turns = {name: {"calls_a_round": 1, "ms": ms} for name, ms in (("flax.linen", [2.0, 4.0, 3.0]), ("scan", [3.0] * 3))}
+    taken = {"flax.linen": [2.0, 4.0, 3.0], "scan": [3.0] * 3}
+    turns = {name: {"calls_a_round": 1, "ms": ms} for name, ms in taken.items()}
     shared = {"shape_BTDH": [1, 2, 3, 4], "temporary_bytes": None, "relative_error": None}
     found = {name: {"policy": name, **shared} for name in turns}
     _, own = memory.in_terms_of_flax(found, turns)

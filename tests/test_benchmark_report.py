@@ -61,7 +61,7 @@ def missing(contender, reason, workload=None, dtype=None, run="one"):
             "reason": reason}  # fmt: skip
 
 
-# Best JAX peer is flax: the ratios within rounds to "scan" are 2, 4 and 1, so their median is 2; that of medians is 1.5.
+# Best JAX peer is flax: the ratios within rounds to "scan" are 2, 4 and 1: their median is 2; that of medians is 1.5.
 FLAX, ANY, REVERSE, TORCH, EQUINOX, CPP = (
     [40.0, 80.0, 60.0], [20.0, 20.0, 60.0], [25.0, 20.0, 30.0], [50.0, 50.0, 90.0], [70.0, 90.0, 80.0],
     [10.0, 8.0, 15.0],

@@ -400,3 +400,18 @@ def test_a_users_cell_of_the_general_kind():
     np.testing.assert_array_equal(states.gates["h"], outputs)
     choice = rnncore.explain_backend(cell, params, xs)
     assert choice.name == "autodiff" and "Swapped is not a PointwiseCell" in choice.rejected["scan"]
+
+
+def test_a_value_from_outside_that_is_differentiated_reaches_its_gradient():
+    """A cell made around one: no loop of its own would see it, so plain autodiff runs, and a named loop refuses."""
+    cell = rnncore.Elman(3)
+    params, xs = cell.init(jax.random.key(0), 2, jnp.float64), jnp.ones((2, 4, 2), jnp.float64)
+
+    def loss(scale: Any, backend: str | None = None) -> Any:
+        around = dataclasses.replace(cell, activation_fn=lambda a: jnp.tanh(scale * a))
+        return jnp.sum(rnncore.unroll(around, params, xs, backend=backend)[1])
+
+    slope = (loss(0.5 + 1e-6) - loss(0.5 - 1e-6)) / 2e-6
+    assert jax.grad(loss)(0.5) == pytest.approx(slope, rel=1e-7)
+    with pytest.raises(NotImplementedError, match="uses a value from outside.*declare it in `units`"):
+        jax.grad(lambda s: loss(s, "scan"))(0.5)

@@ -523,7 +523,6 @@ def test_refusals(id: str, options: dict, why: str):
 
 
 def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
-    case = cases.BY_ID["lstm-dense"]
     odd = rnncore.Elman(4, activation_fn=jax.lax.erf_inv)
     xs = jnp.ones((2, 3, 4))
     with pytest.raises(NotImplementedError, match="Elman applies `erf_inv`, for which it has no C"):

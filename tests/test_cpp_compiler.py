@@ -208,6 +208,20 @@ def test_what_a_killed_process_left_is_removed(fresh: Path):
     assert not old.exists() and new.exists()
 
 
+def test_what_is_kept_needs_no_compiler(fresh: Path, commands: list, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    why = "it needs a C.. compiler, and none is found: install one, or name it in CXX"
+    with pytest.raises(compiler.CompilerError, match=why):
+        compiler.targets("int one;")
+    assert compiler.missing("int one;") == why.replace("..", "++") and not fresh.exists()
+    monkeypatch.delenv("CXX")
+    compiler.targets("int one;")
+    forget(monkeypatch)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    compiler.targets("int one;")
+    assert compiler.missing("int one;") is None and len(commands) == 1
+
+
 def test_arguments_in_CXX(fresh: Path, commands: list, monkeypatch: pytest.MonkeyPatch):
     found = compiler.find()
     assert found is not None

@@ -26,7 +26,7 @@ from benchmarks.peers import torch_peer
 from rnncore import GRU, LSTM, Elman, Heads, Stack, _compat
 from rnncore.kernels.cpp import compiler
 from rnncore.kernels.cudnn import algorithm, calls, library, weights
-from rnncore.recurrence.run import Request
+from rnncore.recurrence.run import Constants, Differentiable, Request
 from rnncore.sequence.backends import BACKENDS
 
 CUDNN = BACKENDS["cudnn"]
@@ -51,6 +51,7 @@ class Recorder:
     def __init__(self) -> None:
         self.path = built(STAND_IN)
         self.library = library.Library(self.path, on_host=True)
+        self._file = ctypes.CDLL(self.path)
         self._file.stand_in_calls.restype = ctypes.c_char_p
 
     def forget(self) -> None:
@@ -256,8 +257,15 @@ def single(name: str, cell: Any, dtype: str = "float32") -> tuple[Any, Any, Any,
     return run, arguments, lengths, time_axis
 
 
-@pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("name", SINGLE)
+@pytest.mark.parametrize(
+    ("name", "cell"),
+    [
+        (name, cell)
+        for name in SINGLE
+        for cell in CELLS
+        if cell in ("lstm", "gru") or name in ("plain", "lengths_no_bias")
+    ],
+)
 def test_unroll_is_the_scan(cudnn: Recorder, name: str, cell: str):
     run, arguments, lengths, time_axis = single(name, CELLS[cell])
     compare(run, arguments, lengths, time_axis)
@@ -348,8 +356,7 @@ def test_gradients_of_weights_that_nobody_wants_are_not_formed(cudnn: Recorder):
     assert cudnn.runs() == ["forward", "data"]
 
 
-@pytest.mark.parametrize("name", ["plain", "lengths"])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
+@pytest.mark.parametrize(("cell", "name"), [("lstm", "lengths"), ("gru", "plain")])
 def test_every_mode_of_differentiation(cudnn: Recorder, cell: str, name: str):
     run, arguments, lengths, _ = single(name, CELLS[cell])
     moved, directions = some(arguments, seed=3), some(arguments, seed=4)
@@ -384,21 +391,83 @@ def test_vmap_of_a_forward_run_makes_more_sequences_of_it(cudnn: Recorder):
     assert cudnn.calls("cudnnRNNForward")[0].startswith(f"cudnnRNNForward training=0 steps={T} batch={3 * B} ")
 
 
-@pytest.mark.parametrize("mapped", [(0, None, None), (None, 0, None), (0, 0, 0), (None, None, 0)])
-def test_vmap_of_all_else_is_one_call_after_the_other(cudnn: Recorder, mapped: tuple):
+def test_vmap_over_sequences_is_one_call_both_ways(cudnn: Recorder):
+    run, (params, xs, carry), *_ = single("lengths", CELLS["lstm"])
+    many = some(jax.ShapeDtypeStruct((3, *xs.shape), "float32"))
+
+    def loss(backend: str, params: Any, many: Any) -> Any:
+        return jnp.sum(inside_only(jax.vmap(lambda xs: run(backend, params, xs, carry)[1])(many), LENGTHS) ** 2)
+
+    got = jax.jit(jax.grad(functools.partial(loss, "cudnn"), argnums=(0, 1)))(params, many)
+    assert cudnn.runs() == ["forward", "data", "weights"]
+    assert f" batch={3 * B} " in cudnn.calls("cudnnRNNForward")[0]
+    want = jax.grad(functools.partial(loss, "scan"), argnums=(0, 1))(*in_double((params, many)))
+    assert_close(got, want, 1e-6)
+
+
+# (what is mapped of params, xs, carry; the transformation; calls of the library)
+MAPPED: dict[str, tuple[tuple, Any, list[str]]] = {
+    "sequences": ((None, 0, None), lambda f: jax.vmap(jax.grad(f, 1), (None, 0, None)), ["forward", "data"]),
+    "gradients of parameters": (
+        (None, 0, None), lambda f: jax.vmap(jax.grad(f), (None, 0, None)), ["forward"] * 3 + ["data", "weights"] * 2
+    ),
+    "parameters": ((0, None, None), lambda f: jax.vmap(jax.grad(f), (0, None, None)),
+                   ["forward"] * 2 + ["data", "weights"] * 2),
+    "carries": ((None, None, 0), lambda f: jax.vmap(jax.grad(f, 2), (None, None, 0)), ["forward", "data"]),
+    "all": ((0, 0, 0), lambda f: jax.vmap(jax.grad(f, (0, 1, 2))), ["forward"] * 2 + ["data", "weights"] * 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_vmap_of_gradients(cudnn: Recorder, name: str):
+    """What each has of its own runs one after the other; what a larger batch serves is one call."""
+    mapped, transformed, expected = MAPPED[name]
     run, arguments, *_ = single("plain", CELLS["gru"])
     many = tuple(
-        a
-        if m is None
-        else some(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, *leaf.shape), leaf.dtype), a), seed=n)
+        a if m is None else some(jax.tree.map(lambda x: jax.ShapeDtypeStruct((2, *x.shape), x.dtype), a), seed=n)
         for n, (a, m) in enumerate(zip(arguments, mapped, strict=True))
     )
-    gradient = jax.grad(lambda *a: run("cudnn", *a)[1].sum(), argnums=(0, 1, 2))
-    got = jax.jit(jax.vmap(gradient, mapped))(*many)
-    assert cudnn.runs() == ["forward"] * 2 + ["data", "weights"] * 2
-    each = [gradient(*(a if m is None else jax.tree.map(lambda leaf: leaf[n], a)  # noqa: B023
-                       for a, m in zip(many, mapped, strict=True))) for n in range(2)]  # fmt: skip
-    assert_close(got, jax.tree.map(lambda *a: jnp.stack(a), *each), 0.0)
+
+    def loss(backend: str, *arguments: Any) -> Any:
+        return jnp.sum(run(backend, *arguments)[1] ** 2)
+
+    got = jax.jit(transformed(functools.partial(loss, "cudnn")))(*many)
+    assert cudnn.runs() == expected
+    assert_close(got, transformed(functools.partial(loss, "scan"))(*in_double(many)), 1e-6)
+
+
+def test_what_forward_kept_is_used_as_it_was_or_not_at_all(cudnn: Recorder):
+    """Of some of the sequences the run is repeated; of another order nobody gets gradients."""
+    cell = CELLS["lstm"]
+    params, xs, carry = problem(cell)
+    asked = request(lengths=False, precision="highest")
+    moving = Differentiable(params, jnp.moveaxis(xs, 1, 0), carry, None)
+    constants, wanted = Constants(None, None, None, None), jax.tree.map(lambda _: True, moving)
+    result, kept = CUDNN.forward_with_residuals(asked, moving, constants)
+    want = CUDNN.backward(asked, moving, constants, result, kept, result, wanted)
+    mixed = kept._replace(place=jnp.flip(kept.place, 1))  # the stand-in would see it by itself
+    assert np.isnan(CUDNN.backward(asked, moving, constants, result, mixed, result, wanted).xs).all()
+    half = jax.tree.map(lambda a: a[..., :2, :], moving._replace(params=None))._replace(params=params)
+    fewer = dataclasses.replace(asked, batch_shape=(2,))
+    result, part = jax.tree.map(lambda a: a[..., :2, :], result), jax.tree.map(lambda a: a[:, :2], kept)
+    cudnn.forget()
+    got = CUDNN.backward(fewer, half, constants, result, part, result, wanted)
+    assert cudnn.runs() == ["forward", "data", "weights"]
+    assert_close(got.xs, want.xs[:, :2], 0.0)
+
+
+def test_on_another_device_than_the_gpu_the_plain_run_takes_over(cudnn: Recorder, monkeypatch: pytest.MonkeyPatch):
+    """As where JAX sees a GPU, and these arrays lie on the CPU: the library has no call for that."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    run, arguments, *_ = single("plain", GRU(H + 3))
+
+    def loss(backend: str, *arguments: Any) -> Any:
+        return jnp.sum(run(backend, *arguments)[1] ** 2)
+
+    got = jax.jit(jax.value_and_grad(functools.partial(loss, "cudnn"), (0, 1, 2)))(*arguments)
+    assert not cudnn.runs()
+    monkeypatch.undo()
+    assert_close(got, jax.value_and_grad(functools.partial(loss, "scan"), (0, 1, 2))(*in_double(arguments)), 1e-6)
 
 
 def test_rematerialization_and_jacobians(cudnn: Recorder):

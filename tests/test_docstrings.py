@@ -20,8 +20,9 @@ PUBLIC = {name: value for name, value in vars(rnncore).items() if not name.start
 # What a caller gets and never makes needs no example; its fields are what it has to say.
 RESULTS = ("CellParams", "HiddenCarry", "LSTMCarry", "States", "BackendChoice", "StackParams")
 INITIALIZERS = ("per_gate", "forget_bias", "chrono", "uniform_gate", "critical_forget_bias")
-FUNCTIONS = ("unroll", "explain_backend", "unroll_stack", "from_torch", "to_torch")
-CELLS = ("Elman", "IndRNN", "LSTM", "GRU", "MGU", "ResetBeforeGRU")
+FUNCTIONS = ("unroll", "explain_backend", "unroll_stack", "from_torch", "to_torch", "from_keras", "to_keras",
+             "from_haiku", "to_haiku", "from_equinox", "to_equinox")
+CELLS = ("Elman", "IndRNN", "Leaky", "LSTM", "GRU", "MGU", "ResetBeforeGRU")
 
 
 @pytest.mark.parametrize("name", ["rnncore", *MODULES])
@@ -88,6 +89,6 @@ def test_explain_backend_takes_what_unroll_takes():
 
 
 def test_every_public_name_is_in_one_of_the_lists():
-    others = {"Cell", "PointwiseCell", "Recurrence", "Dense", "Heads", "Diagonal", "Stack"}
+    others = {"Cell", "PointwiseCell", "Recurrence", "Dense", "Heads", "Diagonal", "LowRank", "Sparse", "Dale", "Stack"}
     modules = {name for name, value in PUBLIC.items() if isinstance(value, types.ModuleType)}
     assert set(PUBLIC) - modules == {*RESULTS, *FUNCTIONS, *CELLS, *others}

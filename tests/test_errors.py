@@ -166,7 +166,7 @@ def test_resets_that_do_not_fit(resets: Any):
     [
         (
             {"backend": "cuda"},
-            "`unroll(backend='cuda')`: unknown; expected one of mosaic_gpu, pallas_tpu, cpp, scan, autodiff, cudnn, or "
+            "`unroll(backend='cuda')`: unknown; expected one of mosaic_gpu, pallas_tpu, cudnn, cpp, scan, autodiff, or "
             "None",
         ),
         ({"recompute": "all"}, "`unroll(recompute='all')`: expected one of 'nothing', 'gates', 'chunk'"),

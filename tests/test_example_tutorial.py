@@ -20,11 +20,10 @@ def test_every_cell_runs_and_the_page_and_the_records_are_there(tmp_path, monkey
         names = runpy.run_path(str(SCRIPT))
     printed = capsys.readouterr().out
     assert "held-out digits read rightly" in printed and "wrote" in printed
-    shares = sum(np.asarray(share) for share in names["shares"].values())
-    np.testing.assert_allclose(shares, 1, atol=1e-4)
+    np.testing.assert_allclose(sum(names["after"].layers["pixels"].shares.values()), 1, atol=1e-4)
     records = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(7))
     # The monitor's estimate and the exact curve of the untrained model measure the same thing.
-    exact = np.mean(np.asarray(names["before"]["state, rms"].log10)[:, 10])
+    exact = np.mean(np.asarray(names["before"].layers["pixels"].rms.log10)[:, 10])
     assert records[0]["layers"][0]["log10_retention"]["10"] == pytest.approx(exact, abs=0.5)
     assert "<img" in (tmp_path / "t.html").read_text()

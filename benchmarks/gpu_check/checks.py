@@ -7,7 +7,6 @@ aborts costs its process, and the next one goes on behind it, without that kind 
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import time
 from pathlib import Path
 from typing import Any
@@ -43,6 +42,7 @@ DRY = {name: tuple(c._replace(steps=3) for c in (checks[0], checks[3])) for name
 ROUNDING = {BFLOAT16: 2.0**-7, FLOAT16: 2.0**-10, FLOAT32: 1e-5}
 """Errors up to here are rounding; a cell may magnify it: up to 1.3 times the scan's in the same dtype is right too."""
 AGAIN = 3
+HUNG = "hung or aborted"
 SHARES = 3
 """Processes for a backend: what is lowered in threads of one process waits for Python's lock."""
 
@@ -143,7 +143,7 @@ def _interpret() -> None:
     from rnncore.kernels.mosaic_gpu import kernels
 
     mosaic_gpu.missing_gpu = lambda platform: None
-    kernels.kernels = functools.partial(kernels.kernels, interpret=True)
+    mosaic_gpu.MosaicGPU.kernels = lambda self: kernels.kernels(interpret=True)  # type: ignore[method-assign]
 
 
 def _compiled(backend: str, check: Check) -> tuple[Any, Any]:
@@ -220,7 +220,7 @@ def _drive_share(runner: Runner, backend: str, share: str, limit: float, hang: i
             continue
         last = begun[-1]
         if last["number"] not in {r["number"] for r in told("check")}:
-            runner.write("check", **{k: v for k, v in last.items() if k not in SAID}, raised="hung or aborted")
+            runner.write("check", **{k: v for k, v in last.items() if k not in SAID}, raised=HUNG)
         first = last["number"] + 1
 
 
@@ -231,6 +231,11 @@ def wrong_kinds(runner: Runner, backend: str) -> set[str]:
     """Kinds with a check that was not right; a check that the backend refuses says nothing."""
     checks = (r for r in runner.found("check") if r["backend"] == backend)
     return {r["kind"] for r in checks if "raised" in r or r.get("right") is False}
+
+
+def hung(runner: Runner) -> set[str]:
+    """Backends with a check that hung or aborted: not to be met again in a process that measures."""
+    return {r["backend"] for r in runner.found("check") if r.get("raised") == HUNG}
 
 
 def right_kinds(runner: Runner, backend: str) -> set[str]:

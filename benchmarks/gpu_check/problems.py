@@ -84,9 +84,8 @@ def pulled(cell: Any, backend: str, gradient: bool = True) -> Any:
     def run(moving: Any, given: Any, cotangents: Any) -> Any:
         def outputs(params: Any, xs: Any, carry: Any) -> Any:
             last, ys = rnncore.unroll(
-                cell, params, xs, initial_carry=carry, seq_lengths=given[0], resets=given[1],
-                backend=backend,
-            )  # fmt: skip
+                cell, params, xs, initial_carry=carry, seq_lengths=given[0], resets=given[1], backend=backend
+            )
             return ys, last
 
         if not gradient:

@@ -43,6 +43,7 @@ class Runner:
         self._options = options
         self._alive: list[subprocess.Popen] = []
         self._moved: dict[int, float] = {}
+        self._listeners: dict[int, threading.Thread] = {}
 
     def path(self) -> str | None:
         """Where the parts look for programs."""
@@ -73,15 +74,17 @@ class Runner:
         self._alive.append(process)
         self._moved[process.pid] = time.monotonic()
         self._log(f"\n===== {part} {' '.join(arguments)} at {self.passed():.0f} s\n".encode())
-        threading.Thread(target=self._listen, args=(process,), daemon=True).start()
+        self._listeners[process.pid] = threading.Thread(target=self._listen, args=(process,), daemon=True)
+        self._listeners[process.pid].start()
         return process
 
     def _listen(self, process: subprocess.Popen) -> None:
         """Keeps what a part says, and when it did."""
         assert process.stdout is not None
-        while said := os.read(process.stdout.fileno(), 65536):
-            self._moved[process.pid] = time.monotonic()
-            self._log(said)
+        with process.stdout as pipe:
+            while said := os.read(pipe.fileno(), 65536):
+                self._moved[process.pid] = time.monotonic()
+                self._log(said)
 
     def _log(self, text: bytes) -> None:
         with (self.out / LOG).open("ab", buffering=0) as log:
@@ -99,7 +102,7 @@ class Runner:
                 self.kill(process)
                 return f"killed after {now - begin:.0f} s: {why}"
             time.sleep(0.1)
-        self._alive.remove(process)
+        self._ended(process)
         return None if process.returncode == 0 else f"exit status {process.returncode}"
 
     def run(self, part: str, *arguments: str, limit: float = 600, stall: float = 60, **start: Any) -> bool:
@@ -123,8 +126,12 @@ class Runner:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        self._ended(process)
+
+    def _ended(self, process: subprocess.Popen) -> None:
         if process in self._alive:
             self._alive.remove(process)
+            self._listeners.pop(process.pid).join(2)
 
     def kill_all(self) -> None:
         """Ends all that still run."""

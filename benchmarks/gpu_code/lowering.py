@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 import rnncore
 from rnncore.kernels import mosaic_gpu
+from rnncore.kernels.mosaic_gpu.plan import plan_of
 
 
 class Kernel(NamedTuple):
@@ -43,10 +44,22 @@ KERNELS = (
 TARGET = "mosaic_gpu"
 
 
-def modules(kernel: Kernel, steps: int = 64) -> tuple[str, list[bytes]]:
-    """(kind of layout, modules of the forward and the backward kernel) of a gradient of everything."""
+def cell_of(kernel: Kernel) -> rnncore.PointwiseCell:
+    """The cell of a run."""
     recurrence = rnncore.Heads(kernel.heads) if kernel.heads > 1 else rnncore.Dense()
-    cell = getattr(rnncore, kernel.cell)(kernel.size * kernel.heads, recurrence=recurrence)
+    cell: rnncore.PointwiseCell = getattr(rnncore, kernel.cell)(kernel.size * kernel.heads, recurrence=recurrence)
+    return cell
+
+
+def kind_of(kernel: Kernel) -> str:
+    """Its kind of layout."""
+    plan = plan_of(cell_of(kernel), kernel.batch, kernel.masked, kernel.masked)
+    return plan if isinstance(plan, str) else plan.kind
+
+
+def modules(kernel: Kernel, steps: int = 64) -> list[bytes]:
+    """The modules of the forward and the backward kernel of a gradient of everything."""
+    cell = cell_of(kernel)
     params = jax.eval_shape(lambda: cell.init(jax.random.key(0), 16, kernel.dtype))
     xs = jax.ShapeDtypeStruct((kernel.batch, steps, 16), kernel.dtype)
     given = {}
@@ -66,8 +79,7 @@ def modules(kernel: Kernel, steps: int = 64) -> tuple[str, list[bytes]]:
         mosaic_gpu.missing_gpu = there
     found: list[bytes] = []
     _walk(lowered.compiler_ir().operation, found)
-    plan = mosaic_gpu.plan_of(cell, kernel.batch, kernel.masked, kernel.masked)
-    return plan if isinstance(plan, str) else plan.kind, found
+    return found
 
 
 def _walk(operation: Any, found: list[bytes]) -> None:

@@ -20,11 +20,12 @@ from rnncore.kernels import cpp, mosaic_gpu, pallas_tpu
 from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
 from rnncore.sequence.backends import BACKENDS
 
-SCAN, GRAPH, CUDNN = "rnncore scan", "rnncore scan, CUDA graph", "rnncore cudnn"
+SCAN, GRAPH = "rnncore scan", "rnncore scan, CUDA graph"
+CUDNN, CUDA = "rnncore cudnn", "rnncore cuda"
 CPP, MOSAIC, OWN, TPU = "rnncore cpp", "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncore pallas_tpu"
-CUDA = "rnncore cuda"
 # Those that name a backend; the others run on "scan".
 NAMED = {CPP: "cpp", CUDNN: "cudnn", MOSAIC: "mosaic_gpu", OWN: "mosaic_gpu", TPU: "pallas_tpu", CUDA: "cuda"}
+
 CHECKED: frozenset[str] = frozenset()
 """Kinds of layouts of Mosaic's that this process need not try first in a process of their own."""
 
@@ -65,9 +66,7 @@ class RnncorePeer(Peer):
             return "cuDNN takes inputs, not their products with the kernel"
         cell, problem = _cell(contender, case), _shapes(case)
         try:
-            rnncore.explain_backend(
-                cell, problem.params[0], problem.xs, backend=NAMED[contender]
-            )
+            rnncore.explain_backend(cell, problem.params[0], problem.xs, backend=NAMED[contender])
         except (NotImplementedError, ValueError) as error:
             return str(error)
         return None

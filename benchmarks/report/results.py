@@ -20,6 +20,7 @@ FIELDS: dict[str, set[str]] = {
         "workload", "cell", "heads", "layers", "contender", "library", "dtype", "matmul_precision", "input_product",
         "measurement", "us_per_step", "compile_seconds", "temporary_bytes", "relative_error", "algorithm",
     } | _SHAPE | _TIMES,
+    "round": {"workload", "contender", "dtype", "measurement"},  # the first, in case that no other comes: no table's
     "missing": {"workload", "contender", "dtype", "reason"},
     "bound": {"workload", "bound", "dtype", "measurement"} | _TIMES,
     "retention": {"cell", "initialisation", "seeds", "retention_log10", "decay_rate"} | _SHAPE,

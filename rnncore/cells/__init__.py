@@ -9,6 +9,7 @@ from rnncore.cells.elman import Elman as Elman
 from rnncore.cells.elman import IndRNN as IndRNN
 from rnncore.cells.gru import GRU as GRU
 from rnncore.cells.gru_reset_before import ResetBeforeGRU as ResetBeforeGRU
+from rnncore.cells.leaky import Leaky as Leaky
 from rnncore.cells.lstm import LSTM as LSTM
 from rnncore.cells.lstm import LSTMCarry as LSTMCarry
 from rnncore.cells.mgu import MGU as MGU

@@ -139,6 +139,16 @@ def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
     return None
 
 
+@functools.lru_cache(maxsize=256)
+def has_caught_traced(cell: PointwiseCell) -> bool:
+    """Whether the update uses a value from outside that is being differentiated, mapped or compiled."""
+    values = jax.ShapeDtypeStruct((1, cell.hidden_size), jnp.float32)
+    units = named("Units", tuple(cell.units))(*(values for _ in cell.units))
+    carry, gates = cell.Carry(*(values for _ in cell.Carry._fields)), cell.Gates(*(values for _ in cell.gates))
+    consts = jax.make_jaxpr(cell.pointwise)(units, gates, gates, carry).consts
+    return any(isinstance(const, jax.core.Tracer) for const in consts)
+
+
 def why_not_elementwise(cell: PointwiseCell) -> str | None:
     """What `check_elementwise` says, or None."""
     try:

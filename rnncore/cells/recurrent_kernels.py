@@ -1,7 +1,8 @@
 """Structures of the recurrent kernel: how h_{t-1} reaches the pre-activations of all gates.
 
-Each is a frozen description with the same three functions.  `mix(kernel, h)` is linear in the
-kernel and in h, takes any number of leading axes and returns a slab (..., G*H).
+Each is a frozen, hashable description with the same functions.  `mix(kernel, h)` is linear in the
+kernel and in h, takes any number of leading axes and returns a slab (..., G*H).  One that is not
+linear in its parameters derives from `structured_kernels.Structured`.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ vmap over sequences becomes more of a batch; over parameters it runs one call af
 from __future__ import annotations
 
 import abc
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ from rnncore._types import Array, PyTree
 from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Heads
 from rnncore.kernels import kernel_body
+from rnncore.recurrence import mesh, primitives
 from rnncore.recurrence.backend import LoopBackend, without
 from rnncore.recurrence.batching import over_batch
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
@@ -122,6 +124,9 @@ class KernelBackend(LoopBackend):
         if refused is None and 0 in request.batch_shape:
             refused = f"it takes no empty batch, and this one is {request.batch_shape}"
         return refused or kernel_body.why_not_as_declared(cell, "mix", "output", "split")
+
+    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        return mesh.by_device(functools.partial(primitives.run, self), request, differentiable, constants)
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         return self._run(_Arrays(request, differentiable, constants), None)[0]

@@ -49,7 +49,7 @@ class Body:
 
     def __init__(self, cell: PointwiseCell, shape: tuple[int, ...], dtype: str = "float32", states: bool = False):
         self.cell, self.shape, self.dtype = cell, shape, dtype
-        self._states = states
+        self.states = states
         count = len(cell.gates)
         self.tile = jax.ShapeDtypeStruct(shape, dtype)
         self._units = named("Units", tuple(cell.units))(*(self.tile for _ in cell.units))
@@ -125,7 +125,7 @@ class Body:
         new, gates = cell.pointwise(
             type(self._units)(*units), cell.Gates(*zs), cell.Gates(*rs), cell.Carry(*carry)
         )  # fmt: skip
-        results = (*new, *jax.tree.leaves(gates)) if self._states else new
+        results = (*new, *jax.tree.leaves(gates)) if self.states else new
         return tuple(jnp.broadcast_to(a, carry[0].shape).astype(self.dtype) for a in results)
 
     @functools.cached_property

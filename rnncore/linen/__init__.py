@@ -19,6 +19,7 @@ from rnncore.linen.cells import MGUCell as MGUCell
 from rnncore.linen.cells import OptimizedLSTMCell as OptimizedLSTMCell
 from rnncore.linen.cells import SimpleCell as SimpleCell
 from rnncore.linen.conv import ConvLSTMCell as ConvLSTMCell
+from rnncore.linen.convert import from_functional as from_functional
 from rnncore.linen.convert import functional as functional
 from rnncore.linen.layers import GRU as GRU
 from rnncore.linen.layers import LSTM as LSTM

@@ -8,7 +8,8 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from rnncore.cells import CellParams, PointwiseCell
+from rnncore._types import Array
+from rnncore.cells import CellParams
 from rnncore.linen import cells, trees
 
 TREES: dict[type, trees.Tree] = {
@@ -26,7 +27,7 @@ TREES: dict[type, trees.Tree] = {
 """The tree of every class whose equations are known, Flax's too; a subclass may compute something else."""
 
 
-def functional(cell: nn.Module, params: Mapping[str, Any]) -> tuple[PointwiseCell, CellParams]:
+def functional(cell: nn.Module, params: Mapping[str, Any]) -> Any:
     """The functional cell that a Flax cell is, and the functional parameters that its own are.
 
     (rnncore.LSTM | GRU | MGU | Elman)(H), CellParams((D, G, H), (H, G, H), (G, H), ...)
@@ -37,13 +38,15 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> tuple[PointwiseCel
 
     Args:
       cell: a cell of `rnncore.linen` or of flax.linen: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or
-        SimpleCell.  It need not be bound: only its functions and `dtype` are read.
+        SimpleCell.  It need not be bound: only its functions and `dtype` are read.  Or an `RNN` around one, a
+        `Bidirectional` of two, or an `LSTM`, `GRU` or `Elman` layer.
       params: the parameters of that cell, {'ii': {'kernel': (D, H)}, 'hi': {'kernel': (H, H),
         'bias': (H,)}, ...}, boxed or not.  In the variables of a standalone `RNN(cell)` they lie at
         ['params']['cell'], in those of a compact parent at ['params']['LSTMCell_0'] or so.
 
     Returns:
-      (functional cell, `CellParams`).  The gates stand in the functional cell's order: i, f, g, o of
+      (functional cell, `CellParams`); for each direction such a pair of a Bidirectional; (`rnncore.Stack`,
+      `StackParams`) of a layer.  The gates stand in the functional cell's order: i, f, g, o of
       an LSTM; r, z, n of a GRU; f, n of an MGU.  The arrays have `cell.dtype`, or where that is None the dtype that
       Flax promotes the parameters to; with a `cell.dtype` give inputs of that dtype, to which Flax
       casts them.  The carry of the functional LSTM is the named tuple (c, h), that of the others the
@@ -67,6 +70,14 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> tuple[PointwiseCel
     Source: trees and dtype promotion as in flax.linen.  flax.nnx keeps other trees.
     """
     name = type(cell).__name__
+    # What holds cells is known by its parts: the modules themselves stand above this file.
+    if isinstance(getattr(cell, "cell", None), nn.Module):
+        return functional(cell.cell, _entry(name, params, "cell"))
+    if isinstance(getattr(cell, "forward_rnn", None), nn.Module):
+        ways = ("forward_rnn", "backward_rnn")
+        return tuple(functional(getattr(cell, way), _entry(name, params, way)) for way in ways)
+    if hasattr(cell, "functional") and hasattr(cell, "num_layers"):
+        return cell.functional(params)
     tree = TREES.get(type(cell))
     if tree is None:
         raise NotImplementedError(
@@ -85,6 +96,17 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> tuple[PointwiseCel
     return trees.assemble(tree, cell, weights)
 
 
+def _entry(name: str, params: Any, child: str) -> Any:
+    if not isinstance(params, Mapping) or child not in params:
+        got = sorted(params) if isinstance(params, Mapping) else type(params).__name__
+        raise ValueError(
+            f"`functional({name}, params=<{got}>)`: expected the entry {child!r}, as the layer on its own has it; in a "
+            "compact parent the cell's parameters lie elsewhere: pass the cell and its own entry, or let "
+            "`rnncore.analysis.recurrent_layers` find them."
+        )
+    return params[child]
+
+
 def _check_shapes(name: str, tree: trees.Tree, weights: trees.Weights) -> None:
     hidden = jnp.shape(weights[tree.recurrent[0]]["kernel"])[-1]
     size = jnp.shape(weights[tree.inputs[0]]["kernel"])[0]
@@ -97,3 +119,40 @@ def _check_shapes(name: str, tree: trees.Tree, weights: trees.Weights) -> None:
                         f"`functional({name}, params)`: params['{gate}']['{leaf}'] has shape {got}, expected "
                         f"{expected} to fit the other gates."
                     )
+
+
+def from_functional(cell: nn.Module, params: CellParams) -> dict[str, dict[str, Array]]:
+    """The parameters of a Flax cell that computes what a functional cell does: the inverse of `functional`.
+
+    With `functional` of either Flax flavour it takes a trained cell from one to the other.
+
+    Args:
+      cell: a cell of `rnncore.linen` or of flax.linen, as in `functional`.
+      params: the functional parameters; a bias that is None becomes zeros.
+
+    Returns:
+      {'ii': {'kernel': (D, H)}, 'hi': {'kernel': (H, H), 'bias': (H,)}, ...}, unboxed.
+
+    Raises:
+      ValueError: parameters of another number of gates, or of a kernel that is not dense.
+      NotImplementedError: another cell; a b_hn where the cell has no such bias.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rnncore import linen, nnx
+      >>> old = nnx.LSTMCell(3, 4, rngs=nnx.Rngs(0))
+      >>> weights = linen.from_functional(linen.LSTMCell(4), nnx.functional(old)[1])
+      >>> _, y = linen.LSTMCell(4).apply({"params": weights}, (jnp.zeros(4), jnp.ones(4)), jnp.ones(3))
+      >>> bool(jnp.allclose(y, old((jnp.zeros(4), jnp.ones(4)), jnp.ones(3))[1], atol=1e-6))
+      True
+
+    Source: trees as in flax.linen.
+    """
+    name = type(cell).__name__
+    tree = TREES.get(type(cell))
+    if tree is None:
+        raise NotImplementedError(
+            f"`from_functional({name}, params)`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or "
+            "SimpleCell of rnncore.linen or flax.linen."
+        )
+    return trees.disassemble(tree, cell, params)

@@ -114,3 +114,26 @@ def assemble(
         units=named("Units", ())(),
     )
     return tree.make(module, kernel.shape[0]), params
+
+
+def disassemble(tree: Tree, module: Any, params: CellParams) -> dict[str, dict[str, Array]]:
+    """The inverse of `assemble`: the Flax cell's parameters from functional ones."""
+    call = f"`from_functional({type(module).__name__}, params)`"
+    count, hidden = len(tree.inputs), params.input_kernel.shape[-1]
+    if params.input_kernel.shape[1] != count or params.recurrent_kernel.shape != (hidden, count, hidden):
+        raise ValueError(
+            f"{call}: kernels {params.input_kernel.shape} and {params.recurrent_kernel.shape}, expected "
+            f"(D, {count}, H) and dense (H, {count}, H), the {count} gates of the cell."
+        )
+    biased = tree.biased(module)
+    first = [i if i in biased else r for i, r in zip(tree.inputs, tree.recurrent, strict=True)]
+    second = [n for n in tree.recurrent if n in biased and n not in first]
+    if params.recurrent_bias is not None and len(params.recurrent_bias) != len(second):
+        raise NotImplementedError(f"{call}: the parameters have a b_hn, of which the cell has no like.")
+    made = {n: {"kernel": params.input_kernel[:, g]} for g, n in enumerate(tree.inputs)}
+    made |= {n: {"kernel": params.recurrent_kernel[:, g]} for g, n in enumerate(tree.recurrent)}
+    zeros = jnp.zeros((count, hidden), params.input_kernel.dtype)
+    for names, rows in ((first, params.bias), (second, params.recurrent_bias)):
+        for n, row in zip(names, zeros[: len(names)] if rows is None else rows, strict=True):
+            made[n]["bias"] = row
+    return made

@@ -14,6 +14,7 @@ from typing import Any
 from flax import nnx as _flax
 
 from rnncore.nnx.bidirectional import Bidirectional as Bidirectional
+from rnncore.nnx.convert import from_functional as from_functional
 from rnncore.nnx.convert import functional as functional
 from rnncore.nnx.gated import GRUCell as GRUCell
 from rnncore.nnx.gated import MGUCell as MGUCell

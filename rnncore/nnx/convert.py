@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from flax import nnx
 
-from rnncore.cells import CellParams, PointwiseCell
+from rnncore.cells import CellParams
 from rnncore.nnx import trees
 
 
-def functional(cell: nnx.Module) -> tuple[PointwiseCell, CellParams]:
+def functional(cell: nnx.Module) -> Any:
     """The functional cell that an nnx cell is, and the functional parameters that its own are.
 
     (rnncore.LSTM | GRU | MGU | Elman | IndRNN)(H), CellParams((D, G, H), (H, G, H), (G, H), ...)
@@ -18,10 +20,12 @@ def functional(cell: nnx.Module) -> tuple[PointwiseCell, CellParams]:
     differentiable in the cell's parameters: call it inside the function that `nnx.grad` takes.
 
     Args:
-      cell: a cell of `rnncore.nnx` or of flax.nnx, such as `rnn.cell` of an `RNN`.
+      cell: a cell of `rnncore.nnx` or of flax.nnx, an `RNN` around one, a `Bidirectional` of two, or an `LSTM`,
+        `GRU` or `Elman` layer.
 
     Returns:
-      (functional cell, `CellParams`).  The gates stand in the functional cell's order: i, f, g, o of
+      (functional cell, `CellParams`); for each direction such a pair of a Bidirectional; (`rnncore.Stack`,
+      `StackParams`) of a layer.  The gates stand in the functional cell's order: i, f, g, o of
       an LSTM; r, z, n of a GRU; f, n of an MGU.  The arrays have `cell.dtype`, or where that is None
       the dtype that Flax promotes the parameters to; with a `cell.dtype` give inputs of that dtype, to
       which Flax casts them.  The carry of the functional LSTM is the named tuple (c, h), that of the
@@ -42,6 +46,13 @@ def functional(cell: nnx.Module) -> tuple[PointwiseCell, CellParams]:
 
     Source: trees and dtype promotion as in flax.nnx.  flax.linen keeps other trees.
     """
+    if isinstance(cell, nnx.RNN):
+        return functional(cell.cell)
+    if isinstance(cell, nnx.Bidirectional):
+        ways: tuple[Any, Any] = (cell.forward_rnn, cell.backward_rnn)
+        return functional(ways[0]), functional(ways[1])
+    if hasattr(cell, "functional") and hasattr(cell, "stack"):
+        return cell.functional()
     why = trees.why_unknown(cell)
     if why is not None:
         raise NotImplementedError(
@@ -49,3 +60,38 @@ def functional(cell: nnx.Module) -> tuple[PointwiseCell, CellParams]:
             "parameters into the plain cell: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell, SimpleCell or IndRNNCell."
         )
     return trees.assemble(cell)
+
+
+def from_functional(cell: nnx.Module, params: CellParams) -> nnx.Module:
+    """Gives an nnx cell the parameters with which it computes what a functional cell does: `functional` backwards.
+
+    With `functional` of either Flax flavour it takes a trained cell from one to the other.
+
+    Args:
+      cell: a cell of `rnncore.nnx` or of flax.nnx, whose parameters are replaced in place.
+      params: the functional parameters, of the cell's sizes; a bias that is None becomes zeros.
+
+    Returns:
+      The cell.
+
+    Raises:
+      ValueError: parameters that do not fit the cell's.
+      NotImplementedError: another cell; a b_hn where the cell has none, as flax.nnx.GRUCell.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from rnncore import linen, nnx
+      >>> old, start = linen.GRUCell(4), jnp.ones(4)
+      >>> variables = old.init(jax.random.key(0), start, jnp.ones(3))
+      >>> new = nnx.GRUCell(3, 4, rngs=nnx.Rngs(1), recurrent_bias=True)
+      >>> _ = nnx.from_functional(new, linen.functional(old, variables["params"])[1])
+      >>> bool(jnp.allclose(new(start, jnp.ones(3))[1], old.apply(variables, start, jnp.ones(3))[1], atol=1e-6))
+      True
+
+    Source: trees as in flax.nnx.
+    """
+    why = trees.why_unknown(cell)
+    if why is not None:
+        raise NotImplementedError(f"`from_functional({type(cell).__name__}, params)`: {why}.")
+    trees.disassemble(cell, params)
+    return cell

@@ -160,3 +160,35 @@ def assemble(cell: Any, inputs: Any = None, h: Any = None) -> tuple[PointwiseCel
         units=named("Units", ())(),
     )
     return tree.make(cell, size), params
+
+
+def disassemble(cell: Any, params: CellParams) -> None:
+    """The inverse of `assemble`: writes functional parameters into the cell's."""
+    tree, call = KNOWN[type(cell)], f"`from_functional({type(cell).__name__}, params)`"
+    _, now = assemble(cell)
+    b_hn = getattr(cell, "b_hn", None)
+    if params.recurrent_bias is not None and b_hn is None:
+        raise NotImplementedError(f"{call}: the parameters have a b_hn, of which the cell has no like.")
+    for name, old in now._asdict().items():
+        got = getattr(params, name)
+        if name != "units" and got is not None and got.shape != old.shape:
+            raise ValueError(f"{call}: {name} has shape {got.shape}, expected {old.shape}.")
+
+    def write(param: Any, value: Array) -> None:
+        param[...] = value.astype(param[...].dtype)
+
+    def side(names: tuple[str, ...], leaf: str, value: Array | None) -> None:
+        own = [getattr(getattr(cell, name), leaf) for name in names]
+        columns = [p[...].shape[-1] for p in own]
+        wide = jnp.zeros(sum(columns)) if value is None else value.reshape(*value.shape[:-2], -1)
+        for p, part in zip(own, jnp.split(wide, len(own), -1), strict=True):
+            write(p, part)
+
+    side(tree.inputs, "kernel", params.input_kernel)
+    side(tree.biased, "bias", params.bias)
+    if tree.recurrent:
+        side(tree.recurrent, "kernel", params.recurrent_kernel)
+    else:
+        write(cell.u, params.recurrent_kernel[0])
+    if b_hn is not None:
+        write(b_hn, jnp.zeros_like(b_hn[...]) if params.recurrent_bias is None else params.recurrent_bias[0])

@@ -18,7 +18,7 @@ class Backend(abc.ABC):
     Attributes:
       name: as `unroll(backend=...)` has it.
       opaque: whether XLA can neither part its calls among devices nor take them to another machine: on an explicit mesh
-        it then runs in `jax.shard_map`, and `jax.export` takes `plain`.
+        it then runs in `jax.shard_map`, and `jax.export`, or another platform than JAX's default, takes `plain`.
       must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
       takes_symbolic: whether steps and batch may be numbers that `jax.export` does not know yet.
@@ -41,6 +41,11 @@ class Backend(abc.ABC):
 
     def prepare(self, request: Request) -> str | None:
         """Called once it is chosen, before it runs: reason why another has to be chosen after all, or None."""
+        del request
+        return None
+
+    def describe(self, request: Request) -> str | None:
+        """How it would run a request that it can serve, for `explain_backend`; None where there is nothing to say."""
         del request
         return None
 

@@ -1,7 +1,8 @@
-"""What vmap does to an opaque call that has a batch of its own: mapped sequences become more of that batch."""
+"""What vmap does to a run and to an opaque call: mapped sequences become more of the batch that it has."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +12,8 @@ from jax.custom_batching import custom_vmap
 
 from rnncore import _compat
 from rnncore._types import Array, PyTree
+from rnncore.recurrence.loop import Loop, at_leaves
+from rnncore.recurrence.run import Constants, Differentiable, Result
 
 Axes = Sequence[int | None] | Callable[[Array], int | None]
 
@@ -93,3 +96,83 @@ def _over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups
 
 def _axes(axes: Axes, arrays: Sequence[Any]) -> Sequence[int | None]:
     return [axes(a) for a in arrays] if callable(axes) else axes
+
+
+# -------------------------------------------------------------------------------------- a run
+#
+# vmap over sequences makes them more of the batch, as the outermost of its axes.  The gradients of parameters are then
+# sums over all sequences at once, where vmap of the loop would form them one by one to add them up.  `roles` are the
+# axes at which the batch begins in each operand, None where the sequences share it, and the same of each result, or
+# None in their place where vmap of the loop is called for.
+
+
+def _axes_of_run(loop: Loop, ndims: Sequence[int]) -> tuple[list[int | None], list[int], list[int]]:
+    """Where the batch begins in (differentiable, constants), in the result, and in the residuals."""
+    xs = 0 if loop.request.time_axis else 1
+
+    def fill(tree: Any, axis: Any) -> Any:
+        return jax.tree.map(lambda _: axis, tree)
+
+    d = at_leaves(loop.differentiable, (), (), 0)
+    count = loop.differentiable.num_leaves
+    c = jax.tree.unflatten(loop.constants, ndims[count : count + loop.constants.num_leaves])
+    result = at_leaves(loop.result, (), (), 0)
+    operands = (
+        Differentiable(fill(d.params, -1), xs, fill(d.initial_carry, 0), fill(d.reset_carry, 0)),
+        Constants(
+            fill(c.lengths, 0), fill(c.resets, 1), fill(c.recurrent_mask, 0),
+            jax.tree.map(lambda ndim: 1 if ndim else -1, c.zoneout),
+        ),
+    )  # fmt: skip
+    results = Result(fill(result.carry, 0), xs, fill(result.carries, 1), fill(result.gates, 1))
+    residuals = 0 if loop.residuals is None else loop.residuals.num_leaves
+    shared = [None if axis < 0 else axis for axis in jax.tree.leaves(operands)]
+    return shared, jax.tree.leaves(results), [1] * residuals
+
+
+def run_roles(loop: Loop, which: tuple, ndims: Sequence[int]) -> Any:
+    operands, results, residuals = _axes_of_run(loop, ndims)
+    return operands, results + residuals
+
+
+def tangent_roles(loop: Loop, which: tuple[int, ...], ndims: Sequence[int]) -> Any:
+    operands, results, residuals = _axes_of_run(loop, ndims)
+    moved = [operands[n] for n in which]
+    return operands + results + residuals + moved, [results[n] for n in loop.inexact]
+
+
+def backward_roles(loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], ndims: Sequence[int]) -> Any:
+    operands, results, residuals = _axes_of_run(loop, ndims)
+    arriving, wanted = ([results[n] for n in which[0]], [operands[n] for n in which[1]])
+    # Of each map's own gradient of the parameters a sum over all of them would be no use.
+    return operands + results + residuals + arriving, None if None in wanted else wanted
+
+
+def only_sequences(axes: Sequence[int | None], dims: Sequence[int | None], loop: Loop) -> bool:
+    """Whether a map is over sequences: not over tangents alone, to which the run they belong to is common."""
+    held = loop.count if loop.residuals is not None else len(dims)
+    of_run = any(d is not None for d in dims[:held])
+    return of_run and all(axis is not None or d is None for axis, d in zip(axes, dims, strict=True))
+
+
+def _size(flat: Sequence[Any], dims: Sequence[int | None]) -> int:
+    return next(a.shape[d] for a, d in zip(flat, dims, strict=True) if d is not None)
+
+
+def into_batch(flat: Sequence[Any], dims: Sequence[int | None]) -> Callable[..., Array]:
+    size = _size(flat, dims)
+
+    def merged(a: Array, dim: int | None, axis: int | None) -> Array:
+        if axis is None:
+            return a
+        return jnp.repeat(jnp.expand_dims(a, axis), size, axis) if dim is None else jnp.moveaxis(a, dim, axis)
+
+    return merged
+
+
+def with_batch(loop: Loop, flat: Sequence[Any], dims: Sequence[int | None]) -> Loop:
+    request = loop.request
+    batch_shape = (_size(flat, dims), *request.batch_shape)
+    time_axis = request.time_axis + 1 if request.time_axis else 0
+    larger = dataclasses.replace(request, batch_shape=batch_shape, time_axis=time_axis)
+    return dataclasses.replace(loop, request=larger)

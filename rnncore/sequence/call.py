@@ -12,9 +12,9 @@ import numpy as np
 
 from rnncore import _compat, _lengths
 from rnncore._types import Array, PyTree, exportable
-from rnncore.cells import pointwise
+from rnncore.cells import pointwise, structured_kernels
 from rnncore.cells.base import Cell, PointwiseCell
-from rnncore.recurrence.backend import Backend
+from rnncore.recurrence.backend import Backend, LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
 from rnncore.sequence.backends import BACKENDS
@@ -169,7 +169,7 @@ def unroll(
       backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
         and "autodiff" run everywhere.  "cpp" compiles any pointwise cell for this machine's CPU and is fastest there;
         "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" run all steps in one kernel made from any pointwise cell;
-        "cudnn" is NVIDIA's library.
+        "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks.
 
     Returns:
       (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,
@@ -204,7 +204,7 @@ def unroll(
     return (carry, outputs, states) if return_states else (carry, outputs)
 
 
-def explain_backend(cell: Cell, params: PyTree, xs: Array = None, **options: Any) -> BackendChoice:
+def explain_backend(cell: Cell, params: PyTree, xs: Any = None, **options: Any) -> BackendChoice:
     """Which backend `unroll` takes for the same arguments, why, and why not the others.
 
     Args:
@@ -222,6 +222,7 @@ def explain_backend(cell: Cell, params: PyTree, xs: Array = None, **options: Any
       >>> print(rnncore.explain_backend(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3))))
       backend 'autodiff': the first that can serve this call
       not 'mosaic_gpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
+      not 'cuda': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
@@ -248,7 +249,8 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
                 f"`unroll(backend={backend!r})`: {reasons[backend]}. Use backend=None to let rnncore choose."
             )
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
-        return BackendChoice(backend, "named by the caller", others)
+        about = None if prepare else BACKENDS[backend].describe(request)
+        return BackendChoice(backend, f"named by the caller; {about}" if about else "named by the caller", others)
     reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
     for name in reasons:
         if prepare and reasons[name] is None:
@@ -260,6 +262,13 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
 
 
 def _why_not(backend: Backend, request: Request) -> str | None:
+    """Reason why a backend cannot serve the request, or None."""
+    cell = request.cell
+    if isinstance(backend, LoopBackend) and isinstance(cell, PointwiseCell) and pointwise.has_caught_traced(cell):
+        return (
+            f"the update of {type(cell).__name__} uses a value from outside that is being differentiated, mapped or "
+            "compiled, which its derivative rules do not see; declare it in `units`"
+        )
     if request.symbolic and not backend.takes_symbolic:
         return "its loop is made for shapes that are numbers, and this call has symbolic ones"
     return backend.unsupported(request)
@@ -296,6 +305,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
     _checks.check_params(cell, params, xs)
+    cell, params = structured_kernels.plain(cell, params)
     z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
     dtype = jax.tree.leaves(z)[0].dtype
     for name, carry in (("initial_carry", initial_carry), ("reset_carry", reset_carry)):

@@ -41,7 +41,7 @@ def unroll_layers(cell: Cell, layers: Any, carries: Any, xs: Array, options: Opt
             inputs: Any = jax.ShapeDtypeStruct((*xs.shape[:-1], width), xs.dtype)
             request, layout, (_, constants) = call._prepare(cell, own, inputs, options._replace(initial_carry=start))
             first = first or request
-            names.add(call.choose(request, options.backend).name)
+            names.add(call.choose(request, options.backend, prepare=True).name)
             if len(names) > 1 or not _takes(first, names, layers):
                 return None
         width = len(row) * cell.hidden_size

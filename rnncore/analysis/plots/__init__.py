@@ -15,10 +15,8 @@ from rnncore.analysis.plots.gates import path_shares as path_shares
 from rnncore.analysis.plots.gates import timescale_histogram as timescale_histogram
 from rnncore.analysis.plots.gradients import gradient_heatmap as gradient_heatmap
 from rnncore.analysis.plots.gradients import saliency as saliency
-from rnncore.analysis.plots.overview import report_trajectory as report_trajectory
-from rnncore.analysis.plots.page import Section as Section
-from rnncore.analysis.plots.page import report as report
 from rnncore.analysis.plots.spectra import eigenvalues as eigenvalues
 from rnncore.analysis.plots.spectra import lyapunov as lyapunov
 from rnncore.analysis.plots.spectra import lyapunov_convergence as lyapunov_convergence
 from rnncore.analysis.plots.spectra import singular_fan as singular_fan
+from rnncore.analysis.plots.trajectory_page import report_trajectory as report_trajectory

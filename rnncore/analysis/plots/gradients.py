@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
 
-from rnncore.analysis.plots.style import COLOURS, GUIDE, edges, finish, floored, new_axes, numbers, shade_map
-from rnncore.analysis.window import effective_window
+from rnncore.analysis.plots.style import COLOURS, GUIDE, diverging_map, edges, finish, floored, new_axes, numbers
+from rnncore.analysis.retention.window import effective_window
 
 DECADES = 8
 """How far below the largest entry the logarithmic colours begin, unless told."""
@@ -58,7 +58,7 @@ def gradient_heatmap(
     norm = SymLogNorm(linthresh=linear / scale, linscale=0.5, vmin=-top / scale, vmax=top / scale, base=10)
     mesh = ax.pcolormesh(
         edges(np.arange(steps, dtype=float) + first), edges(np.arange(units, dtype=float)), values.T / scale, norm=norm,
-        cmap=shade_map(), rasterized=True,
+        cmap=diverging_map(), rasterized=True,
     )  # fmt: skip
     ax.figure.colorbar(mesh, ax=ax, ticks=_ticks(linear / scale, top / scale)).set_label(
         label if scale == 1 else f"{label} / {scale:.0e}"

@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap
+from matplotlib.colors import Colormap, LinearSegmentedColormap
 
 OKABE_ITO = {
     "blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "orange": "#E69F00",
@@ -62,6 +62,12 @@ def shades(count: int) -> list[Any]:
 def shade_map() -> Colormap:
     """The colour map of all heat maps."""
     return matplotlib.colormaps[SHADES]
+
+
+def diverging_map() -> Colormap:
+    """For signed data: blue, grey at 0, orange; from dark to light, so that grey print keeps the sign."""
+    colours = ["#06224d", "#2f66a8", "#8f8f8f", "#f0a040", "#fff4c2"]
+    return LinearSegmentedColormap.from_list("blue_grey_orange", colours)
 
 
 def numbers(call: str, value: Any, ndim: int, expected: str) -> np.ndarray:

@@ -65,8 +65,9 @@ class Cpp(recurrence.CppLoops):
         return None
 
     def prepare(self, request: Request) -> str | None:
-        variant = recurrence.variant_of(request)
-        return compiler.why_not(emit.source(request.cell, variant), recurrence.described(request.cell, variant))
+        cell, variant = request.cell, recurrence.variant_of(request)
+        assert isinstance(cell, PointwiseCell)
+        return compiler.why_not(emit.source(cell, variant), recurrence.described(cell, variant))
 
 
 def missing_compiler(platform: str) -> str | None:

@@ -43,6 +43,15 @@ def directory() -> Path | None:
         return None
 
 
+def find(key: str) -> ctypes.CDLL | None:
+    """The library of a key, if there is one on the disk; raises UntrustedError if somebody else can write it."""
+    where = directory()
+    if where is None or not where.is_dir():
+        return None
+    _check(where, "directory")
+    return _found(where, key)
+
+
 def load(key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
     """The library of a key, from the disk or by `make`, which writes it to a path.
 

@@ -140,11 +140,14 @@ def _library(source: str, what: str, keep: bool) -> tuple[ctypes.CDLL, str]:
         return shipped
     command = find()
     key = key_of(source, *FLAGS, jaxlib.__version__, _processor())
-    by = "" if command is None else hashlib.sha256("\0".join([*command, _version(command)]).encode()).hexdigest()[:8]
+    if command is None:
+        found = cache.find(f"{key}-")  # whichever compiler made it
+        if found is None:
+            raise CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
+        return found, key
+    by = hashlib.sha256("\0".join([*command, _version(command)]).encode()).hexdigest()[:8]
 
     def make(to: Path) -> None:
-        if command is None:
-            raise CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
         _announce(what, to)
         compile_to(to, source, (*command, *FLAGS), what)
 

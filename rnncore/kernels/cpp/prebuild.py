@@ -29,7 +29,7 @@ CELLS: dict[str, PointwiseCell] = {
 }  # fmt: skip
 DTYPES = ("float32", "float64")
 # Other machines may have older libraries than this one.
-STATIC = ("-static-libstdc++", "-static-libgcc")
+STATIC = ("-static-libstdc++", "-static-libgcc", "-s")
 
 
 def sources() -> dict[str, str]:

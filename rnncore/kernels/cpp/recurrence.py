@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from rnncore import _compat
 from rnncore._types import Array, PyTree
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import Cell, CellParams, PointwiseCell
 from rnncore.cells.recurrent_kernels import Diagonal, Heads
 from rnncore.kernels.cpp import compiler, emit
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Given, Moving, Out
@@ -21,7 +21,7 @@ from rnncore.recurrence.backend import LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
-def described(cell: PointwiseCell, variant: emit.Variant) -> str:
+def described(cell: Cell, variant: emit.Variant) -> str:
     """What is compiled, for messages."""
     types = dict.fromkeys(variant[:3])
     return f"{type(cell).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
@@ -192,7 +192,8 @@ class _Run:
         leaves, tree = jax.tree.flatten(self.part.gates)
         # Gates are of the dtype of what they are made of; a cell may call a boolean or an integer one.
         dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
-        return Result(last, outputs, carries, tree.unflatten([a.astype(d) for a, d in zip(gates, dtypes, strict=True)]))
+        named = jax.tree.unflatten(tree, [a.astype(d) for a, d in zip(gates, dtypes, strict=True)])
+        return Result(last, outputs, carries, named)
 
     def cotangents(self, of: Result) -> Out:
         """The transpose of `result`, of cotangents that may be None."""
@@ -217,5 +218,6 @@ def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
 @functools.lru_cache(maxsize=256)
 def _calls(cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int) -> Calls:
     part = emit.body(cell, variant)
-    targets = tuple(compiler.targets(emit.source(cell, variant), described(cell, variant)).values())
+    names = compiler.targets(emit.source(cell, variant), described(cell, variant))
+    targets = names["forward"], names["forward_keeping"], names["backward"]
     return Calls(targets, variant, part.width, len(cell.Carry._fields), part.emitted, time_major, zoneout, every)

@@ -1,4 +1,4 @@
-// How the sequences of a call are shared by threads, and how these go together.
+// How the sequences of a call are shared by threads, and how these go together.  A pool has `num_threads` and `Schedule`.
 #pragma once
 
 #include <atomic>
@@ -8,14 +8,12 @@
 #include <vector>
 
 #include "sizes.h"
-#include "xla/ffi/api/ffi.h"
 
 namespace rnn {
 
-namespace ffi = xla::ffi;
-
 // How many threads `work` multiplications and additions are worth: to wake one takes some microseconds.
-inline int64_t threads(const ffi::ThreadPool& pool, int64_t work) {
+template <class Pool>
+int64_t threads(const Pool& pool, int64_t work) {
   constexpr int64_t kWorth = 1 << 20;
   const int64_t cores = std::max<int64_t>(1, std::thread::hardware_concurrency());
   return std::clamp<int64_t>(work / kWorth, 1, std::max<int64_t>(1, std::min(pool.num_threads(), cores)));
@@ -24,8 +22,8 @@ inline int64_t threads(const ffi::ThreadPool& pool, int64_t work) {
 constexpr int kSpins = 1000;  // how often a thread looks before it gives way to others
 
 // body(n, which thread) for all n below `count`, on the caller's thread, 0, and those of XLA's pool that come in time.
-template <class Body>
-void parallel(ffi::ThreadPool& pool, int64_t count, int64_t work, Body&& body) {
+template <class Pool, class Body>
+void parallel(Pool& pool, int64_t count, int64_t work, Body&& body) {
   struct Shared {
     std::atomic<int64_t> next{0}, done{0};
   };
@@ -102,7 +100,8 @@ struct Parts {
 
   // Parts do not wait for each other, but each reads the whole matrix; threads of a team share it, and wait after every
   // step.
-  Parts(const Sizes& s, int64_t groups, const ffi::ThreadPool& pool) : rows(s.batch), groups(groups) {
+  template <class Pool>
+  Parts(const Sizes& s, int64_t groups, const Pool& pool) : rows(s.batch), groups(groups) {
     constexpr int64_t kWaiting = 1 << 17;  // multiplications and additions of a step, to a thread, that are worth it
     const int64_t count = std::max<int64_t>(1, threads(pool, s.products()) / groups), own = rows / groups;
     together = own * s.depth * s.lanes / count >= kWaiting;
@@ -110,7 +109,8 @@ struct Parts {
     team = count / each;
   }
   // Working memory: one for each part, or where parts run alone for each thread, which may run many.
-  int64_t slots(const Sizes& s, const ffi::ThreadPool& pool) const {
+  template <class Pool>
+  int64_t slots(const Sizes& s, const Pool& pool) const {
     return team > 1 ? count() : std::min(count(), threads(pool, s.products()));
   }
   int64_t slot(int64_t part, int64_t thread) const { return team > 1 ? part : thread; }

@@ -12,17 +12,18 @@ zeros, with zero derivatives, and not what the cell makes of the padding.  Where
 or directions in one call, take cuDNN's standard algorithm and wait for the device at each call, to read the lengths on
 the host: a CUDA graph cannot hold that.  A single GRU or Elman runs over the padding and waits for nothing.
 
-Differentiation: every mode and order.  Reverse mode of first order is cuDNN's; all else runs a scan.  vmap of a plain
-forward run makes more sequences of it, of anything else one call after the other.  Data that is sharded over devices is
-gathered to each of them, unless shard_map parts it.  Memory besides gradients: what cuDNN asks for, in its persistent
-algorithms much: 572 MB at work, 126 MB kept for LSTM(768), T = 1024, B = 16, float16.
+Differentiation: every mode and order.  Reverse mode of first order is cuDNN's; all else runs a scan.  vmap over
+sequences makes more of them; where each has parameters, or gradients of them, of its own, one call runs after the
+other.  Data that is sharded over devices is gathered to each of them, unless shard_map or an explicit mesh parts it.
+Memory besides gradients: what cuDNN asks for, in its persistent algorithms much: 572 MB at work, 126 MB kept for
+LSTM(768), T = 1024, B = 16, float16.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +32,7 @@ from rnncore import _lengths
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import CellParams
 from rnncore.kernels.cudnn import algorithm, library, weights
-from rnncore.kernels.cudnn.calls import Calls, Inputs
+from rnncore.kernels.cudnn.calls import Calls, Inputs, Outputs
 from rnncore.recurrence import plain
 from rnncore.recurrence.backend import LoopBackend, without
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
@@ -45,6 +46,7 @@ class CuDNN(LoopBackend):
 
     name = "cudnn"
     opaque = True
+    maps_into_batch = True
 
     def unsupported(self, request: Request) -> str | None:
         refused = weights.why_not(request.cell) or library.missing(request.platform)
@@ -97,8 +99,7 @@ class CuDNN(LoopBackend):
     ) -> tuple[Result, PyTree]:
         run = _Run(request, differentiable, constants)
         outputs = run.calls.forward(run.inputs, True)
-        # Over the padding cuDNN has its own outputs, and its backward pass reads them.
-        return run.result(outputs), (outputs.reserve, outputs.y if run.lengths is not None else None)
+        return run.result(outputs), run.kept(outputs)
 
     def backward(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
@@ -152,6 +153,25 @@ def _like(differentiable: Differentiable, by_layer: Any) -> Any:
     return by_layer[0][0] if isinstance(differentiable.params, CellParams) else by_layer
 
 
+class _Kept(NamedTuple):
+    """What a backward call needs of a forward one, in shapes that let vmap put sequences into the batch.
+
+    The reserve is of a whole batch: parted, repeated, or put in another order it is worth nothing.  The other fields
+    show whether it is what it was.
+
+    Fields:
+      reserve: (1, *batch, bytes for each sequence).
+      place: (1, *batch), number of each sequence in the batch.
+      whole: (1, *batch, 0, sequences in the batch): by its shape alone.
+      y: the library's own outputs, as its backward call wants them; None where the result has them.
+    """
+
+    reserve: Array
+    place: Array
+    whole: Array
+    y: Array | None
+
+
 class _Run:
     """The arrays of a run as the calls have them, with one batch axis, and back."""
 
@@ -189,7 +209,7 @@ class _Run:
         every = [kind(*(fields[f][n].reshape(shape) for f in kind._fields)) for n in range(len(h))]
         return _like(self.differentiable, tuple(tuple(every[n : n + ways]) for n in range(0, len(every), ways)))
 
-    def result(self, outputs: Any) -> Result:
+    def result(self, outputs: Outputs) -> Result:
         """What the library gives, with the meaning that lengths have here."""
         y, h, c, _ = outputs
         if self.lengths is not None:
@@ -201,12 +221,25 @@ class _Run:
         y = y.reshape(self.request.steps, *self.request.batch_shape, -1)
         return Result(self.carries(h, c), y, None, None)
 
+    def kept(self, outputs: Outputs) -> _Kept:
+        """What the backward call needs."""
+        batch = (1, *self.request.batch_shape)
+        y = None if self.lengths is None else outputs.y.reshape(self.request.steps, *batch[1:], -1)
+        place = jnp.arange(self.rows, dtype=jnp.int32).reshape(batch)
+        return _Kept(outputs.reserve.reshape(*batch, -1), place, jnp.zeros((*batch, 0, self.rows), jnp.uint8), y)
+
     def cotangents(self, result: Result, residuals: PyTree, cotangents: Result, params: bool) -> Differentiable:
         """Those of what is differentiable, from those of the result; None for the parameters unless they are wanted."""
-        reserve, y = residuals
+        kept: _Kept = residuals
         shape = self.inputs.x.shape[:2]
         dy = cotangents.outputs.reshape(*shape, -1)
-        y = result.outputs.reshape(*shape, -1) if y is None else y
+        if kept.whole.shape[-1] == self.rows:
+            reserve = kept.reserve.reshape(-1)
+            y = (result.outputs if kept.y is None else kept.y).reshape(*shape, -1)
+            in_order = jnp.all(kept.place.reshape(-1) == jnp.arange(self.rows))
+            dy = jnp.where(in_order, dy, jnp.nan)  # nobody gets gradients of another order
+        else:  # under vmap of a run that was not, or the other way round
+            y, _, _, reserve = self.calls.forward(self.inputs, True)
         dh, dc = dlast = self.flat(cotangents.carry)
         if self.lengths is not None:
             ran = (self.lengths > 0)[:, None]

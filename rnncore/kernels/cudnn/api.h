@@ -23,6 +23,7 @@ using Tensor = struct TensorStruct*;
 enum DataType { kFloat = 0, kHalf = 2, kBfloat16 = 9 };
 enum { kDoubleBias = 2, kLinearInput = 0, kSequenceMajorUnpacked = 0, kPaddedIo = 1, kAddGradients = 0 };
 enum ForwardMode { kInference = 0, kTraining = 1 };
+enum { kAllocationFailed = 4004 };
 
 struct Library {
   void* file = nullptr;

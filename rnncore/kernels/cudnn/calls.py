@@ -50,7 +50,8 @@ class Calls:
     """The calls of one kind of cell.
 
     Under vmap a forward call without a reserve takes mapped sequences into its batch.  All else runs one call after the
-    other: a reserve is of one batch and cannot be parted, and gradients of the weights are sums over one.
+    other: a reserve is of one batch and cannot be parted, and gradients of the weights are sums over one.  Of vmap over
+    sequences alone the calls see nothing: they are then of a larger batch, see `maps_into_batch`.
 
     Fields:
       mode: cuDNN's number of the cell.
@@ -73,7 +74,8 @@ class Calls:
             results = [
                 ((kind.steps, kind.batch, kind.directions * kind.hidden), given.x.dtype),
                 (given.h.shape, given.h.dtype), (given.c.shape, given.c.dtype),
-                ((sizes.reserve if keep else 0,), jnp.uint8),
+                # For each sequence as much as for any other, see `_Kept` in __init__.py.
+                ((-(-sizes.reserve // kind.batch) * kind.batch if keep else 0,), jnp.uint8),
                 ((sizes.training if keep else sizes.inference,), jnp.uint8),
             ]  # fmt: skip
             return self._call("forward", kind, results, arrays)[:4]

@@ -71,7 +71,11 @@ class Plan {
 class Session {
  public:
   Session() {
-    RNN_CUDNN(cudnnCreate, &handle);
+    const Status status = library.cudnnCreate(&handle);
+    // JAX takes three quarters of a GPU's memory at its start.
+    check(status, status == kAllocationFailed ? "cudnnCreate, for which JAX has left too little of the GPU's memory "
+                                                "(lower XLA_PYTHON_CLIENT_MEM_FRACTION)"
+                                              : "cudnnCreate");
     RNN_CUDNN(cudnnCreateDropoutDescriptor, &dropout);
     RNN_CUDNN(cudnnSetDropoutDescriptor, dropout, handle, 0.0f, nullptr, 0, 0);
   }

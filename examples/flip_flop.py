@@ -1,0 +1,93 @@
+"""The 3-bit flip-flop: a network that remembers three signs, and the fixed points by which it does.
+
+    python examples/flip_flop.py                    # some minutes on two CPU cores
+
+Every now and then one of three inputs gives a pulse of +1 or -1; output i is the sign of the last pulse of input i.
+Eight memories want eight stable fixed points; between them lie saddles, over which a pulse carries the state.
+"""
+
+import argparse
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from tqdm import tqdm
+
+import rnncore
+from rnncore import analysis
+
+parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+parser.add_argument("--steps", type=int, default=800, help="training steps")
+parser.add_argument("--hidden", type=int, default=24, help="units of the GRU")
+parser.add_argument("--length", type=int, default=60, help="steps of a sequence")
+parser.add_argument("--starts", type=int, default=512, help="states from which fixed points are looked for")
+
+
+def sequences(rng: np.random.Generator, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
+    """(pulses, signs to remember), both (batch, length, 3)."""
+    pulses = rng.choice([-1.0, 0.0, 1.0], (batch, length, 3), p=[0.05, 0.9, 0.05])
+    pulses[:, 0] = rng.choice([-1.0, 1.0], (batch, 3))
+    signs = pulses.copy()
+    for t in range(1, length):
+        signs[:, t] = np.where(pulses[:, t], pulses[:, t], signs[:, t - 1])
+    return jnp.asarray(pulses, jnp.float32), jnp.asarray(signs, jnp.float32)
+
+
+def train(options: argparse.Namespace) -> tuple[rnncore.GRU, rnncore.CellParams, jax.Array, float]:
+    """(cell, its parameters, the read-out (H, 3), the last loss)."""
+    cell = rnncore.GRU(options.hidden)
+    weights = (cell.init(jax.random.key(0), 3), 0.1 * jax.random.normal(jax.random.key(1), (options.hidden, 3)))
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+    moments = optimizer.init(weights)
+
+    @jax.jit
+    def update(weights, moments, xs, signs):
+        def loss(weights):
+            _, hs = rnncore.unroll(cell, weights[0], xs)
+            return jnp.mean((hs @ weights[1] - signs) ** 2)
+
+        value, gradient = jax.value_and_grad(loss)(weights)
+        updates, moments = optimizer.update(gradient, moments, weights)
+        return optax.apply_updates(weights, updates), moments, value
+
+    rng, value = np.random.default_rng(0), jnp.inf
+    with tqdm(range(options.steps), desc="training", dynamic_ncols=True) as bar:
+        for step in bar:
+            weights, moments, value = update(weights, moments, *sequences(rng, 64, options.length))
+            if step % 20 == 0:
+                bar.set_postfix(loss=f"{value:.4f}")
+    return cell, *weights, float(value)
+
+
+def main() -> None:
+    options = parser.parse_args()
+    cell, params, readout, loss = train(options)
+    print(f"loss {loss:.5f}: mean square of what is remembered wrongly, signs are +1 and -1")
+    with jax.enable_x64(True):
+        wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), params)
+        rng = np.random.default_rng(1)
+        xs, _ = sequences(rng, 32, options.length)
+        run = analysis.trajectory(cell, wide, jnp.asarray(np.asarray(xs), jnp.float64))
+        visited = np.asarray(run.carries.h).reshape(-1, options.hidden)
+        # Where the state has been, and halfway between such places: there the saddles are.
+        pairs = rng.integers(0, len(visited), (2, options.starts))
+        starts = (visited[pairs[0]] + visited[pairs[1]] * rng.integers(0, 2, (options.starts, 1))) / 2
+        starts += rng.normal(0, 0.05, starts.shape)
+        found = analysis.fixed_points(cell, wide, jnp.zeros(3), np.concatenate([visited[::7], starts]))
+        print(found)
+        for i in range(len(found)):
+            signs = np.asarray(found.states[i] @ np.asarray(readout)).round(2)
+            kind = "stable" if found.stable[i] else f"{found.unstable_directions[i]} unstable directions"
+            print(
+                f"reads {signs}: {kind}, slowest direction {abs(found.time_constants[i, 0]):.1f} steps, "
+                f"residual {found.residuals[i]:.0e}, from {found.counts[i]} starts"
+            )
+        memories = {tuple(np.sign(found.states[i] @ np.asarray(readout))) for i in np.flatnonzero(found.stable)}
+        whole = memories == set(itertools.product((-1.0, 1.0), repeat=3))
+        print("all eight memories have a stable point" if whole else f"{len(memories)} of eight memories found")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+"""One run of a cell and one backward pass through it that leaves the gradient at every state.
+
+Zeros are added to every state, and the loss is differentiated in terms of them.  They enter as further
+features of the inputs, so `unroll` itself runs and differentiates: its lengths, resets and carries hold
+here as they do there.  What else one may ask about a step (its gates, its share of a parameter's
+gradient) is local: it follows from the gradient at the state after the step, all steps at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rnncore import _lengths
+from rnncore._types import Array, PyTree
+from rnncore.analysis.run.trajectory import check_finite
+from rnncore.cells.base import Cell
+from rnncore.layers.recording import Moved, without_gaps
+from rnncore.sequence.call import explain_backend, unroll
+
+Loss = Callable[[Any, Array], Array]
+"""(carry, outputs), as `rnncore.unroll` returns them with their batch axes, to one number."""
+
+
+class Backward(NamedTuple):
+    """What one backward pass leaves behind, batch-major.
+
+    Fields:
+      value: the loss.
+      states: dL/ds_t, a carry of arrays (*batch, T + 1, ...).
+      inputs: dL/dx_t, (*batch, T, D).
+      before: the carry that each step starts from, resets done, (*batch, T, ...).
+      xs: the inputs as they ran, (*batch, T, D).
+      zs: the projected inputs, (*batch, T, ...).
+    """
+
+    value: Array
+    states: Any
+    inputs: Array
+    before: Any
+    xs: Array
+    zs: PyTree
+
+    @property
+    def after(self) -> Any:
+        """dL/ds_t for t = 1 .. T."""
+        axis = self.xs.ndim - 2
+        return jax.tree.map(lambda a: jax.lax.slice_in_dim(a, 1, None, axis=axis), self.states)
+
+
+def backward(
+    call: str,
+    loss: Loss,
+    cell: Cell,
+    params: PyTree,
+    xs: Any,
+    initial_carry: Any = None,
+    seq_lengths: Any = None,
+    resets: Any = None,
+    reset_carry: Any = None,
+) -> Backward:
+    """Checks, runs the cell and the loss, and pulls the loss back once."""
+    xs = jnp.asarray(xs)
+    options = {"initial_carry": initial_carry, "seq_lengths": seq_lengths, "resets": resets, "reset_carry": reset_carry}
+    explain_backend(cell, params, xs, **options)  # all checks of `unroll`, in the caller's own terms
+    if xs.shape[-2] == 0:
+        raise ValueError(f"`{call}(xs=<{xs.dtype} {xs.shape}>)`: no steps; expected T of at least 1.")
+    _check_values(call, params, xs, initial_carry, seq_lengths)
+
+    moved = Moved(cell.hidden_size, cell)
+    z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
+    dtype = jax.tree.leaves(z)[0].dtype
+    if initial_carry is None:
+        initial_carry = cell.initial_carry(xs.shape[:-2], dtype)
+    if resets is not None and reset_carry is None:
+        # As a constant: dL/ds_0 is that of the state before the first step, not of what resets return to.
+        reset_carry = initial_carry
+    # In the dtype that the projection brings them to anyway, so that no gradient is rounded to that of xs.
+    zeros = jnp.zeros((*xs.shape[:-1], sum(map(math.prod, moved.shapes))), dtype)
+    full = without_gaps(cell, params, xs.shape[-1])
+
+    def run(start: Any, wide: Array) -> Any:
+        carry, outputs, states = unroll(
+            moved, full, wide, initial_carry=start, seq_lengths=seq_lengths, resets=resets, reset_carry=reset_carry,
+            return_states=True,
+        )  # fmt: skip
+        before, ran, zs, _ = states.gates
+        return (carry, outputs), (before, ran, zs)
+
+    wide = jnp.concatenate([xs.astype(dtype), zeros], -1)
+    ends, pull, (before, ran, zs) = jax.vjp(run, initial_carry, wide, has_aux=True)
+    value, d_ends = _pull_loss(call, loss, *ends)
+    first, wide = pull(d_ends)
+    lead, size = len(xs.shape) - 1, xs.shape[-1]
+    check_finite(f"{call}(...)", (first, wide), "the gradient leaves the floating-point range; shorten or use float64")
+
+    leaves, tree = jax.tree.flatten(first)
+    pieces = jax.lax.split(wide[..., size:], [math.prod(shape) for shape in moved.shapes], lead)
+    states = [
+        jnp.concatenate([a[(slice(None),) * (lead - 1) + (None,)], move.reshape(*xs.shape[:-1], *shape)], lead - 1)
+        for a, move, shape in zip(leaves, pieces, moved.shapes, strict=True)
+    ]
+    return Backward(value, jax.tree.unflatten(tree, states), wide[..., :size].astype(xs.dtype), before, ran, zs)
+
+
+def _pull_loss(call: str, loss: Callable, carry: Any, outputs: Array) -> tuple[Array, Any]:
+    """(value, gradients in the last carry and the outputs)."""
+    value, pull = jax.vjp(loss, carry, outputs)
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"`{call}(loss=...)`: it returned <{jnp.result_type(value)} {jnp.shape(value)}>, expected one "
+            "floating-point number for the whole batch; sum or average it, or pick one loss term."
+        )
+    return value, pull(jnp.ones_like(value))
+
+
+def _check_values(call: str, params: PyTree, xs: Array, initial_carry: Any, seq_lengths: Any) -> None:
+    advice = "find out where they come from before measuring gradients"
+    check_finite(f"{call}(params=...)", params, advice)
+    check_finite(f"{call}(initial_carry=...)", initial_carry, advice)
+    if seq_lengths is not None:
+        # As in `unroll`, NaN in the padding is none of ours.
+        lengths = _lengths.check_lengths(seq_lengths, xs.shape[:-2], xs.shape[-2])
+        xs = _lengths.blank_padding(jnp.moveaxis(xs, -2, 0), lengths)
+    check_finite(f"{call}(xs=...)", xs, advice)

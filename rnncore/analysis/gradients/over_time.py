@@ -1,0 +1,226 @@
+"""Gradients over time: of states, inputs, gates and parameters at every step, from one backward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rnncore._types import Array, PyTree
+from rnncore.analysis.gradients._backward import Backward, Loss, backward
+from rnncore.cells.base import Cell, PointwiseCell
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "_pass"), meta_fields=("cell", "norms"))
+@dataclasses.dataclass(frozen=True, repr=False)
+class GradientsOverTime:
+    """All that one backward pass tells; a pytree.  What is local to a step is computed where it is asked for.
+
+    Fields:
+      cell, params: what ran.
+      norms: whether `parameters` are norms only.
+    """
+
+    cell: Cell
+    params: PyTree
+    norms: bool
+    _pass: Backward
+
+    def __repr__(self) -> str:
+        return f"GradientsOverTime({type(self.cell).__name__}, loss {self.value}, inputs {self.inputs.shape})"
+
+    @property
+    def value(self) -> Array:
+        """The loss."""
+        return self._pass.value
+
+    @property
+    def states(self) -> Any:
+        """dL/ds_t for every state, a carry of arrays (*batch, T + 1, ...), the initial one first.
+
+        dL/ds_{t-1} = J_t^T dL/ds_t + (what L takes from s_{t-1} directly),   J_t = d s_t / d s_{t-1}
+
+        Total over all later steps; the fields of one s_t count as independent.  So for an LSTM dL/dc_t is at a
+        fixed h_t; with h_t moving along it is dL/dc_t + o_t (1 - tanh^2 c_t) dL/dh_t.  With a loss at every step
+        the gradient is refreshed at every step: for retention give one loss term.  Entry 0 is the state before the
+        first step; what resets return to is a constant, and a reset before step t + 1 keeps entry t from all that
+        comes later.
+        """
+        return self._pass.states
+
+    @property
+    def inputs(self) -> Array:
+        """dL/dx_t for every step, (*batch, T, D): what in the inputs the loss depends on."""
+        return self._pass.inputs
+
+    @property
+    def gates(self) -> Any:
+        """dL/dz_g at the pre-activation of every gate, z = W x + b; a named tuple by gate of arrays (*batch, T, H).
+
+        LSTM: dL/da_f = dc_t c_{t-1} f (1 - f),  dL/da_i = dc_t g i (1 - i),  dL/da_g = dc_t i (1 - g^2),
+              dL/da_o = dL/dh_t tanh(c_t) o (1 - o),   dc_t = dL/dc_t + o_t (1 - tanh^2 c_t) dL/dh_t
+
+        None for a cell that is not pointwise.
+        """
+        return self._by_gate[0]
+
+    @property
+    def recurrent(self) -> Any:
+        """dL/dr_g, r = U h_{t-1}, as `gates`.
+
+        They differ where r does not simply add to z, as for n of a GRU: there z_n has the gradient at the
+        pre-activation, and r_n that times the reset gate.
+        """
+        return self._by_gate[1]
+
+    @property
+    def parameters(self) -> PyTree:
+        """What every step adds to the gradient of the parameters, arrays (T, ...) summed over the batch.
+
+        dL/dtheta = sum_t contribution_t,   contribution_t = (d+ s_t / d theta)^T dL/ds_t
+
+        d+ is the derivative of the one step, at a fixed s_{t-1}.  Their sum over T is `jax.grad`.  With `norms`
+        the Euclidean norm of each, (T,), of which no more than one step's is formed at a time.
+        """
+        return _parameters(self.cell, self.params, self._pass, self.norms)
+
+    @property
+    def _by_gate(self) -> tuple[Any, Any]:
+        return _gates(self.cell, self.params, self._pass) if isinstance(self.cell, PointwiseCell) else (None, None)
+
+
+def gradients_over_time(
+    loss: Loss,
+    cell: Cell,
+    params: PyTree,
+    xs: Array,
+    initial_carry: Any = None,
+    *,
+    seq_lengths: Any = None,
+    resets: Any = None,
+    reset_carry: Any = None,
+    norms: bool = False,
+) -> GradientsOverTime:
+    """The gradient of a loss at every step, in all that a step is made of, from one backward pass.
+
+    Args:
+      loss: (carry, outputs) to one number, of what `rnncore.unroll` returns, batch axes included.
+      cell: any rnncore cell.
+      params: its parameters.
+      xs: inputs (*batch, T, D).
+      initial_carry, seq_lengths, resets, reset_carry: as in `rnncore.unroll`; constants to the parameters.
+      norms: of the parameters' gradient return the norm of every step's contribution only.
+
+    Returns:
+      `GradientsOverTime`.
+
+    Raises:
+      ValueError: what `unroll` refuses; a loss that is not one number; no steps; parameters, inputs or
+        gradients that are not finite (outside jit).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.GRU(4)
+      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+      >>> loss = lambda carry, outputs: jnp.sum(carry.h ** 2)
+      >>> found = analysis.gradients_over_time(loss, cell, params, xs)
+      >>> found.states.h.shape, found.inputs.shape, found.gates.z.shape, found.parameters.bias.shape
+      ((2, 6, 4), (2, 5, 3), (2, 5, 4), (5, 3, 4))
+      >>> whole = jax.grad(lambda params: loss(*rnncore.unroll(cell, params, xs)))(params)
+      >>> bool(jnp.allclose(found.parameters.bias.sum(0), whole.bias, atol=1e-5))
+      True
+
+    Source: backpropagation through time, Werbos (1990).
+    """
+    options = {"seq_lengths": seq_lengths, "resets": resets, "reset_carry": reset_carry}
+    return _found("gradients_over_time", loss, cell, params, xs, initial_carry, norms=norms, **options)
+
+
+def _found(
+    call: str, loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any, *, norms: bool = False,
+    **options: Any,
+) -> GradientsOverTime:  # fmt: skip
+    return GradientsOverTime(cell, params, norms, backward(call, loss, cell, params, xs, initial_carry, **options))
+
+
+def state_gradients(
+    loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
+) -> Any:
+    """dL/ds_t: `gradients_over_time(...).states`."""
+    return _found("state_gradients", loss, cell, params, xs, initial_carry, **options).states
+
+
+def input_gradients(
+    loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
+) -> Any:
+    """dL/dx_t: `gradients_over_time(...).inputs`."""
+    return _found("input_gradients", loss, cell, params, xs, initial_carry, **options).inputs
+
+
+def gate_gradients(
+    loss: Loss, cell: PointwiseCell, params: PyTree, xs: Array, initial_carry: Any = None, *, wrt: str = "input",
+    **options: Any,
+) -> Any:  # fmt: skip
+    """The gradient at every gate: `gradients_over_time(...).gates`, or `.recurrent` wrt "recurrent".
+
+    Raises:
+      ValueError: as `gradients_over_time` does; unknown wrt.
+      NotImplementedError: the cell is not a `PointwiseCell`.
+    """
+    if wrt not in ("input", "recurrent"):
+        raise ValueError(f"`gate_gradients(wrt={wrt!r})`: expected 'input' or 'recurrent'.")
+    if isinstance(cell, Cell) and not isinstance(cell, PointwiseCell):
+        raise NotImplementedError(
+            f"`gate_gradients(...)`: {type(cell).__name__} is not a PointwiseCell, so it does not show what enters its "
+            "gates; `state_gradients`, `input_gradients` and `per_step_parameter_gradients` take any cell."
+        )
+    found = _found("gate_gradients", loss, cell, params, xs, initial_carry, **options)
+    return found.gates if wrt == "input" else found.recurrent
+
+
+def per_step_parameter_gradients(
+    loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
+) -> PyTree:
+    """What every step adds to dL/dtheta: `gradients_over_time(...).parameters`."""
+    return _found("per_step_parameter_gradients", loss, cell, params, xs, initial_carry, **options).parameters
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _gates(cell: PointwiseCell, params: PyTree, done: Backward) -> tuple[Any, Any]:
+    """(dL/dz, dL/dr), each a named tuple by gate; elementwise in dL/ds_t."""
+    before = done.before
+    with jax.default_matmul_precision("highest"):
+        r = cell.split(cell.mix(params, before.h))
+    p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), params.units)
+
+    def new(z: Any, r: Any) -> Any:
+        carry, _ = cell.pointwise(p, z, r, before)
+        return jax.tree.map(lambda n, c: n.astype(c.dtype), carry, before)
+
+    _, pull = jax.vjp(new, cell.split(done.zs), r)
+    return pull(done.after)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _parameters(cell: Cell, params: PyTree, done: Backward, norms: bool) -> PyTree:
+    """Every step on its own, given the gradient at the state after it."""
+
+    def contribution(now: Any) -> PyTree:
+        before, x, after = now
+
+        def new(params: PyTree) -> Any:
+            carry, _ = cell.update(params, before, cell.project(params, x))
+            return jax.tree.map(lambda n, c: n.astype(c.dtype), carry, before)
+
+        with jax.default_matmul_precision("highest"):
+            _, pull = jax.vjp(new, params)
+            (step,) = pull(after)
+        return jax.tree.map(lambda a: jnp.linalg.norm(a.reshape(-1)), step) if norms else step
+
+    axis = done.xs.ndim - 2
+    steps = jax.tree.map(lambda a: jnp.moveaxis(a, axis, 0), (done.before, done.xs, done.after))
+    return jax.lax.map(contribution, steps) if norms else jax.vmap(contribution)(steps)

@@ -1,0 +1,265 @@
+"""What to add to a loss, or to do to a gradient, so that it survives many steps."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rnncore._types import Array, PyTree
+from rnncore.analysis.dynamics.lyapunov import lyapunov_exponents
+from rnncore.analysis.gradients._backward import backward
+from rnncore.analysis.run.trajectory import cell_trajectory, trailing
+from rnncore.cells import pointwise
+from rnncore.cells.base import Cell, CellParams, PointwiseCell
+from rnncore.sequence.call import unroll
+
+NO_GRADIENT = 1e-20
+"""Squared norm of a gradient below which a step does not count, as in the released code."""
+
+
+def pascanu_omega(
+    loss: Callable[[Any, Array], Array],
+    cell: PointwiseCell,
+    params: CellParams,
+    xs: Array,
+    initial_carry: Any = None,
+    *,
+    form: str = "paper",
+    seq_lengths: Any = None,
+    resets: Any = None,
+    reset_carry: Any = None,
+) -> Array:
+    """Pascanu's regulariser: how far a step is from keeping the norm of the gradient that passes through it.
+
+    paper: Omega = sum_t (q_t - 1)^2,   code: Omega = mean_t (q_t^2 - 1)^2,   q_t = ||J_t^T v_t|| / ||v_t||
+    v_t = dL/ds_t, total over all later steps,   J_t = d s_t / d s_{t-1},   s the whole carry, [c; h] for an LSTM
+
+    As in the paper its gradient is the immediate partial derivative with respect to U alone, where U
+    multiplies in J_t: the states, the gates and v_t count as constants, so no gradient reaches the other
+    parameters and none of second order is needed.  "code" is what its authors released: squared norms, and
+    a mean over the steps that have a gradient; near q = 1 "paper" is about T / 4 times as large.
+
+    Args:
+      loss: (carry, outputs) to one number, of what `rnncore.unroll` returns, batch axes included: the loss
+        that is trained, so that v_t is its gradient.  Its scale cancels.
+      cell: any pointwise cell.
+      params: its parameters.
+      xs: inputs (*batch, T, D).
+      initial_carry, seq_lengths, resets, reset_carry: as in `rnncore.unroll`.  Padding and steps with a
+        reset do not count.
+      form: "paper", the sum over steps and mean over the batch; "code", the mean over both.  In both a step
+        with ||v_t||^2 below 1e-20 does not count.
+
+    Returns:
+      Omega, one number, to be added to the loss with a factor.
+
+    Raises:
+      ValueError: unknown form; what `unroll` refuses; values that are not finite (outside jit).
+      NotImplementedError: the cell is not a `PointwiseCell`, so that U is not known apart.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.Elman(4, activation_fn=jax.nn.identity)  # its initial U is orthogonal
+      >>> loss = lambda carry, outputs: jnp.sum(carry.h ** 2)
+      >>> params = cell.init(jax.random.key(0), 3)
+      >>> bool(analysis.pascanu_omega(loss, cell, params, jnp.ones((2, 5, 3))) < 1e-10)
+      True
+
+    Source: Pascanu, Mikolov and Bengio (2013), arXiv:1211.5063, section 3.3; its code, pascanur/trainingRNNs.
+    """
+    if form not in ("paper", "code"):
+        raise ValueError(f"`pascanu_omega(form={form!r})`: expected 'paper' or 'code'.")
+    _pointwise("pascanu_omega", cell)
+    fixed = jax.lax.stop_gradient(params)
+    given = (xs, initial_carry, seq_lengths, resets, reset_carry)
+    done = backward("pascanu_omega", loss, cell, fixed, *given)
+    before, after, zs = jax.lax.stop_gradient((done.before, done.after, done.zs))
+    p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), fixed.units)
+
+    def new(r: Any, carry: Any) -> Any:
+        moved, _ = cell.pointwise(p, cell.split(zs), r, carry)
+        return jax.tree.map(lambda n, c: n.astype(c.dtype), moved, carry)
+
+    with jax.default_matmul_precision("highest"):
+        _, pull = jax.vjp(new, cell.split(cell.mix(fixed, before.h)), before)
+        d_r, d_before = pull(after)
+        # The only place where U is not a constant.
+        d_h = jax.linear_transpose(lambda h: cell.mix(params._replace(recurrent_bias=None), h), before.h)
+        (through,) = d_h(jnp.concatenate(list(d_r), -1))
+    d_before = d_before._replace(h=d_before.h + through)
+
+    square, of = _square_norm(d_before), _square_norm(after)
+    counts = of >= NO_GRADIENT
+    if resets is not None:
+        counts &= ~jnp.asarray(resets)
+    if seq_lengths is not None:
+        counts &= jnp.arange(xs.shape[-2]) < jnp.asarray(seq_lengths)[..., None]
+    ratio = jnp.where(counts, square, 1.0) / jnp.where(counts, of, 1.0)
+    if form == "code":
+        return jnp.sum(jnp.where(counts, (ratio - 1) ** 2, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
+    # The root of 0 has no derivative: a step through which nothing passes adds 1 and no gradient.
+    some = ratio > 0
+    root = jnp.where(some, jnp.sqrt(jnp.where(some, ratio, 1.0)), 0.0)
+    return jnp.mean(jnp.sum(jnp.where(counts, (root - 1) ** 2, 0.0), -1))
+
+
+def gradient_flossing(
+    cell: Cell,
+    params: PyTree,
+    xs: Array,
+    k: int,
+    target: float = 0.0,
+    *,
+    initial_carry: Any = None,
+    qr_every: int = 1,
+    burn_in: int = 0,
+    key: Array | None = None,
+) -> Array:
+    """Gradient flossing: pushes the k leading Lyapunov exponents to a target.
+
+    loss = mean over i <= k of (lambda_i - target)^2, mean over the batch
+
+    The derivative goes through the states, the step Jacobians and every QR, exactly.  That of a QR divides by
+    R_ii: take k below the rank of the long product, and float64 if exponents lie far apart.  A lost direction
+    (an exponent of -inf) makes the loss inf and its gradient NaN.
+
+    Args:
+      cell: any rnncore cell.
+      params: its parameters.
+      xs: inputs (*batch, T, D).
+      k: how many exponents.
+      target: where to; 0 keeps gradients at their size.
+      initial_carry: as in `rnncore.unroll`.
+      qr_every, burn_in, key: as in `lyapunov_exponents`.
+
+    Returns:
+      The loss, one number.
+
+    Raises:
+      ValueError: as `trajectory` and `lyapunov_exponents`; a lost direction (outside jit and grad).
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.LSTM(4)
+      >>> params = cell.init(jax.random.key(0), 3)
+      >>> grads = jax.grad(analysis.gradient_flossing, 1)(cell, params, jnp.ones((2, 10, 3)), 2)
+      >>> grads.bias.shape, bool(jnp.isfinite(grads.bias).all())
+      ((4, 4), True)
+
+    Source: Engelken (2023), arXiv:2312.17306.
+    """
+    run = cell_trajectory(cell, params, xs, initial_carry)
+    exponents = lyapunov_exponents(run, k, qr_every=qr_every, burn_in=burn_in, key=key).exponents
+    value = jnp.mean(jnp.square(exponents - target))
+    if not isinstance(value, jax.core.Tracer) and not jnp.isfinite(value):
+        raise ValueError(
+            f"`gradient_flossing(k={k})`: an exponent is -inf, the product of Jacobians has a rank below k; ask for "
+            "fewer exponents."
+        )
+    return value
+
+
+def h_detach(cell: PointwiseCell, params: CellParams, xs: Array, key: Array, p: float = 0.5, **options: Any) -> Any:
+    """`rnncore.unroll` in which, step by step with probability p, no gradient passes through h_{t-1} into the gates.
+
+    r_t = mix(U, stop_gradient(h_{t-1})) with probability p, else mix(U, h_{t-1});   the values are those of unroll
+
+    One draw per step, for all of the batch.  With p = 1 what is left is the direct path: d c_T / d c_0 of an
+    LSTM is the product of its forget gates.  Where h_{t-1} enters beside the product, as in z h_{t-1} of a
+    GRU, its gradient passes.
+
+    Args:
+      cell: any pointwise cell.
+      params: its parameters.
+      xs: inputs (*batch, T, D).
+      key: of the draws; a new one for every training step.
+      p: probability; 0.25 to 0.5 in the paper.
+      options: of `rnncore.unroll`, but for recurrent_mask and backend.
+
+    Returns:
+      What `rnncore.unroll` returns.
+
+    Raises:
+      ValueError: p outside 0 to 1; what `unroll` refuses.
+      NotImplementedError: the cell is not a `PointwiseCell`; recurrent_mask.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.LSTM(4)
+      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+      >>> carry, outputs = analysis.h_detach(cell, params, xs, jax.random.key(1), p=0.25)
+      >>> bool(jnp.allclose(outputs, rnncore.unroll(cell, params, xs)[1], atol=1e-6))
+      True
+
+    Source: Kanuparthi et al. (2019), arXiv:1810.03023.
+    """
+    _pointwise("h_detach", cell)
+    pointwise.check_elementwise(cell)
+    if not isinstance(p, jax.core.Tracer) and not 0 <= p <= 1:
+        raise ValueError(f"`h_detach(p={p})`: expected a probability from 0 to 1.")
+    xs = jnp.asarray(xs)
+    if not jnp.issubdtype(xs.dtype, jnp.floating) or xs.ndim < 2:
+        raise ValueError(
+            f"`h_detach(xs=<{xs.dtype} {xs.shape}>)`: expected floating point (*batch, T, D); embed or convert it "
+            "first."
+        )
+    first = bool(options.get("time_major", False))
+    steps = xs.shape[0 if first else -2]
+    blocked = jax.random.bernoulli(key, p, (steps,)).astype(xs.dtype)
+    blocked = trailing(blocked, xs) if first else blocked[:, None]
+    wide = jnp.concatenate([xs, jnp.broadcast_to(blocked, (*xs.shape[:-1], 1))], -1)
+    missing = tuple(name for name in ("bias", "recurrent_bias") if getattr(params, name, 0) is None)
+    return unroll(_Detached(cell.hidden_size, cell, missing), params, wide, **options)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Detached(Cell):
+    """A cell whose inputs hold one more feature: whether this step's h is cut off from the gradient."""
+
+    cell: PointwiseCell
+    missing: tuple[str, ...]
+
+    def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> PyTree:
+        nothing: dict[str, Any] = dict.fromkeys(self.missing)
+        return self.cell.init(key, input_size - 1, dtype)._replace(**nothing)
+
+    def initial_carry(self, batch_shape: Sequence[int] = (), dtype: Any = jnp.float32) -> Any:
+        return self.cell.initial_carry(batch_shape, dtype)
+
+    def project(self, params: CellParams, xs: Array) -> PyTree:
+        return self.cell.project(params, xs[..., :-1]), jax.lax.stop_gradient(xs[..., -1:])
+
+    def update(self, params: CellParams, carry: Any, z: PyTree) -> tuple[Any, PyTree]:
+        z, blocked = z
+        cell, h = self.cell, carry.h
+        h = jnp.where(blocked > 0.5, jax.lax.stop_gradient(h), h)
+        p = jax.tree.map(lambda u: jnp.broadcast_to(u, h.shape), params.units)
+        return cell.pointwise(p, cell.split(z), cell.split(cell.mix(params, h)), carry)
+
+    def output(self, carry: Any) -> Array:
+        return self.cell.output(carry)
+
+
+def _pointwise(call: str, cell: Any) -> None:
+    if isinstance(cell, PointwiseCell):
+        return
+    if not isinstance(cell, Cell):
+        raise ValueError(
+            f"`{call}(cell=<{type(cell).__name__}>)`: expected an rnncore cell, such as rnncore.LSTM(256)."
+        )
+    raise NotImplementedError(
+        f"`{call}({type(cell).__name__})`: not a PointwiseCell, so it does not show where h enters its recurrent "
+        "product; write the cell as one, see `rnncore.PointwiseCell`."
+    )
+
+
+def _square_norm(carry: Any) -> Array:
+    """Over all fields, (*batch, T)."""
+    return sum((jnp.sum(jnp.square(a), -1) for a in jax.tree.leaves(carry)), start=jnp.zeros(()))

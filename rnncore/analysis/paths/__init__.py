@@ -1,0 +1,1 @@
+"""Which way the gradient goes within a step."""

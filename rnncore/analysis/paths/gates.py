@@ -1,0 +1,123 @@
+"""Step Jacobians taken apart by the way that the gradient goes: straight on, or through h into one gate."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rnncore._types import Array
+from rnncore.analysis.jacobians.steps import step_coefficients
+from rnncore.analysis.run.flat import flatten_carry
+from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.cells.base import PointwiseCell
+
+
+class Paths(abc.ABC):
+    """Matrices for single steps that add up to a one-step derivative.
+
+    At a reset all are 0; past the length of a sequence the direct path is the identity and the others are 0.
+
+    Attributes:
+      padded: whether there are lengths, so that some of the last steps may be padding.
+    """
+
+    padded: bool
+
+    @abc.abstractmethod
+    def terms(self) -> dict[str, Array]:
+        """The paths by name, as matrices (*batch, S, n, n)."""
+
+    @abc.abstractmethod
+    def cotangents(self, adjoint: Any) -> Array:
+        """Gradients (*batch, S, n) of what the rows stand for, from those of T + 1 carries."""
+
+    def total(self) -> Array:
+        """The sum of the paths, (*batch, S, n, n)."""
+        return functools.reduce(jnp.add, self.terms().values())
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("direct", "gates"), meta_fields=("padded",))
+@dataclasses.dataclass(frozen=True)
+class GatePaths(Paths):
+    """The Jacobian of all of the state, n entries, by gate; the sum is exactly J_t.
+
+    Fields:
+      direct: (*batch, T, n, n), what reaches s_t from s_{t-1} without a recurrent weight.
+      gates: named tuple by gate of (*batch, T, n, n), through h_{t-1} and U_g into that gate.
+      padded: whether the run has lengths.
+    """
+
+    direct: Array
+    gates: Any
+    padded: bool = False
+
+    def terms(self) -> dict[str, Array]:
+        """ "direct", and "via_<gate>" for every gate."""
+        return {"direct": self.direct} | {f"via_{name}": a for name, a in self.gates._asdict().items()}
+
+    def cotangents(self, adjoint: Any) -> Array:
+        """dL/ds_t for t = 1 .. T."""
+        return flatten_carry(adjoint, self.direct.ndim - 2)[..., 1:, :]
+
+
+def gate_paths(traj: Trajectory) -> GatePaths:
+    """Every step Jacobian of a pointwise cell as a direct path and one path for each gate.
+
+    d s_t / d s_{t-1} = direct + sum_g diag(d s_t / d r_g) U_g,   r_g = U_g h_{t-1}
+
+    Args:
+      traj: a trajectory of T steps of any pointwise cell, a user's too.
+
+    Returns:
+      `GatePaths`; `.total()` is `step_jacobians(traj)`.
+
+    Raises:
+      NotImplementedError: the cell is not a `PointwiseCell`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.MGU(4)
+      >>> run = analysis.trajectory(cell, cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3)))
+      >>> paths = analysis.gate_paths(run)
+      >>> list(paths.terms()), paths.gates.f.shape
+      (['direct', 'via_f', 'via_n'], (2, 5, 4, 4))
+    """
+    if not isinstance(traj.cell, PointwiseCell):
+        raise NotImplementedError(
+            f"`gate_paths(...)`: {type(traj.cell).__name__} is not a PointwiseCell, so its step does not show what "
+            "enters each gate; use `step_jacobians(traj)`, or `gru_paths(traj)` for rnncore.ResetBeforeGRU."
+        )
+    return _gate_paths(traj)
+
+
+def diagonal(a: Array) -> Array:
+    """(..., n) as diagonal matrices (..., n, n)."""
+    return a[..., None] * jnp.eye(a.shape[-1], dtype=a.dtype)
+
+
+@jax.jit
+def _gate_paths(traj: Trajectory) -> GatePaths:
+    cell, fields = traj.cell, traj.fields
+    assert isinstance(cell, PointwiseCell)
+    coefficients = step_coefficients(traj)
+    matrices = cell.recurrence.gate_matrices(traj.params.recurrent_kernel)
+    blank = jnp.zeros_like(matrices[0])
+
+    def rows(blocks: Any) -> Array:
+        """One block of rows for each field that comes out."""
+        return jnp.concatenate([blocks(to) for to in fields], -2)
+
+    def direct(to: str) -> Array:
+        return jnp.concatenate([diagonal(a) for a in getattr(coefficients.state, to)], -1)
+
+    def through(gate: str, matrix: Array) -> Array:
+        wide = jnp.concatenate([matrix if name == "h" else blank for name in fields], -1)
+        return rows(lambda to: getattr(getattr(coefficients.recurrent, to), gate)[..., None] * wide)
+
+    return GatePaths(rows(direct), cell.Gates(*map(through, cell.gates, matrices)), traj.lengths is not None)

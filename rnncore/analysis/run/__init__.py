@@ -1,0 +1,1 @@
+"""The run that is analysed: every state and gate of a cell."""

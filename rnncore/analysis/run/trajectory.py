@@ -1,0 +1,284 @@
+"""A run of a cell with all that its linearisation needs: inputs, every carry, every gate."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rnncore._lengths import check_lengths
+from rnncore._types import Array, PyTree
+from rnncore.cells.base import Cell
+from rnncore.layers.recording import widened
+from rnncore.sequence.call import unroll
+
+
+class StepInput(NamedTuple):
+    """What a step takes besides the state, where a run has resets or lengths.
+
+    Fields:
+      z: the projected input.
+      reset: whether the state is dropped before the step; None without resets.
+      padding: whether the step lies past the end of its sequence; None without lengths.
+    """
+
+    z: PyTree
+    reset: Array | None
+    padding: Array | None
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("params", "xs", "zs", "carries", "gates", "lengths", "resets", "reset_carry"),
+    meta_fields=("cell", "narrow"),
+)
+@dataclasses.dataclass(frozen=True, repr=False)
+class Trajectory:
+    """A stored run, batch-major; a pytree in which the cell is static.
+
+    Past the length of its sequence a run stands still: inputs and gates are 0, the carry stays what it was.
+
+    Fields:
+      cell: the cell that ran.
+      params: its parameters.
+      xs: inputs (*batch, T, D).
+      zs: projected inputs (*batch, T, ...).
+      carries: T + 1 carries, arrays (*batch, T + 1, ...), the initial one first.
+      gates: what the cell calls its gates, arrays (*batch, T, ...).
+      lengths: int32 (*batch), steps that are no padding; None where all T are not.
+      resets: booleans (*batch, T), True where the carry before the step is dropped; None for nowhere.
+      reset_carry: the carry (*batch, ...) that resets return to; None without resets.
+      narrow: the half precision in which the model was given, whose values float32 then holds; None for none.
+    """
+
+    cell: Cell
+    params: PyTree
+    xs: Array
+    zs: PyTree
+    carries: Any
+    gates: PyTree
+    lengths: Array | None = None
+    resets: Array | None = None
+    reset_carry: Any = None
+    narrow: str | None = None
+
+    def __repr__(self) -> str:
+        sizes = f"T={self.steps}, D={self.xs.shape[-1]}, H={self.cell.hidden_size}"
+        dtype = jax.tree.leaves(self.carries)[0].dtype
+        given = f", given in {self.narrow}" if self.narrow else ""
+        return f"Trajectory({type(self.cell).__name__}, batch {self.batch_shape}, {sizes}, {dtype}{given})"
+
+    @property
+    def batch_shape(self) -> tuple[int, ...]:
+        """The batch axes; () for one sequence."""
+        return self.xs.shape[:-2]
+
+    @property
+    def steps(self) -> int:
+        """T."""
+        return self.xs.shape[-2]
+
+    @property
+    def last(self) -> Any:
+        """The carry after each sequence's last step: where the loss of an adjoint curve is differentiated."""
+        # Past its length the carry of a sequence stays, so the last of all is its own last.
+        return jax.tree.map(
+            lambda a: jax.lax.index_in_dim(a, self.steps, len(self.batch_shape), keepdims=False), self.carries
+        )
+
+    @property
+    def before(self) -> Any:
+        """The carry that enters every step, arrays (*batch, T, ...): s_{t-1}, or what a reset put in its place."""
+        axis = len(self.batch_shape)
+        stored = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, 0, self.steps, axis=axis), self.carries)
+        resets = self.resets
+        if resets is None:
+            return stored
+        return jax.tree.map(
+            lambda a, b: jnp.where(trailing(resets, a), jnp.expand_dims(b, axis), a), stored, self.reset_carry
+        )
+
+    @property
+    def padding(self) -> Array | None:
+        """Whether a step lies past the end of its sequence, (*batch, T); None without lengths."""
+        return None if self.lengths is None else jnp.arange(self.steps) >= self.lengths[..., None]
+
+    @property
+    def inputs(self) -> PyTree:
+        """What `flat_step` takes besides the state, (*batch, T, ...): zs, or with resets or lengths `StepInput`."""
+        if self.resets is None and self.lengths is None:
+            return self.zs
+        return StepInput(self.zs, self.resets, self.padding)
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of the fields of the carry, in the order in which the state concatenates them."""
+        return self.carries._fields
+
+    def take(self, index: Any) -> Trajectory:
+        """Some of the sequences, cut where the longest of them ends; with one length in common, as if it were T.
+
+        Args:
+          index: whatever indexes an array of the batch shape: an integer, a slice, a list, a tuple of those.
+
+        Returns:
+          `Trajectory`; lengths inside jit cannot be seen, and nothing is cut.
+
+        Raises:
+          ValueError: an index that does not fit the batch axes, or picks nothing or empty sequences only.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, rnncore
+          >>> from rnncore import analysis
+          >>> cell = rnncore.LSTM(4)
+          >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+          >>> run = analysis.trajectory(cell, params, xs, seq_lengths=jnp.array([5, 3]))
+          >>> one = run.take(1)
+          >>> one.batch_shape, one.steps, one.lengths
+          ((), 3, None)
+        """
+        call = f"Trajectory.take({index!r})"
+        try:
+            chosen = np.arange(math.prod(self.batch_shape)).reshape(self.batch_shape)[index]
+        except IndexError as error:
+            raise ValueError(f"`{call}`: the batch axes are {self.batch_shape}; {error}.") from error
+        if chosen.size == 0:
+            raise ValueError(f"`{call}`: no sequence of the batch axes {self.batch_shape} is left.")
+        lead = len(self.batch_shape)
+
+        def pick(a: Array) -> Array:
+            return a.reshape(-1, *a.shape[lead:])[chosen.reshape(-1)].reshape(*chosen.shape, *a.shape[lead:])
+
+        parts = {name: jax.tree.map(pick, getattr(self, name)) for name in _BATCHED}
+        lengths = parts["lengths"]
+        if lengths is not None and not isinstance(lengths, jax.core.Tracer):
+            values = np.asarray(lengths)
+            if not (most := int(values.max())):
+                raise ValueError(f"`{call}`: the sequences have length 0, and a trajectory has at least one step.")
+            for name in ("xs", "zs", "carries", "gates", "resets"):
+                stop = most + (name == "carries")
+                parts[name] = jax.tree.map(
+                    lambda a, stop=stop: jax.lax.slice_in_dim(a, 0, stop, axis=chosen.ndim), parts[name]
+                )
+            if np.all(values == most):
+                parts["lengths"] = None
+        return dataclasses.replace(self, **parts)
+
+
+_BATCHED = ("xs", "zs", "carries", "gates", "lengths", "resets", "reset_carry")
+
+
+def cell_trajectory(
+    cell: Cell,
+    params: PyTree,
+    xs: Array,
+    initial_carry: Any = None,
+    *,
+    seq_lengths: Any = None,
+    resets: Any = None,
+    reset_carry: Any = None,
+) -> Trajectory:
+    """Runs a cell and keeps every carry and gate.
+
+    s_t, gates_t = update(params, s_{t-1}, z_t),   z_t = project(params, x_t),   t = 1 .. T
+
+    A step with a reset takes `reset_carry`, a constant, for s_{t-1}: its Jacobian d s_t / d s_{t-1} is
+    exactly 0, and so is every product across it.  A step in the padding leaves the carry alone: its
+    Jacobian is the identity.
+
+    Args:
+      cell: any rnncore cell.
+      params: its parameters.
+      xs: inputs (*batch, T, D); any number of batch axes, none too.  Half precision is analysed in float32.
+      initial_carry: carry of (*batch, H) arrays; zeros by default.
+      seq_lengths: integers (*batch), 0 to T; what the inputs hold past them plays no role.  Each sequence then
+        ends at its own last step, and anchor "end" means that step.
+      resets: booleans (*batch, T), as in `rnncore.unroll`.
+      reset_carry: the carry that resets return to; the initial carry by default.
+
+    Returns:
+      `Trajectory`.
+
+    Raises:
+      ValueError: inputs that are not floating point or have no step; parameters, inputs or states
+        that are not finite.  Inside jit the values cannot be seen and are not checked.
+    """
+    xs = jnp.asarray(xs)
+    if not jnp.issubdtype(xs.dtype, jnp.floating):
+        raise ValueError(
+            f"`trajectory(xs=<{xs.dtype} {xs.shape}>)`: expected floating point (*batch, T, D); "
+            "embed or convert the inputs first."
+        )
+    narrow = next((a.dtype.name for a in jax.tree.leaves((params, xs, initial_carry)) if _is_narrow(a)), None)
+    params, xs, initial_carry, reset_carry = widened((params, xs, initial_carry, reset_carry))
+    if xs.ndim >= 2 and xs.shape[-2] == 0:
+        raise ValueError(f"`trajectory(xs=<{xs.dtype} {xs.shape}>)`: no steps; expected T of at least 1.")
+    padding = None
+    if seq_lengths is not None and xs.ndim >= 2:
+        seq_lengths = check_lengths(seq_lengths, xs.shape[:-2], xs.shape[-2])
+        padding = jnp.arange(xs.shape[-2]) >= seq_lengths[..., None]
+        xs = blank(padding, xs)
+    starts = (("initial_carry", initial_carry), ("reset_carry", reset_carry))
+    for name, tree in (("params", params), ("xs", xs), *starts):
+        check_finite(f"trajectory({name}=...)", tree, "find out where they come from before measuring gradients")
+    last, _, states = unroll(
+        cell, params, xs, initial_carry=initial_carry, seq_lengths=seq_lengths, resets=resets, reset_carry=reset_carry,
+        return_states=True, include_initial=True,
+    )  # fmt: skip
+    carries, gates = states.carries, states.gates
+    if padding is not None:
+        axis = xs.ndim - 2
+        after = jnp.concatenate([jnp.zeros_like(padding[..., :1]), padding], -1)
+        carries = jax.tree.map(lambda a, b: jnp.where(trailing(after, a), jnp.expand_dims(b, axis), a), carries, last)
+        gates = jax.tree.map(lambda a: blank(padding, a), gates)
+        resets = None if resets is None else jnp.asarray(resets) & ~padding
+    check_finite("trajectory(...)", carries, "the states leave the floating-point range; shorten or rescale")
+    if resets is not None:
+        resets = jnp.asarray(resets)
+        first = jax.tree.map(lambda a: jax.lax.index_in_dim(a, 0, xs.ndim - 2, keepdims=False), carries)
+        reset_carry = first if reset_carry is None else jax.tree.map(lambda a, b: b.astype(a.dtype), first, reset_carry)
+    return Trajectory(
+        cell, params, xs, cell.project(params, xs), carries, gates, seq_lengths, resets, reset_carry, narrow
+    )
+
+
+def _is_narrow(a: Any) -> bool:
+    return jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32
+
+
+def trailing(mask: Array, like: Array) -> Array:
+    """A mask with as many axes as the array that it is to pick from, the missing ones at the end."""
+    return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))
+
+
+def blank(padding: Array, a: Array) -> Array:
+    """Zeros in the padding; what stands there may be NaN."""
+    return jnp.where(trailing(padding, a), jnp.zeros_like(a), a)
+
+
+def check_finite(call: str, tree: PyTree, advice: str) -> None:
+    """Refuses NaN and inf in arrays whose values can be seen."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if isinstance(leaf, jax.core.Tracer):
+            continue
+        bad = int(np.sum(~np.isfinite(np.asarray(leaf))))
+        if bad:
+            raise ValueError(
+                f"`{call}`: {jax.tree_util.keystr(path) or 'the array'} of shape {leaf.shape} holds {bad} NaN or "
+                f"infinite numbers; {advice}."
+            )
+
+
+def refuse_ragged(traj: Trajectory, call: str) -> None:
+    """An error where a run has lengths or resets and the caller knows of neither."""
+    given = [name for name, a in (("seq_lengths", traj.lengths), ("resets", traj.resets)) if a is not None]
+    if given:
+        raise NotImplementedError(
+            f"`{call}` of a trajectory with {' and '.join(given)}: not known here; take one sequence at its own "
+            "length, `traj.take(i)`, and run the pieces between resets on their own."
+        )

@@ -1,0 +1,133 @@
+"""Backend "cuda": a whole run in one kernel for any NVIDIA GPU, made from any pointwise cell, compiled where it runs.
+
+The update, what its derivative needs, and its transpose are written as CUDA C++ (`emit.py`) and compiled with this
+library's loops (`forward.cuh`, `backward.cuh`) by NVRTC, once, and kept on the disk.  The recurrent matrix lies in
+registers and shared memory for all steps (`plan.py`).  One block runs a head alone where that is fastest; else the
+blocks of a head tell each other h after every step: in a cluster through shared memory, in a grid through the L2 cache,
+where a word that no number has says what is still to come.  Carries and sums are float32; h is rounded to the dtype
+where it enters the product, and where it is given out.  In reverse mode dU, dW, dx and biases are products over all
+steps, after the loop: no atomic sums, and the same call gives the same bits.
+
+Platform: NVIDIA GPUs from compute capability 7.5 (bfloat16: 8.0) with JAX's CUDA packages, which bring NVRTC, and a C++
+compiler for the call that launches.  Cells: every PointwiseCell whose update is said in the operations of
+`emit.OPERATIONS`, with a dense recurrence or heads.  Dtypes: bfloat16, float16 (with the GPU's own tanh, whose error is
+below 2^-10.9) or float32, of parameters, inputs and carries alike; float32 products follow
+`jax.default_matmul_precision`: TF32 by default as elsewhere in JAX, and three of them for "high" and more.  Lengths,
+resets, recurrent masks, zoneout, states, any number of batch axes: yes; chunks: no.  vmap over sequences becomes more
+of a batch, over parameters one call after the other.  Blocks of a grid all run at once, as the launch asks for: what
+cannot is an error of the plan or of the launch, not a hang; a batch that is too large runs in parts.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+from rnncore._types import PyTree
+from rnncore.cells.base import PointwiseCell
+from rnncore.cells.recurrent_kernels import Dense, Heads
+from rnncore.kernels import kernel_body
+from rnncore.kernels.cpp import compiler
+from rnncore.kernels.cuda import emit, kernels, launch, nvrtc, plan, recurrence
+from rnncore.recurrence import plain
+from rnncore.recurrence.backend import LoopBackend, without
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+
+
+class Cuda(LoopBackend):
+    """See the package."""
+
+    name = "cuda"
+    must_be_named = "only where it is named: it has not been compared with the others on enough GPUs"
+
+    def unsupported(self, request: Request) -> str | None:
+        cell = request.cell
+        if not isinstance(cell, PointwiseCell):
+            return f"{type(cell).__name__} is not a PointwiseCell, so no kernel can be made of its pointwise update"
+        if type(cell.recurrence) not in (Dense, Heads):
+            name = type(cell.recurrence).__name__
+            return f"{name} recurrences have no matrix to keep on the chip; it has kernels for Dense and Heads"
+        refused = without(
+            request, ("checkpoint_every", "recompute"), "its kernel runs all steps at once and keeps what it needs"
+        )
+        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
+            return "its arrays are of known sizes, and here some are symbols"
+        if refused is None and 0 in (*request.batch_shape, request.steps):
+            refused = f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
+        if refused is None:
+            refused = kernel_body.why_not_as_declared(cell, "mix", "output", "split")
+        if refused is not None:
+            return refused
+        residual = request.residual_dtype or request.dtype
+        if request.dtype not in emit.TYPES or request.dtypes != {request.dtype} or residual not in emit.TYPES:
+            got = ", ".join(sorted(request.dtypes | {residual}))
+            return f"it takes bfloat16, float16 or float32, one of them; parameters, inputs and carry are {got}"
+        why = self.missing(request)
+        if why is not None:
+            return why
+        found = self._plan(request, "forward", 1)  # one sequence fits wherever many run in parts
+        return found if isinstance(found, str) else emit.why_not(cell)
+
+    def missing(self, request: Request) -> str | None:
+        """Reason why its kernels cannot run on this platform, or None."""
+        if request.platform != "gpu":
+            return f"it needs an NVIDIA GPU, and JAX runs on {request.platform} here"
+        if launch.device() is None:
+            return "it needs an NVIDIA GPU, and there is no CUDA driver"
+        if nvrtc.library() is None:
+            return "it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found"
+        if compiler.find() is None:
+            return "it needs a C++ compiler, and none is found: install one, or name it in CXX"
+        return None
+
+    def settings(self, request: Request) -> kernels.Settings:
+        """What the kernels of a request are made for."""
+        device = launch.device()
+        assert device is not None
+        product = plan.products(request.dtype, request.precision, device.capability)
+        return kernels.Settings(device, product, functools.partial(launch.launch, device=device))
+
+    def describe(self, request: Request) -> str | None:
+        rows = math.prod(request.batch_shape)
+        return "; ".join(f"{way}: {self._plan(request, way, rows)}" for way in ("forward", "backward"))
+
+    def _plan(self, request: Request, direction: str, rows: int) -> plan.Plan | str:
+        cell: Any = request.cell
+        settings = self.settings(request)
+        heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
+        shape = plan.Shape(
+            direction, request.dtype, request.dtype, settings.product, gates=len(cell.gates),
+            fields=len(cell.Carry._fields), width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size // heads,
+            heads=heads, sequences=rows,
+        )  # fmt: skip
+        return settings.choose(settings.device, shape)
+
+    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        arrays = recurrence.Arrays(request, differentiable, constants)
+        return arrays.result(arrays.forward(self.settings(request), differentiable, keep=False))
+
+    def forward_with_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants
+    ) -> tuple[Result, PyTree]:
+        arrays = recurrence.Arrays(request, differentiable, constants)
+        kept = arrays.forward(self.settings(request), differentiable, keep=True)
+        return arrays.result(kept), kept.residuals
+
+    def backward(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        cotangents: Result, wanted: Differentiable,
+    ) -> Differentiable:  # fmt: skip
+        arrays = recurrence.Arrays(request, differentiable, constants)
+        hs = arrays.flat(result.outputs)
+        return arrays.backward(self.settings(request), differentiable, hs, residuals, dense(cotangents, result))
+
+    def tangent(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        tangents: Differentiable,
+    ) -> Result:  # fmt: skip
+        if request.return_states or request.dtype != "float32":
+            return super().tangent(request, differentiable, constants, result, residuals, tangents)
+        arrays = recurrence.Arrays(request, differentiable, constants)
+        stacks = arrays.residuals(residuals)
+        return plain.tangent(request, differentiable, constants, result, stacks, tangents)

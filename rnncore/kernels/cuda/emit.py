@@ -1,0 +1,130 @@
+"""A cell and the layout of a run written as CUDA C++: what is compiled besides the headers of this directory."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from rnncore.cells.base import PointwiseCell
+from rnncore.kernels import emit, kernel_body
+from rnncore.kernels.cuda.plan import Plan
+
+_FUNCTIONS = (
+    "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 expm1 floor lgamma log log1p nextafter "
+    "pow sin sinh sqrt tan"
+).split()
+
+OPERATIONS: dict[str, str] = {
+    **{name: f"{name}f({{}})" for name in _FUNCTIONS},
+    **dict.fromkeys(("add", "add_any"), "{0} + {1}"),
+    **dict.fromkeys(("copy", "copy_p", "stop_gradient", "broadcast_in_dim", "optimization_barrier"), "{0}"),
+    "abs": "fabsf({0})",
+    "and": "{0} & {1}",
+    "clamp": "smaller(larger({1}, {0}), {2})",
+    "div": "{0} / {1}",
+    "eq": "{0} == {1}",
+    "exp": "exponential({0})",
+    "ge": "{0} >= {1}",
+    "gt": "{0} > {1}",
+    "integer_pow": "power<{y}>({0})",
+    "is_finite": "{0} - {0} == 0",
+    "le": "{0} <= {1}",
+    "logistic": "logistic({0})",
+    "lt": "{0} < {1}",
+    "max": "larger({0}, {1})",
+    "min": "smaller({0}, {1})",
+    "mul": "{0} * {1}",
+    "ne": "{0} != {1}",
+    "neg": "-{0}",
+    "not": "~{0}",
+    "not of masks": "!{0}",
+    "one_minus_square": "1 - {0} * {0}",
+    "or": "{0} | {1}",
+    "rem": "fmodf({0}, {1})",
+    "round": "{rounding}f({0})",
+    "rsqrt": "rsqrtf({0})",
+    "select_n": "select({0}, {2}, {1})",
+    "sign": "signum({0})",
+    "square": "{0} * {0}",
+    "sub": "{0} - {1}",
+    "tanh": "hyperbolic_tangent({0})",
+    "xor": "{0} ^ {1}",
+}
+"""Operation to its expression, see `emit.Language`; `scalars.cuh` has the functions that are not CUDA's own."""
+
+
+def _number(value: Any, dtype: Any) -> str:
+    if dtype == jnp.bool_:
+        return "true" if value else "false"
+    if jnp.issubdtype(dtype, jnp.integer):
+        return f"bits({int(value)}u)"
+    value = float(value)
+    if math.isfinite(value):
+        return f"{value!r}f"
+    return "float_of(0x7fffffffu)" if math.isnan(value) else f"float_of(0x{'f' if value < 0 else '7'}f800000u)"
+
+
+def _bitcast(kind: str, value: str) -> str:
+    return f"bits_of({value})" if kind == "bits" else f"float_of({value})"
+
+
+CUDA = emit.Language("CUDA", OPERATIONS, _number, _bitcast, "static RNN_DEVICE")
+
+TYPES = {"bfloat16": "bf16", "float16": "f16", "float32": "float"}
+"""Dtypes by their names in the kernels."""
+PRODUCTS = {"mma": 0, "tf32": 1, "3xtf32": 2, "fma": 3}
+"""Ways to form the recurrent product, by their numbers in the kernels."""
+
+
+@functools.lru_cache(maxsize=256)
+def why_not(cell: PointwiseCell) -> str | None:
+    """Reason why the cell cannot be written in CUDA, or None."""
+    return emit.why_not(kernel_body.of(cell, (1, 1)), CUDA)
+
+
+@functools.lru_cache(maxsize=256)
+def source(cell: PointwiseCell, plan: Plan) -> str:
+    """The whole file for one cell and one layout, whose direction names its kernel."""
+    shape = plan.shape
+    values = {
+        "size": shape.size, "heads": shape.heads, "blocks": plan.blocks, "groups": plan.groups, "split": plan.split,
+        "tiles": plan.tiles, "in_registers": plan.in_registers, "in_shared": plan.in_shared, "ahead": plan.ahead,
+        "sums": plan.sums,
+    }  # fmt: skip
+    flags = {
+        "cluster": plan.sync == "cluster", "apart": plan.apart, "lengths": shape.lengths, "resets": shape.resets,
+        "mask": shape.mask, "keeps": shape.keeps,
+    }  # fmt: skip
+    fields, rest = len(cell.Carry._fields), kernel_body.of(cell, (1, 1)).rest
+    rest_of = tuple(rest.index(g) if g in rest else -1 for g in range(len(cell.gates)))
+    lines = [
+        f"#define RNN_PRODUCT {PRODUCTS[shape.product]}",
+        f"#define RNN_FAST {int(shape.dtype != 'float32')}",
+        '#include "device.cuh"',
+        '#include "scalars.cuh"',
+        "namespace rnn {",
+        *emit.struct(kernel_body.of(cell, (1, 1), "float32", shape.states), CUDA),
+        "struct Plan {",
+        "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in values.items()) + ";",
+        "  static constexpr bool " + ", ".join(f"{name} = {str(value).lower()}" for name, value in flags.items()) + ";",
+        "  // What stays of a field of the carry: 0 nothing, 1 by booleans, 2 by shares, 3 by one share.",
+        f"  static RNN_CONSTANT int stay(int n) {{ return {_chosen(shape.stay or (0,) * fields)}; }}",
+        "  // Cell::rest_of, for indices that only the unrolled loop knows.",
+        f"  static RNN_CONSTANT int rest_of(int n) {{ return {_chosen(rest_of)}; }}",
+        "};",
+        f"using Element = {TYPES[shape.dtype]};",
+        f"using Stored = {TYPES[shape.stored]};",
+        "}  // namespace rnn",
+        '#include "product.cuh"',
+        f'#include "{shape.direction}.cuh"',
+    ]
+    return "\n".join([*lines, ""])
+
+
+def _chosen(values: tuple[int, ...]) -> str:
+    """An expression of `n` with one of these values."""
+    *others, last = values
+    return " ".join([f"n == {n} ? {value} :" for n, value in enumerate(others)] + [str(last)])

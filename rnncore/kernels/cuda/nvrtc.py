@@ -1,0 +1,177 @@
+"""CUDA C++ to machine code by NVRTC, the compiler that JAX's own CUDA packages bring; kept on the disk as C++ is."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from rnncore.kernels.cpp import cache, compiler
+
+HEADERS = Path(__file__).parent
+OPTIONS = ("-std=c++17", "--device-as-default-execution-space")
+_FOLDERS = ("cu13/lib", "cuda_nvrtc/lib", "cu13/bin", "cuda_nvrtc/bin")
+_VERSIONS = ("13", "12")
+
+_log = logging.getLogger("rnncore")
+_lock = threading.RLock()
+
+
+class NvrtcError(RuntimeError):
+    """NVRTC is missing or refused what rnncore wrote; the message has its words."""
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """NVRTC, of the package that JAX was installed with, else of a CUDA toolkit; None where there is none."""
+    for path in _candidates():
+        try:
+            folder = Path(path).parent
+            # NVRTC looks for this one by its name alone, which finds what has been loaded.
+            for part in sorted(folder.glob("libnvrtc-builtins.so.*")) if folder.name else []:
+                if part.suffix != ".alt":
+                    ctypes.CDLL(str(part))
+            return ctypes.CDLL(path)
+        except OSError as error:
+            _log.debug("%s cannot be loaded: %s", path, error)
+    return None
+
+
+def _candidates() -> list[str]:
+    spec = importlib.util.find_spec("nvidia")
+    roots = [Path(root) for root in (spec.submodule_search_locations or []) if spec] if spec else []
+    folders = [root / folder for root in roots for folder in _FOLDERS]
+    for variable in ("CUDA_PATH", "CUDA_HOME", "CUDA_ROOT"):
+        if os.environ.get(variable):
+            folders.append(Path(os.environ[variable]) / "lib64")
+    folders.append(Path("/usr/local/cuda/lib64"))
+    names = [f"libnvrtc.so.{version}" for version in _VERSIONS]
+    found = [str(folder / name) for folder in folders for name in names if (folder / name).exists()]
+    return found + names
+
+
+def code_for(source: str, capability: int, what: str = "a cell") -> tuple[bytes, str]:
+    """(machine code, its key) of a generated file, for a compute capability times ten; compiled where it has not been.
+
+    Raises:
+      NvrtcError: there is no NVRTC, or it refuses the file.
+      cache.UntrustedError: somebody else can write where compiled files are kept.
+    """
+    with _lock:
+        return _code_for(source, capability, what)
+
+
+@functools.lru_cache(maxsize=256)
+def _code_for(source: str, capability: int, what: str) -> tuple[bytes, str]:
+    version = ".".join(map(str, _version()))
+    key = hashlib.sha256("\0".join([source, _headers(), *OPTIONS, str(capability), version]).encode()).hexdigest()[:24]
+
+    def make(to: Path) -> None:
+        print(f"rnncore: compiling {what} for this GPU, once, in a few seconds", file=sys.stderr, flush=True)
+        keep(to, compile_source(source, capability), what)
+
+    try:
+        kept = cache.load(f"cuda-{key}", make)
+    except OSError as error:
+        _log.info("nothing can be kept in %s (%s): this process compiles for itself", cache.directory(), error)
+        return compile_source(source, capability), key
+    size = ctypes.c_uint64.in_dll(kept, "rnn_size").value
+    return bytes((ctypes.c_ubyte * size).in_dll(kept, "rnn_code")), key
+
+
+def keep(to: Path, code: bytes, what: str) -> None:
+    """Writes bytes as a library with `rnn_code` and `rnn_size`: what is kept beside C++ is kept like it."""
+    command = compiler.find()
+    if command is None:
+        raise compiler.CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
+    numbers = ",".join(map(str, code))
+    text = f"extern const unsigned char rnn_code[];\nconst unsigned char rnn_code[] = {{{numbers}}};\n"
+    text = f'extern "C" {{\n{text}extern const unsigned long long rnn_size;\n'
+    text += f"const unsigned long long rnn_size = {len(code)};\n}}\n"
+    compiler.compile_to(to, text, (*command, "-shared", "-fPIC"), what)
+
+
+def compile_source(source: str, capability: int) -> bytes:
+    """Machine code; for a GPU that this NVRTC does not know yet, PTX, which its driver compiles."""
+    return _compiled(source, capability, ())[0]
+
+
+def figures(source: str, capability: int) -> dict[str, int]:
+    """What the compiler says of a kernel: registers of a thread, and bytes that did not fit into them."""
+    said = _compiled(source, capability, ("--ptxas-options=-v",))[1]
+    found = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", said)
+    registers = re.findall(r"Used (\d+) registers", said)
+    return {name: int(count) for count, name in found} | {"registers": int(registers[0])}
+
+
+def _compiled(source: str, capability: int, more: Sequence[str]) -> tuple[bytes, str]:
+    nvrtc = library()
+    if nvrtc is None:
+        raise NvrtcError("it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found")
+    known = [n for n in _capabilities(nvrtc) if n <= capability]
+    if not known:
+        raise NvrtcError(f"NVRTC {'.'.join(map(str, _version()))} knows no GPU of compute capability {capability / 10}")
+    exact = known[-1] == capability
+    options = [f"--gpu-architecture={'sm' if exact else 'compute'}_{known[-1]}", *OPTIONS, *more]
+    headers = {path.name: path.read_bytes() for path in sorted(HEADERS.glob("*.cuh"))}
+    program = ctypes.c_void_p()
+    texts = (ctypes.c_char_p * len(headers))(*headers.values())
+    names = (ctypes.c_char_p * len(headers))(*(name.encode() for name in headers))
+    _succeed(
+        nvrtc, nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"cell.cu", len(headers), texts, names)
+    )
+    try:
+        given = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+        refused = nvrtc.nvrtcCompileProgram(program, len(options), given)
+        said = _bytes(nvrtc, program, "ProgramLog").rstrip(b"\0").decode(errors="replace")
+        if refused:
+            shown = "\n".join(said.splitlines()[:20])
+            raise NvrtcError(f"NVRTC {' '.join(options)} refused what rnncore wrote:\n{shown}")
+        return _bytes(nvrtc, program, "CUBIN" if exact else "PTX"), said
+    finally:
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def _bytes(nvrtc: ctypes.CDLL, program: ctypes.c_void_p, what: str) -> bytes:
+    size = ctypes.c_size_t()
+    _succeed(nvrtc, getattr(nvrtc, f"nvrtcGet{what}Size")(program, ctypes.byref(size)))
+    text = ctypes.create_string_buffer(size.value)
+    _succeed(nvrtc, getattr(nvrtc, f"nvrtcGet{what}")(program, text))
+    return text.raw
+
+
+def _succeed(nvrtc: ctypes.CDLL, code: int) -> None:
+    if code:
+        nvrtc.nvrtcGetErrorString.restype = ctypes.c_char_p
+        raise NvrtcError(f"NVRTC failed: {nvrtc.nvrtcGetErrorString(code).decode()}")
+
+
+def _capabilities(nvrtc: ctypes.CDLL) -> list[int]:
+    count = ctypes.c_int()
+    _succeed(nvrtc, nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    found = (ctypes.c_int * count.value)()
+    _succeed(nvrtc, nvrtc.nvrtcGetSupportedArchs(found))
+    return sorted(found)
+
+
+@functools.cache
+def _version() -> tuple[int, int]:
+    nvrtc = library()
+    if nvrtc is None:
+        raise NvrtcError("it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found")
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _succeed(nvrtc, nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return major.value, minor.value
+
+
+@functools.cache
+def _headers() -> str:
+    return "\0".join(path.read_text() for path in sorted(HEADERS.glob("*.cuh")))

@@ -1,0 +1,203 @@
+"""From the arrays of a run to the kernels' and back, and what all steps have in one product: dU, dW, dx, biases."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rnncore._types import Array
+from rnncore.cells.base import PointwiseCell
+from rnncore.cells.recurrent_kernels import Heads
+from rnncore.kernels import kernel_body
+from rnncore.kernels.cuda import kernels
+from rnncore.recurrence.batching import over_batch
+from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+
+
+class Moving(NamedTuple):
+    """What is differentiable, as the kernels have it: z (T, B, G*H), and see `kernels.Run`."""
+
+    z: Array
+    kernel: Array
+    rest_bias: Array | None
+    units: tuple[Array, ...]
+    start: tuple[Array, ...]
+    target: tuple[Array, ...] | None
+
+
+class Arrays:
+    """The arrays of a run as the kernels have them, with one batch axis."""
+
+    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
+        assert isinstance(request.cell, PointwiseCell)
+        self.request, self.cell, self.given = request, request.cell, constants
+        self.part = kernel_body.of(self.cell, (1, 1), "float32", request.return_states)
+        self.rows = math.prod(request.batch_shape)
+        self.heads = self.cell.recurrence.num_heads if isinstance(self.cell.recurrence, Heads) else 1
+        self.stored = request.residual_dtype or request.dtype
+        self.dtypes = [a.dtype for a in differentiable.initial_carry]
+
+    # ------------------------------------------------------------------------------------ there
+
+    def moving(self, differentiable: Differentiable) -> Moving:
+        """What the kernels read of what is differentiable."""
+        params, xs, start, reset_carry = differentiable
+        count, size = len(self.cell.gates), self.cell.hidden_size // self.heads
+        z = self.cell.project(params, xs.reshape(self.request.steps, self.rows, -1))
+        added, rest = self.part.recurrent_biases(params)
+        z = z if added is None else z + added.reshape(-1)
+        return Moving(
+            z, params.recurrent_kernel.reshape(self.heads, size, count, size).astype(z.dtype),
+            jnp.stack(rest).astype(jnp.float32) if rest else None,
+            tuple(a.astype(jnp.float32) for a in params.units), self._carry(start),
+            None if self.given.resets is None else self._carry(reset_carry),
+        )  # fmt: skip
+
+    def run(self, moving: Moving) -> kernels.Run:
+        """The same, with what is given besides."""
+        lengths, resets, mask, zoneout = self.given
+        steps, hidden = self.request.steps, self.cell.hidden_size
+        return kernels.Run(
+            *moving[1:],
+            mask=None if mask is None else mask.reshape(self.rows, hidden),
+            lengths=None if lengths is None else lengths.reshape(self.rows),
+            resets=None if resets is None else resets.reshape(steps, self.rows),
+            stay=None if zoneout is None else tuple(a if a is None or a.ndim == 0 else self.flat(a) for a in zoneout),
+        )
+
+    def flat(self, a: Array) -> Array:
+        """(T, *batch, H) with one batch axis."""
+        return a.reshape(self.request.steps, self.rows, -1)
+
+    def residuals(self, slab: Array) -> tuple[Array, ...]:
+        """Each (T, *batch, H)."""
+        request = self.request
+        return tuple(a.reshape(request.steps, *request.batch_shape, -1) for a in self._apart(slab))
+
+    def _apart(self, slab: Array) -> list[Array]:
+        """(T, B, n*H) as n arrays (T, B, H)."""
+        return jnp.split(slab, slab.shape[-1] // self.cell.hidden_size, -1)
+
+    def _carry(self, fields: Any) -> tuple[Array, ...]:
+        return tuple(a.reshape(self.rows, -1).astype(jnp.float32) for a in fields)
+
+    # ------------------------------------------------------------------------------------- back
+
+    def result(self, kept: kernels.Kept) -> Result:
+        steps, batch, hidden = self.request.steps, self.request.batch_shape, self.cell.hidden_size
+
+        def carry(arrays: Any) -> Any:
+            return self.cell.Carry(*(a.astype(d) for a, d in zip(arrays, self.dtypes, strict=True)))
+
+        def stack(a: Array) -> Array:
+            return a.reshape(steps, *batch, hidden)
+
+        last = carry([a.reshape(*batch, hidden) for a in kept.last])
+        outputs = stack(kept.hs).astype(self.dtypes[self.part.hidden])
+        if not self.request.return_states:
+            return Result(last, outputs, None, None)
+        carries = [] if kept.others is None else [stack(a) for a in self._apart(kept.others)]
+        carries.insert(self.part.hidden, outputs)
+        leaves, tree = jax.tree.flatten(self.part.gates)
+        # A cell may call a boolean or an integer a gate.
+        dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
+        found = [] if kept.gates is None else self._apart(kept.gates)
+        gates = [stack(a).astype(d) for a, d in zip(found, dtypes, strict=True)]
+        return Result(last, outputs, carry(carries), jax.tree.unflatten(tree, gates))
+
+    def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Kept:
+        moving = self.moving(differentiable)
+        states, stored = self.request.return_states, self.stored if keep else None
+        return _mapped(
+            lambda run, z: kernels.forward(settings, self.cell, run, z, stored, states), self.run(moving), moving.z
+        )
+
+    def backward(
+        self, settings: kernels.Settings, differentiable: Differentiable, hs: Array, residuals: Array,
+        cotangents: Result,
+    ) -> Differentiable:  # fmt: skip
+        """The cotangents of what is differentiable; hs are the outputs, (T, B, H)."""
+        part, count = self.part, len(self.cell.gates)
+        given, back = jax.vjp(self.moving, differentiable)
+        run = self.run(given)
+        dhs = self.flat(cotangents.outputs)
+        dothers = dgates = None
+        if self.request.return_states:
+            stacks = [self.flat(a).astype(jnp.float32) for a in cotangents.carries]
+            dhs = dhs.astype(jnp.float32) + stacks.pop(part.hidden)
+            dothers = jnp.concatenate(stacks, -1) if stacks else None
+            gates = jax.tree.leaves(cotangents.gates)
+            # A cell may call a boolean or an integer a gate.
+            moving = [jnp.issubdtype(a.dtype, jnp.floating) for a in jax.tree.leaves(part.gates)]
+            zeros = jnp.zeros_like(dhs)
+            slabs = [self.flat(a).astype(jnp.float32) if m else zeros for a, m in zip(gates, moving, strict=True)]
+            dgates = jnp.concatenate(slabs, -1) if slabs else None
+        dlast = self._carry(cotangents.carry)
+
+        def call(run: kernels.Run, *stacks: Any) -> kernels.Cotangents:
+            return kernels.backward(settings, self.cell, run, *stacks, states=self.request.return_states)
+
+        found = _mapped(call, run, residuals, dhs, dlast, dothers, dgates)
+        entering = _entering(run, hs, part.hidden)
+        dr = found.z
+        if found.rest is not None:
+            apart = iter(jnp.split(found.rest, len(part.rest), -1))
+            pairs = zip(jnp.split(found.z, count, -1), part.additive, strict=True)
+            dr = jnp.concatenate([dz if additive else next(apart) for dz, additive in pairs], -1)
+        dstart = found.start
+        if run.lengths is not None:
+            never = (run.lengths == 0)[:, None]
+            dstart = tuple(a + jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
+        drest = None
+        if found.rest is not None:
+            drest = jnp.sum(found.rest.astype(jnp.float32), (0, 1)).reshape(len(part.rest), -1)
+        cotangents_of = Moving(
+            found.z, _kernel_cotangent(run.kernel, entering, dr.astype(entering.dtype)), drest,
+            tuple(jnp.sum(a, 0) for a in found.units), dstart, found.target,
+        )  # fmt: skip
+        return back(jax.tree.map(lambda d, a: d.astype(a.dtype), cotangents_of, given))[0]
+
+
+def _entering(run: kernels.Run, hs: Array, hidden: int) -> Array:
+    """h as it entered the product of every step."""
+    before = jnp.concatenate([run.start[hidden][None], hs[:-1].astype(jnp.float32)])
+    if run.resets is not None:
+        assert run.target is not None
+        before = jnp.where(run.resets[..., None], run.target[hidden], before)
+    before = before if run.mask is None else before * run.mask.astype(jnp.float32)
+    return before.astype(run.kernel.dtype)
+
+
+def _kernel_cotangent(kernel: Array, entering: Array, dr: Array) -> Array:
+    """dU = sum over steps and sequences, in float32."""
+    heads, size, count, _ = kernel.shape
+    steps, rows, _ = entering.shape
+    h, slab = entering.reshape(steps, rows, heads, size), dr.reshape(steps, rows, count, heads, size)
+    return jnp.einsum("tbnd,tbgne->ndge", h, slab, preferred_element_type=jnp.float32).astype(kernel.dtype)
+
+
+_SHARED = ("kernel", "rest_bias", "units")
+"""What all sequences of a run share."""
+
+
+def _mapped(call: Callable[..., Any], run: kernels.Run, *stacks: Any) -> Any:
+    """`call(run, *stacks)` under any number of maps; stacks are (..., B, H), and so are the results."""
+    leaves, tree = jax.tree.flatten((run, stacks))
+    axes = [_axis(name, a) for name, field in run._asdict().items() for a in jax.tree.leaves(field)]
+    axes += [a.ndim - 2 for a in jax.tree.leaves(stacks)]
+
+    def whole(groups: int, *flat: Array) -> Any:
+        run, stacks = jax.tree.unflatten(tree, flat)
+        return call(run, *stacks)
+
+    return over_batch(whole, axes, lambda a: a.ndim - 2)(*leaves)
+
+
+def _axis(field: str, a: Array) -> int | None:
+    if field in _SHARED or a.ndim == 0:
+        return None
+    return 0 if field == "lengths" else 1 if field == "resets" else a.ndim - 2

@@ -1,0 +1,60 @@
+"""A recurrent kernel as N blocks of S units that see each other and nobody else.
+
+Dense is one block of H units, `Heads(N)` is N of H/N, `Diagonal` is H of one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from rnncore._types import Array
+from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads, Recurrence
+
+
+class Blocks(NamedTuple):
+    """`number` N of blocks of `size` S units."""
+
+    number: int
+    size: int
+
+
+def blocks_of(recurrence: Recurrence, hidden_size: int) -> Blocks:
+    """The blocks of a structure; NotImplementedError for one whose blocks are not known."""
+    if isinstance(recurrence, Dense):
+        return Blocks(1, hidden_size)
+    if isinstance(recurrence, Heads):
+        return Blocks(recurrence.num_heads, hidden_size // recurrence.num_heads)
+    if isinstance(recurrence, Diagonal):
+        return Blocks(hidden_size, 1)
+    raise NotImplementedError(
+        f"`rnncore.online`: expected a recurrence Dense(), Heads(N) or Diagonal(), got {recurrence}; of another "
+        "structure it is not known which units see each other."
+    )
+
+
+def to_blocks(recurrence: Recurrence, kernel: Array) -> Array:
+    """The kernel as (S, G, N, S): from unit, gate, block, to unit."""
+    if isinstance(recurrence, Dense):
+        return kernel[:, :, None]
+    if isinstance(recurrence, Heads):
+        return jnp.transpose(kernel, (1, 2, 0, 3))
+    return kernel[None, :, :, None]
+
+
+def from_blocks(recurrence: Recurrence, blocks: Array) -> Array:
+    """The kernel from what `to_blocks` makes of it."""
+    if isinstance(recurrence, Dense):
+        return blocks[:, :, 0]
+    if isinstance(recurrence, Heads):
+        return jnp.transpose(blocks, (2, 0, 1, 3))
+    return blocks[0, :, :, 0]
+
+
+def within(blocks: Blocks, h: Array) -> Array:
+    """For every unit the outputs that it sees: (*batch, H) to (*batch, S, H)."""
+    apart = h.reshape(*h.shape[:-1], blocks.number, blocks.size)
+    seen = jnp.swapaxes(apart, -1, -2)[..., None]
+    seen = jnp.broadcast_to(seen, (*seen.shape[:-1], blocks.size))
+    return seen.reshape(*h.shape[:-1], blocks.size, h.shape[-1])

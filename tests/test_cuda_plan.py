@@ -1,0 +1,99 @@
+"""Layouts of the CUDA kernels: pure functions of shapes and of a GPU's figures, so that no GPU is needed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+import rnncore
+from rnncore.kernels import kernel_body
+from rnncore.kernels.cuda import emit
+from rnncore.kernels.cuda.plan import DEVICES, Device, Plan, Shape, layouts, plan_of, products
+
+GPUS = ("T4", "L4", "RTX 3090", "A100", "RTX 4090", "H100", "B200")
+
+
+def shape_of(cell: Any, direction: str, rows: int, dtype: str, product: str, heads: int = 1) -> Shape:
+    return Shape(
+        direction, dtype, dtype, product, gates=len(cell.gates), fields=len(cell.Carry._fields),
+        width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size // heads, heads=heads, sequences=rows,
+    )  # fmt: skip
+
+
+def planned(device: Device, *args: Any, **options: Any) -> Plan:
+    plan = plan_of(device, shape_of(*args, **options))
+    assert isinstance(plan, Plan), plan
+    return plan
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_an_lstm_of_768_is_held_on_the_chip(gpu: str, direction: str):
+    device = DEVICES[gpu]
+    product = products("float32", None, device.capability)
+    plan = planned(device, rnncore.LSTM(768), direction, 16, "float32", product)
+    # 2.4 million weights are 9.4 MB; a T4 has 40 x (256 + 64) KB in all.
+    assert (plan.streamed > 0) == (gpu == "T4")
+    if device.capability >= 80:
+        assert planned(device, rnncore.LSTM(768), direction, 16, "bfloat16", "mma").streamed == 0
+    half = planned(device, rnncore.LSTM(768), direction, 16, "float16", "mma")
+    assert half.streamed == 0 if gpu != "T4" else 0 < half.streamed < half.each / 2
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_every_layout_keeps_to_the_limits(gpu: str):
+    device = DEVICES[gpu]
+    count = 0
+    for size, heads, rows, dtype in ((64, 12, 16, "float16"), (100, 1, 9, "float32"), (1024, 1, 64, "float16")):
+        cell = rnncore.GRU(size * heads, recurrence=rnncore.Heads(heads))
+        for direction in ("forward", "backward"):
+            shape = shape_of(cell, direction, rows, dtype, products(dtype, None, device.capability), heads)
+            for plan in layouts(device, shape):
+                count += 1
+                assert plan.shared <= device.shared and plan.threads <= 512 and plan.step > 0
+                assert plan.threads * (plan.in_registers * shape.sets * 8 + 32) <= 65536
+                assert plan.blocks * plan.groups * 16 >= size and plan.split * plan.each >= shape.depth
+                assert plan.sync != "grid" or plan.grid <= device.processors
+                assert plan.sync != "cluster" or device.capability in (90, 100)
+                assert (plan.blocks == 1) == (plan.sync == "none")
+    assert count > 100
+
+
+def test_small_heads_run_alone_and_large_ones_together():
+    h100 = DEVICES["H100"]
+    heads = {64: 12, 256: 3, 768: 1}
+    plans = {
+        size: planned(h100, rnncore.LSTM(768), "forward", 16, "bfloat16", "mma", heads=n) for size, n in heads.items()
+    }
+    assert [plans[size].sync for size in heads] == ["none", "cluster", "grid"]
+    assert all(plan.streamed == plan.in_shared == 0 for plan in plans.values())
+    assert plans[64].step < plans[256].step < plans[768].step < 2.2
+
+
+def test_what_is_too_much_for_the_chip_is_streamed_and_what_waits_for_too_much_is_refused():
+    t4 = DEVICES["T4"]
+    large = planned(t4, rnncore.LSTM(2048), "forward", 16, "float16", "mma")
+    assert large.streamed > 0
+    why = plan_of(t4, shape_of(rnncore.LSTM(2048), "forward", 4096, "float16", "mma"))
+    assert isinstance(why, str) and "T4" in why and "fewer sequences" in why
+    assert "8.0" in str(plan_of(t4, shape_of(rnncore.LSTM(64), "forward", 4, "bfloat16", "mma")))
+    # Blocks that wait for nobody may be as many as there are.
+    assert planned(t4, rnncore.LSTM(64), "forward", 4096, "float16", "mma").sync == "none"
+
+
+def test_precision_chooses_the_product():
+    assert products("bfloat16", "highest", 90) == "mma"
+    assert products("float32", None, 90) == products("float32", "default", 80) == "tf32"
+    assert products("float32", "highest", 90) == products("float32", "high", 120) == "3xtf32"
+    assert products("float32", None, 75) == "fma"
+
+
+def test_a_layout_is_part_of_the_source_and_shapes_of_the_call_are_not():
+    cell = rnncore.LSTM(64)
+    plan = planned(DEVICES["H100"], cell, "forward", 16, "bfloat16", "mma")
+    text = emit.source(cell, plan)
+    more = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, sequences=13))
+    assert emit.source(cell, more) == text
+    assert emit.source(cell, dataclasses.replace(plan, tiles=2)) != text

@@ -1,0 +1,35 @@
+"""The benchmark of models whose import alone is changed; no time is asserted on."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import front_door
+
+FIELDS = {"part", "side", "shape_BTDH", "compile_seconds", "temporary_bytes"}
+TIMES = {"calls_a_round", "ms", "median_ms", "min_ms", "max_ms", "speed_against_flax"}
+
+
+def test_a_quick_run_has_all_fields(tmp_path, capsys):
+    path = tmp_path / "front_door.json"
+    options = ["--quick", "--rounds", "2", "--seconds", "1e-4", "--compilations", "1", "--out", str(path)]
+    assert front_door.main([*options, "--parts", "step", "tagger"]) == 0
+    result = json.loads(path.read_text())
+    assert result["machine"]["jax"] == jax.__version__ and not result["interrupted"]
+    ours = [record for record in result["records"] if record["side"] == "rnncore"]
+    assert [record["part"] for record in ours] == ["step", "tagger"]
+    for record in ours:
+        assert set(record) - {"speed_against_torch"} == FIELDS | TIMES | {"largest_relative_difference"}
+        assert record["largest_relative_difference"] < 1e-4  # Adam divides gradients by their own size
+    assert "step: geometric mean" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("api", ["linen", "nnx"])
+def test_both_sides_start_from_the_same_parameters(api):
+    build = {"linen": front_door.linen_program, "nnx": front_door.nnx_program}[api]
+    sides = [build(nn, front_door.QUICK, False).arguments[0] for nn in front_door.SIDES[api].values()]
+    jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, sides))
