@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnncore import _arguments, _products, initializers
+from rnncore import _arguments, _compat, _products, initializers
 from rnncore._types import Array, Initializer, PyTree, exportable
 from rnncore.cells.recurrent_kernels import Dense, Recurrence
 
@@ -261,4 +261,5 @@ class PointwiseCell(Cell):
         """One step: (carry, z slab) to (new carry, gates); `mask` multiplies h where it enters the product."""
         p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
         h = carry.h if mask is None else carry.h * mask.astype(carry.h.dtype)
-        return self.pointwise(p, self.split(z), self.split(self.mix(params, h)), carry)
+        z, r = (self.Gates(*_compat.parts(slab, len(self.gates))) for slab in (z, self.mix(params, h)))
+        return self.pointwise(p, z, r, carry)
