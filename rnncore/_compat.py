@@ -124,4 +124,4 @@ def _by_name(function: Any) -> Any:
 
 # `jax.nn.sigmoid` and its like are compiled functions, which pickle looks for by what they wrap and does not find.
 for _kind in (type(jax.nn.sigmoid), jax.custom_jvp, jax.custom_vjp):
-    copyreg.pickle(_kind, _by_name)  # type: ignore[arg-type]
+    copyreg.pickle(_kind, _by_name)
