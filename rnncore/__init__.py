@@ -24,6 +24,7 @@ from rnncore.cells.structured_kernels import Dale as Dale
 from rnncore.cells.structured_kernels import LowRank as LowRank
 from rnncore.cells.structured_kernels import Sparse as Sparse
 from rnncore.cells.structured_kernels import Unconnected as Unconnected
+from rnncore.flax_modules import SlowPathWarning as SlowPathWarning
 from rnncore.layers.compose import unroll_stack as unroll_stack
 from rnncore.layers.equinox_weights import from_equinox as from_equinox
 from rnncore.layers.equinox_weights import to_equinox as to_equinox
@@ -36,9 +37,10 @@ from rnncore.layers.stack import Stack as Stack
 from rnncore.layers.stack import StackParams as StackParams
 from rnncore.layers.torch_weights import from_torch as from_torch
 from rnncore.layers.torch_weights import to_torch as to_torch
-from rnncore.sequence.call import BackendChoice as BackendChoice
 from rnncore.sequence.call import States as States
 from rnncore.sequence.call import explain_backend as explain_backend
 from rnncore.sequence.call import unroll as unroll
+from rnncore.sequence.choices import BackendChoice as BackendChoice
+from rnncore.sequence.choices import BackendChoices as BackendChoices
 
 __version__ = "0.1.0"

@@ -60,7 +60,7 @@ def named(kind: str, names: tuple[str, ...]) -> type:
 
     It is made where it is needed, also where something pickled is read.
     """
-    make: Any = collections.namedtuple
+    make: Any = collections.namedtuple  # the fields are known at run time only
     made = make(kind, names)
     made.__reduce__ = lambda self: (_named_of, (kind, names, *self))
     return exportable(made, f"{kind}({', '.join(names)})")

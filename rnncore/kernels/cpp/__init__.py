@@ -65,6 +65,20 @@ class Cpp(recurrence.CppLoops):
             return "only where it is named: data that is sharded over devices would be gathered to each of them"
         return None
 
+    def remedy(self, request: Request) -> str | None:
+        if request.platform != "cpu":
+            return None
+        if not compiler.find():
+            # What else it cannot do is said of a machine that could compile.
+            return "a C++ compiler (g++ or clang++; CXX names another) lets most cells run by backend 'cpp'"
+        if self.unsupported(request):
+            return None
+        if compiler.turned_off():
+            return "backend 'cpp' is the fastest loop on a CPU: unset RNNCORE_CPP, or name it"
+        if request.devices > 1:
+            return "backend='cpp' is the fastest loop on a CPU, for data that lies on one device"
+        return None
+
     def prepare(self, request: Request) -> str | None:
         cell, variant = request.cell, recurrence.variant_of(request)
         assert isinstance(cell, PointwiseCell)
