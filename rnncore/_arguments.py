@@ -75,8 +75,8 @@ def refuse_foreign(cls: type, given: Mapping[str, Any]) -> None:
 def check_size(call: str, name: str, value: Any) -> None:
     """ValueError unless the value is a whole number."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        array: Any = value
-        shown = f"<{array.dtype} {array.shape}>" if hasattr(array, "shape") else repr(value)
+        given: Any = value
+        shown = f"<{given.dtype} {given.shape}>" if hasattr(given, "shape") else repr(given)
         raise ValueError(f"`{call}({name}={shown})`: expected an int, a number of features or units.")
 
 

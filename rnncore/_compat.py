@@ -115,6 +115,18 @@ def runs_elsewhere(context: Any, platform: str) -> bool:
     return module.lowering_parameters.for_export or platforms != {platform}
 
 
+def parts(slab: Any, count: int) -> list[Any]:
+    """Equal parts of the last axis, for code that JAX differentiates as it stands.
+
+    jaxlib 0.8 to 0.10 compile the concatenation, to which a split transposes, wrongly on some CPUs under vmap in
+    float64; a slice transposes to padding.  See docs/known_issues.md.
+    """
+    size = slab.shape[-1] // count
+    if jax.__version_info__ < (0, 11):
+        return [lax.slice_in_dim(slab, n * size, (n + 1) * size, axis=-1) for n in range(count)]
+    return lax.split(slab, [size] * count, slab.ndim - 1)
+
+
 def _by_name(function: Any) -> Any:
     """How JAX's functions are pickled and copied: by their names, as Python's own."""
     if str(getattr(function, "__module__", "")).partition(".")[0] == "jax" and "<" not in function.__qualname__:

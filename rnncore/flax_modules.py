@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +18,7 @@ from rnncore.cells import CellParams, PointwiseCell, pointwise
 from rnncore.cells.recurrent_kernels import Dense, Heads, Recurrence
 from rnncore.layers.compose import unroll_stack
 from rnncore.layers.stack import Stack, StackParams
+from rnncore.sequence import choices
 from rnncore.sequence.call import States
 
 
@@ -97,7 +101,79 @@ def result_of(rnn: Any, result: tuple[Any, ...], return_carry: bool) -> Any:
     return chosen[0] if len(chosen) == 1 else chosen
 
 
-def refuse_options(rnn: Any, scan: str, why: str) -> None:
+class SlowPathWarning(UserWarning):
+    """A cell runs under Flax's scan in an `RNN` of rnncore, and the message says what would be faster.
+
+    It comes once for each class of cells and reason; `warnings.simplefilter("ignore", rnncore.SlowPathWarning)`
+    silences it.
+    """
+
+
+class SlowPath(NamedTuple):
+    """Why a cell runs under Flax's scan, and what to do about it; None where there is nothing to do."""
+
+    reason: str
+    remedy: str | None = None
+
+
+_warned: set[tuple[type, str]] = set()
+_silent: contextvars.ContextVar[bool] = contextvars.ContextVar("silent", default=False)
+AS_POINTWISE = "write its update as an `rnncore.PointwiseCell` and run that by `rnncore.unroll`"
+
+
+def unknown_cell(cell: Any, known: Iterable[type], flavour: str) -> SlowPath:
+    """Of a cell whose class is not one of those whose equations are known."""
+    reason = f"{type(cell).__name__} is not exactly one of the pointwise cells of rnncore.{flavour} or flax.{flavour}"
+    base = next((kind for kind in type(cell).__mro__ if kind in set(known)), None)
+    if base is not None:
+        name = base.__name__
+        return SlowPath(reason, f"pass {name} itself if that is what it computes; else {AS_POINTWISE}")
+    return SlowPath(reason, AS_POINTWISE if cell.num_feature_axes == 1 else None)
+
+
+def unfit_functions(
+    make: Callable[[], PointwiseCell], size: int, functions: Sequence[Any], module: type
+) -> SlowPath | None:
+    """Of functions of units that no loop can apply, or None; `make` gives the functional cell with them."""
+    for function in functions:
+        if isinstance(function, module):
+            reason = f"its function {type(function).__name__} is a module"
+            return SlowPath(reason, f"give a plain function, or {AS_POINTWISE}")
+    if why := pointwise.why_not_static(functions, size):
+        return SlowPath(why, "give a function that is made outside of the transformed one, such as jnp.tanh")
+    why = pointwise.why_not_elementwise(make())
+    return SlowPath(why) if why else None
+
+
+def before_scan(rnn: Any, scan: str, slow: SlowPath) -> None:
+    """Before a module runs under Flax's scan: refuses options, and says so where something can be done about it."""
+    cell = type(rnn.cell)
+    _refuse_options(rnn, scan, slow.reason)
+    if choices.is_recording():
+        remedies = () if slow.remedy is None else (slow.remedy,)
+        with choices.layer(rnn):
+            choices.record(choices.BackendChoice(scan, f"Flax's own scan, because {slow.reason}", {}, remedies))
+    elif slow.remedy is not None and not _silent.get() and (cell, slow.reason) not in _warned:
+        warnings.warn(
+            f"`RNN({cell.__name__}(...))`: runs under {scan}, as in Flax and no faster, because {slow.reason}. To have "
+            f"it run in rnncore's loops, {slow.remedy}.",
+            SlowPathWarning,
+            stacklevel=3,
+        )
+        _warned.add((cell, slow.reason))
+
+
+@contextlib.contextmanager
+def without_warning() -> Iterator[None]:
+    """Inside, cells run under Flax's scan without a warning, because it is not the user's doing."""
+    token = _silent.set(True)
+    try:
+        yield
+    finally:
+        _silent.reset(token)
+
+
+def _refuse_options(rnn: Any, scan: str, why: str) -> None:
     """NotImplementedError for options of `rnncore.unroll` on a module that runs under Flax's scan."""
     for name, default in (("checkpoint_every", None), ("recompute", "nothing"), ("backend", None)):
         if getattr(rnn, name) != default:
@@ -109,15 +185,19 @@ def refuse_options(rnn: Any, scan: str, why: str) -> None:
 
 def unroll(
     rnn: Any, core: PointwiseCell, params: CellParams, inputs: Array, carry: Any, step_shape: tuple[int, ...], *,
-    return_states: bool, **options: Any,
+    return_states: bool, recompute: str | None = None, **options: Any,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """(carry, outputs[, States]) of an RNN module through `rnncore.unroll`, in Flax's carries and dtypes."""
+    """(carry, outputs[, States]) of an RNN module through `rnncore.unroll`, in Flax's carries and dtypes.
+
+    `recompute`: in place of the module's own.
+    """
     xs = jnp.asarray(inputs, params.input_kernel.dtype)
     start = to_core(core, carry)
-    last, outputs, *states = sequence.unroll(
-        core, params, xs, initial_carry=start, return_states=return_states,
-        checkpoint_every=rnn.checkpoint_every, recompute=rnn.recompute, backend=rnn.backend, **options,
-    )  # fmt: skip
+    with choices.layer(rnn):
+        last, outputs, *states = sequence.unroll(
+            core, params, xs, initial_carry=start, return_states=return_states,
+            checkpoint_every=rnn.checkpoint_every, recompute=recompute or rnn.recompute, backend=rnn.backend, **options,
+        )  # fmt: skip
     # The outputs have the dtype of a step's output, also where the carry has another one.
     step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(step_shape, xs.dtype)))
     states = [s._replace(carries=from_core(s.carries)) for s in states]
@@ -166,7 +246,9 @@ def scan_cell(
             last = _lengths.last_valid(last, jax.tree.map(lambda a: a[None], new), lengths, t)
         return (new, last), (y, new if return_states else None)
 
-    (end, last), ys = scan(step, (carry, last), (xs, resets, jnp.arange(steps)))
+    # While a backend is explained nothing is compiled, and this scan would become a loop of Python's.
+    with jax.disable_jit(False) if choices.is_recording() else contextlib.nullcontext():
+        (end, last), ys = scan(step, (carry, last), (xs, resets, jnp.arange(steps)))
     if reverse and keep_order:
         ys = _lengths.reverse_time(ys, lengths)
     outputs, carries = jax.tree.map(lambda a: jnp.moveaxis(a, 0, time_axis), ys)
@@ -212,12 +294,13 @@ def run_layers(
     **options: Any,
 ) -> Any:  # fmt: skip
     """What a module of several layers returns: its fields and the options of a call through `unroll_stack`."""
-    last, outputs, *states = unroll_stack(
-        stack, params, xs, initial_carry=initial_carry, dtype=layers.dtype,
-        carry_dtype=layers.carry_dtype if initial_carry is not None else carry_dtype(layers),
-        output_dtype=layers.output_dtype, time_major=layers.time_major,
-        checkpoint_every=layers.checkpoint_every, recompute=layers.recompute, backend=layers.backend, **options,
-    )  # fmt: skip
+    with choices.layer(layers, [name for row in stack.names for name in row]):
+        last, outputs, *states = unroll_stack(
+            stack, params, xs, initial_carry=initial_carry, dtype=layers.dtype,
+            carry_dtype=layers.carry_dtype if initial_carry is not None else carry_dtype(layers),
+            output_dtype=layers.output_dtype, time_major=layers.time_major,
+            checkpoint_every=layers.checkpoint_every, recompute=layers.recompute, backend=layers.backend, **options,
+        )  # fmt: skip
     carry = (last,) if (layers.return_carry if return_carry is None else return_carry) else ()
     result = (*carry, outputs, *states)
     return result[0] if len(result) == 1 else result

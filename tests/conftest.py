@@ -51,3 +51,8 @@ def unrolled(monkeypatch: pytest.MonkeyPatch) -> list:
 
     monkeypatch.setattr(rnncore.sequence, "unroll", counted)
     return calls
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Many tests are about cells under Flax's scan; test_explain_modules.py is about the warning."""
+    config.addinivalue_line("filterwarnings", "ignore::rnncore.SlowPathWarning")

@@ -126,6 +126,73 @@ def leaky(alpha: float | None = None) -> Cell:
     return Cell(("h",), (), forward, backward)
 
 
+def _positive(a: Array) -> tuple[Array, Array]:
+    """(g, g'): a + 1/2 above 0, sigmoid(a) below."""
+    return np.where(a >= 0, a + 0.5, sigmoid(a)), np.where(a >= 0, 1.0, sigmoid(a) * (1 - sigmoid(a)))
+
+
+def mingru(positive: bool = True) -> Cell:
+    """h' = (1 - z) h + z g(n)."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        az, an = sums(w, x, h)
+        n = _positive(an)[0] if positive else an
+        z = sigmoid(az)
+        return ((1 - z) * h + z * n,), (z, n), (x, h, az, an)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, az, an = kept
+        n, slope = _positive(an) if positive else (an, 1.0)
+        z = sigmoid(az)
+        da = [ds[0] * (n - h) * z * (1 - z), ds[0] * z * slope]
+        return back_input(w, dw, x, da), (back_recurrent(w, dw, h, da) + ds[0] * (1 - z),)
+
+    return Cell(("z", "n"), (), forward, backward)
+
+
+def minlstm(positive: bool = True) -> Cell:
+    """h' = (f h + i g(n)) / (f + i)."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        af, ai, an = sums(w, x, h)
+        n = _positive(an)[0] if positive else an
+        f, i = sigmoid(af), sigmoid(ai)
+        return ((f * h + i * n) / (f + i),), (f, i, n), (x, h, af, ai, an)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, af, ai, an = kept
+        n, slope = _positive(an) if positive else (an, 1.0)
+        f, i = sigmoid(af), sigmoid(ai)
+        df, di = i * (h - n) / (f + i) ** 2, f * (n - h) / (f + i) ** 2
+        da = [ds[0] * df * f * (1 - f), ds[0] * di * i * (1 - i), ds[0] * i / (f + i) * slope]
+        return back_input(w, dw, x, da), (back_recurrent(w, dw, h, da) + ds[0] * f / (f + i),)
+
+    return Cell(("f", "i", "n"), (), forward, backward)
+
+
+def rglru(scale: float = 8.0) -> Cell:
+    """h' = a h + sqrt(1 - a^2) i v,  a = exp(-c log(1 + exp(p)) r)."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        ar, ai, v = sums(w, x, h)
+        r, i = sigmoid(ar), sigmoid(ai)
+        a = np.exp(-scale * np.log1p(np.exp(w.p[0])) * r)
+        return (a * h + np.sqrt(1 - a * a) * i * v,), (r, i, v), (x, h, r, i, v, a)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, r, i, v, a = kept
+        root, rate = np.sqrt(1 - a * a), np.log1p(np.exp(w.p[0]))
+        d_log = ds[0] * (h - a / root * i * v) * a  # of log a
+        dw.p[0] -= d_log * scale * r * sigmoid(w.p[0])
+        da = [-d_log * scale * rate * r * (1 - r), ds[0] * root * v * i * (1 - i), ds[0] * root * i]
+        return back_input(w, dw, x, da), (back_recurrent(w, dw, h, da) + ds[0] * a,)
+
+    return Cell(("r", "i", "v"), (), forward, backward)
+
+
 def lstm(gate: str = "sigmoid", activation: str = "tanh", peepholes: bool = False, coupled: bool = False) -> Cell:
     """c' = f c + i g, h' = o phi(c'); with `coupled` i = 1 - f; with `peepholes` i, f see c and o sees c'."""
     sig, dsig = ACTIVATIONS[gate]

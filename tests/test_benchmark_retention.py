@@ -195,7 +195,7 @@ def test_stopped_on_the_way_it_keeps_what_was_done(tmp_path, monkeypatch, capsys
         (["--first-seed", "-1"], "--first-seed -1: expected at least 0"),
         (["--hidden", "1"], "expected at least 2"),
         (["--scale", "nan"], "expected a standard deviation"),
-        (["--quick"], "say --out FILE"),
+        (["--quick", "--record"], "do not belong among the results"),
         (["--cells", "Haste"], "invalid choice"),
     ],
 )

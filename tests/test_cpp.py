@@ -404,7 +404,7 @@ def test_what_runs_is_the_call_and_no_loop():
 
 
 def test_memory_of_a_gradient_step():
-    """1 + R arrays: the outputs, which nobody asks for here, and what the derivative needs."""
+    """1 + R arrays: the outputs, which nobody asks for here, and the gates; c of few steps alone."""
     cell = rnncore.LSTM(32)
     params, xs = cell.init(jax.random.key(0), 32, jnp.float32), jnp.ones((8, 256, 32), jnp.float32)
 
@@ -413,7 +413,7 @@ def test_memory_of_a_gradient_step():
 
     compiled = jax.jit(jax.grad(loss, (0, 1))).lower(params, xs).compile()
     arrays = compiled.memory_analysis().temp_size_in_bytes / (4 * 8 * 256 * 32)
-    assert 6 <= arrays < 7.5, arrays  # and the cotangent of the outputs
+    assert 5 <= arrays < 6.5, arrays  # and the cotangent of the outputs
 
 
 def test_gradients_of_the_parameters_alone():
@@ -458,6 +458,7 @@ def test_the_text_depends_on_the_update_alone():
     assert text != emit.source(rnncore.LSTM(8, peepholes=True), plain)
     assert text != emit.source(rnncore.LSTM(8), plain._replace(residual="bfloat16"))
     assert "gates = 4, fields = 2, hidden = 1, units = 0, residuals = 5, rest = 0, emitted = 0;" in text
+    assert "count = 4, h_at = -1, reformed = 1;" in text
     assert "emitted = 4;" in emit.source(rnncore.LSTM(8), plain._replace(states=True))
     assert text.count("logistic(") == 6 and text.count("hyperbolic_tangent(") == 5  # tanh(c) is formed again backwards
 

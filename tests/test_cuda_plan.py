@@ -9,8 +9,9 @@ import pytest
 
 import rnncore
 from rnncore.kernels import kernel_body
-from rnncore.kernels.cuda import emit
+from rnncore.kernels.cuda import Cuda, emit, launch, nvrtc
 from rnncore.kernels.cuda.plan import DEVICES, Device, Plan, Shape, layouts, plan_of, products
+from rnncore.recurrence.run import Request
 
 GPUS = ("T4", "L4", "RTX 3090", "A100", "RTX 4090", "H100", "B200")
 
@@ -104,3 +105,28 @@ def test_a_layout_is_part_of_the_source_and_shapes_of_the_call_are_not():
     more = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, sequences=13))
     assert emit.source(cell, more) == text
     assert emit.source(cell, dataclasses.replace(plan, tiles=2)) != text
+
+
+def test_chosen_where_it_was_timed_and_nowhere_else(monkeypatch: pytest.MonkeyPatch):
+    """On one GPU of Hopper's kind, heads of 64 to 1024 units, up to 64 sequences, every dtype."""
+    monkeypatch.setattr(nvrtc, "library", lambda: "there")
+    backend = Cuda()
+
+    def reason(gpu: Device, cell: rnncore.Cell, rows: int, dtype: str = "bfloat16", devices: int = 1) -> str | None:
+        monkeypatch.setattr(launch, "device", lambda: gpu)
+        request = Request(
+            cell=cell, steps=8, batch_shape=(rows,), input_size=4, dtype=dtype, dtypes=frozenset({dtype}),
+            precision=None, platform="gpu", devices=devices, lengths=False, resets=False, recurrent_mask=False,
+            zoneout=False, return_states=False, checkpoint_every=None, recompute="nothing",
+        )  # fmt: skip
+        assert backend.unsupported(request) is None
+        return backend.unchosen(request)
+
+    hopper, ampere = DEVICES["H100"], DEVICES["A100"]
+    for dtype in ("bfloat16", "float16", "float32"):
+        assert reason(hopper, rnncore.LSTM(768), 16, dtype) is None
+    assert reason(hopper, rnncore.GRU(768, recurrence=rnncore.Heads(12)), 64) is None
+    assert "compute capability 9.0, and this GPU has 8.0" in (reason(ampere, rnncore.LSTM(768), 16) or "")
+    assert "this run has 40 and 16" in (reason(hopper, rnncore.LSTM(40), 16) or "")
+    assert "this run has 256 and 65" in (reason(hopper, rnncore.LSTM(256), 65) or "")
+    assert "sharded over devices" in (reason(hopper, rnncore.LSTM(256), 16, devices=2) or "")

@@ -60,8 +60,6 @@ class SoftSlope(theirs.Module):
 WIDE: dict[str, Any] = dict(param_dtype=f64)
 SCANNED: dict[str, tuple[Callable, Callable]] = {
     "subclass of Flax's": (lambda: foreign("LSTMCell")(H, **WIDE), lambda: theirs.LSTMCell(H, **WIDE)),
-    "remat of Flax's": (lambda: theirs.remat(theirs.GRUCell)(H, **WIDE), lambda: theirs.GRUCell(H, **WIDE)),
-    "remat": (lambda: theirs.remat(ours.LSTMCell)(H, **WIDE), lambda: theirs.LSTMCell(H, **WIDE)),
     "subclass": (lambda: Doubled(H, **WIDE), lambda: DoubledInFlax(H, **WIDE)),
     "not elementwise": (
         lambda: ours.GRUCell(H, gate_fn=jax.nn.softmax, **WIDE),

@@ -61,3 +61,15 @@ def test_python_blocks_of_the_page_on_the_compiled_loop_run(capsys):
 def test_the_picture_is_there():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README.read_text()):
         assert (README.parent / path).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("page", ["online", "structures"])
+def test_python_blocks_of_the_pages_on_learning_online_and_on_structures_run(page: str):
+    names: dict = {}
+    with jax.enable_x64(False):
+        for block in re.findall(r"```python\n(.*?)```", (KERNELS.parent / f"{page}.md").read_text(), re.DOTALL):
+            exec(compile(block, f"{page} block", "exec"), names)
+    if page == "online":
+        assert names["losses"].shape == (1000,) and names["losses"][-1] < names["losses"][0]
+    else:
+        assert names["ys"].shape == (2, 5, 8) and names["cortex"].hidden_size == 100

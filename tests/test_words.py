@@ -112,7 +112,7 @@ WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
         "a Flax module; expected an rnncore cell. rnncore.linen.functional",
     ),
     "Flax's RNN": (
-        lambda: rnncore.explain_backend(linen.RNN(linen.LSTMCell(5)), PARAMS, XS),
+        lambda: rnncore.unroll(linen.RNN(linen.LSTMCell(5)), PARAMS, XS),
         "`unroll(cell=<RNN>)`: a Flax module",
     ),
     "nnx cell": (lambda: rnncore.unroll(nnx_cell(), PARAMS, XS), "rnncore.nnx.functional(cell)"),

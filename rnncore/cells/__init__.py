@@ -13,6 +13,9 @@ from rnncore.cells.leaky import Leaky as Leaky
 from rnncore.cells.lstm import LSTM as LSTM
 from rnncore.cells.lstm import LSTMCarry as LSTMCarry
 from rnncore.cells.mgu import MGU as MGU
+from rnncore.cells.minimal import RGLRU as RGLRU
+from rnncore.cells.minimal import MinGRU as MinGRU
+from rnncore.cells.minimal import MinLSTM as MinLSTM
 
 _LSTMS = [LSTM(1, peepholes=p, coupled=c) for p in (False, True) for c in (False, True)]
 for _cell in (*_LSTMS, GRU(1), MGU(1), Elman(1), IndRNN(1)):

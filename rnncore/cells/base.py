@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnncore import _arguments, _products, initializers
+from rnncore import _arguments, _compat, _products, initializers
 from rnncore._types import Array, Initializer, PyTree, exportable
 from rnncore.cells.recurrent_kernels import Dense, Recurrence
 
@@ -60,7 +60,7 @@ def named(kind: str, names: tuple[str, ...]) -> type:
 
     It is made where it is needed, also where something pickled is read.
     """
-    make: Any = collections.namedtuple
+    make: Any = collections.namedtuple  # the fields are known at run time only
     made = make(kind, names)
     made.__reduce__ = lambda self: (_named_of, (kind, names, *self))
     return exportable(made, f"{kind}({', '.join(names)})")
@@ -141,7 +141,8 @@ class PointwiseCell(Cell):
 
     Args:
       hidden_size: H.
-      recurrence: structure of the recurrent kernel: Dense(), Heads(N) or Diagonal().
+      recurrence: structure of the recurrent kernel: Dense(), Heads(N), Diagonal(), LowRank(r), a `Sparse`, `Dale` or
+        `Unconnected`.
       kernel_init: initialiser of the (D, G, H) input kernel, called with shape (D, G*H).
       recurrent_init: initialiser of the recurrent kernel; None takes the recurrence's own.
       bias_init: initialiser of the (G, H) bias.
@@ -260,4 +261,5 @@ class PointwiseCell(Cell):
         """One step: (carry, z slab) to (new carry, gates); `mask` multiplies h where it enters the product."""
         p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
         h = carry.h if mask is None else carry.h * mask.astype(carry.h.dtype)
-        return self.pointwise(p, self.split(z), self.split(self.mix(params, h)), carry)
+        z, r = (self.Gates(*_compat.parts(slab, len(self.gates))) for slab in (z, self.mix(params, h)))
+        return self.pointwise(p, z, r, carry)

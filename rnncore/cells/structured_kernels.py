@@ -1,4 +1,4 @@
-"""Recurrent kernels made of parameters: of low rank, sparse, of one sign for each unit.
+"""Recurrent kernels made of parameters: of low rank, sparse, of one sign for each unit, none at all.
 
 Each names the plain structure that it runs as and forms that kernel of its parameters, `effective`.  A run then forms
 its products over all steps for the effective kernel, on every backend, and their gradient is pulled back once; so a
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.cells.recurrent_kernels import Dense, Recurrence
+from rnncore.cells.recurrent_kernels import Dense, Diagonal, Recurrence
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +191,36 @@ class Dale(Structured):
     def effective(self, kernel: Array) -> tuple[Recurrence, Array]:
         signed = jnp.abs(kernel) * jnp.asarray(self.signs, kernel.dtype)[:, None, None]
         return self.within.effective(signed) if isinstance(self.within, Structured) else (self.within, signed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Unconnected(Structured):
+    """No recurrent product at all: r is 0, and a unit's past reaches it through its own carry only; kernel (0, G, H).
+
+    The structure of cells whose gates see the inputs alone.  It runs as a diagonal kernel of zeros, so that what is
+    exact and cheap over `Diagonal` is so over it.
+
+    Example:
+      >>> import jax, rnncore
+      >>> rnncore.MinGRU(4).init(jax.random.key(0), 3).recurrent_kernel.shape
+      (0, 2, 4)
+
+    Source: Martin and Cundy (2018), arXiv:1709.04057, name such recurrences linear surrogates.
+    """
+
+    @property
+    def default_init(self) -> Callable[..., Array]:  # type: ignore[override]
+        """Nothing to draw."""
+        return lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype)
+
+    def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
+        return (0, gates, hidden_size)
+
+    def effective(self, kernel: Array) -> tuple[Recurrence, Array]:
+        return Diagonal(), jnp.zeros(kernel.shape[1:], kernel.dtype)
+
+    def mix_transposed(self, kernel: Array, h: Array) -> Array:
+        return Diagonal().mix_transposed(kernel, h)
 
 
 def plain(cell: Any, params: Any) -> tuple[Any, Any]:

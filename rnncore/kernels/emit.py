@@ -81,14 +81,18 @@ def struct(part: kernel_body.Body, language: Language) -> list[str]:
         f"  static constexpr int rest_of[gates] = {{{rest_of}}};  // among `rest`; -1: z and r of it are added up",
     ]
     for name, closed, inputs, outputs in functions:
-        parameters = [f"const vec* {what}" for what, _ in inputs] + [f"vec* {what}" for what, _ in outputs]
-        lines.append(f"  {language.qualifier} void {name}({', '.join(parameters)}) {{")
-        lines += ["    " + line for line in _statements(closed, inputs, outputs, dtype, language)]
-        lines.append("  }")
+        lines += function(name, closed, inputs, outputs, dtype, language)
     return [*lines, "};"]
 
 
 Names = Sequence[tuple[str, int]]
+
+
+def function(name: str, closed: Any, inputs: Names, outputs: Names, dtype: str, language: Language) -> list[str]:
+    """The lines of a member function that evaluates a flat jaxpr; inputs and outputs are arrays of vectors."""
+    parameters = [f"const vec* {what}" for what, _ in inputs] + [f"vec* {what}" for what, _ in outputs]
+    lines = _statements(closed, inputs, outputs, dtype, language)
+    return [f"  {language.qualifier} void {name}({', '.join(parameters)}) {{", *("    " + a for a in lines), "  }"]
 
 
 def _elements(names: Names) -> list[str]:

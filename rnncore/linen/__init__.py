@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as _flax
 
+from rnncore.linen import explain as _explain  # noqa: F401
 from rnncore.linen.bidirectional import Bidirectional as Bidirectional
 from rnncore.linen.cells import GRUCell as GRUCell
 from rnncore.linen.cells import LSTMCell as LSTMCell

@@ -27,6 +27,17 @@ TREES: dict[type, trees.Tree] = {
 """The tree of every class whose equations are known, Flax's too; a subclass may compute something else."""
 
 
+def is_rematerialized(cell: nn.Module) -> bool:
+    """Whether the cell's class is what nn.remat has made of another."""
+    kind = type(cell)
+    return kind.__module__ == "flax.linen.transforms" and kind.__name__ == f"Checkpoint{kind.__mro__[1].__name__}"
+
+
+def class_of(cell: nn.Module) -> type:
+    """The cell's class, behind nn.remat, which changes nothing but when things are computed."""
+    return type(cell).__mro__[1] if is_rematerialized(cell) else type(cell)
+
+
 def functional(cell: nn.Module, params: Mapping[str, Any]) -> Any:
     """The functional cell that a Flax cell is, and the functional parameters that its own are.
 

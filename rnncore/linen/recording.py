@@ -23,7 +23,7 @@ from rnncore.layers.foreign import foreign_cell
 from rnncore.layers.recording import Layer, LayerRun, Moves, run_layer, run_moved, run_stack, zero_moves
 from rnncore.linen import trees
 from rnncore.linen.bidirectional import Bidirectional
-from rnncore.linen.convert import TREES
+from rnncore.linen.convert import TREES, class_of
 from rnncore.linen.layers import Layers
 from rnncore.linen.rnn import RNN
 from rnncore.linen.scan import has_plain_parameters
@@ -84,7 +84,8 @@ class Recorder:
             return run(module, *args, **kwargs)
         except NotImplementedError as error:
             self.left_out[self._name(module)] = str(error)
-            return next_fun(*args, **kwargs)
+            with modules.without_warning():  # that there is an interceptor
+                return next_fun(*args, **kwargs)
 
     def _name(self, module: nn.Module) -> str:
         return self._names.get(module.path, "/".join(module.path) or type(module).__name__)
@@ -165,9 +166,7 @@ class Recorder:
 
 def _cell_of(cell: Any, inputs: Array, carry: Any, step_shape: tuple[int, ...]) -> tuple[Cell, PyTree, Any, bool]:
     """(functional cell, its parameters, its carry, whether its equations are known)."""
-    kind = type(cell)
-    if kind.__module__ == "flax.linen.transforms" and kind.__name__.startswith("Checkpoint"):
-        kind = kind.__mro__[1]  # nn.remat changes nothing but when things are computed
+    kind = class_of(cell)
     weights = nn.meta.unbox(cell.variables["params"])
     if kind in TREES and trees.is_complete(TREES[kind], cell, weights):
         functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]

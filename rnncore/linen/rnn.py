@@ -17,9 +17,9 @@ from flax.linen import module as flax_module
 from rnncore import _arguments
 from rnncore import flax_modules as modules
 from rnncore._types import Array
-from rnncore.cells import CellParams, PointwiseCell, pointwise
+from rnncore.cells import CellParams, PointwiseCell
 from rnncore.linen import trees
-from rnncore.linen.convert import TREES
+from rnncore.linen.convert import TREES, class_of, is_rematerialized
 from rnncore.linen.scan import has_plain_parameters, scan_over
 
 
@@ -28,9 +28,11 @@ class RNN(nn.Module):
 
     carry_t, y_t = cell(carry_{t-1}, x_t)
 
-    A cell of `rnncore.linen` or flax.linen with elementwise functions runs through `rnncore.unroll`.
-    Every other one, a ConvLSTMCell, a subclass, a cell under nn.remat, runs under nn.scan as in Flax,
-    and so does a cell whose parameters differ from step to step by `variable_axes` or the like.
+    A cell of `rnncore.linen` or flax.linen with elementwise functions runs through `rnncore.unroll`, one
+    under nn.remat with `recompute="gates"`, which keeps what nn.remat keeps: inputs and carries.
+    Every other one, a ConvLSTMCell, a subclass, runs under nn.scan as in Flax, and so does a cell whose
+    parameters differ from step to step by `variable_axes` or the like.  Where something can be done about
+    that, a `rnncore.SlowPathWarning` says what, once; `rnncore.explain_backend` says which way is taken.
 
     Dtypes: the carry keeps the dtype it starts with, `carry_dtype` or else that of `initial_carry` or of
     `cell.initialize_carry`.  The outputs have the dtype of the cell's output for that carry, or
@@ -136,15 +138,18 @@ class RNN(nn.Module):
             carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, step_shape)
         carry = modules.cast(carry, self.carry_dtype)
 
-        why = self._why_scan(carry)
-        if why is None:
+        slow = self._slow_path(carry)
+        if slow is None:
             core, params = self._functional(inputs, carry, step_shape)
+            # A step under nn.remat keeps its carry, and forms projections and gates again.
+            rematerialized = is_rematerialized(self.cell) and self.recompute == "nothing"
             result = modules.unroll(
                 self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
                 keep_order=keep_order, time_major=time_major, return_states=return_states,
+                recompute="gates" if rematerialized else None,
             )  # fmt: skip
         else:
-            modules.refuse_options(self, "nn.scan", why)
+            modules.before_scan(self, "nn.scan", slow)
             result = modules.scan_cell(
                 functools.partial(scan_over, self), self, inputs, carry, time_axis, seq_lengths=seq_lengths,
                 resets=resets, reverse=reverse, keep_order=keep_order, return_carry=return_carry,
@@ -156,7 +161,7 @@ class RNN(nn.Module):
     def _functional(self, inputs: Array, carry: Any, step_shape: tuple[int, ...]) -> tuple[PointwiseCell, CellParams]:
         """The cell and its parameters as `rnncore.unroll` takes them."""
         cell: Any = self.cell
-        tree = TREES[type(cell)]
+        tree = TREES[class_of(cell)]
         if not trees.is_complete(tree, cell, cell.variables.get("params", {})):
             # One step makes the parameters; where it may not, it raises Flax's own error.
             cell(carry, jnp.zeros(step_shape, inputs.dtype))
@@ -164,22 +169,22 @@ class RNN(nn.Module):
         return trees.assemble(tree, cell, weights, inputs, jax.tree.leaves(carry)[-1])
 
     @nn.nowrap
-    def _why_scan(self, carry: Any) -> str | None:
-        """Reason why the cell has to run under nn.scan, or None."""
+    def _slow_path(self, carry: Any) -> modules.SlowPath | None:
+        """Why the cell has to run under nn.scan, or None."""
         cell = self.cell
-        if type(cell) not in TREES:
-            return f"{type(cell).__name__} is not exactly one of the pointwise cells of rnncore.linen or flax.linen"
+        tree = TREES.get(class_of(cell))
+        if tree is None:
+            return modules.unknown_cell(cell, TREES, "linen")
         if not has_plain_parameters(self):
-            return "its parameters are not simply the same at every step"
+            return modules.SlowPath("its parameters are not simply the same at every step")
         if getattr(flax_module, "_global_interceptor_stack", ()):
-            return "an interceptor (nn.intercept_methods) wants to see its calls"
+            reason = "an interceptor (nn.intercept_methods) wants to see its calls"
+            return modules.SlowPath(reason, "call the model outside of nn.intercept_methods")
         kept = (self.variable_broadcast, self.variable_carry, *self.variable_axes)
         if any(flax_module._context.capture_stack[-1:]) and any(in_filter(name, "intermediates") for name in kept):
-            return "`capture_intermediates` wants what it returns at every step"
+            reason = "`capture_intermediates` wants what it returns at every step"
+            remedy = "leave 'intermediates' out of the RNN's scan fields; return_states=True gives every carry"
+            return modules.SlowPath(reason, remedy)
         size = jnp.shape(jax.tree.leaves(carry)[-1])[-1]
         functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]
-        inner = [type(function).__name__ for function in functions if isinstance(function, nn.Module)]
-        if inner:
-            return f"its function {inner[0]} is a module"
-        why = pointwise.why_not_static(functions, size)
-        return why or pointwise.why_not_elementwise(TREES[type(cell)].make(cell, size))
+        return modules.unfit_functions(lambda: tree.make(cell, size), size, functions, nn.Module)

@@ -13,6 +13,7 @@ from typing import Any
 
 from flax import nnx as _flax
 
+from rnncore.nnx import explain as _explain  # noqa: F401
 from rnncore.nnx.bidirectional import Bidirectional as Bidirectional
 from rnncore.nnx.convert import from_functional as from_functional
 from rnncore.nnx.convert import functional as functional

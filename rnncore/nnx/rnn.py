@@ -149,15 +149,15 @@ class RNN(nnx.RNN):
         carry = self._initial_carry(step_shape, rngs) if initial_carry is None else initial_carry
         carry = modules.cast(carry, self.carry_dtype)
 
-        why = self._why_scan()
-        if why is None:
+        slow = self._slow_path()
+        if slow is None:
             core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
             result = modules.unroll(
                 self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
                 keep_order=keep_order, time_major=time_major, return_states=return_states,
             )  # fmt: skip
         else:
-            modules.refuse_options(self, "nnx.scan", why)
+            modules.before_scan(self, "nnx.scan", slow)
             result = modules.scan_cell(
                 functools.partial(scan_over, self), self, inputs, carry, time_axis, seq_lengths=seq_lengths,
                 resets=resets, reverse=reverse, keep_order=keep_order, return_carry=return_carry,
@@ -175,8 +175,8 @@ class RNN(nnx.RNN):
         # Flax forks what is given as Rngs and draws from what is given as a stream.
         return self.cell.initialize_carry(step_shape, rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs)
 
-    def _why_scan(self) -> str | None:
-        """Reason why the cell has to run under nnx.scan, or None."""
+    def _slow_path(self) -> modules.SlowPath | None:
+        """Why the cell has to run under nnx.scan, or None."""
         if self.state_axes != nnx.StateAxes(_AXES) or self.broadcast_rngs is not None:
-            return "state_axes or broadcast_rngs say how its state goes through the steps"
-        return trees.why_unknown(self.cell)
+            return modules.SlowPath("state_axes or broadcast_rngs say how its state goes through the steps")
+        return trees.slow_path(self.cell)

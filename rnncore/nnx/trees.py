@@ -15,8 +15,9 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
+from rnncore import flax_modules as modules
 from rnncore._types import Array
-from rnncore.cells import GRU, LSTM, MGU, CellParams, Elman, IndRNN, PointwiseCell, pointwise
+from rnncore.cells import GRU, LSTM, MGU, CellParams, Elman, IndRNN, PointwiseCell
 from rnncore.cells.base import named
 from rnncore.nnx import gated, lstm, simple
 
@@ -84,9 +85,23 @@ KNOWN: dict[type, Tree] = {
 
 def why_unknown(cell: Any) -> str | None:
     """Reason why a cell is not simply its functional cell, or None."""
+    slow = slow_path(cell)
+    return None if slow is None else slow.reason
+
+
+def slow_path(cell: Any) -> modules.SlowPath | None:
+    """Why a cell is not simply its functional cell, and what to do about it, or None."""
     tree = KNOWN.get(type(cell))
     if tree is None:
-        return f"{type(cell).__name__} is not exactly a cell of rnncore.nnx or flax.nnx"
+        return modules.unknown_cell(cell, KNOWN, "nnx")
+    if why := _changed(cell, tree):
+        return modules.SlowPath(why)
+    size, functions = cell.hidden_features, [getattr(cell, name) for name in tree.functions]
+    return modules.unfit_functions(lambda: tree.make(cell, size), size, functions, nnx.Module)
+
+
+def _changed(cell: Any, tree: Tree) -> str | None:
+    """Which part of a known cell is not as its constructor makes it, or None."""
     for name in tree.inputs + tree.recurrent:
         part = getattr(cell, name)
         if type(part) is not nnx.Linear:
@@ -102,15 +117,8 @@ def why_unknown(cell: Any) -> str | None:
             return f"its {name} has {'no' if part.bias is None else 'a'} bias"
     if not tree.recurrent and cell.promote_dtype is not dtypes.promote_dtype:
         return f"it has promote_dtype={cell.promote_dtype!r}"
-    if wrong := wrong_shape(cell):
-        return f"its {wrong}"
-    functions = [getattr(cell, name) for name in tree.functions]
-    for function in functions:
-        if isinstance(function, nnx.Module):
-            return f"its function {type(function).__name__} is a module"
-    size = cell.hidden_features
-    why = pointwise.why_not_static(functions, size)
-    return why or pointwise.why_not_elementwise(tree.make(cell, size))
+    wrong = wrong_shape(cell)
+    return f"its {wrong}" if wrong else None
 
 
 def wrong_shape(cell: Any) -> str | None:

@@ -49,6 +49,12 @@ class Backend(abc.ABC):
         del request
         return None
 
+    def remedy(self, request: Request) -> str | None:
+        """How to have a request run here for which another is chosen, for `explain_backend`; None for no way."""
+        if self.must_be_named is None or self.unsupported(request):
+            return None
+        return f"backend={self.name!r} can serve this call and may be faster: measure it. It runs {self.must_be_named}"
+
     def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
         """Whether `run` takes so many layers and directions at once, and had better.
 

@@ -222,8 +222,9 @@ class _Backward:
         self.run, self.outputs, self.kept = run, result.outputs, residuals
         self.dlast, self.doutputs = dense(cotangents.carry, result.carry), cotangents.outputs
         self.dcarries: list = [None] * len(result.carry) if cotangents.carries is None else [*cotangents.carries]
-        tree: Any = jax.tree.structure(result.gates)
-        self.dgates = {n: d for n, d in enumerate(tree.flatten_up_to(cotangents.gates)) if d is not None}
+        structure: Any = jax.tree.structure(result.gates)
+        gates = enumerate(structure.flatten_up_to(cotangents.gates))
+        self.dgates = {n: d for n, d in gates if d is not None}
         self.tangent_params = run.product.tangent_params(run.recurrent_params)
         self.want_xs = wanted.xs
         self.want_input = any(jax.tree.leaves(steps.input_params(wanted.params)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
@@ -17,7 +18,10 @@ from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.recurrence.backend import Backend, LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
+from rnncore.sequence import choices
 from rnncore.sequence.backends import BACKENDS
+from rnncore.sequence.choices import BackendChoice as BackendChoice
+from rnncore.sequence.choices import BackendChoices
 
 RECOMPUTE = ("nothing", "gates", "chunk")
 
@@ -33,19 +37,6 @@ class States(NamedTuple):
 
     carries: Any
     gates: Any
-
-
-class BackendChoice(NamedTuple):
-    """Which backend runs, why, and why not each of the others; prints as a short report."""
-
-    name: str
-    reason: str
-    rejected: dict[str, str]
-
-    def __str__(self) -> str:
-        return "\n".join(
-            [f"backend {self.name!r}: {self.reason}"] + [f"not {name!r}: {why}" for name, why in self.rejected.items()]
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,22 +190,46 @@ def unroll(
         return_states, include_initial, checkpoint_every, recompute, residual_dtype, backend,
     )  # fmt: skip
     request, layout, arrays = _prepare(cell, params, xs, options)
-    choice = choose(request, backend, prepare=True)
-    carry, outputs, states = _run(request, layout, BACKENDS[choice.name], *arrays)
+    if choices.is_recording():
+        choices.record(choose(request, backend))
+        carry, outputs, states = choices.zeros_like(_run, request, layout, BACKENDS["autodiff"], *arrays)
+    else:
+        choice = choose(request, backend, prepare=True)
+        carry, outputs, states = _run(request, layout, BACKENDS[choice.name], *arrays)
     return (carry, outputs, states) if return_states else (carry, outputs)
 
 
-def explain_backend(cell: Cell, params: PyTree, xs: Any = None, **options: Any) -> BackendChoice:
-    """Which backend `unroll` takes for the same arguments, why, and why not the others.
+@overload
+def explain_backend(cell: Cell, params: PyTree, xs: Any = None, **options: Any) -> BackendChoice: ...
+
+
+@overload
+def explain_backend(cell: Any, params: PyTree, xs: Any = None, *inputs: Any, **options: Any) -> BackendChoices: ...
+
+
+def explain_backend(
+    cell: Any, params: PyTree, xs: Any = None, *inputs: Any, **options: Any
+) -> BackendChoice | BackendChoices:
+    """Which backend a call takes, why, why not the others, and what would be faster here.
+
+    Three calls, of which nothing is run:
+
+      explain_backend(cell, params, xs, **options)            as `unroll`
+      explain_backend(module, variables, inputs, **options)   as `module.apply` of a linen model
+      explain_backend(module, inputs, **options)              as the call of an nnx model
 
     Args:
-      As in `unroll`; arrays may be `jax.ShapeDtypeStruct`s.
+      cell, params, xs, options: as in the call that is asked about; arrays may be `jax.ShapeDtypeStruct`s.  A module
+        is an `RNN`, `Bidirectional` or layer of `rnncore.linen` or `rnncore.nnx`, or a model of such.
+      inputs: more arguments of a module.
 
     Returns:
-      `BackendChoice`, which prints as a report.
+      `BackendChoice`, which prints as a report; of a module `BackendChoices`, one by the name of each recurrent layer.
+      A layer whose cell runs under Flax's scan has that for a backend, with the reason and, where there is one, a
+      remedy.
 
     Raises:
-      As `unroll` does.
+      As the call itself does.  ValueError for a module without a recurrent layer of rnncore.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -227,9 +242,18 @@ def explain_backend(cell: Cell, params: PyTree, xs: Any = None, **options: Any) 
       not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
+      >>> from rnncore import nnx
+      >>> layer = nnx.RNN(nnx.LSTMCell(3, 8, rngs=nnx.Rngs(0)), backend="scan")
+      >>> rnncore.explain_backend(layer, jnp.ones((2, 5, 3)))["RNN"].reason
+      'named by the caller'
     """
+    explain = choices.explainer(cell)
+    if explain is not None:
+        return explain(cell, params, *(() if xs is None else (xs,)), *inputs, **options)
     unknown = {name: options[name] for name in options if name not in Options._fields}
     _checks.refuse_removed("explain_backend", unknown, Options._fields)
+    if inputs:
+        raise TypeError(f"`explain_backend(cell, params, xs, {len(inputs)} more)`: expected options by their names.")
     _checks.check_arguments("explain_backend", "cell", params, xs)
     asked = Options(**options)
     return choose(_prepare(cell, params, xs, asked)[0], asked.backend)
@@ -258,7 +282,11 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
         if reasons[name] is None:
             break
     others = {other: why or f"{name!r} comes first" for other, why in reasons.items() if other != name}
-    return BackendChoice(name, "the first that can serve this call", others)
+    if prepare:
+        return BackendChoice(name, "the first that can serve this call", others)
+    preferred = itertools.takewhile(lambda other: other != name, BACKENDS)
+    remedies = (BACKENDS[other].remedy(request) for other in preferred)
+    return BackendChoice(name, "the first that can serve this call", others, tuple(filter(None, remedies)))
 
 
 def _why_not(backend: Backend, request: Request) -> str | None:

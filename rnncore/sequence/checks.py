@@ -141,8 +141,7 @@ def check_arguments(name: str, first: str, params: Any, xs: Any) -> None:
             f"`{name}({first}, {_shown(params)})`: expected {name}({first}, params, xs); make the parameters by "
             f"`{first}.init(key, D)`."
         )
-    tree: Any = jax.tree.structure(xs)
-    if not hasattr(xs, "dtype") and tree.num_nodes > 1 and hasattr(params, "dtype"):
+    if not hasattr(xs, "dtype") and not jax.tree_util.all_leaves([xs]) and hasattr(params, "dtype"):
         got = f"`{name}({first}, {_shown(params)}, {_shown(xs)})`"
         raise TypeError(f"{got}: expected the parameters before the inputs.")
 

@@ -13,7 +13,7 @@ from rnncore._types import Array
 from rnncore.cells.base import Cell
 from rnncore.recurrence.backend import Backend
 from rnncore.recurrence.run import Constants, Differentiable, Request
-from rnncore.sequence import call
+from rnncore.sequence import call, choices
 from rnncore.sequence.backends import BACKENDS
 from rnncore.sequence.call import Options
 
@@ -41,11 +41,15 @@ def unroll_layers(cell: Cell, layers: Any, carries: Any, xs: Array, options: Opt
             inputs: Any = jax.ShapeDtypeStruct((*xs.shape[:-1], width), xs.dtype)
             request, layout, (_, constants) = call._prepare(cell, own, inputs, options._replace(initial_carry=start))
             first = first or request
-            names.add(call.choose(request, options.backend, prepare=True).name)
+            choice = call.choose(request, options.backend, prepare=not choices.is_recording())
+            names.add(choice.name)
             if len(names) > 1 or not _takes(first, names, layers):
                 return None
         width = len(row) * cell.hidden_size
     axis = 0 if layout.time_major else xs.ndim - 2
+    if choices.is_recording():
+        choices.record(choice, together=True)
+        return carries, jnp.zeros((*xs.shape[:-1], width), xs.dtype)
     return _run_layers(first, BACKENDS[names.pop()], axis, Differentiable(layers, xs, carries, None), constants)
 
 

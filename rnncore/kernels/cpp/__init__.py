@@ -16,8 +16,9 @@ carry are float32 inside, or float64 where something is; float64 applies the C l
 options of `rnncore.unroll`: with `recompute`, "gates" or "chunk" alike, the carry of every K-th step is kept and the
 steps between run again; `residual_dtype` then has no meaning.  vmap over sequences becomes more of a batch, and over
 parameters runs one call after the other.  Data that is sharded over devices is gathered to each of them, unless
-shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R as in `rnncore.unroll` and in R
-the units of a head padded to a multiple of 16.  The same call gives the same bits on the same number of threads.
+shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R: LSTM 4, GRU 4, MGU 3,
+Elman 1, in which the units of a head are padded to a multiple of 16.  The same call gives the same bits on the same
+number of threads.
 """
 
 from __future__ import annotations
@@ -62,6 +63,20 @@ class Cpp(recurrence.CppLoops):
             return "RNNCORE_CPP turns it off where it is not named"
         if request.devices > 1:
             return "only where it is named: data that is sharded over devices would be gathered to each of them"
+        return None
+
+    def remedy(self, request: Request) -> str | None:
+        if request.platform != "cpu":
+            return None
+        if not compiler.find():
+            # What else it cannot do is said of a machine that could compile.
+            return "a C++ compiler (g++ or clang++; CXX names another) lets most cells run by backend 'cpp'"
+        if self.unsupported(request):
+            return None
+        if compiler.turned_off():
+            return "backend 'cpp' is the fastest loop on a CPU: unset RNNCORE_CPP, or name it"
+        if request.devices > 1:
+            return "backend='cpp' is the fastest loop on a CPU, for data that lies on one device"
         return None
 
     def prepare(self, request: Request) -> str | None:

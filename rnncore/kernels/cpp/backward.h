@@ -56,24 +56,27 @@ struct Sums {
   }
 };
 
-// Sequences lo to hi, all steps.  Where `begins` holds carries of some steps, stretches are run again from them, and
-// what the derivative needs is kept of one stretch at a time.
+// Sequences lo to hi, all steps.  Where `begins` holds carries of some steps, the carries between are formed again from
+// them, or the stretch is run again and what the derivative needs is kept of one stretch at a time.
 class Backward {
  public:
   Backward(const Sizes& s, const Inputs& in, const Weights& weights, const Transposes& p, const stored* y,
-           residual* kept, const Outputs& begins, const Cotangents& given, const Gradients& out, int64_t lo, int64_t hi)
-      : s(s), in(in), p(p), y(y), given(given), out(out), lo(lo), n(hi - lo), every(begins.begins ? begins.every : 0),
-        kept(s, kept, s.batch, 0, 0), forward(s, in, weights, begins, lo, hi) {
+           residual* kept, const Begins& begins, const Cotangents& given, const Gradients& out, int64_t lo, int64_t hi)
+      : s(s), in(in), p(p), y(y), given(given), out(out), begins(begins), lo(lo), n(hi - lo),
+        every(begins.data ? begins.every : 0), again(begins.data && begins.again),
+        kept(s, kept, s.batch, 0, 0), forward(s, in, weights, {nullptr, nullptr, nullptr, begins}, lo, hi) {
     chunk = chunk_steps(s, n, 65536, 128);  // below 128 rows the sums wait for memory
     ldx = s.inputs + kPad, ldz = s.lanes + kPad, ldh = s.units + kPad;
-    if (every) chunk = std::min(chunk, every);
+    if (again) chunk = std::min(chunk, every);
+    span = again ? every : every ? rounded(std::max(chunk, every), every) : s.steps;
   }
 
   std::vector<int64_t> sizes() const {
     const int64_t m = chunk * n, fields = Cell::fields * n * s.units;
-    std::vector<int64_t> all{m * ldx, every ? (every + 1) * n * ldh : m * ldh, m * ldz, Cell::rest ? m * ldz : 0,
-                             fields, in.resets ? fields : 0};
-    if (every) {
+    std::vector<int64_t> all{m * ldx, again ? (every + 1) * n * ldh : m * ldh, m * ldz, Cell::rest ? m * ldz : 0,
+                             fields, in.resets ? fields : 0, every ? span * n * Kept::reformed * s.units : 0,
+                             every ? Kept::reformed * n * s.units : 0};
+    if (again) {
       all.push_back(Residuals::size(s, every * n));
       for (int64_t size : forward.sizes()) all.push_back(size);
     }
@@ -82,10 +85,10 @@ class Backward {
 
   void set(real* const* parts, const Sums& totals) {
     x = parts[0], entering = parts[1], dz = parts[2], dr = Cell::rest ? parts[3] : dz, ds = parts[4],
-    dtarget = parts[5], sums = totals;
-    if (every) {
-      kept.data = reinterpret_cast<residual*>(parts[6]);
-      forward.set(parts + 7);
+    dtarget = parts[5], olds = parts[6], reforming = parts[7], sums = totals;
+    if (again) {
+      kept.data = reinterpret_cast<residual*>(parts[8]);
+      forward.set(parts + 9);
       forward.enter_in(entering, every + 1);
     }
   }
@@ -98,15 +101,17 @@ class Backward {
       if (in.resets) std::fill_n(dtarget, Cell::fields * n * s.units, real(0));
     });
     for (int64_t last = s.steps, first; last > 0; last = first) {
-      first = every ? (last - 1) / every * every : 0;
-      if (every) {
+      first = (last - 1) / span * span;
+      if (again) {
         kept = Residuals(s, kept.data, n, first, lo);
         forward.keep_in(kept);
         forward.again(here, together, first, last);
       }
+      if (Kept::reformed && every) here.phase(n, [&](int64_t r) { reform(r, first, last); });
+      stretch = first;
       for (int64_t end = last, t0; end > first; end = t0) {
         t0 = std::max(end - chunk, first);
-        h = every ? entering + (t0 - first) * n * ldh : entering;
+        h = again ? entering + (t0 - first) * n * ldh : entering;
         gradients(here, together, t0, end);
       }
     }
@@ -128,10 +133,13 @@ class Backward {
   const stored* y;
   const Cotangents& given;
   const Gradients& out;
+  const Begins begins;
   const int64_t lo, n, every;
+  const bool again;
   Residuals kept;
   Forward<true> forward;
-  int64_t chunk, ldx, ldz, ldh;
+  int64_t chunk, span, ldx, ldz, ldh, stretch = 0;  // span: steps of a stretch, which begins with one of `begins`
+  real *olds, *reforming;  // the old carry of the steps of a stretch, (step, sequence, field), and of one step
   real *x, *entering, *h, *dz, *dr, *ds, *dtarget;  // x, h, dz, dr: (step, sequence) by row; ds: of the carry after
   Sums sums;
 
@@ -142,7 +150,7 @@ class Backward {
     const int64_t rows = (end - t0) * n;
     here.phase(end - t0, [&](int64_t t) {
       gather_inputs(s, in.x, lo, n, t0 + t, x + t * n * ldx, ldx);
-      if (!every) gather_hidden(t0 + t, h + t * n * ldh);
+      if (!again) gather_hidden(t0 + t, h + t * n * ldh);
     });
     in_turn(here, together, [&](Team::Member& here) { loop(here, t0, end); });
     // One after the other: x and h of a chunk do not fit into the cache together.
@@ -187,17 +195,62 @@ class Backward {
       }
   }
 
+  bool resets(int64_t t, int64_t row) const { return in.resets && in.resets[t * s.batch + row]; }
+
+  // The old h of a step.
+  struct Previous {
+    const stored* y;
+    const real* given;  // where y is null
+    vec at(const Sizes& s, int64_t block) const {
+      return y ? load(y + s.first(block), s.count(block)) : load(given + s.first(block), s.count(block));
+    }
+  };
+  Previous previous(int64_t t, int64_t row) const {
+    const int64_t carried = (Cell::hidden * s.batch + row) * s.hidden;
+    if (resets(t, row)) return {nullptr, in.target + carried};
+    return {t ? y + row * s.y_row + (t - 1) * s.y_step : nullptr, in.start + carried};
+  }
+
   // What entered the recurrent product of a step.
   void gather_hidden(int64_t t, real* to) const {
     for (int64_t r = 0; r < n; r++, to += ldh) {
-      const int64_t row = lo + r, carried = (Cell::hidden * s.batch + row) * s.hidden;
-      const bool reset = in.resets && in.resets[t * s.batch + row];
-      const real* from = (reset ? in.target : in.start) + carried;
-      const stored* before = t && !reset ? y + row * s.y_row + (t - 1) * s.y_step : nullptr;
+      const Previous before = previous(t, lo + r);
+      for (int64_t block = 0; block < s.blocks; block++)
+        store(to + block * kLanes, masked(s, in.recurrent_mask, lo + r, block, before.at(s, block)));
+    }
+  }
+
+  real* old(int64_t t, int64_t r) const { return olds + ((t - stretch) * n + r) * Kept::reformed * s.units; }
+
+  // The carry's fields in `Kept::reformed` of a sequence before each step from first to last.
+  void reform(int64_t r, int64_t first, int64_t last) const {
+    real *carry = reforming + r * Kept::reformed * s.units, *to = olds + r * Kept::reformed * s.units;
+    for (int k = 0; k < Kept::reformed; k++)
+      std::copy_n(begins.at(s, first, lo + r, begins.again ? Kept::reformed_fields[k] : k), s.units,
+                  carry + k * s.units);
+    for (int64_t t = first; t < last; t++, to += n * Kept::reformed * s.units) {
+      if (resets(t, lo + r))
+        for (int k = 0; k < Kept::reformed; k++)
+          spread(s, in.target + (Kept::reformed_fields[k] * s.batch + lo + r) * s.hidden, carry + k * s.units);
+      const Previous before = previous(t, lo + r);
       for (int64_t block = 0; block < s.blocks; block++) {
-        const int64_t first = s.first(block);
-        const vec one = before ? load(before + first, s.count(block)) : load(from + first, s.count(block));
-        store(to + block * kLanes, masked(s, in.recurrent_mask, row, block, one));
+        vec units[Cell::units + 1], residuals[Cell::residuals + 1], old[Cell::fields], fresh[Kept::reformed + 1];
+        for (int m = 0; m < Cell::units; m++) units[m] = load(p.units + (block * Cell::units + m) * kLanes);
+        const residual* from = kept.at(t, lo + r, block);
+        for (int m = 0; m < Cell::residuals; m++)
+          if (Kept::at[m] >= 0) residuals[m] = load(from + Kept::at[m] * s.units);
+        if (Kept::reform_sees_h) old[Cell::hidden] = before.at(s, block);
+        for (int k = 0; k < Kept::reformed; k++) {
+          const int64_t at = k * s.units + block * kLanes;
+          old[Kept::reformed_fields[k]] = load(carry + at);
+          store(to + at, old[Kept::reformed_fields[k]]);
+        }
+        Kept::reform(units, residuals, old, fresh);
+        for (int k = 0; k < Kept::reformed; k++) {
+          const int f = Kept::reformed_fields[k];
+          if (in.zoneout.any) in.zoneout.part(s, f, t, lo + r, block, old[f], fresh[k]), fresh[k] += old[f];
+          store(carry + k * s.units + block * kLanes, fresh[k]);
+        }
       }
     }
   }
@@ -215,7 +268,11 @@ class Backward {
       vec residuals[Cell::residuals + 1], after[Cell::fields], stays[Cell::fields], gates[Cell::emitted + 1],
           dp[Cell::units + 1], z[kGates], rest[Cell::rest + 1], before[Cell::fields];
       const residual* from = kept.at(t, lo + r, block);
-      for (int m = 0; m < Cell::residuals; m++) residuals[m] = load(from + m * s.units);
+      for (int m = 0; m < Cell::residuals; m++)
+        if (Kept::at[m] >= 0) residuals[m] = load(from + Kept::at[m] * s.units);
+      if (Kept::h_at >= 0) residuals[Kept::h_at] = previous(t, lo + r).at(s, block);
+      for (int k = 0; k < Kept::reformed; k++)
+        residuals[Kept::reformed_at[k]] = load(old(t, r) + k * s.units + block * kLanes);
       const bool ends = t + 1 == (in.lengths ? in.lengths[lo + r] : s.steps);
       for (int f = 0; f < Cell::fields; f++) {
         after[f] = load(field(ds, f, r) + block * kLanes);

@@ -88,10 +88,12 @@ class Calls:
     Fields:
       targets: names of the handlers, as `compiler.HANDLERS`.
       variant: the types of the arrays, and whether there are states.
-      width, fields, emitted: residuals of a step, fields of the carry, gates that the update returns.
+      width, fields, emitted: what is kept of a step, fields of the carry, gates that the update returns.
       time_major: whether x and y have time first.
       zoneout: NONE, SHARE, CHOSEN or SHARES for each field of the carry.
-      every: 0, or to keep the carry before every so many steps and run the steps between again.
+      every: 0, or to keep of every so many steps `begins` fields of the carry.
+      begins: those that are formed again between them; all of them where the steps between are run again.
+      again: whether they are.
     """
 
     targets: tuple[str, str, str]
@@ -101,7 +103,9 @@ class Calls:
     emitted: int
     time_major: bool
     zoneout: tuple[int, ...]
-    every: int = 0
+    every: int
+    begins: int
+    again: bool
 
     @property
     def _axes(self) -> tuple[tuple, tuple]:
@@ -114,8 +118,11 @@ class Calls:
         steps, rows = moving.x.shape[:2] if self.time_major else moving.x.shape[1::-1]
         return steps, rows, moving.bias.shape[-1]
 
-    def forward(self, moving: Moving, given: Given, keep: bool) -> tuple[Out, Array]:
-        """(results, what `backward` needs: empty unless it is wanted)."""
+    def forward(self, moving: Moving, given: Given, keep: bool) -> tuple[Out, tuple[Array, Array]]:
+        """(results, what `backward` needs: empty unless it is wanted).
+
+        That is (T, B, width, padded H), and the carry of some steps (T / every, B, begins, padded H).
+        """
 
         def run(groups: int, *args: Array) -> Any:
             del groups  # nothing is summed over sequences
@@ -123,23 +130,23 @@ class Calls:
             steps, rows, hidden = self._shape(moving)
             heads = moving.kernel.shape[0] if moving.kernel.ndim > 2 else 1
             padded = heads * -(-(hidden // heads) // PAD) * PAD
-            kept: tuple[int, ...] = (0,)
-            if keep and self.every:
-                kept = (-(-steps // self.every), rows, self.fields, padded)
-            elif keep:
-                kept = (steps, rows, self.width, padded)
+            kept: tuple[int, ...] = (steps, rows, self.width, padded) if keep and not self.again else (0,)
+            begins: tuple[int, ...] = (0,)
+            if keep and self.begins:
+                begins = (-(-steps // self.every), rows, self.begins, padded)
             states = (self.fields - 1 + self.emitted, steps, rows, hidden) if self.variant.states else (0,)
             real, stored, residual, _ = self.variant
-            shapes = (((*moving.x.shape[:2], hidden), stored), (moving.start.shape, real), (kept, residual),
-                      (states, stored))  # fmt: skip
+            y = (*moving.x.shape[:2], hidden)
+            shapes = (y, stored), (moving.start.shape, real), (kept, residual), (begins, real), (states, stored)
             return self._call(1 if keep else 0, rows, 1, shapes, args)
 
         inputs, (y, last, states) = self._axes
-        outputs = (y, last, 1, states)
-        found = over_batch(run, inputs, outputs)(*moving, *given)
-        return Out(found[0], found[1], found[3]), found[2]
+        found = over_batch(run, inputs, (y, last, 1, 1, states))(*moving, *given)
+        return Out(found[0], found[1], found[4]), found[2:4]
 
-    def backward(self, moving: Moving, given: Given, y: Array, kept: Array, dout: Out, inputs: bool) -> Moving:
+    def backward(
+        self, moving: Moving, given: Given, y: Array, kept: tuple[Array, Array], dout: Out, inputs: bool
+    ) -> Moving:
         """The cotangents, empty ones of `dout` counting as zero; that of x is empty unless `inputs`."""
 
         def run(groups: int, *args: Array) -> Any:
@@ -152,8 +159,8 @@ class Calls:
             return self._call(2, self._shape(moving)[1], groups, tuple(zip(shapes, types, strict=True)), args)
 
         batch, (rows, last, states) = self._axes
-        found = over_batch(run, (*batch, rows, 1, rows, last, states), batch[: len(Moving._fields)])(
-            *moving, *given, y, kept, *dout
+        found = over_batch(run, (*batch, rows, 1, 1, rows, last, states), batch[: len(Moving._fields)])(
+            *moving, *given, y, *kept, *dout
         )
         return Moving(*(a[0] if axis is None else a for a, axis in zip(found, batch, strict=False)))
 
@@ -163,4 +170,6 @@ class Calls:
         results = [jax.ShapeDtypeStruct(*one) for one in shapes]
         call = jax.ffi.ffi_call(self.targets[handler], results)
         zoneout = np.asarray(self.zoneout, np.int64)
-        return tuple(call(*args, time_major=self.time_major, groups=groups, every=self.every, zoneout=zoneout))
+        return tuple(
+            call(*args, time_major=self.time_major, groups=groups, every=self.every, again=self.again, zoneout=zoneout)
+        )

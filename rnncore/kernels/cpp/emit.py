@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import emit, kernel_body
+from rnncore.kernels.cpp import residuals
 
 _LANE_BY_LANE = (
     "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 floor log log1p nextafter pow sin sinh "
@@ -56,7 +58,6 @@ OPERATIONS: dict[str, str] = {
     "xor": "{0} ^ {1}",
 }
 """Operation to its expression; {} stands for all operands."""
-
 
 
 class Variant(NamedTuple):
@@ -112,7 +113,35 @@ def source(cell: PointwiseCell, variant: Variant) -> str:
         '#include "vectors.h"',
         "namespace rnn {",
         *emit.struct(body(cell, variant), CPP),
+        *_kept(cell, variant),
         "}  // namespace rnn",
         '#include "handlers.h"',
     ]
     return "\n".join([*lines, ""])
+
+
+def plan(cell: PointwiseCell, variant: Variant) -> residuals.Plan:
+    """What is kept of a step; in fewer bits than the sums nothing is formed again, for errors would add up."""
+    return residuals.plan(body(cell, variant), variant.residual == variant.real)
+
+
+def _kept(cell: PointwiseCell, variant: Variant) -> list[str]:
+    """The lines of `struct Kept`."""
+    part, what = body(cell, variant), plan(cell, variant)
+    fields, reformed = [f for f, _ in what.reformed], [n for _, n in what.reformed]
+
+    def numbers(name: str, of: Sequence[int]) -> str:
+        return f"  static constexpr int {name}[] = {{{', '.join(map(str, (*of, -1)))}}};"
+
+    inputs = ("p", len(cell.units)), ("kept", part.width), ("s", len(cell.Carry._fields))
+    return [
+        "struct Kept {",
+        f"  static constexpr int count = {len(what.kept)}, h_at = {what.h}, reformed = {len(reformed)};",
+        "  // Where each residual is kept, -1: nowhere; which of them are old fields that are formed again, and which.",
+        numbers("at", [what.kept.index(n) if n in what.kept else -1 for n in range(part.width)]),
+        numbers("reformed_at", reformed),
+        numbers("reformed_fields", fields),
+        f"  static constexpr bool reform_sees_h = {'true' if what.sees_h else 'false'};",
+        *emit.function("reform", what.reform, inputs, [("fresh", len(reformed))], part.dtype, CPP),
+        "};",
+    ]

@@ -15,11 +15,26 @@ struct Inputs {
   Zoneout zoneout;
 };
 
-// Null where nobody wants it.  begins: the carry before every step that `every` divides, (T / every, B, F, padded H).
+// The carry before every step that `every` divides, (T / every, B, fields, padded H): all fields, for stretches that are
+// run `again` from there, or those in `Kept::reformed`.
+struct Begins {
+  real* data;
+  int64_t every;
+  bool again;
+
+  static int64_t fields(bool again) { return again ? Cell::fields : Kept::reformed; }
+  int64_t fields() const { return data ? fields(again) : 0; }
+  int field(int64_t k) const { return again ? int(k) : Kept::reformed_fields[k]; }
+  real* at(const Sizes& s, int64_t t, int64_t row, int64_t k) const {
+    return data + ((t / every * s.batch + row) * fields() + k) * s.units;
+  }
+};
+
+// Null where nobody wants it.
 struct Outputs {
   stored *y, *states;
-  real *last, *begins;
-  int64_t every;
+  real* last;
+  Begins begins;
 };
 
 // The parameters as the loops read them.
@@ -99,6 +114,7 @@ class Forward {
         if (in.lengths && in.lengths[lo + r] == 0) finish(r);
       }
     });
+    beginning = out.begins.data;
     steps(here, together, 0, s.steps);
     here.phase(1, [&](int64_t) {
       for (int64_t r = 0; r < n && !in.lengths; r++) finish(r);
@@ -110,7 +126,7 @@ class Forward {
     here.phase(1, [&](int64_t) {
       for (int64_t r = 0; r < n; r++) {
         for (int f = 0; f < Cell::fields; f++)
-          std::copy_n(beginning(first, f, r), s.units, field(f, r));
+          std::copy_n(out.begins.at(s, first, lo + r, f), s.units, field(f, r));
         enter(r, h);
       }
     });
@@ -126,13 +142,11 @@ class Forward {
   Residuals kept;
   const int64_t lo, n;
   int64_t chunk, ldx, ldz, ldh, h_first = 0, h_steps = 2;
+  bool beginning = false;  // whether `begins` is written, and not read
   real *x, *z, *h, *carry;  // h: what enters the recurrent product of the last steps, row by row
 
   real* field(int f, int64_t r) const { return carry + (f * n + r) * s.units; }
   real* entering(int64_t t) const { return h + (t - h_first) % h_steps * n * ldh; }
-  real* beginning(int64_t t, int f, int64_t r) const {
-    return out.begins + ((t / out.every * s.batch + lo + r) * Cell::fields + f) * s.units;
-  }
 
   // The carry of a sequence becomes the given one.
   void begin(int64_t r, const real* from, real* to) {
@@ -157,10 +171,11 @@ class Forward {
   void loop(Team::Member& here, int64_t t0, int64_t end) {
     for (int64_t t = t0; t < end; t++) {
       real *now = entering(t), *next = entering(t + 1);
-      if (!Keep && out.begins && t % out.every == 0)
+      if (beginning && t % out.begins.every == 0)
         here.phase(1, [&](int64_t) {
           for (int64_t r = 0; r < n; r++)
-            for (int f = 0; f < Cell::fields; f++) std::copy_n(field(f, r), s.units, beginning(t, f, r));
+            for (int64_t k = 0; k < out.begins.fields(); k++)
+              std::copy_n(field(out.begins.field(k), r), s.units, out.begins.at(s, t, lo + r, k));
         });
       if (in.resets)
         here.phase(1, [&](int64_t) {
@@ -227,7 +242,8 @@ class Forward {
       if constexpr (Keep) {
         Cell::keep(units, folded, rest, old, fresh, gates, values);
         residual* to = kept.at(t, row, block);
-        for (int m = 0; m < Cell::residuals; m++) store(to + m * s.units, values[m]);
+        for (int m = 0; m < Cell::residuals; m++)
+          if (Kept::at[m] >= 0) store(to + Kept::at[m] * s.units, values[m]);
       } else {
         Cell::forward(units, folded, rest, old, fresh, gates);
       }

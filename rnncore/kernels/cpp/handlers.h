@@ -20,7 +20,7 @@ template <class T>
 using ResultOf = ffi::ResultBuffer<type_of<T>()>;
 using Array = Of<real>;          // parameters and carries
 using Stack = Of<stored>;        // arrays over time
-using Kept = Of<residual>;       // what the derivative needs
+using Rows = Of<residual>;       // what the derivative needs
 using Booleans = ffi::Buffer<ffi::PRED>;
 using Integers = ffi::Buffer<ffi::S32>;
 
@@ -67,15 +67,9 @@ ffi::Error said(Body&& body) {
   }
 }
 
-// Carries are kept as they are, where a cell's residuals may be of another type.
-inline real* carries(residual* kept) {
-  if constexpr (!std::is_same_v<residual, real>) throw std::invalid_argument("carries are kept in the dtype of sums");
-  return reinterpret_cast<real*>(kept);
-}
-
 // The operands of all calls, in their order.
 #define RNN_OPERANDS                                                                                               \
-  ffi::ThreadPool pool, bool time_major, int64_t groups, int64_t every, ffi::Span<const int64_t> kinds, Stack x, \
+  ffi::ThreadPool pool, bool time_major, int64_t groups, int64_t every, bool again, ffi::Span<const int64_t> kinds, Stack x, \
       Array w, Array u, \
       Array bias, Array rest_bias, Array units, Array start, Array target, Array recurrent_mask, Integers lengths, \
       Booleans resets, Array share, Booleans chosen, Array shares
@@ -87,30 +81,29 @@ inline real* carries(residual* kept) {
         data<bool>(resets), zoneout_of(s, kinds, share, chosen, shares)                                      \
   }
 
-// every: 0, or to keep the carry before every so many steps, and nothing else, from which stretches are run again.
+// What a derivative needs is `kept`, and of every so many steps the carry; or the carry of all fields alone, and stretches
+// are run again.
 template <bool Keep>
 ffi::Error forward(RNN_OPERANDS, ResultOf<stored> y, ResultOf<real> last, ResultOf<residual> kept,
-                   ResultOf<stored> states) {
+                   ResultOf<real> begins, ResultOf<stored> states) {
   RNN_INPUTS;
-  Outputs out{data<stored>(y), data<stored>(states), data<real>(last), nullptr, every};
+  const Outputs out{data<stored>(y), data<stored>(states), data<real>(last), {data<real>(begins), every, again}};
   return said([&] {
-    if (Keep && every) {
-      out.begins = carries(data<residual>(kept));
-      return run_forward<false>(pool, s, in, out, nullptr);
-    }
+    if (Keep && again) return run_forward<false>(pool, s, in, out, nullptr);
     run_forward<Keep>(pool, s, in, out, data<residual>(kept));
   });
 }
 
-inline ffi::Error backward(RNN_OPERANDS, Stack y, Kept kept, Stack dy, Array dlast, Stack dstates,
+inline ffi::Error backward(RNN_OPERANDS, Stack y, Rows kept, Array begins, Stack dy, Array dlast,
+                           Stack dstates,
                            ResultOf<stored> dx, ResultOf<real> dw, ResultOf<real> du, ResultOf<real> dbias,
                            ResultOf<real> drest_bias, ResultOf<real> dunits, ResultOf<real> dstart,
                            ResultOf<real> dtarget) {
   RNN_INPUTS;
   residual* held = const_cast<residual*>(data<residual>(kept));
+  real* carries = const_cast<real*>(data<real>(begins));
   return said([&] {
-    const Outputs begins{nullptr, nullptr, nullptr, every ? carries(held) : nullptr, every};
-    run_backward(pool, groups, s, in, data<stored>(y), held, begins,
+    run_backward(pool, groups, s, in, data<stored>(y), held, {carries, every, again},
                  {data<stored>(dy), data<stored>(dstates), data<real>(dlast)},
                  {data<stored>(dx), data<real>(dw), data<real>(du), data<real>(dbias), data<real>(drest_bias),
                   data<real>(dunits), data<real>(dstart), data<real>(dtarget)});
@@ -123,6 +116,7 @@ inline auto bind() {
       .Attr<bool>("time_major")
       .Attr<int64_t>("groups")
       .Attr<int64_t>("every")
+      .Attr<bool>("again")
       .Attr<ffi::Span<const int64_t>>("zoneout");
 }
 
@@ -146,14 +140,15 @@ auto with_inputs(Bound&& bound) {
 }
 
 inline auto bind_forward() {
-  return with_inputs(bind()).Ret<Stack>().Ret<Array>().Ret<Kept>().Ret<Stack>();
+  return with_inputs(bind()).Ret<Stack>().Ret<Array>().Ret<Rows>().Ret<Array>().Ret<Stack>();
 }
 
 // The cotangents of the outputs come last, those of the inputs go in the order of these.
 inline auto bind_backward() {
   return with_inputs(bind())
       .Arg<Stack>()
-      .Arg<Kept>()
+      .Arg<Rows>()
+      .Arg<Array>()
       .Arg<Stack>()
       .Arg<Array>()
       .Arg<Stack>()

@@ -94,17 +94,18 @@ inline void gather_inputs(const Sizes& s, const stored* x, int64_t lo, int64_t n
   }
 }
 
-// What is kept of a step for the derivative: of all steps and sequences, or of some.
+// What is kept of a step for the derivative: of all steps and sequences, or of some.  The old h is not, it is an output,
+// nor are the carry's fields in `Kept::reformed`, which are formed again from what is.
 struct Residuals {
   residual* data;
   int64_t step, first_step, first_row, units;
 
-  static int64_t size(const Sizes& s, int64_t rows) { return rows * Cell::residuals * s.units; }
+  static int64_t size(const Sizes& s, int64_t rows) { return rows * Kept::count * s.units; }
   Residuals(const Sizes& s, residual* data, int64_t rows, int64_t first_step, int64_t first_row)
       : data(data), step(size(s, rows)), first_step(first_step), first_row(first_row), units(s.units) {}
   // Where the first one of a vector of units is; the next are `units` further each.
   residual* at(int64_t t, int64_t row, int64_t block) const {
-    return data + (t - first_step) * step + (row - first_row) * Cell::residuals * units + block * kLanes;
+    return data + (t - first_step) * step + (row - first_row) * Kept::count * units + block * kLanes;
   }
 };
 

@@ -14,11 +14,15 @@ from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
 from rnncore.cells.recurrent_kernels import Diagonal, Heads
+from rnncore.kernels import kernel_body
 from rnncore.kernels.cpp import compiler, emit
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Given, Moving, Out
-from rnncore.recurrence import plain
+from rnncore.recurrence import plain, step
 from rnncore.recurrence.backend import LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+
+STRETCH = 48
+"""Of every so many steps the forward loop keeps the carry's fields that the backward one forms again in between."""
 
 
 def described(cell: Cell, variant: emit.Variant) -> str:
@@ -52,7 +56,7 @@ class CppLoops(LoopBackend):
     ) -> tuple[Result, PyTree]:
         run = _Run(request, differentiable, constants)
         out, kept = run.calls.forward(run.moving(differentiable), run.given, True)
-        return run.result(out), kept.reshape(kept.shape[0], *request.batch_shape, *kept.shape[2:])
+        return run.result(out), run.residuals(kept)
 
     def backward(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
@@ -61,7 +65,7 @@ class CppLoops(LoopBackend):
         run = _Run(request, differentiable, constants)
         moving, back = jax.vjp(run.moving, differentiable)
         dout = run.cotangents(cotangents)
-        kept = residuals.reshape(residuals.shape[0], run.rows, *residuals.shape[-2:])
+        kept = run.kept(residuals)
         found: Any = run.calls.backward(moving, run.given, run.outputs(result), kept, dout, wanted.xs)
         return back(found if wanted.xs else found._replace(x=jnp.zeros_like(moving.x)))[0]
 
@@ -72,12 +76,10 @@ class CppLoops(LoopBackend):
         run = _Run(request, differentiable, constants)
         dtypes = {*run.variant[:3], *request.dtypes}
         # Inside shard_map the linearised step depends on other values than the one that was compiled.
-        if run.every or request.return_states or len(dtypes) > 1 or run.axes:
+        if run.again or request.return_states or len(dtypes) > 1 or run.axes:
             return super().tangent(request, differentiable, constants, result, residuals, tangents)
-        heads, hidden = run.heads, request.cell.hidden_size
-        stacks = residuals.reshape(*residuals.shape[:-1], heads, -1)[..., : hidden // heads]
-        stacks = jnp.moveaxis(stacks.reshape(*residuals.shape[:-1], hidden), -2, 0)
-        return plain.tangent(request, differentiable, constants, result, tuple(stacks), tangents)
+        stacks = run.stacks(differentiable, constants, result, residuals)
+        return plain.tangent(request, differentiable, constants, result, stacks, tangents)
 
 
 class _Run:
@@ -92,9 +94,11 @@ class _Run:
         self.heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
         self.variant = variant_of(request)
         self.part = emit.body(cell, self.variant)
-        self.every = 0
-        if request.recompute != "nothing":
+        self.plan, self.again = emit.plan(cell, self.variant), request.recompute != "nothing"
+        self.every, self.begins = STRETCH, len(self.plan.reformed)
+        if self.again:
             self.every = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
+            self.begins = len(cell.Carry._fields)
         self.axes = _compat.varying_axes(differentiable.xs)
         steps, hidden, real = request.steps, cell.hidden_size, self.variant.real
         self.zoneout, shares, chosen, stacks = self._zoneout(constants.zoneout)
@@ -107,7 +111,48 @@ class _Run:
 
     @property
     def calls(self) -> Calls:
-        return _calls(self.cell, self.variant, self.time_major, self.zoneout, self.every)
+        return _calls(self.cell, self.variant, self.time_major, self.zoneout, self.every, self.begins, self.again)
+
+    def residuals(self, kept: tuple[Array, Array]) -> tuple[Array, ...]:
+        """What the calls keep with the batch axes of the request, those that there are."""
+        return tuple(a.reshape(a.shape[0], *self.request.batch_shape, *a.shape[2:]) for a in kept if a.ndim > 1)
+
+    def kept(self, residuals: tuple[Array, ...]) -> tuple[Array, Array]:
+        """The inverse."""
+        there = iter(a.reshape(a.shape[0], self.rows, *a.shape[-2:]) for a in residuals)
+        kept = self._one(None, (), self.variant.residual) if self.again else next(there)
+        return kept, next(there) if self.begins else self._one(None, (), self.variant.real)
+
+    def stacks(
+        self, differentiable: Differentiable, constants: Constants, result: Result, residuals: tuple[Array, ...]
+    ) -> tuple[Array, ...]:
+        """All that the linearised step depends on, as (T, *batch, H) arrays in the order of `Body.residuals`."""
+        request, plan, hidden = self.request, self.plan, self.cell.hidden_size
+        kept = residuals[0]
+        of_heads = kept.reshape(*kept.shape[:-1], self.heads, -1)[..., : hidden // self.heads]
+        apart = jnp.moveaxis(of_heads.reshape(*kept.shape[:-1], hidden), -2, 0)
+        found = dict(zip(plan.kept, apart, strict=True))
+        resets, zoneout = step.per_step(request, constants)
+        start, reset_carry = differentiable.initial_carry, differentiable.reset_carry
+        hs = jnp.moveaxis(result.outputs, request.time_axis, 0)
+        before = plain.previous(start, reset_carry, resets, hs)
+        if plan.h >= 0:
+            found[plan.h] = before
+        if plan.reformed:
+            units = step.spread_units(differentiable.params, start.h)
+
+            def again(carry: Any, now: Any) -> tuple[Any, Any]:
+                h, rows, resets, zoneout = now
+                old = step.reset(resets, reset_carry, carry)._replace(h=h)
+                rows = [rows.get(n, h) for n in range(self.part.width)]  # the others are not read
+                fresh = kernel_body.evaluate(plan.reform, (*units, *rows, *old), {})
+                names = [old._fields[f] for f, _ in plan.reformed]
+                new = step.blend(zoneout, old, old._replace(**dict(zip(names, fresh, strict=True))))
+                return new, [old[f] for f, _ in plan.reformed]
+
+            _, olds = jax.lax.scan(again, start, (before, found, resets, zoneout))
+            found |= dict(zip([n for _, n in plan.reformed], olds, strict=True))
+        return tuple(found[n] for n in range(self.part.width))
 
     def _one(self, a: Array | None, shape: tuple[int, ...], dtype: Any) -> Array:
         """An array, or one that stands for none."""
@@ -216,8 +261,13 @@ def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
 
 
 @functools.lru_cache(maxsize=256)
-def _calls(cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int) -> Calls:
-    part = emit.body(cell, variant)
+def _calls(
+    cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int, begins: int,
+    again: bool,
+) -> Calls:  # fmt: skip
+    part, width = emit.body(cell, variant), len(emit.plan(cell, variant).kept)
     names = compiler.targets(emit.source(cell, variant), described(cell, variant))
     targets = names["forward"], names["forward_keeping"], names["backward"]
-    return Calls(targets, variant, part.width, len(cell.Carry._fields), part.emitted, time_major, zoneout, every)
+    return Calls(
+        targets, variant, width, len(cell.Carry._fields), part.emitted, time_major, zoneout, every, begins, again
+    )

@@ -26,7 +26,7 @@ struct Written {
   size_t y, kept, dx;
   Written(const Sizes& s, bool keep) {
     const size_t line = s.steps * s.batch;
-    y = line * s.hidden * sizeof(stored), kept = keep ? line * s.units * Cell::residuals * sizeof(residual) : 0,
+    y = line * s.hidden * sizeof(stored), kept = keep ? line * s.units * Kept::count * sizeof(residual) : 0,
     dx = keep ? line * s.inputs * sizeof(stored) : 0;
   }
   size_t all() const { return y + kept + dx; }
@@ -63,8 +63,9 @@ void run_forward(Pool& pool, const Sizes& s, const Inputs& in, const Outputs& ou
 
 template <class Pool>
 void run_backward(Pool& pool, int64_t groups, const Sizes& s, const Inputs& in, const stored* y,
-                         residual* kept, const Outputs& begins, const Cotangents& given, const Gradients& out) {
-  const Written bytes(s, !begins.begins);
+                         residual* kept, const Begins& begins, const Cotangents& given, const Gradients& out) {
+  const bool again = begins.data && begins.again;
+  const Written bytes(s, !again);
   if (out.x) expect_writing(out.x, bytes.dx, bytes.all());
   const Parts split(s, groups, pool);
   const int64_t count = split.count();
@@ -77,7 +78,7 @@ void run_backward(Pool& pool, int64_t groups, const Sizes& s, const Inputs& in, 
   for (int64_t n = 0; n < count; n++) work.emplace_back(s, in, weights, p, y, kept, begins, given, out, split.first(n), split.end(n));
   auto sizes = Transposes::sizes(s, out.x);
   sizes.push_back(count * apart);
-  if (begins.begins) append(sizes, Weights::sizes(s));
+  if (again) append(sizes, Weights::sizes(s));
   const size_t shared = sizes.size();
   const auto own = largest(work);
   for (int64_t n = 0; n < split.slots(s, pool); n++) append(sizes, own);
@@ -85,10 +86,10 @@ void run_backward(Pool& pool, int64_t groups, const Sizes& s, const Inputs& in, 
   auto parts = memory.parts(sizes);
   real* const sums = parts[3];
   p.set(parts.data(), out.x);
-  if (begins.begins) weights = Weights(parts.data() + 4);
+  if (again) weights = Weights(parts.data() + 4);
   parallel(pool, s.blocks, 8 * s.weights(), [&](int64_t block, int64_t) {
     p.pack(s, in, block);
-    if (begins.begins) weights.pack(s, in, block);
+    if (again) weights.pack(s, in, block);
   });
   parallel(pool, count, 8 * count * s.weights(),
            [&](int64_t n, int64_t) { std::fill_n(sums + n * apart, apart, real(0)); });

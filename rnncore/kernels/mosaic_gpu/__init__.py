@@ -17,9 +17,10 @@ Blocks of a grid wait for each other, so all of them have to run at once: anothe
 at the same time can make both wait for ever.  XLA runs the kernels of a device one after the other, in CUDA graphs
 too, unless told otherwise in XLA_FLAGS; then a grid is refused.  Another library on the same GPU is not seen.
 
-Not yet run on a GPU.  What is tested: one block and clusters in JAX's interpreter on a CPU, with its detection
-of races, and every kind lowered for CUDA; ptxas takes them for sm_90a (benchmarks/NOTES.md).  The grid's
-counters cannot be interpreted; its data flow is the clusters'.  So it is chosen only where it is named.
+Run on an H200 with JAX 0.11.2: right in every kind of layout, and the same bits again.  Without a GPU one block and
+clusters are tested in JAX's interpreter, with its detection of races, and every kind is lowered for CUDA and compiled
+by ptxas.  Beside `cuda` on that GPU: 1.75 times as fast forward and 1.24 times in training with heads of 64 units, half
+as fast or less with heads of 128 and 256 (docs/kernels.md).
 """
 
 from __future__ import annotations
@@ -47,7 +48,10 @@ class MosaicGPU(host.KernelBackend):
     """See the package."""
 
     name = "mosaic_gpu"
-    must_be_named = "only where it is named: its kernels have not run on a GPU yet"
+    must_be_named = (
+        "only where it is named: 'cuda' is faster but for heads of 64 units, and this one stands on an interface of "
+        "JAX that may change"
+    )
 
     def unsupported(self, request: Request) -> str | None:
         why = super().unsupported(request) or missing_gpu(request.platform)
