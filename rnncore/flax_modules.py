@@ -128,7 +128,7 @@ def unknown_cell(cell: Any, known: Iterable[type], flavour: str) -> SlowPath:
     if base is not None:
         name = base.__name__
         return SlowPath(reason, f"pass {name} itself if that is what it computes; else {AS_POINTWISE}")
-    return SlowPath(reason, AS_POINTWISE if cell.num_feature_axes == 1 else None)
+    return SlowPath(reason, AS_POINTWISE if getattr(cell, "num_feature_axes", None) == 1 else None)
 
 
 def unfit_functions(

@@ -82,7 +82,7 @@ def test_what_does_not_fit_is_refused():
         nnx.from_functional(nnx.LSTMCell(D, H, rngs=their_nnx.Rngs(0)), gru._replace(recurrent_bias=None))
     with pytest.raises(NotImplementedError, match="expected exactly"):
         linen.from_functional(linen.RNN(linen.LSTMCell(H)), gru)
-    with pytest.raises(NotImplementedError, match="RNN is not exactly a cell"):
+    with pytest.raises(NotImplementedError, match="RNN is not exactly one of the pointwise cells"):
         nnx.from_functional(nnx.RNN(nnx.LSTMCell(D, H, rngs=their_nnx.Rngs(0))), gru)
 
 

@@ -242,7 +242,7 @@ def test_functional_refuses_what_it_cannot_know() -> None:
     precise = make(ours, "SimpleCell")
     precise.dense_i.precision = jax.lax.Precision.HIGHEST
     for cell, why in (
-        (Other(D, H, rngs=theirs.Rngs(0)), "Other is not exactly a cell of rnncore.nnx"),
+        (Other(D, H, rngs=theirs.Rngs(0)), "Other is not exactly one of the pointwise cells of rnncore.nnx"),
         (lora, "its dense_i is a LoRALinear and not exactly an nnx.Linear"),
         (wrong, r"its dense_h.kernel has shape \(2, 4, 12\), expected \(4, 12\)"),
         (bare, "its hf has no bias"),

@@ -34,7 +34,7 @@ def test_python_blocks_run(capsys):
 
 def test_python_blocks_of_the_migration_guide_run():
     blocks = re.findall(r"```python\n(.*?)```", MIGRATION.read_text(), re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict = {}
     with jax.enable_x64(False):
         for index, block in enumerate(blocks):
