@@ -145,10 +145,6 @@ ONE_OF_EACH = ("elman_silu", "lstm_both-dense", "gru-heads", "mgu-diagonal", "re
 FLOAT64 = 1e-12
 """Tolerance of `assert_close` for two ways to the same number in float64; errors seen are below 1e-13."""
 
-QUICK = {"xla_backend_optimization_level": 0}
-"""Compiler options that halve the time to compile; tests that call `unroll` outside jit use the default ones."""
-
-
 def rows(ids: Sequence[str] = (), every_backend: bool = False) -> list[Any]:
     """pytest parameters (case, backend).
 
@@ -255,7 +251,7 @@ def puller(run: Callable) -> Callable[[Problem, Any], tuple[Any, Any]]:
         results, back = jax.vjp(lambda *moving: run(*moving, *problem[3:]), *problem[:3])
         return results, back(d_results)
 
-    return jax.jit(both, compiler_options=QUICK)
+    return jax.jit(both)
 
 
 @functools.cache

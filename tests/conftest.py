@@ -1,16 +1,6 @@
 """Settings that hold for every test."""
 
-import importlib.metadata
 import os
-
-# The tests compile some thousand small programs and run each once or twice: without LLVM's
-# optimisations that takes half the time.  XLA's own passes over a program stay as they are.
-_FLAGS = "--xla_backend_optimization_level=0 "
-if importlib.metadata.version("jax").startswith("0.10."):
-    # Half of the rest goes into XLA's new emitters of fused operations, and this version still has the old ones.
-    # Newer versions, which are tested too, have the new ones alone.
-    _FLAGS += "--xla_cpu_use_fusion_emitters=false "
-os.environ["XLA_FLAGS"] = _FLAGS + os.environ.get("XLA_FLAGS", "")
 
 # The interpreter of GPU kernels holds a thread of XLA's pool for every thread that waits at a barrier:
 # with a pool of two, one waits for the other for ever.

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cases import QUICK, assert_close
+from cases import assert_close
 
 import rnncore
 from rnncore import LSTMCarry, Stack, unroll, unroll_stack
@@ -207,7 +206,7 @@ def test_every_policy_gives_the_same_gradients_with_everything_on(policy: Any):
     )  # fmt: skip
     params = some_params(stack)
 
-    @functools.partial(jax.jit, compiler_options=QUICK)
+    @jax.jit
     def both(params: Any) -> Any:
         def loss(params: Any, **options: Any) -> Any:
             out = unroll_stack(

@@ -191,7 +191,7 @@ def columns(name: str, order: str) -> dict[str, Callable[[Loss], Any]]:
 
 def results(f: Loss, name: str, order: str, dtype: Any) -> dict[str, Any]:
     every = columns(name, order)
-    program = jax.jit(lambda p, x: {c: t(f)(p, x) for c, t in every.items()}, compiler_options=cases.QUICK)
+    program = jax.jit(lambda p, x: {c: t(f)(p, x) for c, t in every.items()})
     return program(*problem(name, dtype))
 
 

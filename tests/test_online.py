@@ -68,7 +68,7 @@ def test_real_time_recurrent_learning_is_backpropagation_through_time(case: case
     problem = cases.draw(case, (4,), STEPS, lengths=True, resets=True)
     d_carry, d_outputs = cotangents_of(problem, case.cell.hidden_size)
     rule = online.RTRL(case.cell)
-    run = jax.jit(lambda problem, *d: through_time(rule, problem, *d), compiler_options=cases.QUICK)
+    run = jax.jit(lambda problem, *d: through_time(rule, problem, *d))
     _, carry, got = run(problem, d_carry, d_outputs)
     want_carry, _ = cases.runner(case, "autodiff")(*problem)
     cases.assert_close(carry, want_carry, cases.FLOAT64)

@@ -170,7 +170,7 @@ def test_second_order(case: Case):
     for backend in case.backends:
         run = cases.runner(case, backend, return_states=True)
         weights = cases.cotangents(jax.eval_shape(run, *problem), seed=3)
-        orders = jax.jit(lambda *args, run=run: second_orders(run, *args), compiler_options=cases.QUICK)
+        orders = jax.jit(lambda *args, run=run: second_orders(run, *args))
         got[backend] = orders(problem, weights, moved)
         # A Hessian is symmetric: all three are the same product of it with `moved`.
         forward_over_reverse, *others = got[backend]
