@@ -32,7 +32,7 @@ def test_examples_run(name: str):
     module = importlib.import_module(name)
     failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0, "doctest has printed which"
-    assert tried > 0 or name not in ("rnncore.sequence", "rnncore.initializers", "rnncore.cells.lstm")
+    assert tried > 0 or name not in ("rnncore.sequence.call", "rnncore.initializers", "rnncore.cells.lstm")
 
 
 def documented() -> list[Any]:
@@ -61,8 +61,9 @@ def test_what_a_user_calls_says_what_it_takes_and_shows_its_use(name: str):
         if "As in `unroll`" not in described:
             missing = [
                 p
-                for p in inspect.signature(value).parameters
-                if not re.search(rf"\n      [\w, ]*\b{p}\b[\w, ]*:", described)
+                for p, how in inspect.signature(value).parameters.items()
+                if how.kind is not how.VAR_KEYWORD
+                and not re.search(rf"\n      [\w, ]*\b{p}\b[\w, ]*:", described)
             ]
             assert not missing, f"not under Args: {missing}"
 

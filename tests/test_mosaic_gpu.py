@@ -298,7 +298,9 @@ def test_layers_of_both_directions_are_kernels_all():
         return rnncore.unroll_stack(stack, params, xs, **options)[1].astype(jnp.float32).sum()
 
     traced = jax.jit(jax.grad(loss)).trace(params, xs, jax.ShapeDtypeStruct((8,), jnp.int32))
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count(CALL) == 2 * 2 * 2
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Both directions of a layer are the same function, which stands in the program once.
+    assert text.count(CALL) == 2 * 2 and "stablehlo.while" not in text
 
 
 class Every(rnncore.PointwiseCell):
