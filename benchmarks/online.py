@@ -1,6 +1,6 @@
 """How far the gradients of online learning are from the exact one, and what they cost.
 
-python -m benchmarks.online            # writes benchmarks/results/online_cpu.json and the tables of docs/online.md
+python -m benchmarks.online            # writes benchmarks/results/online/cpu.json and the tables of docs/online.md
 """
 
 from __future__ import annotations
@@ -222,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--updates", type=int, default=300, help="steps of training before the second cosine")
     parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds of the timing")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/online_cpu.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/online/cpu.json")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs/online.md")
     parser.add_argument(
         "--tables", action="store_true", help="write the tables of what was measured before, and no more"
