@@ -124,7 +124,7 @@ def parts(slab: Any, count: int) -> list[Any]:
     size = slab.shape[-1] // count
     if jax.__version_info__ < (0, 11):
         return [lax.slice_in_dim(slab, n * size, (n + 1) * size, axis=-1) for n in range(count)]
-    return lax.split(slab, [size] * count, slab.ndim - 1)
+    return list(lax.split(slab, [size] * count, slab.ndim - 1))
 
 
 def _by_name(function: Any) -> Any:
