@@ -243,22 +243,22 @@ def _linear_jvp(primitive: Primitive, plain: Callable) -> Callable:
     """The rule of a primitive that is linear in what stands behind held, and is `plain` as a function of the rest."""
 
     def rule(primals: Any, tangents: Any, loop: Loop, maps: tuple, which: Any) -> Any:
-        out = primitive.bind(*primals, loop=loop, maps=maps, which=which)
-        changes: list[Any] = _zeros(out)
-        linear = tangents[loop.count :]
-        if _moving(linear):
-            changes = _bound(primitive, loop, maps, which, primals[: loop.count], linear)
-        moves = _moving(tangents[: loop.differentiable.num_leaves])
+        held, moves = loop.count, _moving(tangents[: loop.differentiable.num_leaves])
+        linear = tuple(held + n for n in _moving(tangents[held:]))
         if moves:
+            # What is differentiated runs too, so that its value is had from it and nothing runs twice.
             function = _mapped(plain, loop, maps, which)
+            at = moves + linear
 
             def of_moving(*some: Array) -> list[Array]:
-                changed = dict(zip(moves, some, strict=True))
+                changed = dict(zip(at, some, strict=True))
                 return function(*(changed.get(n, a) for n, a in enumerate(primals)))
 
-            more = jax.jvp(of_moving, [primals[n] for n in moves], [tangents[n] for n in moves])[1]
-            changes = [b if isinstance(a, ad.Zero) else a + b for a, b in zip(changes, more, strict=True)]
-        return out, changes
+            return jax.jvp(of_moving, [primals[n] for n in at], [tangents[n] for n in at])
+        out = primitive.bind(*primals, loop=loop, maps=maps, which=which)
+        if not linear:
+            return out, _zeros(out)
+        return out, _bound(primitive, loop, maps, which, primals[:held], tangents[held:])
 
     return rule
 
