@@ -128,5 +128,6 @@ def test_chosen_where_it_was_timed_and_nowhere_else(monkeypatch: pytest.MonkeyPa
     assert reason(hopper, rnncore.GRU(768, recurrence=rnncore.Heads(12)), 64) is None
     assert "compute capability 9.0, and this GPU has 8.0" in (reason(ampere, rnncore.LSTM(768), 16) or "")
     assert "this run has 40 and 16" in (reason(hopper, rnncore.LSTM(40), 16) or "")
+    assert "this run has 100 and 16" in (reason(hopper, rnncore.LSTM(100), 16) or "")
     assert "this run has 256 and 65" in (reason(hopper, rnncore.LSTM(256), 65) or "")
     assert "sharded over devices" in (reason(hopper, rnncore.LSTM(256), 16, devices=2) or "")

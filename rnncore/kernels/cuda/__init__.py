@@ -36,8 +36,8 @@ from rnncore.recurrence.run import Constants, Differentiable, Request, Result, d
 
 MEASURED = 90
 """Compute capability, times ten, of the GPU on which it was timed beside the other backends."""
-SIZES = (64, 1024)
-"""Units of a head, the fewest and the most: below, cuDNN's persistent algorithm is faster."""
+SIZES = range(64, 1025, 16)
+"""Units of a head that it is chosen for: below, cuDNN's persistent algorithm is faster."""
 SEQUENCES = 64
 
 
@@ -84,10 +84,10 @@ class Cuda(LoopBackend):
             here, there = device.capability / 10, MEASURED / 10
             return f"only where it is named: it was timed on compute capability {there}, and this GPU has {here}"
         size, rows = host.head_size(request.cell), math.prod(request.batch_shape)
-        if not (SIZES[0] <= size <= SIZES[1] and rows <= SEQUENCES):
+        if size not in SIZES or rows > SEQUENCES:
             return (
-                f"only where it is named: it has been timed with heads of {SIZES[0]} to {SIZES[1]} units and up to "
-                f"{SEQUENCES} sequences, and this run has {size} and {rows}"
+                f"only where it is named: it was timed with heads of {SIZES[0]} to {SIZES[-1]} units in multiples of "
+                f"{SIZES.step} and up to {SEQUENCES} sequences, and this run has {size} and {rows}"
             )
         return None
 
