@@ -398,7 +398,7 @@ def test_vmap_over_sequences_is_one_call_both_ways(cudnn: Recorder):
     def loss(backend: str, params: Any, many: Any) -> Any:
         return jnp.sum(inside_only(jax.vmap(lambda xs: run(backend, params, xs, carry)[1])(many), LENGTHS) ** 2)
 
-    got = jax.jit(jax.grad(functools.partial(loss, "cudnn"), argnums=(0, 1)))(params, many)
+    got = jax.block_until_ready(jax.jit(jax.grad(functools.partial(loss, "cudnn"), argnums=(0, 1)))(params, many))
     assert cudnn.runs() == ["forward", "data", "weights"]
     assert f" batch={3 * B} " in cudnn.calls("cudnnRNNForward")[0]
     want = jax.grad(functools.partial(loss, "scan"), argnums=(0, 1))(*in_double((params, many)))

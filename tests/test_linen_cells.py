@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
 import flax
@@ -75,11 +76,8 @@ def check_step(mine: Any, flaxen: Any, batch: tuple[int, ...], dtype: Any, atol:
 def test_fields_have_flax_names_order_and_defaults(name: str) -> None:
     def described(cls: type) -> list:
         # An initialiser is a new closure at every call of its factory; its qualified name tells which it is.
-        return [
-            (f.name, getattr(f.default, "__qualname__", f.default), f.kw_only)
-            for f in dataclasses.fields(cls)
-            if f.name != "parent"
-        ]
+        defaults = [(f, inspect.unwrap(f.default)) for f in dataclasses.fields(cls) if f.name != "parent"]
+        return [(f.name, getattr(default, "__qualname__", default), f.kw_only) for f, default in defaults]
 
     mine, flaxen = getattr(ours, name), getattr(theirs, name)
     assert described(mine) == described(flaxen)

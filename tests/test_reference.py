@@ -50,7 +50,7 @@ STATES = ("elman-heads", "lstm-diagonal", "lstm_both-dense", "gru-dense", "mgu-h
 @pytest.mark.parametrize("case", [cases.BY_ID[i] for i in STATES], ids=STATES)
 def test_carries_and_gates(case: Case):
     problem = cases.draw(case, lengths=True, resets=True)
-    run = cases.runner(case, cases.modes(case)[0], return_states=True)
+    run = cases.runner(case, case.backends[0], return_states=True)
     _, _, states = jax.jit(run)(*problem)
     want = reference.forward(
         case.reference, cases.as_reference(problem.params), np.asarray(problem.xs), tuple(problem.carry),

@@ -60,7 +60,8 @@ def _reform(part: Any, of_kept: Any, first: Any, known: Any, wanted: Any) -> dic
     """For those of the wanted fields of which it is so, the equations that form the new one by arithmetic."""
     jaxpr = part.keeping.jaxpr
     maker = {v: eqn for eqn in jaxpr.eqns for v in eqn.outvars}
-    allowed = {*jaxpr.invars[: len(part.cell.units)], *of_kept, *(first[f] for f in known)} - {
+    known_values = (v for v in of_kept if not isinstance(v, _compat.Literal))  # a residual may be a number
+    allowed = {*jaxpr.invars[: len(part.cell.units)], *known_values, *(first[f] for f in known)} - {
         v for n, v in enumerate(first) if n not in known
     }
     found: dict[int, list[Any]] = {}
@@ -88,7 +89,8 @@ def _as_function(part: Any, of_kept: Any, first: Any, wanted: Any, found: dict[i
     ordered = [eqn for eqn in jaxpr.eqns if id(eqn) in eqns]
 
     def reform(*flat: Any) -> Any:
-        env = dict(zip(of_kept, flat[units:], strict=False))
+        pairs = zip(of_kept, flat[units:], strict=False)
+        env = {v: value for v, value in pairs if not isinstance(v, _compat.Literal)}
         # Of a residual that is an old field the field itself is read.
         env |= dict(zip(jaxpr.invars[:units], flat, strict=False))
         env |= dict(zip(first, flat[units + len(of_kept) :], strict=True))
