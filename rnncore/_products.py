@@ -32,6 +32,7 @@ def _rows(x: Array) -> Array | None:
     cotangents into another order.  Merging axes that are sharded would move data between devices,
     so it is done where there is one device, or inside shard_map, which sees one device's part.
     """
-    if x.ndim <= 2 or (jax.device_count() > 1 and not _compat.varying_axes(x)):
+    alone = jax.device_count() == 1 and _compat.is_of_one_device(jax.typeof(x))
+    if x.ndim <= 2 or not (alone or _compat.varying_axes(x)):
         return None
     return x.reshape(-1, x.shape[-1])

@@ -261,5 +261,6 @@ class PointwiseCell(Cell):
         """One step: (carry, z slab) to (new carry, gates); `mask` multiplies h where it enters the product."""
         p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
         h = carry.h if mask is None else carry.h * mask.astype(carry.h.dtype)
-        z, r = (self.Gates(*_compat.parts(slab, len(self.gates))) for slab in (z, self.mix(params, h)))
-        return self.pointwise(p, z, r, carry)
+        own = type(self).split is not PointwiseCell.split
+        split = self.split if own else lambda slab: self.Gates(*_compat.parts(slab, len(self.gates)))
+        return self.pointwise(p, split(z), split(self.mix(params, h)), carry)

@@ -159,8 +159,23 @@ def why_not_elementwise(cell: PointwiseCell) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
+def why_not_as_declared(cell: PointwiseCell, *methods: str) -> str | None:
+    """Reason why a loop that has these methods of `PointwiseCell` built in cannot run the cell, or None."""
+    own = [name for name in methods if getattr(type(cell), name) is not getattr(PointwiseCell, name)]
+    if not own:
+        return None
+    return f"{type(cell).__name__} has a `{own[0]}` of its own, and it runs that of PointwiseCell"
+
+
 def why_not_linear(cell: PointwiseCell) -> str | None:
     """Reason why the recurrent product cannot be differentiated once for all steps, or None."""
+    kind = type(cell.recurrence)
+    own = {name: next(n for n, c in enumerate(kind.__mro__) if name in vars(c)) for name in ("mix", "mix_transposed")}
+    if own["mix"] < own["mix_transposed"]:
+        return (
+            f"{kind.__name__} has a `mix` of its own and not the `mix_transposed` that belongs to it; backend "
+            "'autodiff' takes it"
+        )
     size, gates = cell.hidden_size, len(cell.gates)
     kernel = jax.ShapeDtypeStruct(cell.recurrence.shape(gates, size), jnp.float32)
     h, r = jax.ShapeDtypeStruct((size,), jnp.float32), jax.ShapeDtypeStruct((gates * size,), jnp.float32)

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
+from rnncore.cells import pointwise
 from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Heads
 from rnncore.kernels import kernel_body
@@ -113,7 +114,7 @@ class KernelBackend(LoopBackend):
         cell = request.cell
         if not isinstance(cell, PointwiseCell):
             return f"{type(cell).__name__} is not a PointwiseCell, so no kernel can be made of its pointwise update"
-        if not isinstance(cell.recurrence, Dense | Heads):
+        if type(cell.recurrence) not in (Dense, Heads):
             name = type(cell.recurrence).__name__
             return f"{name} recurrences have no matrix to keep on the chip; it has kernels for Dense and Heads"
         refused = without(
@@ -123,7 +124,7 @@ class KernelBackend(LoopBackend):
         )
         if refused is None and 0 in request.batch_shape:
             refused = f"it takes no empty batch, and this one is {request.batch_shape}"
-        return refused or kernel_body.why_not_as_declared(cell, "mix", "output", "split")
+        return refused or pointwise.why_not_as_declared(cell, "mix", "output", "split")
 
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         return mesh.by_device(functools.partial(primitives.run, self), request, differentiable, constants)

@@ -206,14 +206,6 @@ def _alone(dtype: Any) -> Iterator[None]:
         yield
 
 
-def why_not_as_declared(cell: PointwiseCell, *methods: str) -> str | None:
-    """Reason why a backend that has these methods of `PointwiseCell` built in cannot run the cell, or None."""
-    own = [name for name in methods if getattr(type(cell), name) is not getattr(PointwiseCell, name)]
-    if not own:
-        return None
-    return f"{type(cell).__name__} has a `{own[0]}` of its own, and it runs that of PointwiseCell"
-
-
 def inlined(fun: Callable, *shapes: Any) -> Any:
     """The jaxpr of a function in which no call is left: jits, checkpoints and custom rules are opened."""
     with _alone(shapes[0].dtype if shapes else None):

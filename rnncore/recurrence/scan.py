@@ -45,7 +45,8 @@ class Scan(LoopBackend):
     def unsupported(self, request: Request) -> str | None:
         if not isinstance(request.cell, PointwiseCell):
             return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
-        return pointwise.why_not_linear(request.cell)
+        changed = pointwise.why_not_as_declared(request.cell, "mix", "output", "split", "update")
+        return changed or pointwise.why_not_linear(request.cell)
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         return _Run(request, differentiable, constants).forward(False)[0]

@@ -146,21 +146,21 @@ def unroll(
         sqrt(T).
       recompute: what reverse mode forms again: "nothing", all carries and gates are kept; "gates",
         the carries are kept, the projected inputs and gates are two products more; "chunk", only the
-        carry of every K-th step is kept and the chunk runs again.  With "reverse" the temporary memory of
-        a gradient step is, in arrays of T x B x H and besides gradients of inputs and outputs, at most
+        carry of every K-th step is kept and the chunk runs again.  On the scan the temporary memory of a
+        gradient step is, in arrays of T x B x H and besides gradients of inputs and outputs, at most
 
           "nothing"  1 + R + 5 G K/T             R: what a step's derivative needs; LSTM 5, GRU 4, MGU 3, Elman 1
           "gates"    F + (5 G + R) K/T           F: fields of the carry; LSTM 2, the others 1
           "chunk"    1 + F/K + (5 G + R) K/T     G: gates
 
-        and what does not grow with T.  With "any" JAX keeps copies of chunks too: at B = 64, T = 1024, D = H =
-        256 an LSTM takes 10.1, 6.0 and 4.1 arrays against 6.1, 2.6 and 1.3 with "reverse" and flax.linen's 16.
-      residual_dtype: dtype in which "reverse" stores what it keeps, bfloat16 for half of R; None stores it
+        and what does not grow with T: at B = 64, T = 1024, D = H = 256 an LSTM takes 6.1, 2.6 and 1.3 arrays, and
+        flax.linen's 16.  "cpp" keeps less, see docs/cpp.md.
+      residual_dtype: dtype in which what the derivative needs is stored, bfloat16 for half of R; None stores it
         as it is.  A GPU's memory traffic is the reason for it; gradients are then as exact as that dtype.
       backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
         and "autodiff" run everywhere.  "cpp" compiles any pointwise cell for this machine's CPU and is fastest there;
-        "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" run all steps in one kernel made from any pointwise cell;
-        "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks.
+        "cuda" compiles it for an NVIDIA GPU, as one kernel; "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" are
+        kernels by Pallas; "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks.
 
     Returns:
       (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -21,6 +22,9 @@ from rnncore.cells.base import Cell, CellParams, PointwiseCell
 def _expected_params(cell: Cell, input_size: int) -> PyTree:
     """Shapes of the parameters that `cell.init` makes."""
     return jax.eval_shape(lambda: cell.init(jax.random.key(0), input_size))
+
+
+_CACHED = functools.cached_property
 
 
 def check_params(cell: Cell, params: PyTree, xs: Any) -> None:
@@ -100,7 +104,9 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
             raise ValueError(f"{got}: expected a number or an array {shape}, the axes of xs with H for features.")
         if number and not isinstance(stay, jax.core.Tracer) and not 0 <= stay <= 1:
             raise ValueError(f"{got}: expected a share from 0 to 1.")
-    return type(zoneout)(*(None if stay is None else jnp.asarray(stay) for stay in zoneout))
+    # A number is a share, True too; an array of booleans says which units keep their value.
+    shares = (None if z is None else jnp.asarray(z) if jnp.ndim(z) else jnp.asarray(z, float) for z in zoneout)
+    return type(zoneout)(*shares)
 
 
 def check_symbolic(xs: Any, steps: Any, **chunks: Any) -> None:
@@ -121,6 +127,14 @@ def check_symbolic(xs: Any, steps: Any, **chunks: Any) -> None:
 def check_cell(name: str, cell: Any) -> None:
     """ValueError unless this is a cell."""
     if isinstance(cell, Cell):
+        fields = {field.name for field in dataclasses.fields(cell)}
+        more = [n for n in vars(cell) if n not in fields and not isinstance(getattr(type(cell), n, None), _CACHED)]
+        if more:
+            raise ValueError(
+                f"`{name}(cell=<{type(cell).__name__}>)`: its attribute {more[0]!r} is no field, so that cells that "
+                "differ in it count as equal; expected `@dataclasses.dataclass(frozen=True)` above the class and "
+                f"`{more[0]}: ...` in it."
+            )
         return
     shown = cell.__name__ if isinstance(cell, type) else type(cell).__name__
     expected = "expected an rnncore cell, such as rnncore.LSTM(256), made and not its class"

@@ -23,9 +23,9 @@ number of threads.
 
 from __future__ import annotations
 
+from rnncore.cells import pointwise
 from rnncore.cells.base import PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads
-from rnncore.kernels import kernel_body
 from rnncore.kernels.cpp import compiler, emit, recurrence
 from rnncore.recurrence.run import Request
 
@@ -50,7 +50,7 @@ class Cpp(recurrence.CppLoops):
             return f"it takes {', '.join(DTYPES)}; parameters, inputs, carry and residuals are {got}"
         if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
             return "its arrays are of known sizes, and here some are symbols"
-        changed = kernel_body.why_not_as_declared(cell, "project", "mix", "output", "split")
+        changed = pointwise.why_not_as_declared(cell, "project", "mix", "output", "split")
         if changed is not None:
             return changed
         if request.platform != "cpu":
@@ -61,6 +61,10 @@ class Cpp(recurrence.CppLoops):
     def unchosen(self, request: Request) -> str | None:
         if compiler.turned_off():
             return "RNNCORE_CPP turns it off where it is not named"
+        assert isinstance(request.cell, PointwiseCell)
+        failed = compiler.failed(emit.source(request.cell, recurrence.variant_of(request)))
+        if failed is not None:
+            return failed
         if request.devices > 1:
             return "only where it is named: data that is sharded over devices would be gathered to each of them"
         return None

@@ -60,7 +60,11 @@ def turned_off() -> bool:
 
 def find() -> tuple[str, ...] | None:
     """The C++ compiler, as a command: what CXX names, with its arguments, else c++, g++ or clang++; None for none."""
-    named = shlex.split(os.environ.get("CXX", ""))
+    try:
+        named = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        _log.warning("CXX=%r is no command (%s), so that rnncore compiles nothing", os.environ["CXX"], error)
+        return None
     for program, *arguments in [named] if named else [["c++"], ["g++"], ["clang++"]]:
         path = shutil.which(program)
         if path:
@@ -101,6 +105,11 @@ def why_not(source: str, what: str = "a cell") -> str | None:
                 what, error,
             )  # fmt: skip
             return _failed[source]
+
+
+def failed(source: str) -> str | None:
+    """Why a source could not be compiled when it was last tried, or None."""
+    return _failed.get(source)
 
 
 def missing(source: str) -> str | None:

@@ -25,6 +25,7 @@ import math
 from typing import Any
 
 from rnncore._types import PyTree
+from rnncore.cells import pointwise
 from rnncore.cells.base import PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Heads
 from rnncore.kernels import host, kernel_body
@@ -45,6 +46,7 @@ class Cuda(LoopBackend):
     """See the package."""
 
     name = "cuda"
+    opaque = True
 
     def unsupported(self, request: Request) -> str | None:
         cell = request.cell
@@ -61,7 +63,7 @@ class Cuda(LoopBackend):
         if refused is None and 0 in (*request.batch_shape, request.steps):
             refused = f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
         if refused is None:
-            refused = kernel_body.why_not_as_declared(cell, "mix", "output", "split")
+            refused = pointwise.why_not_as_declared(cell, "mix", "output", "split")
         if refused is not None:
             return refused
         residual = request.residual_dtype or request.dtype
@@ -92,11 +94,13 @@ class Cuda(LoopBackend):
         return None
 
     def prepare(self, request: Request) -> str | None:
-        """The call that launches is compiled by the machine's C++ compiler, which may fail."""
-        del request
+        """Reason why nothing can be compiled here: the machine's C++ compiler, or NVRTC, may fail."""
+        device = launch.device()
+        assert device is not None
         try:
             launch.target()
-        except (compiler.CompilerError, cache.UntrustedError, OSError) as error:
+            nvrtc.try_out(device.capability)
+        except (compiler.CompilerError, nvrtc.NvrtcError, cache.UntrustedError, OSError) as error:
             return str(error)
         return None
 

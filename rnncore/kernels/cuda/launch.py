@@ -6,6 +6,7 @@ import ctypes
 import functools
 import hashlib
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,17 @@ def launch(call: Call, device: Device) -> list[Any]:
     return [None if out is None else a for a, out in zip(found, call.outputs, strict=True)]
 
 
-@functools.cache
 def target() -> str:
     """The name under which XLA finds the handler; it is compiled where it has not been yet."""
+    with _lock:
+        return _registered()
+
+
+_lock = threading.Lock()
+
+
+@functools.cache
+def _registered() -> str:
     command = compiler.find()
     if command is None:
         raise compiler.CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")

@@ -69,6 +69,16 @@ def code_for(source: str, capability: int, what: str = "a cell") -> tuple[bytes,
         return _code_for(source, capability, what)
 
 
+@functools.cache
+def try_out(capability: int) -> None:
+    """Compiles nothing in particular.
+
+    Raises:
+      NvrtcError: there is no NVRTC, or it does not know the GPU.
+    """
+    compile_source('extern "C" __global__ void nothing() {}', capability)
+
+
 @functools.lru_cache(maxsize=256)
 def _code_for(source: str, capability: int, what: str) -> tuple[bytes, str]:
     version = ".".join(map(str, _version()))
