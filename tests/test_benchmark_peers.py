@@ -156,14 +156,14 @@ def test_torch_is_told_its_precision():
 
 def test_rnncore_on_a_gpu_says_what_is_not_there(monkeypatch):
     peer = rnncore_peer.RnncorePeer()
-    assert peer.absent("rnncore reverse", "gpu") is None
+    assert peer.absent("rnncore scan", "gpu") is None
     assert "needs an NVIDIA GPU" in peer.absent("rnncore cudnn", "cpu")
     given = Case(LSTM, input_product=False, platform="gpu")
     assert "not their products" in peer.why_not("rnncore cudnn", given)
     # JAX runs on a CPU here, so the backend itself says why not, in its own words.
     assert "cudnn" in peer.why_not("rnncore cudnn", Case(LSTM, platform="gpu"))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "rnncore.gpu" in peer.absent("rnncore reverse, CUDA graph", "gpu")
+    assert "rnncore.gpu" in peer.absent("rnncore scan, CUDA graph", "gpu")
 
 
 def test_the_loop_as_a_graph_is_an_option_of_the_compiler(monkeypatch):
@@ -174,7 +174,7 @@ def test_the_loop_as_a_graph_is_an_option_of_the_compiler(monkeypatch):
     monkeypatch.setattr(module, "loop_as_graph_options", lambda: {"graph": "WHILE"}, raising=False)
     monkeypatch.setitem(sys.modules, "rnncore.gpu", module)
     peer, problem = rnncore_peer.RnncorePeer(), make_problem(LSTM, "float32", True)
-    for contender in ("rnncore reverse", "rnncore reverse, CUDA graph"):
+    for contender in ("rnncore scan", "rnncore scan, CUDA graph"):
         peer.build(contender, Case(LSTM, platform="gpu"), problem, "forward")
     assert seen == [None, {"graph": "WHILE"}]
 
@@ -278,8 +278,8 @@ def test_a_trial_runs_a_gradient(capsys, monkeypatch):
     built = []
     original = rnncore_peer.RnncorePeer.build
     monkeypatch.setattr(rnncore_peer.RnncorePeer, "build", lambda *a: built.append((a[1], a[4])) or original(*a))
-    trial.main(["rnncore reverse", "tiny-lstm", "float32", "float32", "0"])
-    assert built == [("rnncore reverse", "gradient")] and trial.WORKS in capsys.readouterr().out
+    trial.main(["rnncore scan", "tiny-lstm", "float32", "float32", "0"])
+    assert built == [("rnncore scan", "gradient")] and trial.WORKS in capsys.readouterr().out
 
 
 def test_a_floor_is_shown_for_all_steps():

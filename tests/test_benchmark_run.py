@@ -47,9 +47,8 @@ def is_here(module: str) -> bool:
 
 def expected(workload: workloads.Workload, input_product: bool) -> set[str]:
     """Who runs a tiny workload on a CPU, by what is installed."""
-    # The compiled loop projects its inputs itself, by a matrix.
-    with_matrices = input_product and workload.recurrence != "diagonal" and compiler.find() is not None
-    ours = OURS | ({rnncore_peer.CPP} if with_matrices else set())
+    # The compiled loop projects its inputs itself.
+    ours = OURS | ({rnncore_peer.CPP} if input_product and compiler.find() is not None else set())
     if workload.recurrence != "dense" or not input_product:
         return ours
     names = ours | FLAX[workload.cell]
@@ -88,8 +87,8 @@ MEASURED = {
 @pytest.mark.parametrize("name", MEASURED)
 def test_every_installed_contender_gives_the_right_answers(name, tmp_path, capsys):
     out = tmp_path / "new" / "r.jsonl"
-    # Two layers are the same in both modes, and in both of Flax's LSTMs.
-    some = set(run.CONTENDERS) - ({"rnncore scan", *SIBLINGS} if name == "tiny-layers" else set())
+    # Two layers are the same in both of Flax's LSTMs.
+    some = set(run.CONTENDERS) - (set(SIBLINGS) if name == "tiny-layers" else set())
     options = ["--measurements", *MEASURED[name], "--contenders", *sorted(some)]
     assert go("--workloads", name, *options, "--out", str(out)) == 0
     found, workload = lines(out), workloads.WORKLOADS[name]
