@@ -34,8 +34,8 @@ class Made:
     arguments: tuple[Any, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
-        return self.__wrapped__(key, shape, dtype)
+    def __call__(self, key: Array, shape: Sequence[int], *dtype: Any, **options: Any) -> Any:
+        return self.__wrapped__(key, shape, *dtype, **options)  # without a dtype the function's own default holds
 
     @property
     def __wrapped__(self) -> Initializer:
