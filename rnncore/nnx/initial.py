@@ -21,6 +21,11 @@ def orthogonal(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Ar
     return initializers.orthogonal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
 
 
+def orthogonal_in_default_dtype(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+    """Flax's orthogonal matrix of nnx.LSTMCell, drawn in JAX's default dtype and rounded."""
+    return initializers.orthogonal(key, shape, jnp.result_type(float)).astype(dtype)
+
+
 @initializers.as_value
 def gate_blocks(block: Initializer, gates: int) -> Initializer:
     """Initialiser of a (rows, G*H) kernel that draws the (rows, H) block of every gate on its own."""

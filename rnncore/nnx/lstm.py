@@ -51,7 +51,7 @@ class LSTMCell(initial.Cell, nnx.LSTMCell):
         hidden_features: int,
         *,
         kernel_init: Initializer = initializers.lecun_normal,
-        recurrent_kernel_init: Initializer = initial.orthogonal,
+        recurrent_kernel_init: Initializer = initial.orthogonal_in_default_dtype,
         **options: Any,
     ):
         super().__init__(
