@@ -252,6 +252,8 @@ class LinearizedStep:
         policy = jax.checkpoint_policies.nothing_saveable if rematerialize else pointwise.save_dear
         self._split = pointwise.linearize(lambda *a: tuple(opened(*a)), policy, *jax.tree.leaves(example))
 
+        self._numbers = [v.ndim == 0 for v in jax.eval_shape(self._split.forward, *jax.tree.leaves(example))[1]]
+
         # The role of each flat input: what the caller has as stacks need not be kept again.
         self._roles = ["unit"] * len(jax.tree.leaves(first.units))
         pairs = zip(jax.tree.leaves(first.xs), jax.tree.leaves(x), strict=True)
@@ -264,6 +266,8 @@ class LinearizedStep:
     def _update(self, units: Any, x: Any, rest: Any, s: Any) -> Any:
         args = jax.tree.leaves((units, x, rest, s))
         out, saved = self._split.forward(*args)
+        # What depends on nothing but a number that the cell has caught is one too; rows have a value for every unit.
+        saved = tuple(v if v.ndim else jnp.broadcast_to(v, s.h.shape) for v in saved)
         new, emitted = jax.tree.unflatten(self._out_tree, out)
         return new, (emitted, (saved, tuple(args[n] for n in self._kept_inputs)))
 
@@ -303,10 +307,11 @@ class LinearizedStep:
 
         def linear(units: Any, x: Any, dr: Any, ds: Any) -> Any:
             residuals, dx, rest, dunits = x
-            stacks, leaves = iter(residuals), jax.tree.leaves(units)
-            values = [
-                leaves[n] if n is not None and self._roles[n] == "unit" else next(stacks) for n in self._split.needed
-            ]
+            stacks, leaves, numbers = iter(residuals), jax.tree.leaves(units), iter(self._numbers)
+            values = []
+            for n in self._split.needed:
+                value = leaves[n] if n is not None and self._roles[n] == "unit" else next(stacks)
+                values.append(value[(0,) * value.ndim] if n is None and next(numbers) else value)
             dunits = jax.tree.map(jnp.zeros_like, units) if dunits is None else dunits
             tangents = jax.tree.leaves((dunits, *self.step.part(dx, dr if rest is None else rest), ds))
             return jax.tree.unflatten(self._out_tree, self._split.tangent(values, tangents))
