@@ -85,7 +85,7 @@ def test_the_table_stands_between_its_markers(quick, tmp_path, monkeypatch, caps
     (tmp_path / "docs").mkdir()
     (tmp_path / "result.json").write_text(json.dumps(quick))
     page = tmp_path / "docs" / "migration.md"
-    report = ["--results", str(tmp_path / "result.json")]
+    report = ["--documents", "--results", str(tmp_path / "result.json")]
     for text in ("before\n<!-- table: migration -->\nold\n<!-- end of table -->\nafter\n",) * 2:
         page.write_text(text)
         assert command.main(report) == 0
