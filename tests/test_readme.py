@@ -16,20 +16,24 @@ KERNELS = README.parent / "docs" / "kernels.md"
 CPP = README.parent / "docs" / "cpp.md"
 
 
-def test_python_blocks_run(capsys):
+def test_python_blocks_run(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     assert len(blocks) == 5
     flax_cell = linen.LSTMCell(6)
     xs = jnp.ones((2, 101, 3))
     sequence = {"xs": jnp.ones((3, 7, 32)), "lengths": jnp.array([7, 0, 3]), "episode_starts": jnp.zeros((3, 7), bool)}
-    trained = linen.RNN(flax_cell).init(jax.random.key(0), xs)["params"]
-    before = {1: sequence, 3: sequence, 4: {"xs": xs, "flax_cell": flax_cell, "trained_params": trained}}
+    model = linen.RNN(flax_cell)
+    variables = model.init(jax.random.key(0), xs)
+    whole = {"model": model, "variables": variables, "batch": xs, "loss": lambda ys, batch: jnp.mean(ys[:, -1] ** 2)}
+    trained = {"xs": xs, "flax_cell": flax_cell, "trained_params": variables["params"]}
+    before = {1: sequence, 3: sequence, 4: whole | trained}
     names: dict = {}
     for index, block in enumerate(blocks):
         names |= before.get(index, {})
         exec(compile(block, f"README block {index}", "exec"), names)
     assert "backend 'scan'" in capsys.readouterr().out
-    assert names["curve"].log10.shape == (2, 100)
+    assert names["curve"].log10.shape == (2, 100) and (tmp_path / "page.html").exists()
 
 
 def test_python_blocks_of_the_migration_guide_run():

@@ -124,8 +124,9 @@ def _stretch(traj: Trajectory, state: Any, now: Any, wanted: Array, direction: A
         block, exponent = state
         (before, inputs, beside), want = now
         block, exponent = renormalise(jax.vmap(through)(before, inputs, block), exponent)
-        nothing = jnp.zeros(exponent.shape, block.dtype)
-        value = jax.lax.cond(want, lambda: measure(block, beside) + exponent * LN2, lambda: nothing)
+        measured = functools.partial(lambda block, exponent: measure(block, beside) + exponent * LN2, block, exponent)
+        nothing = jnp.zeros(exponent.shape, jax.eval_shape(measured).dtype)
+        value = jax.lax.cond(want, measured, lambda: nothing)
         return (block, exponent), value
 
     return jax.lax.scan(step, state, (now, wanted))
