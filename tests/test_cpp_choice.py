@@ -88,7 +88,7 @@ def test_a_compiler_that_fails(on: Path, monkeypatch: pytest.MonkeyPatch, caplog
         run()
         run(reverse=True)
     assert len(caplog.records) == 1 and "runs LSTM (float64) as a scan" in caplog.text and "broken" in caplog.text
-    assert explain().name == "cpp"  # it says what would be tried
+    assert explain().name == "scan" and "broken" in explain().rejected["cpp"]
     with pytest.raises(compiler.CompilerError, match="ended with 3"):
         run(backend="cpp")
 
