@@ -131,6 +131,14 @@ def unknown_cell(cell: Any, known: Iterable[type], flavour: str) -> SlowPath:
     return SlowPath(reason, AS_POINTWISE if getattr(cell, "num_feature_axes", None) == 1 else None)
 
 
+def complex_numbers(cell: Any, inputs: Array, carry: Any) -> SlowPath | None:
+    """Of complex inputs, carries, parameters or products, or None: the loops compute in real numbers."""
+    dtypes = [inputs.dtype, *map(jnp.result_type, jax.tree.leaves(carry)), cell.dtype, cell.param_dtype]
+    if any(dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating) for dtype in dtypes):
+        return SlowPath("its numbers are complex")
+    return None
+
+
 def unfit_functions(
     make: Callable[[], PointwiseCell], size: int, functions: Sequence[Any], module: type
 ) -> SlowPath | None:

@@ -139,6 +139,29 @@ def test_values_where_flax_fails(name: str) -> None:
         close(jax.tree.map(lambda a: a.astype(f32), (last, ys)), wanted, 2 * T * float(jnp.finfo(half).eps))
 
 
+@pytest.mark.parametrize("name", ["OptimizedLSTMCell", "SimpleCell"])
+def test_complex_numbers_run_as_in_flax(name: str, unrolled: list) -> None:
+    """Of parameters or of inputs, under nn.scan; padding and lengths as with real ones."""
+    xs = inputs_of(name) + 1j * inputs_of(name)[::-1]
+    mine, flaxen = (nn.RNN(cell_of(nn, name, param_dtype=xs.dtype), return_carry=True) for nn in (ours, theirs))
+    variables = jax.tree.map(lambda a: a.astype(xs.dtype) * (1 + 0.5j), variables_of(name, f32))
+    lengths = jnp.array([2, T])
+
+    @jax.jit
+    def run(variables: Any, xs: jax.Array) -> Any:
+        def of(layer: Any) -> Any:
+            return layer.apply(variables, xs), layer.apply(variables, xs.real, seq_lengths=lengths)
+
+        return of(mine), of(flaxen)
+
+    got, want = run(variables, xs)
+    assert the_dtype(got) == xs.dtype and not unrolled
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+    with pytest.raises(NotImplementedError, match="recompute means nothing, because its numbers are complex"):
+        mine.copy(recompute="gates").apply(variables, xs)
+
+
 # ----------------------------------------------------------------------------- initial values in half
 
 

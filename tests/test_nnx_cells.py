@@ -304,3 +304,17 @@ def test_carry_and_output_dtypes_can_be_chosen(nn: Any) -> None:
         assert outputs == jnp.dtype(output or (f64 if carry == f64 else f32))
     with pytest.raises(ValueError, match="carry_dtype=.*expected a floating dtype"):
         run(carry_dtype=jnp.int32)
+
+
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
+def test_complex_numbers_run_as_in_flax(name: str, unrolled: list) -> None:
+    xs = normal(1, (B, T, D), f32) + 1j * normal(2, (B, T, D), f32)
+    options = dict(param_dtype=xs.dtype, recurrent_kernel_init=theirs.initializers.normal())
+    mine, flaxen = both(name, **options)
+    layers = ours.RNN(mine, return_carry=True), theirs.RNN(flaxen, return_carry=True, rngs=False)
+    carry = start(name, (B,), f32)
+    carry = jax.tree.map(lambda a: a.astype(xs.dtype) * 1j, carry)
+    got, want = jax.jit(lambda: [theirs.clone(layer)(xs, initial_carry=carry) for layer in layers])()
+    assert {a.dtype for a in jax.tree.leaves(got)} == {xs.dtype} and not unrolled
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)

@@ -14,7 +14,7 @@ from cases import assert_close
 from flax import nnx as flax_nnx
 
 import rnncore
-from rnncore import linen, nnx
+from rnncore import analysis, linen, nnx
 
 KEY, XS = jax.random.key(0), jnp.ones((2, 7, 4), jnp.float32)
 CELL = rnncore.LSTM(5)
@@ -114,6 +114,11 @@ WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
     "Flax's RNN": (
         lambda: rnncore.unroll(linen.RNN(linen.LSTMCell(5)), PARAMS, XS),
         "`unroll(cell=<RNN>)`: a Flax module",
+    ),
+    "a trajectory for its Jacobians": (
+        lambda: analysis.jacobian_product(analysis.trajectory(CELL, PARAMS, XS)),
+        "`jacobian_product(<Trajectory>)`: expected the Jacobians (*batch, T, n, n) of its steps; make them by "
+        "`step_jacobians(traj)`.",
     ),
     "nnx cell": (lambda: rnncore.unroll(nnx_cell(), PARAMS, XS), "rnncore.nnx.functional(cell)"),
 }

@@ -138,7 +138,7 @@ class RNN(nn.Module):
             carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, step_shape)
         carry = modules.cast(carry, self.carry_dtype)
 
-        slow = self._slow_path(carry)
+        slow = self._slow_path(inputs, carry)
         if slow is None:
             core, params = self._functional(inputs, carry, step_shape)
             # A step under nn.remat keeps its carry, and forms projections and gates again.
@@ -169,12 +169,14 @@ class RNN(nn.Module):
         return trees.assemble(tree, cell, weights, inputs, jax.tree.leaves(carry)[-1])
 
     @nn.nowrap
-    def _slow_path(self, carry: Any) -> modules.SlowPath | None:
+    def _slow_path(self, inputs: Array, carry: Any) -> modules.SlowPath | None:
         """Why the cell has to run under nn.scan, or None."""
         cell = self.cell
         tree = TREES.get(class_of(cell))
         if tree is None:
             return modules.unknown_cell(cell, TREES, "linen")
+        if found := modules.complex_numbers(cell, inputs, carry):
+            return found
         if not has_plain_parameters(self):
             return modules.SlowPath("its parameters are not simply the same at every step")
         if getattr(flax_module, "_global_interceptor_stack", ()):

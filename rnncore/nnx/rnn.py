@@ -149,7 +149,7 @@ class RNN(nnx.RNN):
         carry = self._initial_carry(step_shape, rngs) if initial_carry is None else initial_carry
         carry = modules.cast(carry, self.carry_dtype)
 
-        slow = self._slow_path()
+        slow = self._slow_path(inputs, carry)
         if slow is None:
             core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
             result = modules.unroll(
@@ -175,8 +175,8 @@ class RNN(nnx.RNN):
         # Flax forks what is given as Rngs and draws from what is given as a stream.
         return self.cell.initialize_carry(step_shape, rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs)
 
-    def _slow_path(self) -> modules.SlowPath | None:
+    def _slow_path(self, inputs: Array, carry: Any) -> modules.SlowPath | None:
         """Why the cell has to run under nnx.scan, or None."""
         if self.state_axes != nnx.StateAxes(_AXES) or self.broadcast_rngs is not None:
             return modules.SlowPath("state_axes or broadcast_rngs say how its state goes through the steps")
-        return trees.slow_path(self.cell)
+        return trees.slow_path(self.cell) or modules.complex_numbers(self.cell, inputs, carry)

@@ -140,6 +140,11 @@ def jacobian_product(
       >>> round(float(jacobian_product(halves).log10_operator_norm()[-1]), 2)
       -301.03
     """
+    if not (hasattr(jacobians, "__array__") or isinstance(jacobians, (list, tuple))):
+        raise ValueError(
+            f"`jacobian_product(<{type(jacobians).__name__}>)`: expected the Jacobians (*batch, T, n, n) of its steps; "
+            "make them by `step_jacobians(traj)`."
+        )
     jacobians = jnp.asarray(jacobians)
     what = f"jacobian_product(<{jacobians.dtype} {jacobians.shape}>)"
     if jacobians.ndim < 3 or jacobians.shape[-1] != jacobians.shape[-2]:
