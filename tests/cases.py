@@ -142,6 +142,15 @@ BY_ID = {case.id: case for case in CASES}
 ONE_OF_EACH = ("elman_silu", "lstm_both-dense", "gru-heads", "mgu-diagonal", "reset_before_gru", "user_fast_slow-dense")
 """What the dear tests run on: every cell, kernel structure and kind of parameter at least once."""
 
+EVERY_CELL = (
+    "elman-dense", "elman_residual-heads", "elman_relu", "elman_silu", "indrnn", "leaky-diagonal", "leaky_tau",
+    "mingru", "minlstm", "rglru", "lstm-heads", "lstm_peepholes-diagonal", "lstm_coupled-dense", "lstm_both-heads",
+    "lstm_no_bias", "gru-dense", "gru_no_recurrent_bias", "mgu-heads", "mgu_no_reset-diagonal", "reset_before_gru",
+    "user_fast_slow-dense",
+)  # fmt: skip
+"""Every equation once, the structures in turn: what holds for a cell and for a structure holds for their pairs, which
+test_reference.py runs all."""
+
 FLOAT64 = 1e-12
 """Tolerance of `assert_close` for two ways to the same number in float64; errors seen are below 1e-13."""
 

@@ -12,6 +12,7 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Every cell and dtype would be compiled; test_cpp.py names the backend, test_cpp_choice.py is about choosing it.
 os.environ.setdefault("RNNCORE_CPP", "0")
 
+from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
 import jax  # noqa: E402
@@ -22,11 +23,23 @@ import rnncore.sequence  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 
 
+SCRIPTS = (
+    "test_benchmark_", "test_example_", "test_front_door", "test_gpu_check", "test_migration",
+    "test_analysis_long_runs", "test_analysis_published",
+)  # fmt: skip
+MAPS = 20_000
+"""Memory maps of a process from which on compiled programs are let go; Linux has 65,530 for it, a program takes up to
+thirty."""
+
+
 @pytest.fixture(autouse=True, scope="module")
-def forget_compiled():
-    """Programs of a finished module are let go: some thousand at once exhaust a process's memory maps."""
+def forget_compiled(request: pytest.FixtureRequest):
+    """What is compiled is kept, for small programs are alike in many modules; not what was made of patched parts."""
     yield
-    jax.clear_caches()
+    patched = "monkeypatch" in Path(request.module.__file__).read_text(encoding="utf-8")
+    maps = Path("/proc/self/maps")
+    if patched or not maps.exists() or maps.read_bytes().count(b"\n") > MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
@@ -41,6 +54,16 @@ def unrolled(monkeypatch: pytest.MonkeyPatch) -> list:
 
     monkeypatch.setattr(rnncore.sequence, "unroll", counted)
     return calls
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="the examples, benchmarks and guides too, as CI does")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Tests of the scripts around the library, and the longest studies, wait for `--all` or for being named."""
+    named = any(collection_path.name in argument for argument in config.invocation_params.args)
+    return not (config.getoption("--all") or named) and collection_path.name.startswith(SCRIPTS) or None
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,8 +1,9 @@
-"""Checks on eight virtual devices; `test_sharding.py` runs each in a process of its own.
+"""Checks on eight virtual devices; `test_sharding.py` runs them in a process for each backend.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharding_checks.py shard_map scan
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharding_checks.py scan shard_map pmap
 """
 
+import functools
 import re
 import sys
 
@@ -62,6 +63,13 @@ def loss_of(cell, backend, options, key=None):
     return loss
 
 
+@functools.cache
+def expected(cell, backend, options, random):
+    """Value and gradients on one device."""
+    loss = loss_of(cell, backend, options, jax.random.key(5) if random else None)
+    return jax.jit(jax.value_and_grad(loss, (0, 1)))(*problem(cell, backend))
+
+
 def assert_equal(got, want, what):
     tolerance = 2e-5 if " plain" in what else 1e-12
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -96,7 +104,7 @@ def check_shard_map(backend):
         for options in (True,) if isinstance(cell, rnncore.Stack) else (False, True):
             loss = loss_of(cell, backend, options)
             arguments = problem(cell, backend)
-            want = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
+            want = expected(cell, backend, options, False)
 
             def local(params, *data, loss=loss):
                 return jax.lax.psum(loss(params, *data), "data")
@@ -118,7 +126,7 @@ def check_mesh(backend, axis_type):
         for options in (True,) if isinstance(cell, rnncore.Stack) else (False, True):
             loss = loss_of(cell, backend, options, jax.random.key(5))
             arguments = problem(cell, backend)
-            want = jax.jit(jax.value_and_grad(loss, (0, 1)))(*arguments)
+            want = expected(cell, backend, options, isinstance(cell, rnncore.Stack))
             with jax.set_mesh(mesh):
                 split = NamedSharding(mesh, P("data"))
                 params = jax.device_put(arguments[0], NamedSharding(mesh, P()))
@@ -144,7 +152,8 @@ def check_pmap(backend):
         def gradient(params, xs, cell=cell):
             return jax.grad(lambda p, x: jnp.sum(jnp.sin(run(cell, p, x, backend=backend)[1])), (0, 1))(params, xs)
 
-        want = [gradient(params, part) for part in parts]
+        one = jax.jit(gradient)
+        want = [one(params, part) for part in parts]
         want = jax.tree.map(lambda *a: jnp.stack(a), *want)
         assert_equal(jax.pmap(gradient, in_axes=(None, 0))(params, parts), want, f"{type(cell).__name__} {backend}")
 
@@ -159,5 +168,6 @@ CHECKS = {
 if __name__ == "__main__":
     assert jax.device_count() == 8, jax.devices()
     BACKENDS["plain"] = plain_kernels.PLAIN
-    CHECKS[sys.argv[1]](sys.argv[2])
-    print("ok")
+    for kind in sys.argv[2:] or CHECKS:
+        CHECKS[kind](sys.argv[1])
+        print(kind)

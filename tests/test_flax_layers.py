@@ -221,18 +221,17 @@ def test_linen_transformations_of_a_layer(wrap: str):
 HALF = (None, f32, jnp.bfloat16, jnp.float16)
 
 
-@pytest.mark.parametrize("flavour", ["linen", "nnx"])
-@pytest.mark.parametrize("kind", ["LSTM", "Elman"])
+@pytest.mark.parametrize(("kind", "flavour"), [("LSTM", "linen"), ("Elman", "nnx")])
 def test_dtypes_of_every_combination(kind: str, flavour: str):
     """Outputs: `output_dtype`, else the products'; carries: `carry_dtype`, else the parameters'."""
     xs = XS.astype(f32)
     for dtype in HALF:
         for param_dtype in HALF[1:]:
             for carry_dtype in HALF:
-                for output_dtype in HALF:
+                for output_dtype in HALF if carry_dtype is None else (None, jnp.float16):
                     options = dict(
                         dtype=dtype, param_dtype=param_dtype, carry_dtype=carry_dtype, output_dtype=output_dtype,
-                        return_carry=True, num_layers=2,
+                        return_carry=True,
                     )  # fmt: skip
 
                     def run(options: Any = options) -> Any:

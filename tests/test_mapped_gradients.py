@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import FLOAT64, assert_close
 from flax import nnx as flax_nnx
@@ -26,8 +27,12 @@ CELLS: dict[str, Callable[[int], rnncore.Cell]] = {
     "ResetBeforeGRU": rnncore.ResetBeforeGRU,
 }
 BACKENDS = ("autodiff", "scan", *(("cpp",) if compiler.find() else ()))
-SIZES = [(5, 4, 2), (5, 4, 4), (3, 2, 3), (7, 1, 5)]
+SIZES = [(5, 4, 2), (5, 4, 4), (7, 1, 5)]
 """(H, sequences of a batch, examples); the first two are those that were wrong."""
+GRADIENTS = [(name, "autodiff", SIZES[0]) for name in CELLS]
+GRADIENTS += [(name, "autodiff", size) for name in ("LSTM", "GRU") for size in SIZES[1:]]
+GRADIENTS += [(name, backend, SIZES[1]) for name in ("LSTM", "GRU") for backend in BACKENDS[1:]]
+"""(cell, backend, size): what the compiler does not see inside of, as the C++ loop, is mapped by rules of our own."""
 
 
 def test_flags_are_those_of_users() -> None:
@@ -40,18 +45,19 @@ def drawn(batch: int, examples: int, steps: int = 6, features: int = 3) -> jax.A
     return jax.random.normal(jax.random.key(1), (examples, batch, steps, features), jnp.float64)
 
 
-def assert_mapped(function: Callable[[Any], Any], xs: jax.Array) -> None:
-    """vmap of the function is a loop over the examples, called and jitted."""
-    looped = jax.tree.map(lambda *rows: jnp.stack(rows), *map(jax.jit(function), xs))
+def assert_mapped(function: Callable[[Any], Any], xs: jax.Array, called: bool = False) -> None:
+    """vmap of the function is a loop over the examples, jitted and, where asked, called."""
+    looped = jax.tree.map(lambda *rows: np.stack(rows), *map(jax.jit(function), xs))
     assert_close(jax.jit(jax.vmap(function))(xs), looped, 10 * FLOAT64)
-    assert_close(jax.vmap(function)(xs), looped, 10 * FLOAT64)
+    if called:
+        assert_close(jax.vmap(function)(xs), looped, 10 * FLOAT64)
 
 
-@pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize(
-    ("name", "backend"),
-    [(n, b) for n in CELLS for b in BACKENDS if n != "ResetBeforeGRU" or b == "autodiff"],
-)  # fmt: skip
+    ("name", "backend", "size"),
+    GRADIENTS,
+    ids=lambda value: value if isinstance(value, str) else "x".join(map(str, value)),
+)
 def test_gradients(name: str, backend: str, size: tuple[int, int, int]) -> None:
     hidden, batch, examples = size
     cell = CELLS[name](hidden)
@@ -60,7 +66,8 @@ def test_gradients(name: str, backend: str, size: tuple[int, int, int]) -> None:
     def loss(params: Any, x: Any) -> Any:
         return jnp.sum(jnp.sin(rnncore.unroll(cell, params, x, backend=backend)[1]))
 
-    assert_mapped(lambda x: jax.grad(loss, (0, 1))(params, x), drawn(batch, examples))
+    called = name in ("LSTM", "GRU") and backend == "autodiff" and size == SIZES[0]
+    assert_mapped(lambda x: jax.grad(loss, (0, 1))(params, x), drawn(batch, examples), called)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -48,7 +48,7 @@ def backwards(array: Any, lengths: Any = None) -> Any:
     return jnp.asarray(np.stack(rows))
 
 
-@pytest.mark.parametrize(("case", "backend"), cases.rows())
+@pytest.mark.parametrize(("case", "backend"), cases.rows(cases.EVERY_CELL))
 def test_states_are_those_of_single_steps(case: Case, backend: str):
     problem = cases.draw(case, (2,), STEPS, resets=True)
     carry, outputs, states = run(case, backend, problem, include_initial=True)
