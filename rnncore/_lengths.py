@@ -38,7 +38,7 @@ def check_lengths(seq_lengths: Any, batch_shape: tuple[int, ...], steps: int) ->
 
 def valid_mask(lengths: Array, steps: int, start: Array | int = 0) -> Array:
     """(steps, *batch) booleans: whether step start + t lies inside the length."""
-    times = jnp.arange(steps).reshape((steps,) + (1,) * lengths.ndim)
+    times = jnp.arange(steps, dtype=lengths.dtype).reshape((steps,) + (1,) * lengths.ndim)
     return times + start < lengths[None]
 
 
@@ -58,7 +58,7 @@ def reverse_time(tree: PyTree, lengths: Array | None) -> PyTree:
 
     def flip(a: Array) -> Array:
         steps = a.shape[0]
-        times = jnp.arange(steps).reshape((steps,) + (1,) * lengths.ndim)
+        times = jnp.arange(steps, dtype=lengths.dtype).reshape((steps,) + (1,) * lengths.ndim)
         # Steps 0..L-1 read L-1..0, steps L..T-1 read T-1..L.
         ends = lengths[None]
         source = jnp.where(times < ends, ends - 1 - times, steps - 1 - times + ends)
@@ -80,7 +80,7 @@ def last_valid(carry: PyTree, carries: PyTree, lengths: Array, start: Array | in
 
     def select(before: Array, stack: Array) -> Array:
         steps = stack.shape[0]
-        times = jnp.arange(steps).reshape((steps,) + (1,) * lengths.ndim) + start
+        times = jnp.arange(steps, dtype=lengths.dtype).reshape((steps,) + (1,) * lengths.ndim) + start
         hit = times == lengths[None] - 1
         hit = hit.reshape(hit.shape + (1,) * (stack.ndim - hit.ndim))
         # A masked sum, not a gather: it never multiplies by a padded value and shards over the batch.

@@ -157,7 +157,8 @@ def unroll_stack(
         if key is not None and stack.dropout and not last:
             keep = 1 - stack.dropout
             # A product, not a selection: with an explicit mesh it takes on the sharding of the data.
-            xs = xs * (jax.random.bernoulli(keys[level][stack.directions], keep, xs.shape) / keep).astype(dtype)
+            kept = jax.random.bernoulli(keys[level][stack.directions], keep, xs.shape)
+            xs = xs * (kept.astype(dtype) / keep)
     return (tuple(ends), xs, tuple(states)) if return_states else (tuple(ends), xs)
 
 

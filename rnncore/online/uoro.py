@@ -74,7 +74,7 @@ class UORO(Rule):
 
     def _gradient(self, params: CellParams, memory: Memory, cotangent: Any) -> CellParams:
         state, theta = memory.influence
-        share = sum((jnp.sum(d * s, -1) for d, s in zip(cotangent, state, strict=True)), jnp.zeros(()))
+        share: Any = sum(jnp.sum(d * s, -1) for d, s in zip(cotangent, state, strict=True))
         return jax.tree.map(lambda t: jnp.tensordot(share, t, share.ndim), theta)
 
 

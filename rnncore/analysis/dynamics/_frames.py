@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.analysis.jacobians.products import LN2, renormalise
+from rnncore.analysis.jacobians.products import nats, renormalise
 from rnncore.analysis.run.flat import Step, Through, columns_through, rows_through
 
 ROUNDING = 8.0
@@ -104,7 +104,7 @@ def log_stretches(
         block, r, now = graded_qr(block, tolerance)
         lost = lost | now
         stretch = jnp.where(lost, 1.0, jnp.abs(jnp.diagonal(r, axis1=-2, axis2=-1)))
-        logs = jnp.where(lost, -jnp.inf, jnp.log(stretch) + exponent[:, None] * LN2)
+        logs = jnp.where(lost, -jnp.inf, jnp.log(stretch) + nats(exponent, r.dtype)[:, None])
         return (block, jnp.zeros_like(exponent), lost), logs
 
     def one(carry: Any, now: Any) -> Any:

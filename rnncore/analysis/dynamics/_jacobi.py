@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.analysis.jacobians.products import LN2
+from rnncore.analysis.jacobians.products import nats
 
 SWEEPS = 40
 """More than the rows of any well-conditioned matrix need; ten are many."""
@@ -46,7 +46,7 @@ def log_singular_values(rows: Array, exponents: Array) -> Array:
     start = _normalise(rows, jnp.ones(len(rows), rows.dtype), exponents)
     going = (start, jnp.asarray(jnp.inf, rows.dtype), 0)
     (_, lengths, exponents), _, _ = jax.lax.while_loop(lambda s: (s[1] > tolerance) & (s[2] < SWEEPS), sweep, going)
-    logs = jnp.where(exponents > NOTHING, jnp.log(lengths) + exponents * LN2, -jnp.inf)
+    logs = jnp.where(exponents > NOTHING, jnp.log(lengths) + nats(exponents, lengths.dtype), -jnp.inf)
     return -jnp.sort(-logs)[:n]
 
 

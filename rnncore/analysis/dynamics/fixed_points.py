@@ -177,7 +177,7 @@ def _search(
     with jax.default_matmul_precision("highest"):
         change = _map(cell, params, x)
         eye = jnp.eye(states.shape[-1], dtype=states.dtype)
-        sizes = jnp.asarray(0.5, states.dtype) ** jnp.arange(HALVINGS)
+        sizes = jnp.asarray(0.5 ** np.arange(HALVINGS), states.dtype)
 
         def size_of(state: Array) -> Array:
             size = jnp.linalg.norm(change(state))
@@ -189,8 +189,9 @@ def _search(
             gram = matrix.T @ matrix
             damping = SLOW * jnp.max(jnp.diagonal(gram)) * jnp.minimum(1, size)
             damped = -jnp.linalg.solve(gram + damping * eye, matrix.T @ residual)
-            tried = jnp.concatenate([state + sizes[:, None] * plain, state + sizes[:, None] * damped, state[None]])
-            tried = jnp.where(jnp.all(jnp.isfinite(tried), -1)[:, None], tried, state)
+            steps = [sizes[:, None] * d[None] for d in (plain, damped)]
+            tried = state[None] + jnp.concatenate([*steps, jnp.zeros_like(state)[None]])
+            tried = jnp.where(jnp.all(jnp.isfinite(tried), -1)[:, None], tried, state[None])
             after = jax.vmap(size_of)(tried)
             # The longest Newton step that lowers the residual well; else whatever lowers it most.
             good = after[:HALVINGS] <= (1 - 0.1 * sizes) * size

@@ -262,4 +262,4 @@ def _pointwise(call: str, cell: Any) -> None:
 
 def _square_norm(carry: Any) -> Array:
     """Over all fields, (*batch, T)."""
-    return sum((jnp.sum(jnp.square(a), -1) for a in jax.tree.leaves(carry)), start=jnp.zeros(()))
+    return sum((jnp.sum(jnp.square(a), -1) for a in jax.tree.leaves(carry)), start=0.0)  # type: ignore[return-value]

@@ -69,14 +69,15 @@ def log_operator_norm(matrix: Array) -> Array:
     squarings = max(0, math.ceil(math.log2((1 + math.log(size)) / float(jnp.finfo(matrix.dtype).eps))))
     matrix, exponent = renormalise(matrix, jnp.zeros(matrix.shape[:-2], jnp.int32))
 
-    def square(k: int, state: tuple[Array, Array]) -> tuple[Array, Array]:
+    def square(k: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         power, log = state
         power, scale = renormalise(jnp.matmul(power, power, precision="highest"), jnp.zeros_like(exponent))
-        return power, log + scale * (LN2 * 0.5 ** (k + 2))
+        return power, log + nats(scale, log.dtype) * 0.5 ** (k + 2).astype(log.dtype)
 
     gram = jnp.matmul(matrix, jnp.swapaxes(matrix, -1, -2), precision="highest")
     power, scale = renormalise(gram, jnp.zeros_like(exponent))
-    power, log = jax.lax.fori_loop(0, squarings, square, (power, scale * (LN2 / 2) + exponent * LN2))
+    start = nats(scale, power.dtype) / 2 + nats(exponent, power.dtype)
+    power, log = jax.lax.fori_loop(0, squarings, square, (power, start))
     return log + log_frobenius_norm(power) * 0.5 ** (squarings + 1)
 
 
@@ -84,7 +85,12 @@ def log_operator_norm(matrix: Array) -> Array:
 def log_frobenius_norm(matrix: Array) -> Array:
     """ln of the root of the sum of squares of (..., m, n)."""
     scaled, exponent = renormalise(matrix, jnp.zeros(matrix.shape[:-2], jnp.int32))
-    return 0.5 * jnp.log(jnp.sum(jnp.square(scaled), (-2, -1))) + exponent * LN2
+    return 0.5 * jnp.log(jnp.sum(jnp.square(scaled), (-2, -1))) + nats(exponent, scaled.dtype)
+
+
+def nats(exponent: Array, dtype: Any) -> Array:
+    """ln of 2^exponent."""
+    return exponent.astype(dtype) * LN2
 
 
 def renormalise(matrix: Array, exponent: Array) -> tuple[Array, Array]:
@@ -183,7 +189,7 @@ def _products(jacobians: Array, lengths: Array | None, anchor: str, associative:
         _, rest = jax.lax.scan(step, start, factors)
     matrix, exponent = jax.tree.map(lambda a, b: jnp.concatenate([a[None], b]), start, rest)
     batch = jacobians.ndim - 3
-    log_scale = exponent.astype(jacobians.dtype) * LN2
+    log_scale = nats(exponent, jacobians.dtype)
     return ScaledMatrix(jnp.moveaxis(matrix, 0, batch), jnp.moveaxis(log_scale, 0, batch))
 
 

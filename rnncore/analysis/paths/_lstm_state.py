@@ -41,7 +41,7 @@ def output_slope(traj: Trajectory) -> Array:
     a = cell.split(traj.zs).o + r
 
     def h(c: Array) -> Array:
-        o = cell.gate_fn(a + traj.params.units.o * c if cell.peepholes else a)
+        o = cell.gate_fn(a + jnp.broadcast_to(traj.params.units.o, c.shape) * c if cell.peepholes else a)
         return o * cell.activation_fn(c)
 
     return jax.jvp(h, (c,), (jnp.ones_like(c),))[1]

@@ -11,7 +11,7 @@ from rnncore._types import Array
 from rnncore.analysis.jacobians.products import ScaledMatrix, jacobian_product
 from rnncore.analysis.jacobians.steps import step_coefficients, step_jacobians
 from rnncore.analysis.paths._lstm_state import output_slope
-from rnncore.analysis.paths.gates import diagonal
+from rnncore.analysis.paths.gates import diagonal, row_scaled
 from rnncore.analysis.paths.lstm import first_slope, lstm_paths, plain_lstm
 from rnncore.analysis.run.trajectory import Trajectory
 from rnncore.cells.lstm import LSTM
@@ -129,7 +129,7 @@ def _residual(traj: Trajectory, slope: Any) -> Array:
         slopes = jnp.concatenate([slope[..., None, :], slopes], -2)
     count = slopes.shape[-2] - 2  # of pairs of steps after the first c
     into = coefficients.c
-    k = into.i[..., None] * u_i + into.f[..., None] * u_f + into.g[..., None] * u_g
-    g = coefficients.h.o[..., None] * u_o
+    k = row_scaled(into.i, u_i) + row_scaled(into.f, u_f) + row_scaled(into.g, u_g)
+    g = row_scaled(coefficients.h.o, u_o)
     later, middle = k[..., -count:, :, :], g[..., -count - 1 : -1, :, :]
     return jnp.matmul(later, middle, precision="highest") * slopes[..., :count, None, :]

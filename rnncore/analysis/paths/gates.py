@@ -98,7 +98,12 @@ def gate_paths(traj: Trajectory) -> GatePaths:
 
 def diagonal(a: Array) -> Array:
     """(..., n) as diagonal matrices (..., n, n)."""
-    return a[..., None] * jnp.eye(a.shape[-1], dtype=a.dtype)
+    return row_scaled(a, jnp.eye(a.shape[-1], dtype=a.dtype))
+
+
+def row_scaled(a: Array, matrix: Array) -> Array:
+    """diag(a) M (..., m, n) of a (..., m) and one matrix (m, n)."""
+    return a[..., None] * jnp.broadcast_to(matrix, (*a.shape, matrix.shape[-1]))
 
 
 @jax.jit
@@ -118,6 +123,6 @@ def _gate_paths(traj: Trajectory) -> GatePaths:
 
     def through(gate: str, matrix: Array) -> Array:
         wide = jnp.concatenate([matrix if name == "h" else blank for name in fields], -1)
-        return rows(lambda to: getattr(getattr(coefficients.recurrent, to), gate)[..., None] * wide)
+        return rows(lambda to: row_scaled(getattr(getattr(coefficients.recurrent, to), gate), wide))
 
     return GatePaths(rows(direct), cell.Gates(*map(through, cell.gates, matrices)), traj.lengths is not None)

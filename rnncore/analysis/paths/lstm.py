@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rnncore._types import Array
 from rnncore.analysis.jacobians.steps import step_coefficients
 from rnncore.analysis.paths._lstm_state import output_slope
-from rnncore.analysis.paths.gates import Paths, diagonal
+from rnncore.analysis.paths.gates import Paths, diagonal, row_scaled
 from rnncore.analysis.run.trajectory import Trajectory, check_finite
 from rnncore.cells.lstm import LSTM
 
@@ -154,7 +154,7 @@ def _lstm_paths(traj: Trajectory, slope: Array | None) -> LSTMPaths:
         slopes = jnp.concatenate([slope[..., None, :], slopes], -2)
 
     def into(gate: str) -> Array:
-        matrix = getattr(coefficients.recurrent.c, gate)[..., skip:, :, None] * matrices[gate]
+        matrix = row_scaled(getattr(coefficients.recurrent.c, gate)[..., skip:, :], matrices[gate])
         return matrix * slopes[..., :-1, None, :]
 
     return LSTMPaths(
@@ -162,7 +162,7 @@ def _lstm_paths(traj: Trajectory, slope: Array | None) -> LSTMPaths:
         via_forget=into("f"),
         via_input=into("i"),
         via_candidate=into("g"),
-        via_output=coefficients.recurrent.h.o[..., skip:, :, None] * matrices["o"],
+        via_output=row_scaled(coefficients.recurrent.h.o[..., skip:, :], matrices["o"]),
         slope=slopes,
         first=1 + skip,
         padded=traj.lengths is not None,

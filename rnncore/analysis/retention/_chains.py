@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.analysis.jacobians.products import LN2, renormalise
+from rnncore.analysis.jacobians.products import nats, renormalise
 from rnncore.analysis.run.flat import Through, columns_through, flat, rows_through
 from rnncore.analysis.run.trajectory import Trajectory
 
@@ -95,7 +95,7 @@ def _measured(
     wanted = np.isin(np.arange(1, steps + 1), lags)
     with jax.default_matmul_precision("highest"):
         state = renormalise(block, jnp.zeros(block.shape[:1], jnp.int32))
-        logs = [(make(traj)(state[0], beside) + state[1] * LN2)[None]]
+        logs = [(make(traj)(state[0], beside) + nats(state[1], state[0].dtype))[None]]
         for first, after in _stretches(block, steps):
             piece = jax.tree.map(lambda a, first=first, after=after: a[first:after], now)
             state, values = _stretch(traj, state, piece, jnp.asarray(wanted[first:after]), direction, make)
@@ -124,7 +124,10 @@ def _stretch(traj: Trajectory, state: Any, now: Any, wanted: Array, direction: A
         block, exponent = state
         (before, inputs, beside), want = now
         block, exponent = renormalise(jax.vmap(through)(before, inputs, block), exponent)
-        measured = functools.partial(lambda block, exponent: measure(block, beside) + exponent * LN2, block, exponent)
+
+        def measured(block: Array = block, exponent: Array = exponent) -> Array:
+            return measure(block, beside) + nats(exponent, block.dtype)
+
         nothing = jnp.zeros(exponent.shape, jax.eval_shape(measured).dtype)
         value = jax.lax.cond(want, measured, lambda: nothing)
         return (block, exponent), value

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.analysis.jacobians.products import LN2, log_operator_norm, renormalise
+from rnncore.analysis.jacobians.products import log_operator_norm, nats, renormalise
 from rnncore.analysis.run.flat import flat, jacobian
 from rnncore.analysis.run.trajectory import Trajectory
 
@@ -40,7 +40,7 @@ def log_smallest(traj: Trajectory, anchor: str, lags: Sequence[int]) -> Array:
         inverse, exponent = renormalise(inverse, exponent)
         singular = singular | lost
         nothing = jnp.zeros(count, inverse.dtype)
-        size = jax.lax.cond(want, lambda: log_operator_norm(inverse) + exponent * LN2, lambda: nothing)
+        size = jax.lax.cond(want, lambda: log_operator_norm(inverse) + nats(exponent, inverse.dtype), lambda: nothing)
         return (inverse, exponent, singular), jnp.where(singular, -jnp.inf, -size)
 
     with jax.default_matmul_precision("highest"):

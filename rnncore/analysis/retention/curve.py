@@ -95,7 +95,7 @@ class RetentionCurve:
         examples, kept = self._examples(), self._kept()
         if kept is None:
             return jnp.mean(examples, 0)
-        total = jnp.sum(jnp.where(kept, examples, 0), 0) / jnp.maximum(jnp.sum(kept), 1)
+        total = jnp.sum(jnp.where(kept, examples, 0), 0) / jnp.maximum(jnp.sum(kept, dtype=examples.dtype), 1)
         return jnp.where(jnp.any(kept), total, -jnp.inf)
 
     def log_mean(self) -> Array:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array
-from rnncore.analysis.jacobians.products import LN2, log_frobenius_norm
+from rnncore.analysis.jacobians.products import log_frobenius_norm, nats
 from rnncore.analysis.retention._chains import carry_block
 from rnncore.analysis.retention._lanczos import top_right_vectors
 from rnncore.analysis.run._alignment import ending_together, mask_missing, shortest
@@ -134,7 +134,7 @@ def _frobenius(traj: Trajectory, key: Array, lag: int, anchor: str, probes: int)
     squares = jnp.sum(jnp.square(block), -1)
     mean = jnp.mean(squares, -1)
     error = jnp.std(squares, -1, ddof=1) / math.sqrt(probes) / (2 * jnp.where(mean > 0, mean, 1))
-    return _estimate(traj, lag, jnp.log(mean) / 2 + exponent * LN2, error)
+    return _estimate(traj, lag, jnp.log(mean) / 2 + nats(exponent, mean.dtype), error)
 
 
 @functools.partial(jax.jit, static_argnames=("lag", "anchor"))
@@ -154,7 +154,7 @@ def _operator(traj: Trajectory, lag: int, anchor: str) -> NormEstimate:
 
     found, residual = top_right_vectors(gram, count, n, now[0].dtype)
     block, exponent = carry_block(columns_through(run.step), found[:, None, :], now)
-    return _estimate(traj, lag, log_frobenius_norm(block) + exponent * LN2, residual / 2)
+    return _estimate(traj, lag, log_frobenius_norm(block) + nats(exponent, block.dtype), residual / 2)
 
 
 def _estimate(traj: Trajectory, lag: int, log_norm: Array, error: Array) -> NormEstimate:

@@ -101,7 +101,8 @@ def _window(logs: Array, share: float) -> Array:
     held = jnp.cumsum(jnp.flip(mass, -1), -1)
     total = held[..., -1:]
     # The first sum that suffices, by how many do not; with no mass at all none is missing.
-    return jnp.sum(held < share * total, -1) + (total[..., 0] > 0)
+    missing = jnp.sum(held < share * total, -1)
+    return missing + (total[..., 0] > 0).astype(missing.dtype)
 
 
 def _influence(traj: Trajectory, of: str | None) -> Array:
