@@ -3,8 +3,10 @@
 from rnncore import initializers as initializers
 from rnncore.cells import GRU as GRU
 from rnncore.cells import LSTM as LSTM
+from rnncore.cells import LSTMP as LSTMP
 from rnncore.cells import MGU as MGU
 from rnncore.cells import RGLRU as RGLRU
+from rnncore.cells import SLSTM as SLSTM
 from rnncore.cells import Cell as Cell
 from rnncore.cells import CellParams as CellParams
 from rnncore.cells import Elman as Elman
@@ -12,10 +14,12 @@ from rnncore.cells import HiddenCarry as HiddenCarry
 from rnncore.cells import IndRNN as IndRNN
 from rnncore.cells import Leaky as Leaky
 from rnncore.cells import LSTMCarry as LSTMCarry
+from rnncore.cells import LSTMPParams as LSTMPParams
 from rnncore.cells import MinGRU as MinGRU
 from rnncore.cells import MinLSTM as MinLSTM
 from rnncore.cells import PointwiseCell as PointwiseCell
 from rnncore.cells import ResetBeforeGRU as ResetBeforeGRU
+from rnncore.cells import SLSTMCarry as SLSTMCarry
 from rnncore.cells.recurrent_kernels import Dense as Dense
 from rnncore.cells.recurrent_kernels import Diagonal as Diagonal
 from rnncore.cells.recurrent_kernels import Heads as Heads

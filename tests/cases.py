@@ -124,6 +124,7 @@ CASES = [
         reference.lstm("hard_sigmoid", "silu"),
     ),
     Case("lstm_no_bias", rnncore.LSTM(HIDDEN), reference.lstm(), without=("bias",)),
+    Case("slstm", rnncore.SLSTM(HIDDEN, recurrence=rnncore.Heads(2)), reference.slstm()),
     *over_kernels("gru", rnncore.GRU, reference.gru()),
     Case(
         "gru_functions",
@@ -185,6 +186,8 @@ def draw(
     params = jax.tree.map(normal, jax.eval_shape(lambda: case.cell.init(jax.random.key(0), features)))
     params = params._replace(**dict.fromkeys(case.without))
     carry = jax.tree.map(normal, jax.eval_shape(lambda: case.cell.initial_carry(batch)))
+    if "n" in carry._fields:  # a normaliser: h is a quotient by it
+        carry = carry._replace(n=jnp.abs(carry.n) + 0.5)
     xs = jnp.asarray(rng.normal(0, 1, (*batch, steps, features)), dtype)
     several = np.resize([0, steps, 1, max(steps - 1, 0)], batch) if batch else np.asarray(max(steps - 1, 0))
     here = rng.random((*batch, steps)) < 0.3

@@ -246,6 +246,39 @@ def lstm(gate: str = "sigmoid", activation: str = "tanh", peepholes: bool = Fals
     return Cell(names, (), forward, backward)
 
 
+def slstm() -> Cell:
+    """i = exp(a_i - m'), f = exp(log sigmoid(a_f) + m - m'), m' the larger exponent; h' = o c' / n'.
+
+    Where n is 0 m' is a_i and f is 1.
+    """
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        c, n, m, h = s
+        ai, af, az, ao = sums(w, x, h)
+        old = -np.logaddexp(0, -af) + m
+        first = n == 0
+        m_new = np.where(first, ai, np.maximum(ai, old))
+        i, f = np.exp(ai - m_new), np.where(first, 1.0, np.exp(np.minimum(old - m_new, 0)))
+        z, o = np.tanh(az), sigmoid(ao)
+        c_new, n_new = f * c + i * z, f * n + i
+        kept = (x, c, n, h, af, first, ai >= old, i, f, z, o, c_new, n_new)
+        return (c_new, n_new, m_new, o * c_new / n_new), (i, f, z, o), kept
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, c, n, h, af, first, by_input, i, f, z, o, c_new, n_new = kept
+        dc, dn, dm, dh = ds
+        dao = dh * c_new / n_new * o * (1 - o)
+        dc, dn = dc + dh * o / n_new, dn - dh * o * c_new / n_new**2
+        d_exp_i, d_exp_f = (dc * z + dn) * i, np.where(first, 0.0, (dc * c + dn * n) * f)
+        dm = dm - d_exp_i - d_exp_f
+        dai = d_exp_i + np.where(first | by_input, dm, 0.0)
+        dold = d_exp_f + np.where(first | by_input, 0.0, dm)
+        da = [dai, dold * sigmoid(-af), dc * i * (1 - z * z), dao]
+        return back_input(w, dw, x, da), (dc * f, dn * f, dold, back_recurrent(w, dw, h, da))
+
+    return Cell(("i", "f", "z", "o"), (), forward, backward)
+
+
 def gru(gate: str = "sigmoid", activation: str = "tanh") -> Cell:
     """h' = (1 - z) n + z h with n = phi(x W_n + b_n + r (h U_n + c_n)): the reset after the product."""
     sig, dsig = ACTIVATIONS[gate]

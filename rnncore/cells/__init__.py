@@ -16,6 +16,10 @@ from rnncore.cells.mgu import MGU as MGU
 from rnncore.cells.minimal import RGLRU as RGLRU
 from rnncore.cells.minimal import MinGRU as MinGRU
 from rnncore.cells.minimal import MinLSTM as MinLSTM
+from rnncore.cells.projected_lstm import LSTMP as LSTMP
+from rnncore.cells.projected_lstm import LSTMPParams as LSTMPParams
+from rnncore.cells.slstm import SLSTM as SLSTM
+from rnncore.cells.slstm import SLSTMCarry as SLSTMCarry
 
 _LSTMS = [LSTM(1, peepholes=p, coupled=c) for p in (False, True) for c in (False, True)]
 for _cell in (*_LSTMS, GRU(1), MGU(1), Elman(1), IndRNN(1)):

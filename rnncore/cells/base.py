@@ -105,6 +105,11 @@ class Cell(abc.ABC):
     def update(self, params: PyTree, carry: Any, z: PyTree) -> tuple[Any, PyTree]:
         """One step: (carry, z) to (new carry, gates)."""
 
+    @property
+    def output_size(self) -> int:
+        """Features of the output y; H but for a cell that projects it."""
+        return self.hidden_size
+
     def output(self, carry: Any) -> Array:
         """The output y (..., H) that belongs to a carry."""
         return carry.h
@@ -113,6 +118,40 @@ class Cell(abc.ABC):
         """One step in the order of `jax.lax.scan`: (params, carry, z) to (carry, y)."""
         carry, _ = self.update(params, carry, z)
         return carry, self.output(carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class TranslatedCell(Cell):
+    """A cell that runs as a pointwise one over another state, whose loops and derivatives it so has.
+
+    s_t = leave(params, u_t),   u_t = update of the pointwise cell,   u_0 = enter(params, s_0)
+
+    Its own `update` is the reference, and what runs where the options say something of a state that u does not have.
+    """
+
+    @abc.abstractmethod
+    def pointwise_cell(self) -> PointwiseCell:
+        """The cell that runs."""
+
+    @abc.abstractmethod
+    def pointwise_params(self, params: Any) -> CellParams:
+        """Its parameters, differentiable in these."""
+
+    @abc.abstractmethod
+    def enter(self, params: Any, carry: Any) -> Any:
+        """Its carry that stands for one of this cell; linear in the carry."""
+
+    @abc.abstractmethod
+    def leave(self, params: Any, carry: Any) -> Any:
+        """The carry of this cell after a step, from that of the pointwise cell; with any leading axes."""
+
+    @abc.abstractmethod
+    def leave_output(self, params: Any, h: Array) -> Array:
+        """The output of this cell, from that of the pointwise one; with any leading axes."""
+
+    @abc.abstractmethod
+    def zoneout(self, zoneout: Any) -> Any:
+        """Zoneout of the pointwise cell that does what this does, or None where there is none."""
 
 
 def check_init(what: Any, key: Any, input_size: Any, dtype: Any) -> None:

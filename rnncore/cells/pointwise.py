@@ -167,8 +167,8 @@ def why_not_as_declared(cell: PointwiseCell, *methods: str) -> str | None:
     return f"{type(cell).__name__} has a `{own[0]}` of its own, and it runs that of PointwiseCell"
 
 
-def why_not_linear(cell: PointwiseCell) -> str | None:
-    """Reason why the recurrent product cannot be differentiated once for all steps, or None."""
+def why_not_a_product(cell: PointwiseCell) -> str | None:
+    """Reason why the recurrent product cannot be differentiated once for all steps, or None: see `Recurrence`."""
     kind = type(cell.recurrence)
     own = {name: next(n for n, c in enumerate(kind.__mro__) if name in vars(c)) for name in ("mix", "mix_transposed")}
     if own["mix"] < own["mix_transposed"]:
@@ -180,15 +180,14 @@ def why_not_linear(cell: PointwiseCell) -> str | None:
     kernel = jax.ShapeDtypeStruct(cell.recurrence.shape(gates, size), jnp.float32)
     h, r = jax.ShapeDtypeStruct((size,), jnp.float32), jax.ShapeDtypeStruct((gates * size,), jnp.float32)
 
-    def transpose(h: Any, r: Any) -> Any:
-        return jax.linear_transpose(lambda kernel: cell.recurrence.mix(kernel, h), kernel)(r)
+    def transpose(kernel: Any, h: Any, r: Any) -> Any:
+        return jax.linear_transpose(lambda h: cell.recurrence.mix(kernel, h), h)(r)
 
     try:
-        jax.eval_shape(transpose, h, r)
+        jax.eval_shape(transpose, kernel, h, r)
     except Exception:  # JAX says in many ways that something is not linear, an AssertionError among them.
         return (
-            f"{type(cell.recurrence).__name__}.mix is not linear in the kernel, such as U = A B, so its gradient is no "
-            "one product over all steps; backend 'autodiff' takes it"
+            f"{kind.__name__}.mix is not linear in h, so the step has no recurrent product; backend 'autodiff' takes it"
         )
     return None
 

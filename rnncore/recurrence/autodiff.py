@@ -24,6 +24,7 @@ class Autodiff(Backend):
     """See the module."""
 
     name = "autodiff"
+    takes_any_product = True
     takes_symbolic = True
 
     def unsupported(self, request: Request) -> str | None:

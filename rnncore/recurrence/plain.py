@@ -4,9 +4,9 @@ The derivative of a recurrence is a recurrence.  With L_t the linearised step,
 
   ds_t = L_t(dunits, dx_t, dU h_{t-1} + U dh_{t-1}, ds_{t-1})
 
-and dU h_{t-1} needs no loop: it is one product over all steps.  What is left is the same kind of recurrence with L in
-the step's place, so that every further order comes out the same way, and JAX transposes it.  No weight gradient travels
-through the loop.  L_t is arithmetic on the results of the step's transcendental functions (`pointwise.linearize`).
+and dU h_{t-1}, the derivative of the product in its parameters, needs no loop: it is a product over all steps.  What is
+left is the same kind of recurrence with L in the step's place, so that every further order comes out the same way, and
+JAX transposes it.  No weight gradient travels through the loop.  L_t is arithmetic on the results of the step's transcendental functions (`pointwise.linearize`).
 
 Every backend has its second and higher derivatives, and by default its tangent, from here.
 """
@@ -115,7 +115,9 @@ def tangent(
     def chunk(carry: Any, first: Any, now: Any) -> Any:
         (carry, last), (xs, dxs, residuals, before, resets, zoneout) = carry, now
         dz = _moved_projection(cell, projection, xs, dprojection, dxs)
-        prepared = linear.prepare(steps.masked(constants.recurrent_mask, before), drecurrent, cell.split(dz), dunits)
+        prepared = linear.prepare(
+            steps.masked(constants.recurrent_mask, before), recurrent, drecurrent, cell.split(dz), dunits
+        )
         inputs = Inputs(
             tangent_params, units, (residuals, *prepared), carry, moved.reset_carry, resets, constants.recurrent_mask,
             zoneout,
@@ -190,7 +192,8 @@ def recurrence(
         def tangent(inputs: Any, hs: Any, kept: Any, dparams: Any, dxs: Any, dunits: Any, *dcarries: Any) -> Any:
             before = previous(inputs.initial_carry, inputs.reset_carry, inputs.resets, hs)
             residuals = linear.residuals(inputs, before, kept)
-            xs = (residuals, *linear.prepare(steps.masked(inputs.recurrent_mask, before), dparams, dxs, dunits))
+            entering = steps.masked(inputs.recurrent_mask, before)
+            xs = (residuals, *linear.prepare(entering, inputs.recurrent_params, dparams, dxs, dunits))
             tangent_params = product.tangent_params(inputs.recurrent_params)
             dstart, dreset = dcarries
             moved = inputs._replace(

@@ -39,6 +39,7 @@ class Scan(LoopBackend):
 
     name = "scan"
     keeps_time_axis = True
+    takes_any_product = True
     takes_symbolic = True
     maps_into_batch = True
 
@@ -46,7 +47,7 @@ class Scan(LoopBackend):
         if not isinstance(request.cell, PointwiseCell):
             return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
         changed = pointwise.why_not_as_declared(request.cell, "mix", "output", "split", "update")
-        return changed or pointwise.why_not_linear(request.cell)
+        return changed or pointwise.why_not_a_product(request.cell)
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         return _Run(request, differentiable, constants).forward(False)[0]
@@ -272,7 +273,8 @@ class _Backward:
 
         def weights(dparams: Any, slab: Array) -> Any:
             entering = steps.masked(inputs.recurrent_mask, before)
-            return run.step.add_to_tangent(slab, run.product.product(dparams, entering))
+            change = run.product.of_change(run.recurrent_params, dparams, entering)
+            return run.step.add_to_tangent(slab, change)
 
         # From values, not from shapes: inside shard_map the rows differ over the devices as these do.
         row_shapes = jax.eval_shape(lambda *a: at(weights(*a), 0, 0), run.recurrent_params, slab)

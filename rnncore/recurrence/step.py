@@ -130,14 +130,18 @@ class RecurrentProduct:
     """The recurrent product and its derivative.
 
     Fields:
-      product: (recurrent_params, h) -> r, linear in the parameters.
-      tangent_product: (tangent_params, dh) -> dr, bilinear: what `product` does to a change of h.
-      tangent_params: recurrent_params -> tangent_params, linear: laid out so that the transpose is fast.
+      product: (recurrent_params, h) -> r, linear in h.
+      tangent_product: (tangent_params, dh) -> dr: what `product` does to a change of h, the same as to h itself.
+      tangent_params: recurrent_params -> tangent_params: laid out so that the transpose is fast.
     """
 
     product: Callable
     tangent_product: Callable
     tangent_params: Callable
+
+    def of_change(self, params: PyTree, dparams: PyTree, h: Array) -> Array:
+        """What a change of the parameters does to r: linear in the change, a product or two for any number of steps."""
+        return jax.jvp(lambda params: self.product(params, h), (params,), (dparams,))[1]
 
     @property
     def tangent(self) -> RecurrentProduct:
@@ -293,11 +297,11 @@ class LinearizedStep:
                 residuals.append(stacks[n])
         return tuple(residuals)
 
-    def prepare(self, entering: Array, dparams: Any, dxs: Any, dunits: Any) -> tuple[Any, Any, Any]:
+    def prepare(self, entering: Array, params: Any, dparams: Any, dxs: Any, dunits: Any) -> tuple[Any, Any, Any]:
         """What of the tangent needs no loop: (dx with the sums of dU h in it, their rest, dunits per step)."""
         rest, dxs = None, self.step.join(dxs)
         if dparams is not None:
-            dxs, rest = self.step.add_to_tangent(dxs, self.product.product(dparams, entering))
+            dxs, rest = self.step.add_to_tangent(dxs, self.product.of_change(params, dparams, entering))
         # A per-unit tangent enters once a step, so that its gradient is summed outside the loop.
         return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (entering.shape[0], *a.shape)), dunits)
 

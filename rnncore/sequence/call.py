@@ -18,7 +18,7 @@ from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.recurrence.backend import Backend, LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
-from rnncore.sequence import choices
+from rnncore.sequence import choices, translated
 from rnncore.sequence.backends import BACKENDS
 from rnncore.sequence.choices import BackendChoice as BackendChoice
 from rnncore.sequence.choices import BackendChoices
@@ -190,6 +190,9 @@ def unroll(
         return_states, include_initial, checkpoint_every, recompute, residual_dtype, backend,
     )  # fmt: skip
     request, layout, arrays = _prepare(cell, params, xs, options)
+    inside = translated.inside(request, params, options)
+    if inside is not None:
+        return translated.outside(cell, params, options, *unroll(inside.cell, inside.params, xs, **inside.options))
     if choices.is_recording():
         choices.record(choose(request, backend))
         carry, outputs, states = choices.zeros_like(_run, request, layout, BACKENDS["autodiff"], *arrays)
@@ -256,7 +259,11 @@ def explain_backend(
         raise TypeError(f"`explain_backend(cell, params, xs, {len(inputs)} more)`: expected options by their names.")
     _checks.check_arguments("explain_backend", "cell", params, xs)
     asked = Options(**options)
-    return choose(_prepare(cell, params, xs, asked)[0], asked.backend)
+    request = _prepare(cell, params, xs, asked)[0]
+    inside = translated.inside(request, params, asked)
+    if inside is not None:
+        return explain_backend(inside.cell, inside.params, xs, **inside.options)
+    return choose(request, asked.backend)
 
 
 def choose(request: Request, backend: str | None, prepare: bool = False) -> BackendChoice:
@@ -302,6 +309,11 @@ def _why_not(backend: Backend, request: Request) -> str | None:
     return backend.unsupported(request)
 
 
+def _takes_any_product(backend: str | None) -> bool:
+    """Whether what runs multiplies by the recurrence's own `mix`; a GPU's own loops are faster than any such."""
+    return jax.default_backend() == "cpu" if backend is None else getattr(BACKENDS.get(backend), "takes_any_product", False)
+
+
 def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Request, Layout, tuple[Any, ...]]:
     """All checks of a call, in one place."""
     initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout = options[:6]
@@ -333,7 +345,8 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
     _checks.check_params(cell, params, xs)
-    cell, params = structured_kernels.plain(cell, params)
+    if not (structured_kernels.prefers_own_product(cell) and _takes_any_product(options.backend)):
+        cell, params = structured_kernels.plain(cell, params)
     z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
     dtype = jax.tree.leaves(z)[0].dtype
     for name, carry in (("initial_carry", initial_carry), ("reset_carry", reset_carry)):
@@ -346,9 +359,9 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     if resets is not None:
         resets = _checks.check_resets(resets, xs.shape[:-1])
     if recurrent_mask is not None:
-        recurrent_mask = _checks.check_mask(recurrent_mask, (*batch_shape, cell.hidden_size))
+        recurrent_mask = _checks.check_mask(recurrent_mask, (*batch_shape, cell.output_size))
     if zoneout is not None:
-        zoneout = _checks.check_zoneout(cell, zoneout, (*xs.shape[:-1], cell.hidden_size))
+        zoneout = _checks.check_zoneout(cell, zoneout, xs.shape[:-1])
     request = Request(
         cell=cell, steps=steps, batch_shape=batch_shape, input_size=xs.shape[-1], dtype=dtype.name,
         dtypes=frozenset(jnp.result_type(a).name for a in jax.tree.leaves((params, xs, initial_carry))),

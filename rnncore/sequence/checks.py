@@ -89,7 +89,8 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> Array:
 
 
 def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
-    expected = type(jax.eval_shape(cell.initial_carry))
+    carry = jax.eval_shape(cell.initial_carry)
+    expected = type(carry)
     if type(zoneout) is not expected:
         raise ValueError(
             f"`unroll(zoneout=<{type(zoneout).__name__}>)`: expected {expected.__name__}{expected._fields} with None, "
@@ -98,10 +99,11 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
     for name, stay in zip(zoneout._fields, zoneout, strict=True):
         if stay is None:
             continue
+        want = (*shape, *getattr(carry, name).shape)
         number = jnp.ndim(stay) == 0
         got = f"`unroll(zoneout={expected.__name__}({name}={stay if number else jnp.shape(stay)}))`"
-        if not number and jnp.shape(stay) != shape:
-            raise ValueError(f"{got}: expected a number or an array {shape}, the axes of xs with H for features.")
+        if not number and jnp.shape(stay) != want:
+            raise ValueError(f"{got}: expected a number or an array {want}, the axes of xs with H for features.")
         if number and not isinstance(stay, jax.core.Tracer) and not 0 <= stay <= 1:
             raise ValueError(f"{got}: expected a share from 0 to 1.")
     # A number is a share, True too; an array of booleans says which units keep their value.
