@@ -124,6 +124,7 @@ CASES = [
         reference.lstm("hard_sigmoid", "silu"),
     ),
     Case("lstm_no_bias", rnncore.LSTM(HIDDEN), reference.lstm(), without=("bias",)),
+    Case("lstmp", rnncore.LSTMP(HIDDEN, projection_size=2), reference.lstmp()),
     Case("slstm", rnncore.SLSTM(HIDDEN, recurrence=rnncore.Heads(2)), reference.slstm()),
     *over_kernels("gru", rnncore.GRU, reference.gru()),
     Case(
@@ -267,6 +268,8 @@ def as_reference(params: Any) -> reference.Params:
     """Parameters, or gradients of them, as the NumPy reference has them."""
     double = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     fields = {"recurrent_bias": None, "units": ()} | double._asdict()
+    if "projection" in fields:
+        fields["units"] = (fields.pop("projection"),)
     return reference.Params(**fields)._replace(units=tuple(fields["units"]))
 
 

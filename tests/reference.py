@@ -20,20 +20,20 @@ class Params(NamedTuple):
     """Parameters in the library's layout; bias and recurrent_bias may be None."""
 
     input_kernel: Array  # (D, G, H)
-    recurrent_kernel: Array  # dense (H, G, H), heads (N, H/N, G, H/N), diagonal (G, H)
+    recurrent_kernel: Array  # dense (H, G, H), or (P, G, H), heads (N, H/N, G, H/N), diagonal (G, H)
     bias: Array | None  # (G, H)
     recurrent_bias: Array | None  # one row for each of Cell.biased
-    units: tuple[Array, ...]  # (H,) each
+    units: tuple[Array, ...]  # (H,) each, or a projection (H, P)
 
 
 class Weights(NamedTuple):
     """The same, written out gate by gate: z_g = x W_g + b_g, r_g = h U_g + c_g."""
 
     W: Array  # (G, D, H)
-    U: Array  # (G, H, H)
+    U: Array  # (G, H, H), or (G, P, H)
     b: Array  # (G, H)
     c: Array  # (G, H)
-    p: Array  # (number of units, H)
+    p: Array  # (number of units, H), or (1, H, P)
 
 
 class Cell(NamedTuple):
@@ -246,6 +246,29 @@ def lstm(gate: str = "sigmoid", activation: str = "tanh", peepholes: bool = Fals
     return Cell(names, (), forward, backward)
 
 
+def lstmp() -> Cell:
+    """c' = f c + i g, h' = (o tanh(c')) V."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        c, h = s
+        ai, af, ag, ao = sums(w, x, h)
+        i, f, g, o = sigmoid(ai), sigmoid(af), np.tanh(ag), sigmoid(ao)
+        c_new = f * c + i * g
+        return (c_new, (o * np.tanh(c_new)) @ w.p[0]), (i, f, g, o), (x, c, h, i, f, g, o, c_new)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, c, h, i, f, g, o, c_new = kept
+        dc, dh = ds
+        u = np.tanh(c_new)
+        dw.p[0] += np.outer(o * u, dh)
+        du = w.p[0] @ dh
+        dc = dc + du * o * (1 - u * u)
+        da = [dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), du * u * o * (1 - o)]
+        return back_input(w, dw, x, da), (dc * f, back_recurrent(w, dw, h, da))
+
+    return Cell(("i", "f", "g", "o"), (), forward, backward)
+
+
 def slstm() -> Cell:
     """i = exp(a_i - m'), f = exp(log sigmoid(a_f) + m - m'), m' the larger exponent; h' = o c' / n'.
 
@@ -372,7 +395,8 @@ def entries(kernel: Array) -> Any:
 def write_out(cell: Cell, params: Params) -> Weights:
     """The parameters as one matrix for each gate."""
     _, gates, hidden = params.input_kernel.shape
-    U = np.zeros((gates, hidden, hidden))
+    dense = params.recurrent_kernel.ndim == 3
+    U = np.zeros((gates, params.recurrent_kernel.shape[0] if dense else hidden, hidden))
     for here, there in entries(params.recurrent_kernel):
         U[there] = params.recurrent_kernel[here]
     c = np.zeros((gates, hidden))
@@ -458,7 +482,7 @@ def forward(
     w = write_out(cell, params)
     hidden = w.b.shape[1]
     last = tuple(np.zeros_like(s) for s in start)
-    carries = tuple(np.zeros((*batch, steps, hidden)) for _ in start)
+    carries = tuple(np.zeros((*batch, steps, s.shape[-1])) for s in start)
     gates = tuple(np.zeros((*batch, steps, hidden)) for _ in cell.gates)
     for e in np.ndindex(*batch):
         length = steps if lengths is None else int(lengths[e])

@@ -144,7 +144,7 @@ def test_products_that_are_not_linear_in_the_kernel(name: str):
             return jnp.sum(jnp.sin(ys)) + jnp.sum(carry.h**2)
 
         gradient = jax.value_and_grad(value, (0, 1, 2))
-        return jax.jvp(lambda *moving: gradient(*moving), problem[:3], direction), jax.jvp(value, problem[:3], direction)
+        return jax.jvp(gradient, problem[:3], direction), jax.jvp(value, problem[:3], direction)
 
     cases.assert_close(everything("scan"), everything("autodiff"), 1e-11)
 

@@ -39,17 +39,23 @@ class _Carry(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Unprojected(LSTM):
-    """The LSTM whose h is o tanh(c), and whose recurrent kernel is the projection times the kernel of the projected h."""
+class _Unprojected(PointwiseCell):
+    """The LSTM whose h is o tanh(c), not projected: its recurrent kernel is U V."""
+
+    lstm: LSTM = dataclasses.field(kw_only=True)
 
     Carry: ClassVar[Any] = _Carry
 
+    @property
+    def gates(self) -> tuple[str, ...]:
+        return self.lstm.gates
+
     def pointwise(self, p: Any, z: Any, r: Any, carry: _Carry) -> tuple[_Carry, Any]:
         entering = self.Gates(*(zg + rg for zg, rg in zip(z, r, strict=True)))
-        none = jax.tree.map(jnp.zeros_like, z)
         start = self.Gates(carry.i, carry.f, carry.g, carry.o)
-        new, gates = super().pointwise(p, entering, start, LSTMCarry(carry.c, carry.h))
-        return _Carry(new.c, *none, new.h), gates
+        new, gates = self.lstm.pointwise(p, entering, start, LSTMCarry(carry.c, carry.h))
+        none = jax.tree.map(jnp.zeros_like, z)
+        return _Carry(c=new.c, **none._asdict(), h=new.h), gates
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +88,8 @@ class LSTMP(TranslatedCell):
       >>> ys.shape, carry.c.shape, carry.h.shape
       ((2, 6, 3), (2, 8), (2, 3))
 
-    Source: Sak, Senior and Beaufays (2014), arXiv:1402.1128, without their peepholes.  torch.nn.LSTM with proj_size: two
-    biases that add up, weight_hr = V, and the state in the order (h, c).  Flax has no such cell.
+    Source: Sak, Senior and Beaufays (2014), arXiv:1402.1128, without their peepholes.  As torch.nn.LSTM with proj_size,
+    which has two biases that add up, V as weight_hr, and the state in the order (h, c).  Flax has no such cell.
     """
 
     projection_size: int
@@ -105,7 +111,7 @@ class LSTMP(TranslatedCell):
 
     @property
     def gates(self) -> tuple[str, ...]:
-        return ("i", "f", "g", "o")
+        return self._lstm.gates
 
     @property
     def output_size(self) -> int:
@@ -134,7 +140,7 @@ class LSTMP(TranslatedCell):
 
     def update(self, params: LSTMPParams, carry: LSTMCarry, z: Array) -> tuple[LSTMCarry, Any]:
         """One step: (carry, z slab) to (new carry, gates)."""
-        cell = LSTM(self.hidden_size, gate_fn=self.gate_fn, activation_fn=self.activation_fn)
+        cell = self._lstm
         new, gates = cell.pointwise((), cell.split(z), cell.split(self._mix(params, carry.h)), carry)
         return LSTMCarry(new.c, self.leave_output(params, new.h)), gates
 
@@ -148,10 +154,11 @@ class LSTMP(TranslatedCell):
 
     @property
     def _cell(self) -> PointwiseCell:
-        recurrence = LowRank(self.projection_size)
-        return _Unprojected(
-            self.hidden_size, recurrence=recurrence, gate_fn=self.gate_fn, activation_fn=self.activation_fn
-        )
+        return _Unprojected(self.hidden_size, lstm=self._lstm, recurrence=LowRank(self.projection_size))
+
+    @property
+    def _lstm(self) -> LSTM:
+        return LSTM(self.hidden_size, gate_fn=self.gate_fn, activation_fn=self.activation_fn)
 
     def pointwise_params(self, params: LSTMPParams) -> CellParams:
         kernel = jnp.concatenate([params.projection.T[:, None], params.recurrent_kernel], 1)
@@ -160,7 +167,7 @@ class LSTMP(TranslatedCell):
     def enter(self, params: LSTMPParams, carry: LSTMCarry) -> _Carry:
         start = self._cell.split(self._mix(params, carry.h))
         start = jax.tree.map(lambda a: a.astype(carry.h.dtype), start)
-        return _Carry(carry.c, *start, jnp.zeros_like(carry.c, carry.h.dtype))
+        return _Carry(c=carry.c, **start._asdict(), h=jnp.zeros_like(carry.c, carry.h.dtype))
 
     def leave(self, params: LSTMPParams, carry: _Carry) -> LSTMCarry:
         return LSTMCarry(carry.c, self.leave_output(params, carry.h))
@@ -169,4 +176,4 @@ class LSTMP(TranslatedCell):
         return _products.times(h.astype(params.projection.dtype), params.projection).astype(h.dtype)
 
     def zoneout(self, zoneout: LSTMCarry) -> Any:
-        return None if zoneout.h is not None else _Carry(zoneout.c, None, None, None, None, None)
+        return None if zoneout.h is not None else _Carry(c=zoneout.c, i=None, f=None, g=None, o=None, h=None)

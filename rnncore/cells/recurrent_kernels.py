@@ -17,10 +17,10 @@ from rnncore._types import Array, Initializer
 class Recurrence(abc.ABC):
     """What a recurrent kernel structure has to say.
 
-    `mix` is linear in h and differentiable in the kernel, not necessarily linear: a run forms the gradient of the kernel
-    from products over all steps, by the derivative of `mix` in the kernel.  `mix_transposed` of the transposed kernel is
-    the same function of h.  Both take any number of leading axes and return a slab (..., G*H).  The scan takes whatever
-    holds to this; a kernel that other loops are to take too derives from `structured_kernels.Structured`.
+    `mix` is linear in h and differentiable in the kernel, not necessarily linear: a run forms the kernel's gradient
+    from products over all steps, by the derivative of `mix` in the kernel.  `mix_transposed` of the transposed kernel
+    is the same function of h.  Both take any number of leading axes and return a slab (..., G*H).  The scan takes
+    whatever holds to this; a kernel that other loops are to take too derives from `structured_kernels.Structured`.
     """
 
     default_init: Initializer

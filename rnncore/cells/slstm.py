@@ -51,7 +51,7 @@ class SLSTM(PointwiseCell):
 
     Source: Beck et al. (2024), arXiv:2405.04517.  As the cell of the xlstm package, with the state in the order
     (c, n, m, h) and not (h, c, n, m), and with n = 0 looked for unit by unit and not in the whole batch.  The package
-    starts U at 0 and b_f spread from 5 to -7; here they start as those of other cells.  Neither PyTorch nor Flax has it.
+    starts U at 0 and b_f spread from 5 to -7; here they start as those of other cells.  PyTorch and Flax have no sLSTM.
     """
 
     Carry: ClassVar[Any] = SLSTMCarry

@@ -2,7 +2,7 @@
 
 Each names the plain structure that it runs as and forms that kernel of its parameters, `effective`.  A run then forms
 its products over all steps for the effective kernel, on every backend, and their gradient is pulled back once; so a
-structure need not be linear in its parameters.  Where a structure's own product is the cheaper one, the scan takes that.
+structure need not be linear in its parameters.  Where its own product is the cheaper one, the scan takes that.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class LowRank(Structured):
 
     U_g = sum_k a_k b_kg^T,   a_k = kernel[k, 0] (H,),   b_kg = kernel[k, 1 + g] (H,)
 
-    A step reads and then writes, r H (1 + G) products in place of H^2 G, where that is faster: see `prefers_own_product`.
+    Where it is faster a step reads and then writes, r H (1 + G) multiplications in place of H^2 G.
 
     Args:
       rank: r.

@@ -105,7 +105,7 @@ class Stack:
 
     @property
     def output_size(self) -> int:
-        """Features of the outputs: those of the cell, H but where it projects them, or twice that of two directions side by side."""
+        """Features of the outputs: the cell's, H unless it projects them; twice that of two directions side by side."""
         return self.cell.output_size * (2 if self.bidirectional and self.merge == "concat" else 1)
 
     @property

@@ -6,7 +6,8 @@ The derivative of a recurrence is a recurrence.  With L_t the linearised step,
 
 and dU h_{t-1}, the derivative of the product in its parameters, needs no loop: it is a product over all steps.  What is
 left is the same kind of recurrence with L in the step's place, so that every further order comes out the same way, and
-JAX transposes it.  No weight gradient travels through the loop.  L_t is arithmetic on the results of the step's transcendental functions (`pointwise.linearize`).
+JAX transposes it.  No weight gradient travels through the loop.  L_t is arithmetic on the results of the step's
+transcendental functions (`pointwise.linearize`).
 
 Every backend has its second and higher derivatives, and by default its tangent, from here.
 """

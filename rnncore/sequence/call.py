@@ -192,7 +192,7 @@ def unroll(
     request, layout, arrays = _prepare(cell, params, xs, options)
     inside = translated.inside(request, params, options)
     if inside is not None:
-        return translated.outside(cell, params, options, *unroll(inside.cell, inside.params, xs, **inside.options))
+        return inside.outside(params, options, *unroll(inside.cell, inside.params, xs, **inside.options))
     if choices.is_recording():
         choices.record(choose(request, backend))
         carry, outputs, states = choices.zeros_like(_run, request, layout, BACKENDS["autodiff"], *arrays)
@@ -311,7 +311,9 @@ def _why_not(backend: Backend, request: Request) -> str | None:
 
 def _takes_any_product(backend: str | None) -> bool:
     """Whether what runs multiplies by the recurrence's own `mix`; a GPU's own loops are faster than any such."""
-    return jax.default_backend() == "cpu" if backend is None else getattr(BACKENDS.get(backend), "takes_any_product", False)
+    if backend is None:
+        return jax.default_backend() == "cpu"
+    return backend in BACKENDS and BACKENDS[backend].takes_any_product
 
 
 def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Request, Layout, tuple[Any, ...]]:
