@@ -12,6 +12,8 @@ from rnncore.cells import CellParams as CellParams
 from rnncore.cells import Elman as Elman
 from rnncore.cells import HiddenCarry as HiddenCarry
 from rnncore.cells import IndRNN as IndRNN
+from rnncore.cells import LayerNormGRU as LayerNormGRU
+from rnncore.cells import LayerNormLSTM as LayerNormLSTM
 from rnncore.cells import Leaky as Leaky
 from rnncore.cells import LSTMCarry as LSTMCarry
 from rnncore.cells import LSTMPParams as LSTMPParams

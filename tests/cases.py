@@ -124,6 +124,13 @@ CASES = [
         reference.lstm("hard_sigmoid", "silu"),
     ),
     Case("lstm_no_bias", rnncore.LSTM(HIDDEN), reference.lstm(), without=("bias",)),
+    Case("layer_norm_lstm", rnncore.LayerNormLSTM(HIDDEN), reference.layer_norm_lstm()),
+    Case(
+        "layer_norm_lstm_heads",
+        rnncore.LayerNormLSTM(HIDDEN, recurrence=rnncore.Heads(2)),
+        reference.layer_norm_lstm(2),
+    ),
+    Case("layer_norm_gru", rnncore.LayerNormGRU(HIDDEN), reference.layer_norm_gru()),
     Case("lstmp", rnncore.LSTMP(HIDDEN, projection_size=2), reference.lstmp()),
     Case("slstm", rnncore.SLSTM(HIDDEN, recurrence=rnncore.Heads(2)), reference.slstm()),
     *over_kernels("gru", rnncore.GRU, reference.gru()),

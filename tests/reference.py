@@ -269,6 +269,100 @@ def lstmp() -> Cell:
     return Cell(("i", "f", "g", "o"), (), forward, backward)
 
 
+def norm(parts: Sequence[Array], heads: int) -> tuple[list[Array], Callable[..., list[Array]]]:
+    """Arrays (H,) normalized over all of them head by head, and what pulls gradients back."""
+    rows = np.stack(parts).reshape(len(parts), heads, -1)
+    centered = rows - rows.mean((0, 2), keepdims=True)
+    scale = 1 / np.sqrt((centered**2).mean((0, 2), keepdims=True) + 1e-5)
+    normal = centered * scale
+
+    def back(d: Sequence[Array]) -> list[Array]:
+        d = np.stack(d).reshape(normal.shape)
+        mean, along = d.mean((0, 2), keepdims=True), (d * normal).mean((0, 2), keepdims=True)
+        return list((scale * (d - mean - normal * along)).reshape(len(parts), -1))
+
+    return list(normal.reshape(len(parts), -1)), back
+
+
+def layer_norm_lstm(heads: int = 1) -> Cell:
+    """a = p_0..3 norm(x W) + p_4..7 norm(h U) + b, c' = f c + i g, h' = o tanh(p_8 norm(c') + p_9)."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        c, h = s
+        of_x, back_x = norm([x @ W for W in w.W], heads)
+        of_h, back_h = norm([h @ U for U in w.U], heads)
+        ai, af, ag, ao = (w.p[n] * of_x[n] + w.p[4 + n] * of_h[n] + w.b[n] for n in range(4))
+        i, f, g, o = sigmoid(ai), sigmoid(af), np.tanh(ag), sigmoid(ao)
+        c_new = f * c + i * g
+        (level,), back_c = norm([c_new], heads)
+        u = np.tanh(w.p[8] * level + w.p[9])
+        kept = (x, c, h, of_x, back_x, of_h, back_h, i, f, g, o, level, back_c, u)
+        return (c_new, o * u), (i, f, g, o), kept
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, c, h, of_x, back_x, of_h, back_h, i, f, g, o, level, back_c, u = kept
+        dc, dh = ds
+        d_level = dh * o * (1 - u * u)
+        dw.p[8] += d_level * level
+        dw.p[9] += d_level
+        dc = dc + back_c([d_level * w.p[8]])[0]
+        da = [dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * u * o * (1 - o)]
+        for n, d in enumerate(da):
+            dw.p[n] += d * of_x[n]
+            dw.p[4 + n] += d * of_h[n]
+            dw.b[n] += d
+        dz = back_x([d * w.p[n] for n, d in enumerate(da)])
+        dr = back_h([d * w.p[4 + n] for n, d in enumerate(da)])
+        return back_normalized(w, dw, x, h, dz, dr, dc * f)
+
+    return Cell(("i", "f", "g", "o"), (), forward, backward)
+
+
+def back_normalized(
+    w: Weights, dw: Weights, x: Array, h: Array, dz: Sequence[Array], dr: Sequence[Array], *others: Array
+) -> tuple[Array, tuple]:
+    """(dx, ds) of x W and h U without their biases, which stand behind the normalization."""
+    for n in range(len(dz)):
+        dw.W[n] += np.outer(x, dz[n])
+        dw.U[n] += np.outer(h, dr[n])
+    dx = sum(W @ d for W, d in zip(w.W, dz, strict=True))
+    return dx, (*others, sum(U @ d for U, d in zip(w.U, dr, strict=True)))
+
+
+def layer_norm_gru(heads: int = 1) -> Cell:
+    """r, z as of an LSTM over their two gates, n = tanh(p_2 norm(x W_n) + b_n + r (p_5 norm(h U_n) + p_6))."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        xs, hs = [x @ W for W in w.W], [h @ U for U in w.U]
+        (gates_x, back_gates_x), (gates_h, back_gates_h) = norm(xs[:2], heads), norm(hs[:2], heads)
+        (n_x, back_n_x), (n_h, back_n_h) = norm(xs[2:], heads), norm(hs[2:], heads)
+        of_x, of_h = gates_x + n_x, gates_h + n_h
+        r, z = (sigmoid(w.p[n] * of_x[n] + w.p[3 + n] * of_h[n] + w.b[n]) for n in range(2))
+        q = w.p[5] * of_h[2] + w.p[6]
+        n = np.tanh(w.p[2] * of_x[2] + w.b[2] + r * q)
+        backs = (back_gates_x, back_n_x, back_gates_h, back_n_h)
+        return ((1 - z) * n + z * h,), (r, z, n), (x, h, of_x, of_h, r, z, n, q, backs)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, of_x, of_h, r, z, n, q, (back_gates_x, back_n_x, back_gates_h, back_n_h) = kept
+        (d,) = ds
+        dan = d * (1 - z) * (1 - n**2)
+        of_gates = [dan * q * r * (1 - r), d * (h - n) * z * (1 - z)]
+        along_x, along_h = [*of_gates, dan], [*of_gates, dan * r]
+        for m in range(3):
+            dw.p[m] += along_x[m] * of_x[m]
+            dw.p[3 + m] += along_h[m] * of_h[m]
+            dw.b[m] += along_x[m]
+        dw.p[6] += along_h[2]
+        dz, dr = ([a * w.p[at + m] for m, a in enumerate(along)] for at, along in ((0, along_x), (3, along_h)))
+        dz, dr = back_gates_x(dz[:2]) + back_n_x(dz[2:]), back_gates_h(dr[:2]) + back_n_h(dr[2:])
+        dx, (dh,) = back_normalized(w, dw, x, h, dz, dr)
+        return dx, (dh + d * z,)
+
+    return Cell(("r", "z", "n"), (), forward, backward)
+
+
 def slstm() -> Cell:
     """i = exp(a_i - m'), f = exp(log sigmoid(a_f) + m - m'), m' the larger exponent; h' = o c' / n'.
 

@@ -26,7 +26,7 @@ INITIALIZERS = ("per_gate", "forget_bias", "chrono", "uniform_gate", "critical_f
 FUNCTIONS = ("unroll", "explain_backend", "unroll_stack", "from_torch", "to_torch", "from_keras", "to_keras",
              "from_haiku", "to_haiku", "from_equinox", "to_equinox", "foreign_cell")
 CELLS = ("Elman", "IndRNN", "Leaky", "MinGRU", "MinLSTM", "RGLRU", "SLSTM", "LSTM", "LSTMP", "GRU", "MGU",
-         "ResetBeforeGRU")
+         "LayerNormLSTM", "LayerNormGRU", "ResetBeforeGRU")
 
 
 @pytest.mark.parametrize("name", ["rnncore", *MODULES])

@@ -2,6 +2,7 @@
 
 from rnncore.cells.base import Cell as Cell
 from rnncore.cells.base import CellParams as CellParams
+from rnncore.cells.base import GatedCell as GatedCell
 from rnncore.cells.base import HiddenCarry as HiddenCarry
 from rnncore.cells.base import PointwiseCell as PointwiseCell
 from rnncore.cells.base import named
@@ -9,6 +10,8 @@ from rnncore.cells.elman import Elman as Elman
 from rnncore.cells.elman import IndRNN as IndRNN
 from rnncore.cells.gru import GRU as GRU
 from rnncore.cells.gru_reset_before import ResetBeforeGRU as ResetBeforeGRU
+from rnncore.cells.layer_norm import LayerNormGRU as LayerNormGRU
+from rnncore.cells.layer_norm import LayerNormLSTM as LayerNormLSTM
 from rnncore.cells.leaky import Leaky as Leaky
 from rnncore.cells.lstm import LSTM as LSTM
 from rnncore.cells.lstm import LSTMCarry as LSTMCarry

@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from rnncore import _lengths
 from rnncore._types import Array, PyTree
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import CellParams, GatedCell
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.chunks import chunk_size, scan_chunks
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
@@ -36,14 +36,14 @@ CARRIES = "rnncore_carries"
 
 
 def run(request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-    """The run of a pointwise cell, with the memory policy of the request."""
+    """The run of a gated cell, with the memory policy of the request."""
     cell, again = request.cell, request.recompute
-    assert isinstance(cell, PointwiseCell)
+    assert isinstance(cell, GatedCell)
     params, xs, start, reset_carry = differentiable
     xs = jnp.moveaxis(xs, request.time_axis, 0)
     step = steps.of(request, differentiable, request.return_states or request.lengths)
     product = steps.recurrent_product(cell)
-    projection, recurrent = steps.input_params(params), steps.recurrent_params(params)
+    projection, recurrent = steps.input_params(cell, params), steps.recurrent_params(params)
     units = steps.spread_units(params, start.h)
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
@@ -95,7 +95,7 @@ def tangent(
       tangents: None for an array that does not move.
     """
     cell, axis = request.cell, request.time_axis
-    assert isinstance(cell, PointwiseCell)
+    assert isinstance(cell, GatedCell)
     params, xs, start, reset_carry = differentiable
     moved = dense(tangents, differentiable)
     step = steps.of(request, differentiable, request.return_states or request.lengths)
@@ -106,7 +106,7 @@ def tangent(
     linear = LinearizedStep(step, product, Inputs(recurrent, units, first, start, reset_carry), ())
     resets, zoneout = steps.per_step(request, constants)
     before = previous(start, reset_carry, resets, jnp.moveaxis(result.outputs, axis, 0))
-    projection, dprojection = steps.input_params(params), steps.input_params(tangents.params)
+    projection, dprojection = steps.input_params(cell, params), steps.input_params(cell, tangents.params)
     drecurrent = None
     if jax.tree.leaves(steps.recurrent_params(tangents.params)):
         drecurrent = steps.recurrent_params(moved.params)
@@ -134,7 +134,7 @@ def tangent(
     return Result(last, jnp.moveaxis(dhs, 0, axis), *states)
 
 
-def _moved_projection(cell: PointwiseCell, params: CellParams, xs: Array, dparams: CellParams, dxs: Any) -> Array:
+def _moved_projection(cell: GatedCell, params: CellParams, xs: Array, dparams: CellParams, dxs: Any) -> Array:
     """The tangent of the projected inputs: a product for each of the two that moves."""
     tree: Any
     flat, tree = jax.tree.flatten((params, xs))

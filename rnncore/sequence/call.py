@@ -14,7 +14,7 @@ import numpy as np
 from rnncore import _compat, _lengths
 from rnncore._types import Array, PyTree, exportable
 from rnncore.cells import pointwise, structured_kernels
-from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.cells.base import Cell, GatedCell, PointwiseCell
 from rnncore.recurrence.backend import Backend, LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
@@ -299,7 +299,7 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
 def _why_not(backend: Backend, request: Request) -> str | None:
     """Reason why a backend cannot serve the request, or None."""
     cell = request.cell
-    if isinstance(backend, LoopBackend) and isinstance(cell, PointwiseCell) and pointwise.has_caught_traced(cell):
+    if isinstance(backend, LoopBackend) and isinstance(cell, GatedCell) and pointwise.has_caught_traced(cell):
         return (
             f"the update of {type(cell).__name__} uses a value from outside that is being differentiated, mapped or "
             "compiled, which its derivative rules do not see; declare it in `units`"

@@ -15,7 +15,7 @@ from jax.export import is_symbolic_dim
 from rnncore import _arguments
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import Cell, CellParams, PointwiseCell
+from rnncore.cells.base import Cell, CellParams, GatedCell
 
 
 @functools.lru_cache(maxsize=256)
@@ -31,7 +31,7 @@ def check_params(cell: Cell, params: PyTree, xs: Any) -> None:
     """Structure and shapes of the parameters; a bias may be None."""
     got = f"`unroll({type(cell).__name__}, params, xs=<{xs.dtype} {xs.shape}>)`"
     want = _expected_params(cell, xs.shape[-1])
-    if isinstance(cell, PointwiseCell) and isinstance(params, CellParams):
+    if isinstance(cell, GatedCell) and isinstance(params, CellParams):
         want = want._replace(**{name: None for name in ("bias", "recurrent_bias") if getattr(params, name) is None})
         # Without per-unit parameters any empty tuple will do.
         want = want if cell.units or params.units else want._replace(units=params.units)
