@@ -10,6 +10,7 @@ from rnncore.cells import SLSTM as SLSTM
 from rnncore.cells import Cell as Cell
 from rnncore.cells import CellParams as CellParams
 from rnncore.cells import Elman as Elman
+from rnncore.cells import GatedCell as GatedCell
 from rnncore.cells import HiddenCarry as HiddenCarry
 from rnncore.cells import IndRNN as IndRNN
 from rnncore.cells import LayerNormGRU as LayerNormGRU

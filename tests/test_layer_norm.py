@@ -58,6 +58,24 @@ def test_memory_policies(recompute: str):
     cases.assert_expected(case, problem, *cases.pull(cases.runner(case, "scan", recompute=recompute), problem))
 
 
+class Competing(rnncore.GatedCell):
+    """Units that share a sum, over the root of their mean square: values by unit and by sequence, a user's own."""
+
+    gates = ("h",)
+
+    def combine(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
+        share = jax.nn.softmax(z.h + r.h)
+        h = share * jax.lax.rsqrt(jnp.mean(jnp.square(share), -1))[..., None] - carry.h
+        return self.Carry(h), self.Gates(share)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+def test_a_cell_of_a_user(batch: tuple[int, ...]):
+    case = cases.Case("competing", Competing(cases.HIDDEN), None)
+    problem = cases.draw(case, batch, 3)
+    cases.assert_expected(case, problem, *cases.pull(cases.runner(case, "scan"), problem))
+
+
 def test_runs_on_the_scan_and_says_why():
     cell = rnncore.LayerNormLSTM(4)
     params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))

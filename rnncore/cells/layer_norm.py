@@ -19,7 +19,7 @@ from rnncore.cells.lstm import LSTMCarry
 
 
 def normalized(parts: Sequence[Array], groups: int, epsilon: float) -> list[Array]:
-    """Arrays (..., H) less their mean, over their standard deviation: both of all of them together, by groups of units."""
+    """Arrays (..., H) less their mean, over their standard deviation: of all of them together, by groups of units."""
     wide = jnp.promote_types(parts[0].dtype, jnp.float32)
     grouped = [a.astype(wide).reshape(*a.shape[:-1], groups, a.shape[-1] // groups) for a in parts]
     count = len(grouped) * grouped[0].shape[-1]
