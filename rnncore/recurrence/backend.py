@@ -123,6 +123,39 @@ class LoopBackend(Backend):
         """The run by operations that JAX differentiates to every order: for second and higher ones."""
         return plain.run(request, differentiable, constants)
 
+    def plain_tangent(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result,
+        tangents: Differentiable,
+    ) -> Result:  # fmt: skip
+        """`tangent` by operations that JAX differentiates to every order, as a function of the result as well."""
+        if request.recompute != "nothing":
+            # What a memory policy does not keep is not formed for all steps here either.
+            return plain.jvp(self.plain, request, differentiable, constants, tangents)
+        residuals = plain.residuals_from_outputs(request, differentiable, constants, result.outputs)
+        return plain.tangent(request, differentiable, constants, result, residuals, tangents)
+
+    def residuals_move(self, request: Request) -> bool:
+        """Whether second and higher orders differentiate residuals too: by the two functions below.
+
+        It saves them from forming the residuals once more, with their tangents.
+        """
+        del request
+        return False
+
+    def plain_with_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants
+    ) -> tuple[Result, PyTree]:
+        """`forward_with_residuals` by operations that JAX differentiates to every order."""
+        raise NotImplementedError
+
+    def plain_tangent_from_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        tangents: Differentiable,
+    ) -> Result:  # fmt: skip
+        """`plain_tangent` as a function of the residuals as well."""
+        del residuals
+        return self.plain_tangent(request, differentiable, constants, result, tangents)
+
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         run = functools.partial(primitives.run, self)
         if self.opaque:

@@ -40,6 +40,22 @@ class Functions(Protocol):
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result: ...
 
+    def plain_tangent(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result,
+        tangents: Differentiable,
+    ) -> Result: ...  # fmt: skip
+
+    def residuals_move(self, request: Request) -> bool: ...
+
+    def plain_with_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants
+    ) -> tuple[Result, Any]: ...
+
+    def plain_tangent_from_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: Any,
+        tangents: Differentiable,
+    ) -> Result: ...  # fmt: skip
+
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
@@ -68,7 +84,7 @@ class Loop:
         """Arrays in them."""
         return sum(tree.num_leaves for tree in self.held)
 
-    def differentiableat_leaves(self, where: Sequence[int], leaves: Sequence[Any], other: Any = None) -> Differentiable:
+    def differentiable_at(self, where: Sequence[int], leaves: Sequence[Any], other: Any = None) -> Differentiable:
         """A tree of these leaves, `other` elsewhere."""
         return at_leaves(self.differentiable, where, leaves, other)
 

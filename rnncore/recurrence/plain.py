@@ -9,7 +9,9 @@ left is the same kind of recurrence with L in the step's place, so that every fu
 JAX transposes it.  No weight gradient travels through the loop.  L_t is arithmetic on the results of the step's
 transcendental functions (`pointwise.linearize`).
 
-Every backend has its second and higher derivatives, and by default its tangent, from here.
+Every backend has its second and higher derivatives, and by default its tangent, from here.  A derivative knows the
+outputs of the run, and so all products U h_{t-1} at once: what L_t depends on is formed from them without running the
+recurrence again (`residuals_from_outputs`), by operations that JAX differentiates further.
 """
 
 from __future__ import annotations
@@ -37,11 +39,50 @@ CARRIES = "rnncore_carries"
 
 def run(request: Request, differentiable: Differentiable, constants: Constants) -> Result:
     """The run of a gated cell, with the memory policy of the request."""
-    cell, again = request.cell, request.recompute
-    assert isinstance(cell, GatedCell)
+    step = steps.of(request, differentiable, request.return_states or request.lengths)
+    return _run(request, differentiable, constants, step)
+
+
+def run_with_residuals(request: Request, differentiable: Differentiable, constants: Constants) -> tuple[Result, PyTree]:
+    """The run, and what its steps keep, for `residuals`; without a memory policy."""
+    result = _run(request, differentiable, constants, linearized(request, differentiable).forward)
+    gates, kept = result.gates
+    return result._replace(gates=gates), kept
+
+
+def residuals(
+    request: Request, differentiable: Differentiable, constants: Constants, outputs: Array, kept: PyTree
+) -> tuple[Array, ...]:
+    """The residuals of `tangent`, of the outputs of a run and what its steps keep."""
+    _, _, start, reset_carry = differentiable
+    resets, _ = steps.per_step(request, constants)
+    before = previous(start, reset_carry, resets, jnp.moveaxis(outputs, request.time_axis, 0))
+    return linearized(request, differentiable).residuals(_first(request, differentiable), before, kept)
+
+
+def linearized(request: Request, differentiable: Differentiable) -> LinearizedStep:
+    """The derivative of the steps of a run, which keeps all that is not its parameters or its outputs."""
+    step = steps.of(request, differentiable, request.return_states or request.lengths)
+    first = _first(request, differentiable)
+    return LinearizedStep(step, steps.recurrent_product(step_cell(request)), first, ("state", "sum", "input"))
+
+
+def _first(request: Request, differentiable: Differentiable) -> Inputs:
+    """The inputs of the first step."""
+    cell, (params, xs, start, reset_carry) = step_cell(request), differentiable
+    zs = cell.split(cell.project(params, jnp.take(xs, 0, request.time_axis)))
+    return Inputs(steps.recurrent_params(params), steps.spread_units(params, start.h), zs, start, reset_carry)
+
+
+def step_cell(request: Request) -> GatedCell:
+    assert isinstance(request.cell, GatedCell)
+    return request.cell
+
+
+def _run(request: Request, differentiable: Differentiable, constants: Constants, step: Step) -> Result:
+    cell, again = step_cell(request), request.recompute
     params, xs, start, reset_carry = differentiable
     xs = jnp.moveaxis(xs, request.time_axis, 0)
-    step = steps.of(request, differentiable, request.return_states or request.lengths)
     product = steps.recurrent_product(cell)
     projection, recurrent = steps.input_params(cell, params), steps.recurrent_params(params)
     units = steps.spread_units(params, start.h)
@@ -94,16 +135,14 @@ def tangent(
         `kernel_body.Body.residuals` gives, in its order.
       tangents: None for an array that does not move.
     """
-    cell, axis = request.cell, request.time_axis
-    assert isinstance(cell, GatedCell)
+    cell, axis = step_cell(request), request.time_axis
     params, xs, start, reset_carry = differentiable
     moved = dense(tangents, differentiable)
+    inputs = _first(request, differentiable)
+    recurrent, units = inputs.recurrent_params, inputs.units
     step = steps.of(request, differentiable, request.return_states or request.lengths)
     product = steps.recurrent_product(cell)
-    units = steps.spread_units(params, start.h)
-    first = cell.split(cell.project(params, jnp.take(xs, 0, axis)))
-    recurrent = steps.recurrent_params(params)
-    linear = LinearizedStep(step, product, Inputs(recurrent, units, first, start, reset_carry), ())
+    linear = LinearizedStep(step, product, inputs, ())
     resets, zoneout = steps.per_step(request, constants)
     before = previous(start, reset_carry, resets, jnp.moveaxis(result.outputs, axis, 0))
     projection, dprojection = steps.input_params(cell, params), steps.input_params(cell, tangents.params)
@@ -132,6 +171,39 @@ def tangent(
     begin = (moved.initial_carry, moved.initial_carry)
     (_, last), (dhs, states) = scan_chunks(chunk, begin, stacks, request.steps, chunk_size(request), False)
     return Result(last, jnp.moveaxis(dhs, 0, axis), *states)
+
+
+def residuals_from_outputs(
+    request: Request, differentiable: Differentiable, constants: Constants, outputs: Array
+) -> tuple[Array, ...]:
+    """The residuals of `tangent` as a function of the outputs too: no product with U is left in a loop."""
+    cell, axis = step_cell(request), request.time_axis
+    params, xs, start, reset_carry = differentiable
+    linear, inputs = linearized(request, differentiable), _first(request, differentiable)
+    step, product, recurrent, units = linear.step, linear.product, inputs.recurrent_params, inputs.units
+    projection = steps.input_params(cell, params)
+    resets, zoneout = steps.per_step(request, constants)
+    before = previous(start, reset_carry, resets, jnp.moveaxis(outputs, axis, 0))
+
+    def body(carry: Any, now: Any) -> Any:
+        x, rest, h, resets, zoneout = now
+        old = steps.reset(resets, reset_carry, carry)._replace(h=h)
+        new, (_, kept) = linear.forward.update(units, x, rest, old)
+        # The next step reads its h from the outputs.
+        return steps.blend(zoneout, old, new)._replace(h=carry.h), kept
+
+    def chunk(carry: Any, first: Any, now: Any) -> Any:
+        xs, before, resets, zoneout = now
+        zs = cell.split(cell.project(projection, xs))
+        entering = steps.masked(constants.recurrent_mask, before)
+        x, rest = step.add_recurrent(zs, product.product(recurrent, entering))
+        if len(start) > 1:
+            return lax.scan(body, carry, (x, rest, before, resets, zoneout))
+        return carry, jax.vmap(linear.forward.update, (None, 0, 0, 0))(units, x, rest, start._replace(h=before))[1][1]
+
+    stacks = (jnp.moveaxis(xs, axis, 0), before, resets, zoneout)
+    _, kept = scan_chunks(chunk, start, stacks, request.steps, chunk_size(request), False)
+    return linear.residuals(inputs, before, kept)
 
 
 def _moved_projection(cell: GatedCell, params: CellParams, xs: Array, dparams: CellParams, dxs: Any) -> Array:
@@ -165,9 +237,7 @@ def _loop(step: Step, product: RecurrentProduct, inputs: Inputs) -> tuple[Any, A
     return last, hs, emitted
 
 
-def recurrence(
-    step: Step, product: RecurrentProduct, inputs: Inputs, rematerialize: bool
-) -> tuple[Any, Array, PyTree]:
+def recurrence(step: Step, product: RecurrentProduct, inputs: Inputs, rematerialize: bool) -> tuple[Any, Array, PyTree]:
     """(last carry, h of every step (T, *batch, H), (carries or None, emitted) of every step).
 
     With `rematerialize` derivatives keep the carries alone and form the products and gates again where they need them.
@@ -197,9 +267,7 @@ def recurrence(
             xs = (residuals, *linear.prepare(entering, inputs.recurrent_params, dparams, dxs, dunits))
             tangent_params = product.tangent_params(inputs.recurrent_params)
             dstart, dreset = dcarries
-            moved = inputs._replace(
-                recurrent_params=tangent_params, xs=xs, initial_carry=dstart, reset_carry=dreset
-            )
+            moved = inputs._replace(recurrent_params=tangent_params, xs=xs, initial_carry=dstart, reset_carry=dreset)
             return recurrence(linear.tangent, product.tangent, moved, False)
 
         changes = tangent(inputs, hs, kept, dparams, dxs, dunits, dstart, dreset)

@@ -5,10 +5,10 @@
   backward  held, cotangents -> cotangents of differentiable     linear in them; its transpose is `tangent`
 
 where held = (differentiable, constants, result, residuals).  Reverse mode is then one run that keeps residuals and one
-backward loop, forward mode one such run and one tangent loop.  Result and residuals stand in held as values that were
-worked out before: all that depends on them is a function of the first two alone, and is differentiated as such.  So
-they have no tangents, and what second and higher orders need besides the two linear parts is JAX's derivative of
-`Backend.plain`.
+backward loop, forward mode one such run and one tangent loop.  What second and higher orders need besides the two
+linear parts is JAX's derivative of `Backend.plain_tangent` and of its transpose, which are functions of the result too:
+its tangents are at hand, and the run is not run again.  The same holds of residuals where the backend says so
+(`residuals_move`); elsewhere they stand in held as values that were worked out before, and have no tangents.
 
 vmap gives the same primitive with one more entry in `maps`: it is vmap of the backend's function as it was, so that
 all rules hold inside of any number of maps.
@@ -75,14 +75,14 @@ def _run(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
 def _tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     held, moved = parted(loop.held, flat)
     with jax.default_matmul_precision(loop.request.precision):
-        found = loop.backend.tangent(*(loop.request, *held, loop.differentiableat_leaves(which, moved)))
+        found = loop.backend.tangent(*(loop.request, *held, loop.differentiable_at(which, moved)))
     return _inexact(loop, found)
 
 
 def _backward(loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> list[Array]:
     held, arriving = parted(loop.held, flat)
     cotangents = at_leaves(loop.result, which[0], arriving)
-    wanted = loop.differentiableat_leaves(which[1], [True] * len(which[1]), False)
+    wanted = loop.differentiable_at(which[1], [True] * len(which[1]), False)
     with jax.default_matmul_precision(loop.request.precision):
         found = loop.backend.backward(*(loop.request, *held, cotangents, wanted))
     leaves = loop.differentiable.flatten_up_to(found)
@@ -94,32 +94,40 @@ def _inexact(loop: Loop, result: Any) -> list[Array]:
     return [leaves[n] for n in loop.inexact]
 
 
-def _plain(loop: Loop, which: tuple[int, ...], flat: Any) -> tuple[Callable, list[Array]]:
-    """`Backend.plain` as a function of some leaves of differentiable, and these."""
-    (differentiable, constants, *_), _ = parted(loop.held, flat)
-    leaves = jax.tree.leaves(differentiable)
-
-    def plain(*some: Array) -> list[Array]:
-        changed = dict(zip(which, some, strict=True))
-        tree = jax.tree.unflatten(loop.differentiable, [changed.get(n, a) for n, a in enumerate(leaves)])
-        return _inexact(loop, loop.backend.plain(loop.request, tree, constants))
-
-    return plain, [leaves[n] for n in which]
-
-
 def _plain_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
-    plain, primals = _plain(loop, which, flat)
+    """`_tangent` as a function of all it is handed but the residuals."""
+    (differentiable, constants, result, _), moved = parted(loop.held, flat)
+    tangents = loop.differentiable_at(which, moved)
     with jax.default_matmul_precision(loop.request.precision):
-        return jax.jvp(plain, primals, list(flat[loop.count :]))[1]
+        return _inexact(loop, loop.backend.plain_tangent(loop.request, differentiable, constants, result, tangents))
 
 
-def _plain_backward(loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> list[Array]:
-    plain, primals = _plain(loop, which[1], flat)
-    arriving = dict(zip(which[0], flat[loop.count :], strict=True))
+def _higher_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
+    """`_tangent` as a function of all it is handed, as JAX differentiates it."""
+    held, moved = parted(loop.held, flat)
     with jax.default_matmul_precision(loop.request.precision):
-        results, back = jax.vjp(plain, *primals)
-        pairs = zip(loop.inexact, results, strict=True)
-        return list(back([arriving.get(n, jnp.zeros_like(a)) for n, a in pairs]))
+        tangents = loop.differentiable_at(which, moved)
+        return _inexact(loop, loop.backend.plain_tangent_from_residuals(loop.request, *held, tangents))
+
+
+def _transposed(tangent: Callable, loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> Any:
+    held, cotangents = flat[: loop.count], flat[loop.count :]
+    arriving = dict(zip(which[0], cotangents, strict=True))
+    own = zip(loop.inexact, _inexact(loop, parted(loop.held, held)[0][2]), strict=True)
+    back = jax.linear_transpose(lambda *moved: tangent(loop, which[1], *held, *moved), *(held[n] for n in which[1]))
+    with jax.default_matmul_precision(loop.request.precision):
+        return list(back([arriving.get(n, jnp.zeros_like(a)) for n, a in own]))
+
+
+_plain_backward = functools.partial(_transposed, _plain_tangent)
+_higher_backward = functools.partial(_transposed, _higher_tangent)
+
+
+def _run_with_residuals(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
+    """`_run` with residuals, as JAX differentiates it."""
+    trees, _ = parted((loop.differentiable, loop.constants), flat)
+    with jax.default_matmul_precision(loop.request.precision):
+        return jax.tree.leaves(loop.backend.plain_with_residuals(loop.request, *trees))
 
 
 def _run_plain(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
@@ -145,13 +153,13 @@ def _mapped(function: Callable, loop: Loop, maps: tuple, which: Any) -> Callable
     return jax.jit(call)
 
 
-def _primitive(name: str, function: Callable, plain: Callable, roles: Callable) -> Primitive:
-    """A primitive of one of the functions above; `plain` is the same for other machines, for `roles` see below."""
+def _primitive(name: str, function: Callable, plain: Callable, higher: Callable, roles: Callable) -> Primitive:
+    """A primitive of one of the functions above: `plain` for other machines, `higher` as JAX differentiates it."""
     primitive = Primitive(f"rnncore_{name}")
     primitive.multiple_results = True
 
     def evaluate(*flat: Array, **params: Any) -> list[Array]:
-        return _mapped(function, **params)(*flat)
+        return _mapped(higher if _shared(**params) else function, **params)(*flat)
 
     def batch(flat: Any, dims: Any, loop: Loop, maps: tuple, which: Any) -> Any:
         if not maps and loop.backend.maps_into_batch:
@@ -189,9 +197,16 @@ def _primitive(name: str, function: Callable, plain: Callable, roles: Callable) 
     return primitive
 
 
-run_p = _primitive("run", _run, _run_plain, batching.run_roles)
-tangent_p = _primitive("tangent", _tangent, _plain_tangent, batching.tangent_roles)
-backward_p = _primitive("backward", _backward, _plain_backward, batching.backward_roles)
+def _shared(loop: Loop, maps: tuple, which: Any) -> bool:
+    """Whether many tangents or cotangents are of one run: an opaque call would have to have its own copy for each."""
+    if not maps or any(d is not None for dims in maps for d in dims[: loop.count]):
+        return False
+    return loop.backend.opaque and loop.residuals is not None and loop.backend.residuals_move(loop.request)
+
+
+run_p = _primitive("run", _run, _run_plain, _run_with_residuals, batching.run_roles)
+tangent_p = _primitive("tangent", _tangent, _plain_tangent, _higher_tangent, batching.tangent_roles)
+backward_p = _primitive("backward", _backward, _plain_backward, _higher_backward, batching.backward_roles)
 
 
 def _moving(tangents: Any) -> tuple[int, ...]:
@@ -220,18 +235,30 @@ def _keeping(loop: Loop, maps: tuple, primals: Any) -> Loop:
     return dataclasses.replace(loop, residuals=jax.tree.structure(residuals))
 
 
+def _jvp_of(function: Callable, at: Sequence[int], primals: Any, tangents: Any) -> Any:
+    """(values, tangents) of a function of all primals, of which those `at` these positions move."""
+
+    def of_moving(*some: Array) -> list[Array]:
+        changed = dict(zip(at, some, strict=True))
+        return function(*(changed.get(n, a) for n, a in enumerate(primals)))
+
+    return jax.jvp(of_moving, [primals[n] for n in at], [tangents[n] for n in at])
+
+
 def _run_jvp(primals: Any, tangents: Any, loop: Loop, maps: tuple, which: tuple) -> Any:
     moves, shown = _moving(tangents[: loop.differentiable.num_leaves]), loop.result.num_leaves
     if not moves:
         results = run_p.bind(*primals, loop=loop, maps=maps, which=which)
         return results, _zeros(results)
+    if loop.residuals is not None and _residuals_move(loop, primals):
+        results, changes = _jvp_of(_mapped(_run_with_residuals, loop, maps, which), moves, primals, tangents)
+        zeros = _zeros(results)
+        return results, [z if a.dtype == jax.dtypes.float0 else a for a, z in zip(changes, zeros, strict=True)]
     keeping = _keeping(loop, maps, primals)
     results = run_p.bind(*primals, loop=keeping, maps=maps, which=which)
     results = checkpoint_name(results, RESIDUALS)
     shared = _behind_held(maps, len(primals), lambda dims: (0,) * len(results) + tuple(dims[n] for n in moves))
-    found = tangent_p.bind(
-        *primals, *results, *(tangents[n] for n in moves), loop=keeping, maps=shared, which=moves
-    )
+    found = tangent_p.bind(*primals, *results, *(tangents[n] for n in moves), loop=keeping, maps=shared, which=moves)
     results = results if loop.residuals is not None else results[:shown]
     changes = _zeros(results)
     for n, a in zip(loop.inexact, found, strict=True):
@@ -239,26 +266,24 @@ def _run_jvp(primals: Any, tangents: Any, loop: Loop, maps: tuple, which: tuple)
     return results, changes
 
 
-def _linear_jvp(primitive: Primitive, plain: Callable) -> Callable:
-    """The rule of a primitive that is linear in what stands behind held, and is `plain` as a function of the rest."""
+def _residuals_move(loop: Loop, primals: Any) -> bool:
+    """Whether the residuals of a run have tangents; inside shard_map a step may keep others than were compiled for."""
+    return loop.backend.residuals_move(loop.request) and not any(map(_compat.varying_axes, primals))
+
+
+def _linear_jvp(primitive: Primitive, higher: Callable) -> Callable:
+    """The rule of a primitive that is linear in what stands behind held, and is `higher` as a function of the rest."""
 
     def rule(primals: Any, tangents: Any, loop: Loop, maps: tuple, which: Any) -> Any:
-        held, moves = loop.count, _moving(tangents[: loop.differentiable.num_leaves])
-        linear = tuple(held + n for n in _moving(tangents[held:]))
+        moves = _moving(tangents[: loop.count])
+        linear = tuple(loop.count + n for n in _moving(tangents[loop.count :]))
         if moves:
             # What is differentiated runs too, so that its value is had from it and nothing runs twice.
-            function = _mapped(plain, loop, maps, which)
-            at = moves + linear
-
-            def of_moving(*some: Array) -> list[Array]:
-                changed = dict(zip(at, some, strict=True))
-                return function(*(changed.get(n, a) for n, a in enumerate(primals)))
-
-            return jax.jvp(of_moving, [primals[n] for n in at], [tangents[n] for n in at])
+            return _jvp_of(_mapped(higher, loop, maps, which), moves + linear, primals, tangents)
         out = primitive.bind(*primals, loop=loop, maps=maps, which=which)
         if not linear:
             return out, _zeros(out)
-        return out, _bound(primitive, loop, maps, which, primals[:held], tangents[held:])
+        return out, _bound(primitive, loop, maps, which, primals[: loop.count], tangents[loop.count :])
 
     return rule
 
@@ -334,8 +359,8 @@ def _backward_dce(used: list[bool], *last: Any) -> Any:
 
 
 ad.primitive_jvps[run_p] = _run_jvp
-ad.primitive_jvps[tangent_p] = _linear_jvp(tangent_p, _plain_tangent)
-ad.primitive_jvps[backward_p] = _linear_jvp(backward_p, _plain_backward)
+ad.primitive_jvps[tangent_p] = _linear_jvp(tangent_p, _higher_tangent)
+ad.primitive_jvps[backward_p] = _linear_jvp(backward_p, _higher_backward)
 ad.primitive_transposes[tangent_p] = _tangent_transpose
 ad.primitive_transposes[backward_p] = _backward_transpose
 pe.dce_rules[run_p] = _run_dce

@@ -71,10 +71,24 @@ class Scan(LoopBackend):
         if request.recompute != "nothing":
             return super().tangent(request, differentiable, constants, result, residuals, tangents)
         run = _Run(request, differentiable, constants)
-        hs = jnp.moveaxis(result.outputs, request.time_axis, 0)
-        before = plain.previous(differentiable.initial_carry, differentiable.reset_carry, run.resets, hs)
-        stacks = run.linear.residuals(run.inputs(0, 1), before, run.restored(residuals))
+        kept = run.restored(residuals)
+        stacks = plain.residuals(request, differentiable, constants, result.outputs, kept)
         return plain.tangent(request, differentiable, constants, result, stacks, tangents)
+
+    def residuals_move(self, request: Request) -> bool:
+        return request.recompute == "nothing" and request.residual_dtype is None
+
+    def plain_with_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants
+    ) -> tuple[Result, PyTree]:
+        return plain.run_with_residuals(request, differentiable, constants)
+
+    def plain_tangent_from_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        tangents: Differentiable,
+    ) -> Result:  # fmt: skip
+        plainly = self.tangent if self.residuals_move(request) else super().plain_tangent_from_residuals
+        return plainly(request, differentiable, constants, result, residuals, tangents)
 
 
 class Rows(NamedTuple):

@@ -74,12 +74,31 @@ class CppLoops(LoopBackend):
         tangents: Differentiable,
     ) -> Result:  # fmt: skip
         run = _Run(request, differentiable, constants)
-        dtypes = {*run.variant[:3], *request.dtypes}
         # Inside shard_map the linearised step depends on other values than the one that was compiled.
-        if run.again or request.return_states or len(dtypes) > 1 or run.axes:
+        if run.axes or not self.residuals_move(request):
             return super().tangent(request, differentiable, constants, result, residuals, tangents)
         stacks = run.stacks(differentiable, constants, result, residuals)
         return plain.tangent(request, differentiable, constants, result, stacks, tangents)
+
+    def residuals_move(self, request: Request) -> bool:
+        one_dtype = len({*variant_of(request)[:3], *request.dtypes}) == 1
+        return one_dtype and request.recompute == "nothing" and not request.return_states
+
+    def plain_with_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants
+    ) -> tuple[Result, PyTree]:
+        result, kept = plain.run_with_residuals(request, differentiable, constants)
+        stacks = plain.residuals(request, differentiable, constants, result.outputs, kept)
+        # Whatever is formed again is formed from the carries of the loop itself; where nobody does, it does not run.
+        _, own = self.forward_with_residuals(request, jax.lax.stop_gradient(differentiable), constants)
+        return result, (_Run(request, differentiable, constants).packed(stacks, own[0].shape), *own[1:])
+
+    def plain_tangent_from_residuals(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
+        tangents: Differentiable,
+    ) -> Result:  # fmt: skip
+        plainly = self.tangent if self.residuals_move(request) else super().plain_tangent_from_residuals
+        return plainly(request, differentiable, constants, result, residuals, tangents)
 
 
 class _Run:
@@ -153,6 +172,13 @@ class _Run:
             _, olds = jax.lax.scan(again, start, (before, found, resets, zoneout))
             found |= dict(zip([n for _, n in plan.reformed], olds, strict=True))
         return tuple(found[n] for n in range(self.part.width))
+
+    def packed(self, stacks: tuple[Array, ...], shape: tuple[int, ...]) -> Array:
+        """The inverse, for those of the arrays that are kept."""
+        rows = jnp.stack([stacks[n] for n in self.plan.kept], -2)
+        rows = rows.reshape(*rows.shape[:-1], self.heads, -1)
+        padding = shape[-1] // self.heads - rows.shape[-1]
+        return jnp.pad(rows, [(0, 0)] * (rows.ndim - 1) + [(0, padding)]).reshape(shape)
 
     def _one(self, a: Array | None, shape: tuple[int, ...], dtype: Any) -> Array:
         """An array, or one that stands for none."""

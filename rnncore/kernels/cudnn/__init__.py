@@ -124,6 +124,13 @@ class CuDNN(LoopBackend):
             xs = jnp.where(_lengths.valid_mask(lengths, request.steps)[..., None], xs, 0)
         return Result(_like(differentiable, tuple(ends)), xs, None, None)
 
+    def plain_tangent(
+        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result,
+        tangents: Differentiable,
+    ) -> Result:  # fmt: skip
+        # Of several layers only the outputs of the last are known.
+        return plain.jvp(self.plain, request, differentiable, constants, tangents)
+
 
 def _algorithms(request: Request, layers: int, directions: int) -> tuple[int, int]:
     """Those of the forward and the backward pass of a call."""
