@@ -124,6 +124,15 @@ CASES = [
         reference.lstm("hard_sigmoid", "silu"),
     ),
     Case("lstm_no_bias", rnncore.LSTM(HIDDEN), reference.lstm(), without=("bias",)),
+    Case("layer_norm_lstm", rnncore.LayerNormLSTM(HIDDEN), reference.layer_norm_lstm()),
+    Case(
+        "layer_norm_lstm_heads",
+        rnncore.LayerNormLSTM(HIDDEN, recurrence=rnncore.Heads(2)),
+        reference.layer_norm_lstm(2),
+    ),
+    Case("layer_norm_gru", rnncore.LayerNormGRU(HIDDEN), reference.layer_norm_gru()),
+    Case("lstmp", rnncore.LSTMP(HIDDEN, projection_size=2), reference.lstmp()),
+    Case("slstm", rnncore.SLSTM(HIDDEN, recurrence=rnncore.Heads(2)), reference.slstm()),
     *over_kernels("gru", rnncore.GRU, reference.gru()),
     Case(
         "gru_functions",
@@ -194,6 +203,8 @@ def draw(
     params = jax.tree.map(normal, jax.eval_shape(lambda: case.cell.init(jax.random.key(0), features)))
     params = params._replace(**dict.fromkeys(case.without))
     carry = jax.tree.map(normal, jax.eval_shape(lambda: case.cell.initial_carry(batch)))
+    if "n" in carry._fields:  # a normaliser: h is a quotient by it
+        carry = carry._replace(n=jnp.abs(carry.n) + 0.5)
     xs = jnp.asarray(rng.normal(0, 1, (*batch, steps, features)), dtype)
     several = np.resize([0, steps, 1, max(steps - 1, 0)], batch) if batch else np.asarray(max(steps - 1, 0))
     here = rng.random((*batch, steps)) < 0.3
@@ -273,6 +284,8 @@ def as_reference(params: Any) -> reference.Params:
     """Parameters, or gradients of them, as the NumPy reference has them."""
     double = jax.tree.map(lambda a: np.asarray(a, np.float64), params)
     fields = {"recurrent_bias": None, "units": ()} | double._asdict()
+    if "projection" in fields:
+        fields["units"] = (fields.pop("projection"),)
     return reference.Params(**fields)._replace(units=tuple(fields["units"]))
 
 

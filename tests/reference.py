@@ -20,20 +20,20 @@ class Params(NamedTuple):
     """Parameters in the library's layout; bias and recurrent_bias may be None."""
 
     input_kernel: Array  # (D, G, H)
-    recurrent_kernel: Array  # dense (H, G, H), heads (N, H/N, G, H/N), diagonal (G, H)
+    recurrent_kernel: Array  # dense (H, G, H), or (P, G, H), heads (N, H/N, G, H/N), diagonal (G, H)
     bias: Array | None  # (G, H)
     recurrent_bias: Array | None  # one row for each of Cell.biased
-    units: tuple[Array, ...]  # (H,) each
+    units: tuple[Array, ...]  # (H,) each, or a projection (H, P)
 
 
 class Weights(NamedTuple):
     """The same, written out gate by gate: z_g = x W_g + b_g, r_g = h U_g + c_g."""
 
     W: Array  # (G, D, H)
-    U: Array  # (G, H, H)
+    U: Array  # (G, H, H), or (G, P, H)
     b: Array  # (G, H)
     c: Array  # (G, H)
-    p: Array  # (number of units, H)
+    p: Array  # (number of units, H), or (1, H, P)
 
 
 class Cell(NamedTuple):
@@ -246,6 +246,156 @@ def lstm(gate: str = "sigmoid", activation: str = "tanh", peepholes: bool = Fals
     return Cell(names, (), forward, backward)
 
 
+def lstmp() -> Cell:
+    """c' = f c + i g, h' = (o tanh(c')) V."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        c, h = s
+        ai, af, ag, ao = sums(w, x, h)
+        i, f, g, o = sigmoid(ai), sigmoid(af), np.tanh(ag), sigmoid(ao)
+        c_new = f * c + i * g
+        return (c_new, (o * np.tanh(c_new)) @ w.p[0]), (i, f, g, o), (x, c, h, i, f, g, o, c_new)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, c, h, i, f, g, o, c_new = kept
+        dc, dh = ds
+        u = np.tanh(c_new)
+        dw.p[0] += np.outer(o * u, dh)
+        du = w.p[0] @ dh
+        dc = dc + du * o * (1 - u * u)
+        da = [dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), du * u * o * (1 - o)]
+        return back_input(w, dw, x, da), (dc * f, back_recurrent(w, dw, h, da))
+
+    return Cell(("i", "f", "g", "o"), (), forward, backward)
+
+
+def norm(parts: Sequence[Array], heads: int) -> tuple[list[Array], Callable[..., list[Array]]]:
+    """Arrays (H,) normalized over all of them head by head, and what pulls gradients back."""
+    rows = np.stack(parts).reshape(len(parts), heads, -1)
+    centered = rows - rows.mean((0, 2), keepdims=True)
+    scale = 1 / np.sqrt((centered**2).mean((0, 2), keepdims=True) + 1e-5)
+    normal = centered * scale
+
+    def back(d: Sequence[Array]) -> list[Array]:
+        d = np.stack(d).reshape(normal.shape)
+        mean, along = d.mean((0, 2), keepdims=True), (d * normal).mean((0, 2), keepdims=True)
+        return list((scale * (d - mean - normal * along)).reshape(len(parts), -1))
+
+    return list(normal.reshape(len(parts), -1)), back
+
+
+def layer_norm_lstm(heads: int = 1) -> Cell:
+    """a = p_0..3 norm(x W) + p_4..7 norm(h U) + b, c' = f c + i g, h' = o tanh(p_8 norm(c') + p_9)."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        c, h = s
+        of_x, back_x = norm([x @ W for W in w.W], heads)
+        of_h, back_h = norm([h @ U for U in w.U], heads)
+        ai, af, ag, ao = (w.p[n] * of_x[n] + w.p[4 + n] * of_h[n] + w.b[n] for n in range(4))
+        i, f, g, o = sigmoid(ai), sigmoid(af), np.tanh(ag), sigmoid(ao)
+        c_new = f * c + i * g
+        (level,), back_c = norm([c_new], heads)
+        u = np.tanh(w.p[8] * level + w.p[9])
+        kept = (x, c, h, of_x, back_x, of_h, back_h, i, f, g, o, level, back_c, u)
+        return (c_new, o * u), (i, f, g, o), kept
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, c, h, of_x, back_x, of_h, back_h, i, f, g, o, level, back_c, u = kept
+        dc, dh = ds
+        d_level = dh * o * (1 - u * u)
+        dw.p[8] += d_level * level
+        dw.p[9] += d_level
+        dc = dc + back_c([d_level * w.p[8]])[0]
+        da = [dc * g * i * (1 - i), dc * c * f * (1 - f), dc * i * (1 - g * g), dh * u * o * (1 - o)]
+        for n, d in enumerate(da):
+            dw.p[n] += d * of_x[n]
+            dw.p[4 + n] += d * of_h[n]
+            dw.b[n] += d
+        dz = back_x([d * w.p[n] for n, d in enumerate(da)])
+        dr = back_h([d * w.p[4 + n] for n, d in enumerate(da)])
+        return back_normalized(w, dw, x, h, dz, dr, dc * f)
+
+    return Cell(("i", "f", "g", "o"), (), forward, backward)
+
+
+def back_normalized(
+    w: Weights, dw: Weights, x: Array, h: Array, dz: Sequence[Array], dr: Sequence[Array], *others: Array
+) -> tuple[Array, tuple]:
+    """(dx, ds) of x W and h U without their biases, which stand behind the normalization."""
+    for n in range(len(dz)):
+        dw.W[n] += np.outer(x, dz[n])
+        dw.U[n] += np.outer(h, dr[n])
+    dx = sum(W @ d for W, d in zip(w.W, dz, strict=True))
+    return dx, (*others, sum(U @ d for U, d in zip(w.U, dr, strict=True)))
+
+
+def layer_norm_gru(heads: int = 1) -> Cell:
+    """r, z as of an LSTM over their two gates, n = tanh(p_2 norm(x W_n) + b_n + r (p_5 norm(h U_n) + p_6))."""
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        (h,) = s
+        xs, hs = [x @ W for W in w.W], [h @ U for U in w.U]
+        (gates_x, back_gates_x), (gates_h, back_gates_h) = norm(xs[:2], heads), norm(hs[:2], heads)
+        (n_x, back_n_x), (n_h, back_n_h) = norm(xs[2:], heads), norm(hs[2:], heads)
+        of_x, of_h = gates_x + n_x, gates_h + n_h
+        r, z = (sigmoid(w.p[n] * of_x[n] + w.p[3 + n] * of_h[n] + w.b[n]) for n in range(2))
+        q = w.p[5] * of_h[2] + w.p[6]
+        n = np.tanh(w.p[2] * of_x[2] + w.b[2] + r * q)
+        backs = (back_gates_x, back_n_x, back_gates_h, back_n_h)
+        return ((1 - z) * n + z * h,), (r, z, n), (x, h, of_x, of_h, r, z, n, q, backs)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, h, of_x, of_h, r, z, n, q, (back_gates_x, back_n_x, back_gates_h, back_n_h) = kept
+        (d,) = ds
+        dan = d * (1 - z) * (1 - n**2)
+        of_gates = [dan * q * r * (1 - r), d * (h - n) * z * (1 - z)]
+        along_x, along_h = [*of_gates, dan], [*of_gates, dan * r]
+        for m in range(3):
+            dw.p[m] += along_x[m] * of_x[m]
+            dw.p[3 + m] += along_h[m] * of_h[m]
+            dw.b[m] += along_x[m]
+        dw.p[6] += along_h[2]
+        dz, dr = ([a * w.p[at + m] for m, a in enumerate(along)] for at, along in ((0, along_x), (3, along_h)))
+        dz, dr = back_gates_x(dz[:2]) + back_n_x(dz[2:]), back_gates_h(dr[:2]) + back_n_h(dr[2:])
+        dx, (dh,) = back_normalized(w, dw, x, h, dz, dr)
+        return dx, (dh + d * z,)
+
+    return Cell(("r", "z", "n"), (), forward, backward)
+
+
+def slstm() -> Cell:
+    """i = exp(a_i - m'), f = exp(log sigmoid(a_f) + m - m'), m' the larger exponent; h' = o c' / n'.
+
+    Where n is 0 m' is a_i and f is 1.
+    """
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        c, n, m, h = s
+        ai, af, az, ao = sums(w, x, h)
+        old = -np.logaddexp(0, -af) + m
+        first = n == 0
+        m_new = np.where(first, ai, np.maximum(ai, old))
+        i, f = np.exp(ai - m_new), np.where(first, 1.0, np.exp(np.minimum(old - m_new, 0)))
+        z, o = np.tanh(az), sigmoid(ao)
+        c_new, n_new = f * c + i * z, f * n + i
+        kept = (x, c, n, h, af, first, ai >= old, i, f, z, o, c_new, n_new)
+        return (c_new, n_new, m_new, o * c_new / n_new), (i, f, z, o), kept
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, c, n, h, af, first, by_input, i, f, z, o, c_new, n_new = kept
+        dc, dn, dm, dh = ds
+        dao = dh * c_new / n_new * o * (1 - o)
+        dc, dn = dc + dh * o / n_new, dn - dh * o * c_new / n_new**2
+        d_exp_i, d_exp_f = (dc * z + dn) * i, np.where(first, 0.0, (dc * c + dn * n) * f)
+        dm = dm - d_exp_i - d_exp_f
+        dai = d_exp_i + np.where(first | by_input, dm, 0.0)
+        dold = d_exp_f + np.where(first | by_input, 0.0, dm)
+        da = [dai, dold * sigmoid(-af), dc * i * (1 - z * z), dao]
+        return back_input(w, dw, x, da), (dc * f, dn * f, dold, back_recurrent(w, dw, h, da))
+
+    return Cell(("i", "f", "z", "o"), (), forward, backward)
+
+
 def gru(gate: str = "sigmoid", activation: str = "tanh") -> Cell:
     """h' = (1 - z) n + z h with n = phi(x W_n + b_n + r (h U_n + c_n)): the reset after the product."""
     sig, dsig = ACTIVATIONS[gate]
@@ -339,7 +489,8 @@ def entries(kernel: Array) -> Any:
 def write_out(cell: Cell, params: Params) -> Weights:
     """The parameters as one matrix for each gate."""
     _, gates, hidden = params.input_kernel.shape
-    U = np.zeros((gates, hidden, hidden))
+    dense = params.recurrent_kernel.ndim == 3
+    U = np.zeros((gates, params.recurrent_kernel.shape[0] if dense else hidden, hidden))
     for here, there in entries(params.recurrent_kernel):
         U[there] = params.recurrent_kernel[here]
     c = np.zeros((gates, hidden))
@@ -425,7 +576,7 @@ def forward(
     w = write_out(cell, params)
     hidden = w.b.shape[1]
     last = tuple(np.zeros_like(s) for s in start)
-    carries = tuple(np.zeros((*batch, steps, hidden)) for _ in start)
+    carries = tuple(np.zeros((*batch, steps, s.shape[-1])) for s in start)
     gates = tuple(np.zeros((*batch, steps, hidden)) for _ in cell.gates)
     for e in np.ndindex(*batch):
         length = steps if lengths is None else int(lengths[e])

@@ -20,11 +20,13 @@ import rnncore
 MODULES = sorted(m.name for m in pkgutil.walk_packages(rnncore.__path__, "rnncore."))
 PUBLIC = {name: value for name, value in vars(rnncore).items() if not name.startswith("_")}
 # What a caller gets and never makes needs no example; its fields are what it has to say.
-RESULTS = ("CellParams", "HiddenCarry", "LSTMCarry", "States", "BackendChoice", "StackParams")
+RESULTS = ("CellParams", "HiddenCarry", "LSTMCarry", "LSTMPParams", "SLSTMCarry", "States", "BackendChoice",
+           "StackParams")
 INITIALIZERS = ("per_gate", "forget_bias", "chrono", "uniform_gate", "critical_forget_bias")
 FUNCTIONS = ("unroll", "explain_backend", "unroll_stack", "from_torch", "to_torch", "from_keras", "to_keras",
              "from_haiku", "to_haiku", "from_equinox", "to_equinox", "foreign_cell")
-CELLS = ("Elman", "IndRNN", "Leaky", "MinGRU", "MinLSTM", "RGLRU", "LSTM", "GRU", "MGU", "ResetBeforeGRU")
+CELLS = ("Elman", "IndRNN", "Leaky", "MinGRU", "MinLSTM", "RGLRU", "SLSTM", "LSTM", "LSTMP", "GRU", "MGU",
+         "LayerNormLSTM", "LayerNormGRU", "ResetBeforeGRU")
 
 
 @pytest.mark.parametrize("name", ["rnncore", *MODULES])

@@ -25,7 +25,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("analysis",),
 )
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
-SHARED_BY_CELLS = ("base", "pointwise", "recurrent_kernels", "structured_kernels")
+SHARED_BY_CELLS = ("base", "pointwise", "recurrent_kernels", "structured_kernels", "lstm")
 SHARED_BY_KERNELS = ("emit", "host", "kernel_body", "op_lowerings", "cpp.cache", "cpp.compiler")
 FLAX = ("linen", "nnx")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import cases
@@ -84,6 +86,90 @@ def test_forward_mode_and_second_order_are_those_of_plain_autodiff(kernel: str):
         return along, twice
 
     cases.assert_close(jax.jit(both, static_argnums=0)("scan"), jax.jit(both, static_argnums=0)("autodiff"), 1e-11)
+
+
+@dataclasses.dataclass(frozen=True)
+class Factors(rnncore.Recurrence):
+    """U = A B by the contract of `Recurrence` alone: kernel (2, H, G r), one gate."""
+
+    rank: int = 2
+    default_init = staticmethod(jax.nn.initializers.normal(0.3))
+
+    def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
+        return (2, hidden_size, gates * self.rank)
+
+    def mix(self, kernel: Any, h: Any) -> Any:
+        return (h @ kernel[0]) @ kernel[1].T
+
+    def transposed(self, kernel: Any) -> Any:
+        return kernel[::-1]
+
+    def mix_transposed(self, kernel: Any, h: Any) -> Any:
+        return (h @ kernel[1]) @ kernel[0].T
+
+    def gate_matrices(self, kernel: Any) -> Any:
+        return (kernel[1] @ kernel[0].T)[None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Saturating(Factors):
+    """Not linear in h."""
+
+    def mix(self, kernel: Any, h: Any) -> Any:
+        return jnp.tanh(super().mix(kernel, h))
+
+    def mix_transposed(self, kernel: Any, h: Any) -> Any:
+        return jnp.tanh(super().mix_transposed(kernel, h))
+
+
+OWN = {
+    "low_rank": rnncore.GRU(12, recurrence=rnncore.LowRank(1)), "factors": rnncore.Elman(4, recurrence=Factors()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_products_that_are_not_linear_in_the_kernel(name: str):
+    """Through the scan's own product: runs, every gradient, forward mode and second order are those of autodiff."""
+    cell = OWN[name]
+    case = cases.Case(name, cell, None)
+    problem = cases.draw(case, (2,), 4, lengths=True, resets=True)
+    direction = cases.cotangents(problem[:3], 3)
+    chosen = rnncore.explain_backend(cell, *problem[:2])
+    assert chosen.name == "scan" and type(cell.recurrence) in (rnncore.LowRank, Factors)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def everything(backend: str) -> Any:
+        def value(*moving: Any) -> Any:
+            carry, ys = cases.runner(case, backend)(*moving, *problem[3:])
+            return jnp.sum(jnp.sin(ys)) + jnp.sum(carry.h**2)
+
+        gradient = jax.value_and_grad(value, (0, 1, 2))
+        return jax.jvp(gradient, problem[:3], direction), jax.jvp(value, problem[:3], direction)
+
+    cases.assert_close(everything("scan"), everything("autodiff"), 1e-11)
+
+
+def test_products_that_are_not_linear_in_h():
+    cell = rnncore.Elman(4, recurrence=Saturating())
+    params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+    with pytest.raises(NotImplementedError, match="Saturating.mix is not linear in h.*'autodiff' takes it"):
+        rnncore.unroll(cell, params, xs, backend="scan")
+    assert rnncore.explain_backend(cell, params, xs).name == "autodiff"
+
+
+def test_low_rank_multiplies_by_its_factors():
+    """From an eighth of the products on: none of (H, G H) is left, unless a loop that has no other is named."""
+    cell = rnncore.GRU(48, recurrence=rnncore.LowRank(2))
+    params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+
+    def widest(cell: rnncore.Cell, params: Any, backend: str) -> int:
+        closed = jax.make_jaxpr(lambda p: rnncore.unroll(cell, p, xs, backend=backend)[1])(params)
+        dots = [e for e in cases.equations(closed.jaxpr) if e.primitive.name == "dot_general"]
+        return max(min(e.invars[1].aval.shape) for e in dots)
+
+    assert widest(cell, params, "scan") == 3
+    full = dataclasses.replace(cell, recurrence=rnncore.LowRank(5))
+    assert widest(full, full.init(jax.random.key(0), 3), "scan") == 48
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

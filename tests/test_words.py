@@ -1,6 +1,5 @@
 """What a user is told: what was called with what, what is expected and what to do; no insides of JAX or Python."""
 
-import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any
@@ -227,48 +226,6 @@ def test_carry_taken_for_outputs() -> None:
     with pytest.raises(AttributeError, match="carry first"):
         _ = carry.mean
     assert not hasattr(carry, "nonsense")
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRank(rnncore.Recurrence):
-    """U = A B, which is not linear in (A, B)."""
-
-    rank: int = 2
-    default_init = staticmethod(jax.nn.initializers.normal(0.3))
-
-    def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
-        return (2, hidden_size, gates * self.rank)
-
-    def mix(self, kernel: Any, h: Any) -> Any:
-        return (h @ kernel[0]) @ kernel[1].T
-
-    def transposed(self, kernel: Any) -> Any:
-        return kernel[::-1]
-
-    def mix_transposed(self, kernel: Any, g: Any) -> Any:
-        return (g @ kernel[0]) @ kernel[1].T
-
-    def gate_matrices(self, kernel: Any) -> Any:
-        return (kernel[0] @ kernel[1].T)[None]
-
-
-def test_kernels_that_are_not_linear() -> None:
-    cell = rnncore.Elman(8, recurrence=LowRank())
-    params, xs = cell.init(KEY, 4, jnp.float64), jax.random.normal(KEY, (2, 6, 4), jnp.float64)
-    with pytest.raises(NotImplementedError, match="LowRank.mix is not linear in the kernel.*'autodiff' takes it"):
-        rnncore.unroll(cell, params, xs, backend="scan")
-    assert rnncore.explain_backend(cell, params, xs).name == "autodiff"
-
-    def dense(p: Any) -> Any:
-        kernel = (p.recurrent_kernel[0] @ p.recurrent_kernel[1].T)[:, None]
-        full = rnncore.CellParams(p.input_kernel, kernel, p.bias, None, p.units)
-        return rnncore.unroll(rnncore.Elman(8), full, xs, backend="scan")[1]
-
-    gradients = [
-        jax.grad(lambda p, run=run: jnp.sum(jnp.sin(run(p))))(params)
-        for run in (lambda p: rnncore.unroll(cell, p, xs)[1], dense)
-    ]
-    assert_close(*gradients, 1e-12)
 
 
 @pytest.mark.parametrize("cell", [rnncore.LSTM(16), rnncore.ResetBeforeGRU(16)])

@@ -2,6 +2,7 @@
 
 from rnncore.cells.base import Cell as Cell
 from rnncore.cells.base import CellParams as CellParams
+from rnncore.cells.base import GatedCell as GatedCell
 from rnncore.cells.base import HiddenCarry as HiddenCarry
 from rnncore.cells.base import PointwiseCell as PointwiseCell
 from rnncore.cells.base import named
@@ -9,6 +10,8 @@ from rnncore.cells.elman import Elman as Elman
 from rnncore.cells.elman import IndRNN as IndRNN
 from rnncore.cells.gru import GRU as GRU
 from rnncore.cells.gru_reset_before import ResetBeforeGRU as ResetBeforeGRU
+from rnncore.cells.layer_norm import LayerNormGRU as LayerNormGRU
+from rnncore.cells.layer_norm import LayerNormLSTM as LayerNormLSTM
 from rnncore.cells.leaky import Leaky as Leaky
 from rnncore.cells.lstm import LSTM as LSTM
 from rnncore.cells.lstm import LSTMCarry as LSTMCarry
@@ -16,6 +19,10 @@ from rnncore.cells.mgu import MGU as MGU
 from rnncore.cells.minimal import RGLRU as RGLRU
 from rnncore.cells.minimal import MinGRU as MinGRU
 from rnncore.cells.minimal import MinLSTM as MinLSTM
+from rnncore.cells.projected_lstm import LSTMP as LSTMP
+from rnncore.cells.projected_lstm import LSTMPParams as LSTMPParams
+from rnncore.cells.slstm import SLSTM as SLSTM
+from rnncore.cells.slstm import SLSTMCarry as SLSTMCarry
 
 _LSTMS = [LSTM(1, peepholes=p, coupled=c) for p in (False, True) for c in (False, True)]
 for _cell in (*_LSTMS, GRU(1), MGU(1), Elman(1), IndRNN(1)):

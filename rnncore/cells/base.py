@@ -105,6 +105,11 @@ class Cell(abc.ABC):
     def update(self, params: PyTree, carry: Any, z: PyTree) -> tuple[Any, PyTree]:
         """One step: (carry, z) to (new carry, gates)."""
 
+    @property
+    def output_size(self) -> int:
+        """Features of the output y; H but for a cell that projects it."""
+        return self.hidden_size
+
     def output(self, carry: Any) -> Array:
         """The output y (..., H) that belongs to a carry."""
         return carry.h
@@ -113,6 +118,40 @@ class Cell(abc.ABC):
         """One step in the order of `jax.lax.scan`: (params, carry, z) to (carry, y)."""
         carry, _ = self.update(params, carry, z)
         return carry, self.output(carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class TranslatedCell(Cell):
+    """A cell that runs as a pointwise one over another state, whose loops and derivatives it so has.
+
+    s_t = leave(params, u_t),   u_t = update of the pointwise cell,   u_0 = enter(params, s_0)
+
+    Its own `update` is the reference, and what runs where the options say something of a state that u does not have.
+    """
+
+    @abc.abstractmethod
+    def pointwise_cell(self) -> PointwiseCell:
+        """The cell that runs."""
+
+    @abc.abstractmethod
+    def pointwise_params(self, params: Any) -> CellParams:
+        """Its parameters, differentiable in these."""
+
+    @abc.abstractmethod
+    def enter(self, params: Any, carry: Any) -> Any:
+        """Its carry that stands for one of this cell; linear in the carry."""
+
+    @abc.abstractmethod
+    def leave(self, params: Any, carry: Any) -> Any:
+        """The carry of this cell after a step, from that of the pointwise cell; with any leading axes."""
+
+    @abc.abstractmethod
+    def leave_output(self, params: Any, h: Array) -> Array:
+        """The output of this cell, from that of the pointwise one; with any leading axes."""
+
+    @abc.abstractmethod
+    def zoneout(self, zoneout: Any) -> Any:
+        """Zoneout of the pointwise cell that does what this does, or None where there is none."""
 
 
 def check_init(what: Any, key: Any, input_size: Any, dtype: Any) -> None:
@@ -130,36 +169,16 @@ def check_init(what: Any, key: Any, input_size: Any, dtype: Any) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class PointwiseCell(Cell):
-    """A cell that mixes units only through r = mix(U, h); the rest is elementwise.
+class GatedCell(Cell):
+    """A cell with one recurrent product a step: its parameters, and the step around it.
 
-    z_t = x_t W + b,   r_t = mix(U, h_{t-1}),   s_t, gates_t = pointwise(p, z_t, r_t, s_{t-1})
+    z_t = project(x_t),   r_t = mix(U, h_{t-1}),   s_t, gates_t = combine(p, z_t, r_t, s_{t-1})
 
-    A subclass names its `gates` and writes `pointwise`.  The scan, its derivatives, the kernels and
-    the analysis are derived from that function, so it may hold elementwise operations only: no
-    axes, indexing, reductions or products over units; `rnncore.unroll` refuses anything else.
+    `combine` may reduce over the units of a sequence, as layer normalization does; the scan derives its derivatives
+    from it.  Where it is elementwise the cell is a `PointwiseCell`, which all loops run.
 
     Args:
-      hidden_size: H.
-      recurrence: structure of the recurrent kernel: Dense(), Heads(N), Diagonal(), LowRank(r), a `Sparse`, `Dale` or
-        `Unconnected`.
-      kernel_init: initialiser of the (D, G, H) input kernel, called with shape (D, G*H).
-      recurrent_init: initialiser of the recurrent kernel; None takes the recurrence's own.
-      bias_init: initialiser of the (G, H) bias.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> class Leaky(rnncore.PointwiseCell):
-      ...     gates = ("u", "n")
-      ...     def pointwise(self, p, z, r, carry):
-      ...         u = jax.nn.sigmoid(z.u + r.u)
-      ...         n = jnp.tanh(z.n + r.n)
-      ...         return carry._replace(h=u * carry.h + (1 - u) * n), self.Gates(u, n)
-      >>> cell = Leaky(hidden_size=8)
-      >>> params = cell.init(jax.random.key(0), 3)
-      >>> carry, ys = rnncore.unroll(cell, params, jnp.ones((2, 5, 3)))
-      >>> ys.shape
-      (2, 5, 8)
+      hidden_size, recurrence, kernel_init, recurrent_init, bias_init: as in `PointwiseCell`.
     """
 
     recurrence: Recurrence = dataclasses.field(default_factory=Dense, kw_only=True)
@@ -198,18 +217,8 @@ class PointwiseCell(Cell):
         return named("Gates", tuple(self.gates))
 
     @abc.abstractmethod
-    def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, PyTree]:
-        """The update of every unit on its own.
-
-        Args:
-          p: named tuple of per-unit parameters, broadcast to (*batch, H).
-          z: named tuple of G arrays (*batch, H), the projected inputs.
-          r: named tuple of G arrays (*batch, H), the mixed h_{t-1}.
-          carry: the previous carry, arrays (*batch, H).
-
-        Returns:
-          (new carry, gates), where gates is a pytree of whatever the cell calls its gates.
-        """
+    def combine(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, PyTree]:
+        """The update, with arguments and results as those of `PointwiseCell.pointwise`."""
 
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> CellParams:
         """Draws parameters in `dtype` for inputs of `input_size` features."""
@@ -261,6 +270,58 @@ class PointwiseCell(Cell):
         """One step: (carry, z slab) to (new carry, gates); `mask` multiplies h where it enters the product."""
         p = jax.tree.map(lambda u: jnp.broadcast_to(u, carry.h.shape), params.units)
         h = carry.h if mask is None else carry.h * mask.astype(carry.h.dtype)
-        own = type(self).split is not PointwiseCell.split
+        own = type(self).split is not GatedCell.split
         split = self.split if own else lambda slab: self.Gates(*_compat.parts(slab, len(self.gates)))
-        return self.pointwise(p, split(z), split(self.mix(params, h)), carry)
+        return self.combine(p, split(z), split(self.mix(params, h)), carry)
+
+
+@dataclasses.dataclass(frozen=True)
+class PointwiseCell(GatedCell):
+    """A cell that mixes units only through r = mix(U, h); the rest is elementwise.
+
+    z_t = x_t W + b,   r_t = mix(U, h_{t-1}),   s_t, gates_t = pointwise(p, z_t, r_t, s_{t-1})
+
+    A subclass names its `gates` and writes `pointwise`.  The scan, its derivatives, the kernels and
+    the analysis are derived from that function, so it may hold elementwise operations only: no
+    axes, indexing, reductions or products over units; `rnncore.unroll` refuses anything else.
+
+    Args:
+      hidden_size: H.
+      recurrence: structure of the recurrent kernel: Dense(), Heads(N), Diagonal(), LowRank(r), a `Sparse`, `Dale` or
+        `Unconnected`.
+      kernel_init: initialiser of the (D, G, H) input kernel, called with shape (D, G*H).
+      recurrent_init: initialiser of the recurrent kernel; None takes the recurrence's own.
+      bias_init: initialiser of the (G, H) bias.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> class Leaky(rnncore.PointwiseCell):
+      ...     gates = ("u", "n")
+      ...     def pointwise(self, p, z, r, carry):
+      ...         u = jax.nn.sigmoid(z.u + r.u)
+      ...         n = jnp.tanh(z.n + r.n)
+      ...         return carry._replace(h=u * carry.h + (1 - u) * n), self.Gates(u, n)
+      >>> cell = Leaky(hidden_size=8)
+      >>> params = cell.init(jax.random.key(0), 3)
+      >>> carry, ys = rnncore.unroll(cell, params, jnp.ones((2, 5, 3)))
+      >>> ys.shape
+      (2, 5, 8)
+    """
+
+    @abc.abstractmethod
+    def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, PyTree]:
+        """The update of every unit on its own.
+
+        Args:
+          p: named tuple of per-unit parameters, broadcast to (*batch, H).
+          z: named tuple of G arrays (*batch, H), the projected inputs.
+          r: named tuple of G arrays (*batch, H), the mixed h_{t-1}.
+          carry: the previous carry, arrays (*batch, H).
+
+        Returns:
+          (new carry, gates), where gates is a pytree of whatever the cell calls its gates.
+        """
+
+    def combine(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, PyTree]:
+        """`pointwise`."""
+        return self.pointwise(p, z, r, carry)

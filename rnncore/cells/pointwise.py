@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from rnncore import _compat
 from rnncore._types import PyTree
-from rnncore.cells.base import PointwiseCell, named
+from rnncore.cells.base import GatedCell, PointwiseCell, named
 
 TRANSCENDENTAL = frozenset(
     "tanh logistic exp exp2 expm1 log log1p erf erfc erf_inv sin cos tan sinh cosh asin acos atan asinh "
@@ -140,12 +140,12 @@ def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def has_caught_traced(cell: PointwiseCell) -> bool:
+def has_caught_traced(cell: GatedCell) -> bool:
     """Whether the update uses a value from outside that is being differentiated, mapped or compiled."""
     values = jax.ShapeDtypeStruct((1, cell.hidden_size), jnp.float32)
     units = named("Units", tuple(cell.units))(*(values for _ in cell.units))
     carry, gates = cell.Carry(*(values for _ in cell.Carry._fields)), cell.Gates(*(values for _ in cell.gates))
-    consts = jax.make_jaxpr(cell.pointwise)(units, gates, gates, carry).consts
+    consts = jax.make_jaxpr(cell.combine)(units, gates, gates, carry).consts
     return any(isinstance(const, jax.core.Tracer) for const in consts)
 
 
@@ -159,16 +159,16 @@ def why_not_elementwise(cell: PointwiseCell) -> str | None:
 
 
 @functools.lru_cache(maxsize=256)
-def why_not_as_declared(cell: PointwiseCell, *methods: str) -> str | None:
-    """Reason why a loop that has these methods of `PointwiseCell` built in cannot run the cell, or None."""
-    own = [name for name in methods if getattr(type(cell), name) is not getattr(PointwiseCell, name)]
+def why_not_as_declared(cell: GatedCell, *methods: str) -> str | None:
+    """Reason why a loop that has these methods of `GatedCell` built in cannot run the cell, or None."""
+    own = [name for name in methods if getattr(type(cell), name) is not getattr(GatedCell, name)]
     if not own:
         return None
     return f"{type(cell).__name__} has a `{own[0]}` of its own, and it runs that of PointwiseCell"
 
 
-def why_not_linear(cell: PointwiseCell) -> str | None:
-    """Reason why the recurrent product cannot be differentiated once for all steps, or None."""
+def why_not_a_product(cell: GatedCell) -> str | None:
+    """Reason why the recurrent product cannot be differentiated once for all steps, or None: see `Recurrence`."""
     kind = type(cell.recurrence)
     own = {name: next(n for n, c in enumerate(kind.__mro__) if name in vars(c)) for name in ("mix", "mix_transposed")}
     if own["mix"] < own["mix_transposed"]:
@@ -180,15 +180,14 @@ def why_not_linear(cell: PointwiseCell) -> str | None:
     kernel = jax.ShapeDtypeStruct(cell.recurrence.shape(gates, size), jnp.float32)
     h, r = jax.ShapeDtypeStruct((size,), jnp.float32), jax.ShapeDtypeStruct((gates * size,), jnp.float32)
 
-    def transpose(h: Any, r: Any) -> Any:
-        return jax.linear_transpose(lambda kernel: cell.recurrence.mix(kernel, h), kernel)(r)
+    def transpose(kernel: Any, h: Any, r: Any) -> Any:
+        return jax.linear_transpose(lambda h: cell.recurrence.mix(kernel, h), h)(r)
 
     try:
-        jax.eval_shape(transpose, h, r)
+        jax.eval_shape(transpose, kernel, h, r)
     except Exception:  # JAX says in many ways that something is not linear, an AssertionError among them.
         return (
-            f"{type(cell.recurrence).__name__}.mix is not linear in the kernel, such as U = A B, so its gradient is no "
-            "one product over all steps; backend 'autodiff' takes it"
+            f"{kind.__name__}.mix is not linear in h, so the step has no recurrent product; backend 'autodiff' takes it"
         )
     return None
 
@@ -224,9 +223,9 @@ def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> N
             )
 
 
-def additive_gates(cell: PointwiseCell, p: Any, z: Any, r: Any, carry: Any) -> tuple[bool, ...]:
-    """For each gate whether `pointwise` sees z_g and r_g only as their sum."""
-    closed, _ = opened(cell.pointwise, p, z, r, carry)
+def additive_gates(cell: GatedCell, p: Any, z: Any, r: Any, carry: Any) -> tuple[bool, ...]:
+    """For each gate whether the update sees z_g and r_g only as their sum."""
+    closed, _ = opened(cell.combine, p, z, r, carry)
     jaxpr, count, skip = closed.jaxpr, len(cell.gates), len(jax.tree.leaves(p))
     inputs = jaxpr.invars[skip : skip + 2 * count]
 

@@ -1,8 +1,6 @@
 """Structures of the recurrent kernel: how h_{t-1} reaches the pre-activations of all gates.
 
-Each is a frozen, hashable description with the same functions.  `mix(kernel, h)` is linear in the
-kernel and in h, takes any number of leading axes and returns a slab (..., G*H).  One that is not
-linear in its parameters derives from `structured_kernels.Structured`.
+Each is a frozen, hashable description with the same functions; `Recurrence` says what they promise.
 """
 
 from __future__ import annotations
@@ -17,7 +15,13 @@ from rnncore._types import Array, Initializer
 
 
 class Recurrence(abc.ABC):
-    """What a recurrent kernel structure has to say."""
+    """What a recurrent kernel structure has to say.
+
+    `mix` is linear in h and differentiable in the kernel, not necessarily linear: a run forms the kernel's gradient
+    from products over all steps, by the derivative of `mix` in the kernel.  `mix_transposed` of the transposed kernel
+    is the same function of h.  Both take any number of leading axes and return a slab (..., G*H).  The scan takes
+    whatever holds to this; a kernel that other loops are to take too derives from `structured_kernels.Structured`.
+    """
 
     default_init: Initializer
 

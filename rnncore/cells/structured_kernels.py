@@ -2,7 +2,7 @@
 
 Each names the plain structure that it runs as and forms that kernel of its parameters, `effective`.  A run then forms
 its products over all steps for the effective kernel, on every backend, and their gradient is pulled back once; so a
-structure need not be linear in its parameters.
+structure need not be linear in its parameters.  Where its own product is the cheaper one, the scan takes that.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rnncore import _products
 from rnncore._types import Array
 from rnncore.cells.recurrent_kernels import Dense, Diagonal, Recurrence
 
@@ -27,6 +28,11 @@ class Structured(Recurrence):
     @abc.abstractmethod
     def effective(self, kernel: Array) -> tuple[Recurrence, Array]:
         """The plain structure and its kernel; differentiable in the parameters, not necessarily linear."""
+
+    def prefers_own_product(self, gates: int, hidden_size: int) -> bool:
+        """Whether `mix` on the scan is faster than the loop that is fastest over the effective kernel."""
+        del gates, hidden_size
+        return False
 
     @property
     def default_init(self) -> Callable[..., Array]:  # type: ignore[override]
@@ -54,6 +60,8 @@ class LowRank(Structured):
     """Low rank: all gates read the same r numbers of h: kernel (r, 1 + G, H), the readings first.
 
     U_g = sum_k a_k b_kg^T,   a_k = kernel[k, 0] (H,),   b_kg = kernel[k, 1 + g] (H,)
+
+    Where it is faster a step reads and then writes, r H (1 + G) multiplications in place of H^2 G.
 
     Args:
       rank: r.
@@ -86,6 +94,20 @@ class LowRank(Structured):
 
     def effective(self, kernel: Array) -> tuple[Recurrence, Array]:
         return Dense(), jnp.einsum("kj,kgi->jgi", kernel[:, 0], kernel[:, 1:])
+
+    def prefers_own_product(self, gates: int, hidden_size: int) -> bool:
+        """Whether it has at most an eighth of the products of a dense kernel."""
+        return 8 * self.rank * (1 + gates) <= hidden_size * gates
+
+    def mix(self, kernel: Array, h: Array) -> Array:
+        read = _products.times_transposed(h, kernel[:, 0])
+        return _products.times(read, kernel[:, 1:].reshape(kernel.shape[0], -1))
+
+    def transposed(self, kernel: Array) -> Array:
+        return kernel
+
+    def mix_transposed(self, kernel: Array, h: Array) -> Array:
+        return self.mix(kernel, h)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,6 +243,12 @@ class Unconnected(Structured):
 
     def mix_transposed(self, kernel: Array, h: Array) -> Array:
         return Diagonal().mix_transposed(kernel, h)
+
+
+def prefers_own_product(cell: Any) -> bool:
+    """Whether the cell is best run over its kernel as it is, where a loop takes that."""
+    recurrence = getattr(cell, "recurrence", None)
+    return isinstance(recurrence, Structured) and recurrence.prefers_own_product(len(cell.gates), cell.hidden_size)
 
 
 def plain(cell: Any, params: Any) -> tuple[Any, Any]:

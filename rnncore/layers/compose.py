@@ -188,15 +188,15 @@ def _regularisers(
     zoneout = stack.zoneout if any(stack.zoneout or ()) else None
     if key is None:
         return {"zoneout": zoneout}
-    size = stack.cell.hidden_size
     mask_key, *keys = jax.random.split(key, 1 + len(zoneout or ()))
     mask, keep = None, 1 - stack.recurrent_dropout
     if stack.recurrent_dropout:
-        mask = jax.random.bernoulli(mask_key, keep, (*batch, size)).astype(dtype) / keep
+        mask = jax.random.bernoulli(mask_key, keep, (*batch, stack.cell.output_size)).astype(dtype) / keep
     if zoneout is not None:
-        shape = (*batch[:time_axis], steps, *batch[time_axis:], size)
-        draws = (jax.random.bernoulli(k, rate, shape) if rate else None for k, rate in zip(keys, zoneout, strict=True))
-        zoneout = type(zoneout)(*draws)
+        every = (*batch[:time_axis], steps, *batch[time_axis:])
+        sizes = (a.shape for a in jax.eval_shape(stack.cell.initial_carry))
+        draws = zip(keys, zoneout, sizes, strict=True)
+        zoneout = type(zoneout)(*(jax.random.bernoulli(k, rate, every + n) if rate else None for k, rate, n in draws))
     return {"recurrent_mask": mask, "zoneout": zoneout}
 
 

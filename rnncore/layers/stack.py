@@ -105,8 +105,8 @@ class Stack:
 
     @property
     def output_size(self) -> int:
-        """Features of the outputs: H, or 2 H of two directions side by side."""
-        return self.cell.hidden_size * (2 if self.bidirectional and self.merge == "concat" else 1)
+        """Features of the outputs: the cell's, H unless it projects them; twice that of two directions side by side."""
+        return self.cell.output_size * (2 if self.bidirectional and self.merge == "concat" else 1)
 
     @property
     def is_random(self) -> bool:
@@ -161,7 +161,8 @@ class Stack:
 
     def _entries(self, own: Any, carry: Any) -> dict[str, Array]:
         entries = {n: a for n, a in own._asdict().items() if n != "units" and a is not None}
-        entries |= {f"units_{n}": a for n, a in own.units._asdict().items()} if own.units else {}
+        units = getattr(own, "units", ())
+        entries |= {f"units_{n}": a for n, a in units._asdict().items()} if units else {}
         return entries | ({f"initial_{n}": a for n, a in carry._asdict().items()} if self.learned_carry else {})
 
     @property

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.cells import GRU, LSTM, CellParams, Elman
+from rnncore.cells import GRU, LSTM, LSTMP, CellParams, Elman, LSTMPParams
 from rnncore.cells.base import named
 from rnncore.cells.recurrent_kernels import Dense
 from rnncore.layers.stack import Stack, StackParams
@@ -18,13 +18,15 @@ from rnncore.layers.stack import Stack, StackParams
 def from_torch(stack: Stack, state: Mapping[str, Any]) -> StackParams:
     """Parameters of a stack from the state dictionary of torch.nn.LSTM, torch.nn.GRU or torch.nn.RNN.
 
-    W = weight_ih^T,  U = weight_hh^T,  b = bias_ih + bias_hh;  for a GRU's n: b_n = bias_ih,  b_hn = bias_hh
+    W = weight_ih^T,  U = weight_hh^T,  b = bias_ih + bias_hh;  for a GRU's n: b_n = bias_ih,  b_hn = bias_hh;
+    for an LSTMP: V = weight_hr^T
 
     Args:
-      stack: the description: LSTM, GRU or Elman over a dense kernel, with the layers and directions of
+      stack: the description: LSTM, GRU or Elman over a dense kernel, or LSTMP, with the layers and directions of
         the PyTorch module, merge="concat" and zeros as its initial carry.
       state: `module.state_dict()`, of tensors or arrays: weight_ih_l0 (G*H, D), weight_hh_l0 (G*H, H),
-        bias_ih_l0, bias_hh_l0 (G*H,), with _reverse for the other direction.
+        bias_ih_l0, bias_hh_l0 (G*H,), with _reverse for the other direction; with proj_size=P weight_hh_l0 (G*H, P)
+        and weight_hr_l0 (P, H).
 
     Returns:
       `StackParams`, in the dtype of the weights; `stack.to_tree` makes of them the parameters of the
@@ -52,29 +54,34 @@ def from_torch(stack: Stack, state: Mapping[str, Any]) -> StackParams:
         if name not in left:
             raise ValueError(f"`from_torch(state=<{sorted(state)}>)`: has no {name!r}, which the stack needs.")
         value = left.pop(name)
-        expected = (gates * hidden,) if columns is None else (gates * hidden, columns)
+        rows = stack.cell.output_size if name.startswith("weight_hr") else gates * hidden
+        expected = (rows,) if columns is None else (rows, columns)
         if value.shape != expected:
             raise ValueError(f"`from_torch(state)`: {name!r} has shape {value.shape}, expected {expected}.")
+        if name.startswith("weight_hr"):
+            return value.T
         value = value.reshape(gates, hidden, *value.shape[1:])
         return value if columns is None else jnp.transpose(value, (2, 0, 1))
 
-    def one(level: int, way: int) -> CellParams:
+    def one(level: int, way: int) -> CellParams | LSTMPParams:
         end = f"_l{level}" + "_reverse" * way
         width = stack.output_size if level else left[f"weight_ih{end}"].shape[-1] if f"weight_ih{end}" in left else 0
-        kernels = take(f"weight_ih{end}", width), take(f"weight_hh{end}", hidden)
+        kernels = take(f"weight_ih{end}", width), take(f"weight_hh{end}", stack.cell.output_size)
         bias = recurrent_bias = None
         if f"bias_ih{end}" in left:
             of_inputs, of_h = take(f"bias_ih{end}", None), take(f"bias_hh{end}", None)
             bias = of_inputs + of_h
             if isinstance(stack.cell, GRU):
                 bias, recurrent_bias = bias.at[2].set(of_inputs[2]), of_h[2:]
+        if isinstance(stack.cell, LSTMP):
+            return LSTMPParams(*kernels, bias, take(f"weight_hr{end}", hidden))
         return CellParams(*kernels, bias, recurrent_bias, named("Units", ())())
 
     layers = tuple(tuple(one(level, way) for way in range(stack.directions)) for level in range(stack.num_layers))
     if left:
         raise ValueError(
             f"`from_torch(state)`: {sorted(left)} are left over; expected {stack.num_layers} layers of "
-            f"{stack.directions} directions, and no projection of h."
+            f"{stack.directions} directions of {type(stack.cell).__name__}; a projection weight_hr is that of LSTMP."
         )
     return StackParams(layers, None)
 
@@ -114,13 +121,16 @@ def to_torch(stack: Stack, params: StackParams) -> dict[str, np.ndarray]:
             end = f"_l{level}" + "_reverse" * way
             for name, kernel in (("ih", own.input_kernel), ("hh", own.recurrent_kernel)):
                 state[f"weight_{name}{end}"] = np.asarray(kernel).reshape(kernel.shape[0], -1).T.copy()
+            if isinstance(own, LSTMPParams):
+                state[f"weight_hr{end}"] = np.asarray(own.projection).T.copy()
+            recurrent_bias = getattr(own, "recurrent_bias", None)
             if own.bias is None:
-                if own.recurrent_bias is not None:
+                if recurrent_bias is not None:
                     raise ValueError("`to_torch(stack, params)`: b_hn without the other biases.")
                 continue
             of_h = np.zeros_like(np.asarray(own.bias))
-            if own.recurrent_bias is not None:
-                of_h[2:] = own.recurrent_bias
+            if recurrent_bias is not None:
+                of_h[2:] = recurrent_bias
             state[f"bias_ih{end}"], state[f"bias_hh{end}"] = np.asarray(own.bias).reshape(-1), of_h.reshape(-1)
     return state
 
@@ -132,9 +142,10 @@ def _array(value: Any) -> Array:
 def _check(stack: Stack, name: str) -> None:
     cell = stack.cell
     plain = type(cell) in (LSTM, GRU, Elman) and isinstance(cell.recurrence, Dense)  # type: ignore[attr-defined]
+    plain = plain or type(cell) is LSTMP
     options = [o for o in ("peepholes", "coupled", "residual") if getattr(cell, o, False)]
     if not plain or options or stack.learned_carry or (stack.bidirectional and stack.merge != "concat"):
         raise NotImplementedError(
-            f"`{name}({stack})`: expected LSTM, GRU or Elman over Dense() without peepholes, coupled or residual, "
-            "merge='concat' and no learned carry; PyTorch has no other."
+            f"`{name}({stack})`: expected LSTMP, or LSTM, GRU or Elman over Dense() without peepholes, coupled or "
+            "residual, merge='concat' and no learned carry; PyTorch has no other."
         )

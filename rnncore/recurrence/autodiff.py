@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from rnncore import _lengths
-from rnncore.cells.base import PointwiseCell
+from rnncore.cells.base import GatedCell
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.backend import Backend
 from rnncore.recurrence.chunks import chunk_size, scan_chunks
@@ -24,10 +24,11 @@ class Autodiff(Backend):
     """See the module."""
 
     name = "autodiff"
+    takes_any_product = True
     takes_symbolic = True
 
     def unsupported(self, request: Request) -> str | None:
-        if request.recurrent_mask and not isinstance(request.cell, PointwiseCell):
+        if request.recurrent_mask and not isinstance(request.cell, GatedCell):
             return (
                 f"{type(request.cell).__name__} is not a PointwiseCell, so it does not show where h enters its "
                 "recurrent product, which recurrent_mask masks"

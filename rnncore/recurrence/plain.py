@@ -4,9 +4,10 @@ The derivative of a recurrence is a recurrence.  With L_t the linearised step,
 
   ds_t = L_t(dunits, dx_t, dU h_{t-1} + U dh_{t-1}, ds_{t-1})
 
-and dU h_{t-1} needs no loop: it is one product over all steps.  What is left is the same kind of recurrence with L in
-the step's place, so that every further order comes out the same way, and JAX transposes it.  No weight gradient travels
-through the loop.  L_t is arithmetic on the results of the step's transcendental functions (`pointwise.linearize`).
+and dU h_{t-1}, the derivative of the product in its parameters, needs no loop: it is a product over all steps.  What is
+left is the same kind of recurrence with L in the step's place, so that every further order comes out the same way, and
+JAX transposes it.  No weight gradient travels through the loop.  L_t is arithmetic on the results of the step's
+transcendental functions (`pointwise.linearize`).
 
 Every backend has its second and higher derivatives, and by default its tangent, from here.  A derivative knows the
 outputs of the run, and so all products U h_{t-1} at once: what L_t depends on is formed from them without running the
@@ -26,7 +27,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from rnncore import _lengths
 from rnncore._types import Array, PyTree
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import CellParams, GatedCell
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.chunks import chunk_size, scan_chunks
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
@@ -37,7 +38,7 @@ CARRIES = "rnncore_carries"
 
 
 def run(request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-    """The run of a pointwise cell, with the memory policy of the request."""
+    """The run of a gated cell, with the memory policy of the request."""
     step = steps.of(request, differentiable, request.return_states or request.lengths)
     return _run(request, differentiable, constants, step)
 
@@ -73,8 +74,8 @@ def _first(request: Request, differentiable: Differentiable) -> Inputs:
     return Inputs(steps.recurrent_params(params), steps.spread_units(params, start.h), zs, start, reset_carry)
 
 
-def step_cell(request: Request) -> PointwiseCell:
-    assert isinstance(request.cell, PointwiseCell)
+def step_cell(request: Request) -> GatedCell:
+    assert isinstance(request.cell, GatedCell)
     return request.cell
 
 
@@ -83,7 +84,7 @@ def _run(request: Request, differentiable: Differentiable, constants: Constants,
     params, xs, start, reset_carry = differentiable
     xs = jnp.moveaxis(xs, request.time_axis, 0)
     product = steps.recurrent_product(cell)
-    projection, recurrent = steps.input_params(params), steps.recurrent_params(params)
+    projection, recurrent = steps.input_params(cell, params), steps.recurrent_params(params)
     units = steps.spread_units(params, start.h)
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
@@ -144,7 +145,7 @@ def tangent(
     linear = LinearizedStep(step, product, inputs, ())
     resets, zoneout = steps.per_step(request, constants)
     before = previous(start, reset_carry, resets, jnp.moveaxis(result.outputs, axis, 0))
-    projection, dprojection = steps.input_params(params), steps.input_params(tangents.params)
+    projection, dprojection = steps.input_params(cell, params), steps.input_params(cell, tangents.params)
     drecurrent = None
     if jax.tree.leaves(steps.recurrent_params(tangents.params)):
         drecurrent = steps.recurrent_params(moved.params)
@@ -154,7 +155,9 @@ def tangent(
     def chunk(carry: Any, first: Any, now: Any) -> Any:
         (carry, last), (xs, dxs, residuals, before, resets, zoneout) = carry, now
         dz = _moved_projection(cell, projection, xs, dprojection, dxs)
-        prepared = linear.prepare(steps.masked(constants.recurrent_mask, before), drecurrent, cell.split(dz), dunits)
+        prepared = linear.prepare(
+            steps.masked(constants.recurrent_mask, before), recurrent, drecurrent, cell.split(dz), dunits
+        )
         inputs = Inputs(
             tangent_params, units, (residuals, *prepared), carry, moved.reset_carry, resets, constants.recurrent_mask,
             zoneout,
@@ -178,7 +181,7 @@ def residuals_from_outputs(
     params, xs, start, reset_carry = differentiable
     linear, inputs = linearized(request, differentiable), _first(request, differentiable)
     step, product, recurrent, units = linear.step, linear.product, inputs.recurrent_params, inputs.units
-    projection = steps.input_params(params)
+    projection = steps.input_params(cell, params)
     resets, zoneout = steps.per_step(request, constants)
     before = previous(start, reset_carry, resets, jnp.moveaxis(outputs, axis, 0))
 
@@ -203,7 +206,7 @@ def residuals_from_outputs(
     return linear.residuals(inputs, before, kept)
 
 
-def _moved_projection(cell: PointwiseCell, params: CellParams, xs: Array, dparams: CellParams, dxs: Any) -> Array:
+def _moved_projection(cell: GatedCell, params: CellParams, xs: Array, dparams: CellParams, dxs: Any) -> Array:
     """The tangent of the projected inputs: a product for each of the two that moves."""
     tree: Any
     flat, tree = jax.tree.flatten((params, xs))
@@ -260,7 +263,8 @@ def recurrence(step: Step, product: RecurrentProduct, inputs: Inputs, rematerial
         def tangent(inputs: Any, hs: Any, kept: Any, dparams: Any, dxs: Any, dunits: Any, *dcarries: Any) -> Any:
             before = previous(inputs.initial_carry, inputs.reset_carry, inputs.resets, hs)
             residuals = linear.residuals(inputs, before, kept)
-            xs = (residuals, *linear.prepare(steps.masked(inputs.recurrent_mask, before), dparams, dxs, dunits))
+            entering = steps.masked(inputs.recurrent_mask, before)
+            xs = (residuals, *linear.prepare(entering, inputs.recurrent_params, dparams, dxs, dunits))
             tangent_params = product.tangent_params(inputs.recurrent_params)
             dstart, dreset = dcarries
             moved = inputs._replace(recurrent_params=tangent_params, xs=xs, initial_carry=dstart, reset_carry=dreset)

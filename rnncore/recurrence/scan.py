@@ -1,4 +1,4 @@
-"""Backend "scan": any pointwise cell over time in XLA's loops, on every platform, with every option.
+"""Backend "scan": any gated cell over time in XLA's loops, on every platform, with every option.
 
 Forward, a chunk of K steps projects its inputs and runs; row t of a buffer for all steps takes what step t gives, so
 that nothing is copied out of a chunk or turned to time-major as a whole.  Backward, the chunks are taken from the last
@@ -24,7 +24,7 @@ from jax import lax
 
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import PointwiseCell
+from rnncore.cells.base import GatedCell
 from rnncore.recurrence import plain
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.backend import LoopBackend
@@ -39,14 +39,15 @@ class Scan(LoopBackend):
 
     name = "scan"
     keeps_time_axis = True
+    takes_any_product = True
     takes_symbolic = True
     maps_into_batch = True
 
     def unsupported(self, request: Request) -> str | None:
-        if not isinstance(request.cell, PointwiseCell):
+        if not isinstance(request.cell, GatedCell):
             return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
         changed = pointwise.why_not_as_declared(request.cell, "mix", "output", "split", "update")
-        return changed or pointwise.why_not_linear(request.cell)
+        return changed or pointwise.why_not_a_product(request.cell)
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         return _Run(request, differentiable, constants).forward(False)[0]
@@ -110,13 +111,13 @@ class _Run:
     """A run in chunks, with what its functions share."""
 
     def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
-        assert isinstance(request.cell, PointwiseCell)
+        assert isinstance(request.cell, GatedCell)
         self.request, self.cell, self.axis = request, request.cell, request.time_axis
         self.differentiable, self.constants = differentiable, constants
         self.start = differentiable.initial_carry
         self.chunk_size = chunk_size(request)
         self.units = steps.spread_units(differentiable.params, self.start.h)
-        self.input_params = steps.input_params(differentiable.params)
+        self.input_params = steps.input_params(self.cell, differentiable.params)
         self.recurrent_params = steps.recurrent_params(differentiable.params)
         self.product = steps.recurrent_product(self.cell)
         self.step = steps.of(request, differentiable, False)
@@ -242,7 +243,7 @@ class _Backward:
         self.dgates = {n: d for n, d in gates if d is not None}
         self.tangent_params = run.product.tangent_params(run.recurrent_params)
         self.want_xs = wanted.xs
-        self.want_input = any(jax.tree.leaves(steps.input_params(wanted.params)))
+        self.want_input = any(jax.tree.leaves(steps.input_params(run.cell, wanted.params)))
         self.want_recurrent = any(jax.tree.leaves(steps.recurrent_params(wanted.params)))
 
     def all_chunks(self) -> Differentiable:
@@ -269,6 +270,8 @@ class _Backward:
             dstart = _add(dstart, steps.at_end(lengths == 0, dlast, zeros(dlast)))
         spread = functools.partial(steps.spread_units, like=run.start.h)
         (of_units,) = jax.linear_transpose(lambda u: spread(params._replace(units=u)), params.units)(dunits)
+        if dinput is not None and dinput.units:
+            of_units = _add(of_units, dinput.units)
         dparams = params._replace(
             input_kernel=dinput and dinput.input_kernel, bias=dinput and dinput.bias,
             recurrent_kernel=drecurrent and drecurrent.recurrent_kernel,
@@ -286,7 +289,8 @@ class _Backward:
 
         def weights(dparams: Any, slab: Array) -> Any:
             entering = steps.masked(inputs.recurrent_mask, before)
-            return run.step.add_to_tangent(slab, run.product.product(dparams, entering))
+            change = run.product.of_change(run.recurrent_params, dparams, entering)
+            return run.step.add_to_tangent(slab, change)
 
         # From values, not from shapes: inside shard_map the rows differ over the devices as these do.
         row_shapes = jax.eval_shape(lambda *a: at(weights(*a), 0, 0), run.recurrent_params, slab)

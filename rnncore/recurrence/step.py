@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import CellParams, GatedCell
 from rnncore.recurrence.run import Constants, Differentiable, Request
 
 # ------------------------------------------------------------------------------- what a run does to a step
@@ -130,14 +130,18 @@ class RecurrentProduct:
     """The recurrent product and its derivative.
 
     Fields:
-      product: (recurrent_params, h) -> r, linear in the parameters.
-      tangent_product: (tangent_params, dh) -> dr, bilinear: what `product` does to a change of h.
-      tangent_params: recurrent_params -> tangent_params, linear: laid out so that the transpose is fast.
+      product: (recurrent_params, h) -> r, linear in h.
+      tangent_product: (tangent_params, dh) -> dr: what `product` does to a change of h, the same as to h itself.
+      tangent_params: recurrent_params -> tangent_params: laid out so that the transpose is fast.
     """
 
     product: Callable
     tangent_product: Callable
     tangent_params: Callable
+
+    def of_change(self, params: PyTree, dparams: PyTree, h: Array) -> Array:
+        """What a change of the parameters does to r: linear in the change, a product or two for any number of steps."""
+        return jax.jvp(lambda params: self.product(params, h), (params,), (dparams,))[1]
 
     @property
     def tangent(self) -> RecurrentProduct:
@@ -154,7 +158,7 @@ def advance(step: Step, product: RecurrentProduct, now: Inputs, carry: Any) -> t
     return blend(now.zoneout, carry, new), emitted
 
 
-# ------------------------------------------------------------------------------------------ of a pointwise cell
+# ------------------------------------------------------------------------------------------ of a gated cell
 
 
 def recurrent_params(params: CellParams) -> CellParams:
@@ -162,9 +166,10 @@ def recurrent_params(params: CellParams) -> CellParams:
     return CellParams(None, params.recurrent_kernel, None, params.recurrent_bias, ())  # type: ignore[arg-type]
 
 
-def input_params(params: CellParams) -> CellParams:
-    """What the projection of the inputs reads."""
-    return CellParams(params.input_kernel, None, params.bias, None, ())  # type: ignore[arg-type]
+def input_params(cell: GatedCell, params: CellParams) -> CellParams:
+    """What the projection of the inputs reads: units too, where it is the cell's own."""
+    units = () if type(cell).project is GatedCell.project else params.units
+    return CellParams(params.input_kernel, None, params.bias, None, units)  # type: ignore[arg-type]
 
 
 def spread_units(params: CellParams, like: Array) -> Any:
@@ -172,7 +177,7 @@ def spread_units(params: CellParams, like: Array) -> Any:
     return jax.tree.map(lambda u: jnp.broadcast_to(u, like.shape), params.units)
 
 
-def recurrent_product(cell: PointwiseCell) -> RecurrentProduct:
+def recurrent_product(cell: GatedCell) -> RecurrentProduct:
     return RecurrentProduct(
         cell.mix,
         lambda kernel, h: cell.recurrence.mix_transposed(kernel, h.astype(kernel.dtype)),
@@ -181,9 +186,9 @@ def recurrent_product(cell: PointwiseCell) -> RecurrentProduct:
 
 
 def of(request: Request, differentiable: Differentiable, carries: bool) -> Step:
-    """The cell's pointwise update as a step, which reads its inputs gate by gate."""
+    """The update of the cell as a step, which reads its inputs gate by gate."""
     cell = request.cell
-    assert isinstance(cell, PointwiseCell)
+    assert isinstance(cell, GatedCell)
     params, carry = differentiable.params, differentiable.initial_carry
     z = cell.project(params, jnp.take(differentiable.xs, 0, request.time_axis))
     r, units = cell.mix(params, carry.h), spread_units(params, carry.h)
@@ -192,7 +197,7 @@ def of(request: Request, differentiable: Differentiable, carries: bool) -> Step:
     def update(units: Any, zs: Any, rest: Any, carry: Any) -> Any:
         apart = iter(rest or ())
         rs = cell.Gates(*(jnp.zeros_like(zg) if a else next(apart) for zg, a in zip(zs, additive, strict=True)))
-        new, gates = cell.pointwise(units, zs, rs, carry)
+        new, gates = cell.combine(units, zs, rs, carry)
         return new, gates if request.return_states else None
 
     def add_recurrent(zs: Any, r: Array) -> Any:
@@ -293,11 +298,11 @@ class LinearizedStep:
                 residuals.append(stacks[n])
         return tuple(residuals)
 
-    def prepare(self, entering: Array, dparams: Any, dxs: Any, dunits: Any) -> tuple[Any, Any, Any]:
+    def prepare(self, entering: Array, params: Any, dparams: Any, dxs: Any, dunits: Any) -> tuple[Any, Any, Any]:
         """What of the tangent needs no loop: (dx with the sums of dU h in it, their rest, dunits per step)."""
         rest, dxs = None, self.step.join(dxs)
         if dparams is not None:
-            dxs, rest = self.step.add_to_tangent(dxs, self.product.product(dparams, entering))
+            dxs, rest = self.step.add_to_tangent(dxs, self.product.of_change(params, dparams, entering))
         # A per-unit tangent enters once a step, so that its gradient is summed outside the loop.
         return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (entering.shape[0], *a.shape)), dunits)
 

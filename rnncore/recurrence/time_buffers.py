@@ -42,7 +42,9 @@ def blank(shapes: PyTree, like: Array, steps: int, axis: int) -> PyTree:
     def one(row: Any) -> Array:
         # From the data, not from nothing: inside shard_map and on explicit meshes it is spread as they are.
         zero = jnp.zeros_like(like[..., :1]).astype(row.dtype)
-        zero = jnp.broadcast_to(zero, (*zero.shape[:-1], row.shape[-1]))
+        batch, more = zero.ndim - 1, len(row.shape) - zero.ndim
+        zero = zero[..., 0] if more < 0 else jnp.expand_dims(zero, tuple(range(batch + 1, batch + 1 + more)))
+        zero = jnp.broadcast_to(zero, (*zero.shape[:batch], *row.shape[batch:]))
         return jnp.repeat(jnp.expand_dims(zero, axis), steps, axis)
 
     return jax.tree.map(one, shapes)

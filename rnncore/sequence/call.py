@@ -14,11 +14,11 @@ import numpy as np
 from rnncore import _compat, _lengths
 from rnncore._types import Array, PyTree, exportable
 from rnncore.cells import pointwise, structured_kernels
-from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.cells.base import Cell, GatedCell, PointwiseCell
 from rnncore.recurrence.backend import Backend, LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 from rnncore.sequence import checks as _checks
-from rnncore.sequence import choices
+from rnncore.sequence import choices, translated
 from rnncore.sequence.backends import BACKENDS
 from rnncore.sequence.choices import BackendChoice as BackendChoice
 from rnncore.sequence.choices import BackendChoices
@@ -190,6 +190,9 @@ def unroll(
         return_states, include_initial, checkpoint_every, recompute, residual_dtype, backend,
     )  # fmt: skip
     request, layout, arrays = _prepare(cell, params, xs, options)
+    inside = translated.inside(request, params, options)
+    if inside is not None:
+        return inside.outside(params, options, *unroll(inside.cell, inside.params, xs, **inside.options))
     if choices.is_recording():
         choices.record(choose(request, backend))
         carry, outputs, states = choices.zeros_like(_run, request, layout, BACKENDS["autodiff"], *arrays)
@@ -256,7 +259,11 @@ def explain_backend(
         raise TypeError(f"`explain_backend(cell, params, xs, {len(inputs)} more)`: expected options by their names.")
     _checks.check_arguments("explain_backend", "cell", params, xs)
     asked = Options(**options)
-    return choose(_prepare(cell, params, xs, asked)[0], asked.backend)
+    request = _prepare(cell, params, xs, asked)[0]
+    inside = translated.inside(request, params, asked)
+    if inside is not None:
+        return explain_backend(inside.cell, inside.params, xs, **inside.options)
+    return choose(request, asked.backend)
 
 
 def choose(request: Request, backend: str | None, prepare: bool = False) -> BackendChoice:
@@ -292,7 +299,7 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
 def _why_not(backend: Backend, request: Request) -> str | None:
     """Reason why a backend cannot serve the request, or None."""
     cell = request.cell
-    if isinstance(backend, LoopBackend) and isinstance(cell, PointwiseCell) and pointwise.has_caught_traced(cell):
+    if isinstance(backend, LoopBackend) and isinstance(cell, GatedCell) and pointwise.has_caught_traced(cell):
         return (
             f"the update of {type(cell).__name__} uses a value from outside that is being differentiated, mapped or "
             "compiled, which its derivative rules do not see; declare it in `units`"
@@ -300,6 +307,13 @@ def _why_not(backend: Backend, request: Request) -> str | None:
     if request.symbolic and not backend.takes_symbolic:
         return "its loop is made for shapes that are numbers, and this call has symbolic ones"
     return backend.unsupported(request)
+
+
+def _takes_any_product(backend: str | None) -> bool:
+    """Whether what runs multiplies by the recurrence's own `mix`; a GPU's own loops are faster than any such."""
+    if backend is None:
+        return jax.default_backend() == "cpu"
+    return backend in BACKENDS and BACKENDS[backend].takes_any_product
 
 
 def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Request, Layout, tuple[Any, ...]]:
@@ -333,7 +347,8 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
     _checks.check_params(cell, params, xs)
-    cell, params = structured_kernels.plain(cell, params)
+    if not (structured_kernels.prefers_own_product(cell) and _takes_any_product(options.backend)):
+        cell, params = structured_kernels.plain(cell, params)
     z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
     dtype = jax.tree.leaves(z)[0].dtype
     for name, carry in (("initial_carry", initial_carry), ("reset_carry", reset_carry)):
@@ -346,9 +361,9 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     if resets is not None:
         resets = _checks.check_resets(resets, xs.shape[:-1])
     if recurrent_mask is not None:
-        recurrent_mask = _checks.check_mask(recurrent_mask, (*batch_shape, cell.hidden_size))
+        recurrent_mask = _checks.check_mask(recurrent_mask, (*batch_shape, cell.output_size))
     if zoneout is not None:
-        zoneout = _checks.check_zoneout(cell, zoneout, (*xs.shape[:-1], cell.hidden_size))
+        zoneout = _checks.check_zoneout(cell, zoneout, xs.shape[:-1])
     request = Request(
         cell=cell, steps=steps, batch_shape=batch_shape, input_size=xs.shape[-1], dtype=dtype.name,
         dtypes=frozenset(jnp.result_type(a).name for a in jax.tree.leaves((params, xs, initial_carry))),

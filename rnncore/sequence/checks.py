@@ -15,7 +15,7 @@ from jax.export import is_symbolic_dim
 from rnncore import _arguments
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import Cell, CellParams, PointwiseCell
+from rnncore.cells.base import Cell, CellParams, GatedCell
 
 
 @functools.lru_cache(maxsize=256)
@@ -31,7 +31,7 @@ def check_params(cell: Cell, params: PyTree, xs: Any) -> None:
     """Structure and shapes of the parameters; a bias may be None."""
     got = f"`unroll({type(cell).__name__}, params, xs=<{xs.dtype} {xs.shape}>)`"
     want = _expected_params(cell, xs.shape[-1])
-    if isinstance(cell, PointwiseCell) and isinstance(params, CellParams):
+    if isinstance(cell, GatedCell) and isinstance(params, CellParams):
         want = want._replace(**{name: None for name in ("bias", "recurrent_bias") if getattr(params, name) is None})
         # Without per-unit parameters any empty tuple will do.
         want = want if cell.units or params.units else want._replace(units=params.units)
@@ -89,7 +89,8 @@ def check_mask(mask: Any, shape: tuple[int, ...]) -> Array:
 
 
 def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
-    expected = type(jax.eval_shape(cell.initial_carry))
+    carry = jax.eval_shape(cell.initial_carry)
+    expected = type(carry)
     if type(zoneout) is not expected:
         raise ValueError(
             f"`unroll(zoneout=<{type(zoneout).__name__}>)`: expected {expected.__name__}{expected._fields} with None, "
@@ -98,10 +99,11 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
     for name, stay in zip(zoneout._fields, zoneout, strict=True):
         if stay is None:
             continue
+        want = (*shape, *getattr(carry, name).shape)
         number = jnp.ndim(stay) == 0
         got = f"`unroll(zoneout={expected.__name__}({name}={stay if number else jnp.shape(stay)}))`"
-        if not number and jnp.shape(stay) != shape:
-            raise ValueError(f"{got}: expected a number or an array {shape}, the axes of xs with H for features.")
+        if not number and jnp.shape(stay) != want:
+            raise ValueError(f"{got}: expected a number or an array {want}, the axes of xs with H for features.")
         if number and not isinstance(stay, jax.core.Tracer) and not 0 <= stay <= 1:
             raise ValueError(f"{got}: expected a share from 0 to 1.")
     # A number is a share, True too; an array of booleans says which units keep their value.

@@ -14,7 +14,7 @@ from rnncore.kernels import emit, kernel_body
 from rnncore.kernels.cpp import residuals
 
 _LANE_BY_LANE = (
-    "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 floor log log1p nextafter pow sin sinh "
+    "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 floor nextafter pow sin sinh "
     "sqrt tan"
 ).split()
 
@@ -36,6 +36,8 @@ OPERATIONS: dict[str, str] = {
     "is_finite": "{0} - {0} == 0",
     "le": "{0} <= {1}",
     "lgamma": "each<std::lgamma>({0})",
+    "log": "logarithm({0})",
+    "log1p": "logarithm_of_one_more({0})",
     "logistic": "logistic({0})",
     "lt": "{0} < {1}",
     "max": "larger({0}, {1})",

@@ -164,6 +164,35 @@ RNN_INLINE vec exponential_less_one(vec x) {
   Reduced e = reduced_exp<1>(within(x, -30, 89));
   return real(2) * (e.scale * e.rest + (e.scale - real(0.5)));
 }
+// ln x for x from the smallest normal number on, x = 2^n y with y between the roots of 1/2 and 2: ln y is 2 artanh s for
+// s = (y - 1) / (y + 1), |s| < 0.172, by its series within 1e-8 of it.
+RNN_INLINE vec natural_logarithm(vec x) {
+  // Halfway between the roots in the bits of a number lies 0x3f3504f3, the root of 1/2.
+  const mask all_bits = (mask)x, n = (all_bits - 0x3f3504f3) >> 23;
+  const vec y = (vec)(all_bits - (n << 23)), s = (y - 1) / (y + 1), square = s * s;
+  vec p = all(real(1.0 / 9));
+  p = p * square + real(1.0 / 7);
+  p = p * square + real(1.0 / 5);
+  p = p * square + real(1.0 / 3);
+  const vec power = __builtin_convertvector(n, vec);
+  return power * real(0.693145751953125) + (2 * s + (2 * s * square * p + power * real(1.4286068203094173e-06)));
+}
+RNN_INLINE vec logarithm(vec x) {
+  if constexpr (sizeof(real) == 8) return each<std::log>(x);
+  const mask small = x < real(1.17549435e-38);
+  vec y = natural_logarithm(small ? x * real(33554432) : x) - (small ? all(real(17.328679513998633)) : all(0));
+  y = x == all(real(HUGE_VAL)) ? x : y;
+  y = x == 0 ? all(-real(HUGE_VAL)) : y;
+  return x >= 0 ? y : all(real(NAN));
+}
+// ln (1 + x), to a few units in the last place at small x too: what 1 + x loses by rounding is put right.
+RNN_INLINE vec logarithm_of_one_more(vec x) {
+  if constexpr (sizeof(real) == 8) return each<std::log1p>(x);
+  const vec y = x + 1, lost = x - (y - 1);
+  const vec found = natural_logarithm(y) + lost / y;
+  const mask simple = (y > 0) & (x < real(1e30));
+  return simple ? (y == 1 ? x : found) : logarithm(y);
+}
 RNN_INLINE vec logistic(vec x) {
   if constexpr (sizeof(real) == 8) return 1 / (1 + each<std::exp>(-x));
   Reduced e = reduced_exp<0>(within(-x, -88, 88));
