@@ -91,7 +91,8 @@ def prepare(cell: Cell, params: PyTree, xs: Array, options: Options) -> tuple[Se
     if not steps:
         raise ValueError(f"`parallel.unroll(xs=<{xs.dtype} {xs.shape}>)`: expected at least one step.")
     cell, params = structured_kernels.plain(cell, params)
-    blocks_of(cell.recurrence, cell.hidden_size)
+    assert isinstance(cell, PointwiseCell)
+    blocks_of(cell.recurrence, cell.hidden_size)  # refuses a structure of which it is not known
     dtype = jnp.result_type(*jax.tree.leaves(params), xs)
     if jnp.finfo(dtype).bits < 32:
         raise NotImplementedError(

@@ -39,7 +39,7 @@ def by_units(a: Any, b: Any) -> Any:
 
 
 def in_order(advance: Any, b: Any) -> Any:
-    """The same step by step, where A_t u is advance(data_t, u); b is the pair of the data and of b, trees of (T, ...)."""
+    """The same step by step, where A_t u is advance(data_t, u); `b` is a pair of trees (T, ...), the data and b."""
 
     def step(u: Any, now: Any) -> Any:
         data, added = now
