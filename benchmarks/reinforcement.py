@@ -1,6 +1,6 @@
 """Recurrent reinforcement learning: single steps, and an update of PPO beside the pattern that others use.
 
-python -m benchmarks.reinforcement       # writes benchmarks/results/reinforcement/ and the tables of docs/reinforcement.md
+python -m benchmarks.reinforcement       # into benchmarks/results/reinforcement/ and docs/reinforcement.md
 """
 
 from __future__ import annotations

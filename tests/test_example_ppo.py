@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import example_runs
@@ -74,7 +76,7 @@ def test_the_reset_belongs_to_the_done_of_the_step_before(example, rollout):
 def test_advantages_stop_at_the_end_of_an_episode(example, rollout):
     *_, seen = rollout
     bootstrap = np.linspace(-1, 1, 8)
-    got = example.advantages(seen, jnp.asarray(bootstrap, jnp.float32))
+    got = example.advantages(seen, jnp.asarray(bootstrap, seen.values.dtype))
     values = np.concatenate([np.asarray(seen.values, float), bootstrap[None]])
     estimate = np.zeros(8)
     for t in reversed(range(40)):
@@ -87,12 +89,17 @@ def test_advantages_stop_at_the_end_of_an_episode(example, rollout):
 def test_burn_in_begins_where_the_rollout_was(example, rollout):
     """With unchanged parameters the rest of the replay is the rollout itself; the carry is a constant."""
     agent, params, _, last, seen = rollout
-    carry = example.burned_in(agent, params, seen, 7)
-    ended, (_, values) = agent.replay(params, carry, seen.xs[7:], seen.fresh[7:])
+
+    @jax.jit
+    def burned(params: Any) -> Any:
+        total, gradient = jax.value_and_grad(lambda p: example.burned_in(agent, p, seen, 7).h.sum())(params)
+        carry = example.burned_in(agent, params, seen, 7)
+        return total, gradient, agent.replay(params, carry, seen.xs[7:], seen.fresh[7:])
+
+    total, gradient, (ended, (_, values)) = burned(params)
     np.testing.assert_allclose(values, seen.values[7:], atol=1e-6)
     np.testing.assert_allclose(ended.h, last.h, atol=1e-6)
-    gradient = jax.grad(lambda p: example.burned_in(agent, p, seen, 7).h.sum())(params)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
+    assert total and not any(np.any(leaf) for leaf in jax.tree.leaves(gradient))
 
 
 def test_memory_solves_the_maze_and_nothing_else_does(example, tmp_path):
@@ -110,3 +117,12 @@ def test_command_line(example, tmp_path, capsys):
     example_runs.check_help(example, capsys, "--hidden", "--corridor", "--rollout", "--burn-in")
     assert "leaves nothing" in example_runs.refused(example, capsys, tmp_path, "--rollout", "4", "--burn-in", "4")
     assert "cannot be dealt out" in example_runs.refused(example, capsys, tmp_path, "--batch", "6")
+
+
+def test_the_python_block_of_the_page_runs():
+    page = Path(__file__).parents[1] / "docs" / "reinforcement.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict = {}
+    with jax.enable_x64(False):
+        exec(compile(block, "reinforcement block", "exec"), names)
+    assert names["ys"].shape == (16, 4, 64) and names["y"].shape == (4, 64)

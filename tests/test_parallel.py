@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import cases
@@ -137,3 +139,12 @@ def test_cells_and_dtypes_that_it_cannot_take():
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), (params, xs))
     with pytest.raises(NotImplementedError, match="nothing to converge to"):
         parallel.unroll(cell, *half)
+
+
+def test_the_python_block_of_the_page_runs(capsys):
+    page = Path(__file__).parents[1] / "docs" / "parallel.md"
+    (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    names: dict = {}
+    with jax.enable_x64(False):
+        exec(compile(block.replace("2000", "300"), "parallel block", "exec"), names)
+    assert names["run"].converged.all() and "iterations; the first 256 steps took" in capsys.readouterr().out

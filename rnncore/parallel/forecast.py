@@ -12,12 +12,14 @@ import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell
+from rnncore.cells.blocks import blocks_of
 from rnncore.parallel.call import Arrays, Options, Settings, prepare
 from rnncore.parallel.growth import transient_growth
 from rnncore.parallel.sweep import Operands
 
 SHORTEST, LONGEST = 256, 1024  # steps of a pilot
-GROWTH_OVER = 128
+GROWTH_OVER = 128  # steps whose Jacobians are multiplied
+MOST_NUMBERS = 2**26  # of these Jacobians
 
 
 class Forecast(NamedTuple):
@@ -103,12 +105,12 @@ def _pilot(settings: Settings, arrays: Arrays) -> tuple[Array, Array, Array]:
         operands = Operands(arrays.params, zs, arrays.start, arrays.reset_carry)
         found = newton.find(operands, arrays.resets)
 
-        def first(tree: Any) -> Any:
-            return jax.tree.map(lambda a: a[:GROWTH_OVER], tree)
-
-        few = operands._replace(zs=first(zs))
-        resets = first(arrays.resets)
-        parts = exact.after(few, exact.before(few, resets, first(found.states)))[1]
+        blocks, fields = blocks_of(cell.recurrence, cell.hidden_size), len(arrays.start)
+        a_step = arrays.start.h.size * blocks.size * fields**2
+        most = max(2, min(GROWTH_OVER, MOST_NUMBERS // a_step))
+        few, resets, states = jax.tree.map(lambda a: a[:most], (zs, arrays.resets, found.states))
+        operands = operands._replace(zs=few)
+        parts = exact.after(operands, exact.before(operands, resets, states))[1]
         sums, last = transient_growth(exact.jacobian(arrays.params, parts, resets))
     converged = jnp.max(found.residual) <= settings.tolerance
     iterations = jnp.max(found.iterations.reshape(found.iterations.shape[0], -1), 1)
