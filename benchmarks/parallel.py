@@ -52,7 +52,7 @@ def forecasts(seeds: range, steps: int) -> list[dict[str, Any]]:
                 run = parallel.unroll(cell, params, xs, max_iterations=LIMIT, check=False)
                 rows.append(
                     {"cell": name, "gain": gain, "seed": seed, "said": said.iterations, "refused": not said.converges,
-                     "growth": said.growth, "exponent": said.exponent, "took": int(run.iterations),
+                     "growth": said.growth, "exponent": max(said.exponent, -1e3), "took": int(run.iterations),
                      "converged": bool(run.converged)}
                 )  # fmt: skip
         print(name, verdict([r for r in rows if r["cell"] == name]), flush=True)

@@ -105,7 +105,7 @@ def test_the_forecast_tells_a_calm_run_from_a_wild_one_and_refuses_it():
 @pytest.mark.parametrize("size", [1, 3])
 def test_growth_is_the_sum_of_sizes_of_the_products(size: int):
     jacobians = np.random.default_rng(0).normal(0, 0.6, (6, 2, size, size))
-    sums, last = transient_growth(jnp.asarray(jacobians))
+    sums, log = transient_growth(jnp.asarray(jacobians))
     for m in range(2):
         for t in range(6):
             product, total = np.eye(size), 1.0
@@ -113,7 +113,7 @@ def test_growth_is_the_sum_of_sizes_of_the_products(size: int):
                 product = product @ jacobians[j, m]
                 total += np.linalg.norm(product) / size**0.5
             assert sums[t, m] == pytest.approx(total, rel=1e-10)
-        assert last[m] == pytest.approx(np.linalg.norm(product) / size**0.5, rel=1e-10)
+        assert log[m] == pytest.approx(np.log(np.linalg.norm(product) / size**0.5), rel=1e-10)
 
 
 @pytest.mark.parametrize(

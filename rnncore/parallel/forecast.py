@@ -111,8 +111,8 @@ def _pilot(settings: Settings, arrays: Arrays) -> tuple[Array, Array, Array]:
         few, resets, states = jax.tree.map(lambda a: a[:most], (zs, arrays.resets, found.states))
         operands = operands._replace(zs=few)
         parts = exact.after(operands, exact.before(operands, resets, states))[1]
-        sums, last = transient_growth(exact.jacobian(arrays.params, parts, resets))
+        sums, log = transient_growth(exact.jacobian(arrays.params, parts, resets))
     converged = jnp.max(found.residual) <= settings.tolerance
     iterations = jnp.max(found.iterations.reshape(found.iterations.shape[0], -1), 1)
     steps = sums.shape[0]
-    return iterations, jnp.where(converged, jnp.max(sums), jnp.nan), jnp.max(jnp.log(last)) / steps
+    return iterations, jnp.where(converged, jnp.max(sums), jnp.nan), jnp.max(log) / steps

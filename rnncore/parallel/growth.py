@@ -13,7 +13,7 @@ PROBES = 8
 
 
 def transient_growth(jacobian: Any) -> tuple[Array, Array]:
-    """The sum of |J_t ... J_{j+1}| over all j up to t, (W, M), and |J_W ... J_1|, (M).
+    """The sum of |J_t ... J_{j+1}| over all j up to t, (W, M), and ln |J_W ... J_1|, (M).
 
     Sizes are root mean squares over at most 8 directions.
 
@@ -27,19 +27,26 @@ def transient_growth(jacobian: Any) -> tuple[Array, Array]:
     directions = jnp.linalg.qr(directions)[0]
     largest = jnp.asarray(1e30, blocks.dtype)
 
-    def step(products: Array, now: Any) -> Any:
-        t, j = now
-        products = jnp.clip(jnp.einsum("mab,wmbp->wmap", j, products), -largest, largest)
-        products = products.at[t].set(jnp.broadcast_to(directions, (count, size, probes)))
+    def sizes_of(products: Array) -> Array:
         # In two steps: the squares may leave the range.
         most = jnp.max(jnp.abs(products), (-2, -1), keepdims=True)
         most = jnp.where(most > 0, most, 1)
-        sizes = most[..., 0, 0] * jnp.sqrt(jnp.sum((products / most) ** 2, (-2, -1)) / probes)
-        return products, (jnp.sum(sizes, 0), sizes[0])
+        return most[..., 0, 0] * jnp.sqrt(jnp.sum((products / most) ** 2, (-2, -1)) / probes)
 
-    start = jnp.zeros((steps, count, size, probes), blocks.dtype)
-    sums, oldest = jax.lax.scan(step, start, (jnp.arange(steps), blocks))[1]
-    return sums, oldest[-1]
+    def step(state: Any, now: Any) -> Any:
+        (products, oldest, log), (t, j) = state, now
+        products = jnp.clip(jnp.einsum("mab,wmbp->wmap", j, products), -largest, largest)
+        products = products.at[t].set(jnp.broadcast_to(directions, (count, size, probes)))
+        # The product of all steps, which may be larger or smaller than any number, has a scale of its own.
+        oldest = jnp.where(t > 0, j @ oldest, oldest)
+        size = sizes_of(oldest)
+        oldest = oldest / jnp.where(size > 0, size, 1)[..., None, None]
+        return (products, oldest, log + jnp.log(size)), jnp.sum(sizes_of(products), 0)
+
+    oldest = jnp.broadcast_to(directions, (count, size, probes))
+    start = (jnp.zeros((steps, count, size, probes), blocks.dtype), oldest, jnp.zeros(count, blocks.dtype))
+    (_, _, log), sums = jax.lax.scan(step, start, (jnp.arange(steps), blocks))
+    return sums, log
 
 
 def _as_blocks(jacobian: Any) -> Array:
