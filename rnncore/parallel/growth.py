@@ -39,9 +39,9 @@ def transient_growth(jacobian: Any) -> tuple[Array, Array]:
         products = products.at[t].set(jnp.broadcast_to(directions, (count, size, probes)))
         # The product of all steps, which may be larger or smaller than any number, has a scale of its own.
         oldest = jnp.where(t > 0, j @ oldest, oldest)
-        size = sizes_of(oldest)
-        oldest = oldest / jnp.where(size > 0, size, 1)[..., None, None]
-        return (products, oldest, log + jnp.log(size)), jnp.sum(sizes_of(products), 0)
+        scale = sizes_of(oldest)
+        oldest = oldest / jnp.where(scale > 0, scale, 1)[..., None, None]
+        return (products, oldest, log + jnp.log(scale)), jnp.sum(sizes_of(products), 0)
 
     oldest = jnp.broadcast_to(directions, (count, size, probes))
     start = (jnp.zeros((steps, count, size, probes), blocks.dtype), oldest, jnp.zeros(count, blocks.dtype))
