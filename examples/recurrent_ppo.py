@@ -309,7 +309,7 @@ def draw(results: dict[str, Any]) -> Any:
     axis.set_ylim(0, 1.02)
     axis.set_xlabel("environment steps, millions")
     axis.set_ylabel("share of episodes that end at the goal")
-    axis.legend(frameon=False, loc="center right")
+    axis.legend(frameon=False, loc="lower right")
     note = ", interrupted" if results["interrupted"] else ""
     title = f"Recurrent PPO on a T-maze with a corridor of {settings['corridor']}{note}"
     axis.set_title(title, loc="left", fontsize=12)
