@@ -247,8 +247,8 @@ def updater(agent: Agent, optimizer: Any, steps: int, corridor: int, burn_in: in
         maze, carry, rollout = roll(agent, learner.params, learner.maze, learner.carry, keys[0], steps, corridor)
         _, (_, bootstrap) = agent.step(learner.params, carry, observe(maze, corridor), maze.fresh)
         state = (learner.params, learner.moments)
-        state, losses = learn(state, rollout, advantages(rollout, bootstrap), keys[1])
-        return Learner(*state, maze, carry, key), losses.mean()
+        (params, moments), losses = learn(state, rollout, advantages(rollout, bootstrap), keys[1])
+        return Learner(params, moments, maze, carry, key), losses.mean()
 
     return update
 
