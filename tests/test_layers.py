@@ -21,11 +21,11 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sequence",),
     ("layers",),
     ("flax_modules",),
-    ("linen", "nnx", "online", "training", "gpu"),
+    ("linen", "nnx", "online", "parallel", "training", "gpu"),
     ("analysis",),
 )
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
-SHARED_BY_CELLS = ("base", "pointwise", "recurrent_kernels", "structured_kernels", "lstm")
+SHARED_BY_CELLS = ("base", "diagonals", "pointwise", "recurrent_kernels", "structured_kernels", "lstm")
 SHARED_BY_KERNELS = ("emit", "host", "kernel_body", "op_lowerings", "cpp.cache", "cpp.compiler")
 FLAX = ("linen", "nnx")
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from rnncore._types import Array
 from rnncore.cells.base import CellParams
+from rnncore.cells.blocks import Blocks, blocks_of, to_blocks
 from rnncore.cells.structured_kernels import Sparse
-from rnncore.online.blocks import Blocks, blocks_of, to_blocks
 from rnncore.online.local import from_pieces, local_step, piece_shapes
 from rnncore.online.own_unit import SnAp1
 from rnncore.online.rule import Memory, Rule, over_batch

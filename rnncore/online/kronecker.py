@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.cells.base import CellParams
-from rnncore.online.blocks import Blocks, blocks_of, to_blocks
+from rnncore.cells.blocks import Blocks, blocks_of, to_blocks
 from rnncore.online.local import all_additive, from_pieces, local_step
 from rnncore.online.rule import Memory, Rule
 

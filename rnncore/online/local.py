@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from rnncore._types import Array
 from rnncore.cells import pointwise
 from rnncore.cells.base import CellParams, PointwiseCell, named
+from rnncore.cells.blocks import blocks_of, from_blocks, within
 from rnncore.cells.diagonals import Diagonals, diagonals
-from rnncore.online.blocks import blocks_of, from_blocks, to_blocks, within
 
 
 class Piece(NamedTuple):
@@ -107,14 +107,3 @@ def from_pieces(cell: PointwiseCell, params: CellParams, pieces: tuple[Array, ..
         recurrent_bias=recurrent_bias,
         units=type(params.units)(*rest[0][0]) if rest else params.units,
     )
-
-
-def own_gain(cell: PointwiseCell, params: CellParams, parts: Diagonals) -> Any:
-    """d s_t / d s_{t-1} of each unit by itself: the diagonal of every block of the Jacobian, field by field."""
-    kernel = to_blocks(cell.recurrence, params.recurrent_kernel)
-    size = kernel.shape[0]
-    own = kernel[jnp.arange(size), :, :, jnp.arange(size)]  # (S, G, N)
-    own = jnp.moveaxis(own, 0, -1).reshape(kernel.shape[1], -1)
-    through = [sum(a * u for a, u in zip(row, own, strict=True)) for row in parts.recurrent]
-    rows = (row._replace(h=row.h + t) for row, t in zip(parts.state, through, strict=True))
-    return type(parts.state)(*rows)

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.cells.base import CellParams
+from rnncore.cells.blocks import own_gain
 from rnncore.cells.diagonals import Diagonals
 from rnncore.cells.elman import Elman
 from rnncore.cells.leaky import Leaky
-from rnncore.online.local import from_pieces, local_step, own_gain, piece_shapes
+from rnncore.online.local import from_pieces, local_step, piece_shapes
 from rnncore.online.rule import Memory, Rule, over_batch
 
 

@@ -5,11 +5,13 @@ Dense is one block of H units, `Heads(N)` is N of H/N, `Diagonal` is H of one.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from rnncore._types import Array
+from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.diagonals import Diagonals
 from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads, Recurrence
 
 
@@ -29,8 +31,8 @@ def blocks_of(recurrence: Recurrence, hidden_size: int) -> Blocks:
     if isinstance(recurrence, Diagonal):
         return Blocks(hidden_size, 1)
     raise NotImplementedError(
-        f"`rnncore.online`: expected a recurrence Dense(), Heads(N) or Diagonal(), got {recurrence}; of another "
-        "structure it is not known which units see each other."
+        f"`recurrence={recurrence}`: expected Dense(), Heads(N) or Diagonal(); of another structure it is not known "
+        "which units see each other."
     )
 
 
@@ -58,3 +60,14 @@ def within(blocks: Blocks, h: Array) -> Array:
     seen = jnp.swapaxes(apart, -1, -2)[..., None]
     seen = jnp.broadcast_to(seen, (*seen.shape[:-1], blocks.size))
     return seen.reshape(*h.shape[:-1], blocks.size, h.shape[-1])
+
+
+def own_gain(cell: PointwiseCell, params: CellParams, parts: Diagonals) -> Any:
+    """d s_t / d s_{t-1} of each unit by itself: the diagonal of every block of the Jacobian, field by field."""
+    kernel = to_blocks(cell.recurrence, params.recurrent_kernel)
+    size = kernel.shape[0]
+    own = kernel[jnp.arange(size), :, :, jnp.arange(size)]  # (S, G, N)
+    own = jnp.moveaxis(own, 0, -1).reshape(kernel.shape[1], -1)
+    through = [sum(a * u for a, u in zip(row, own, strict=True)) for row in parts.recurrent]
+    rows = (row._replace(h=row.h + t) for row, t in zip(parts.state, through, strict=True))
+    return type(parts.state)(*rows)
