@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import bounds, measure, records, run, timing, workloads
+from benchmarks import bounds, measure, records, run, workloads
 from benchmarks.peers import PEERS, Built, Case, Peer, rnncore_peer, torch_peer
 from benchmarks.peers.problem import make_problem
 from benchmarks.peers.reference import reference
+from rnncore._command import timing
 from rnncore.kernels.cpp import compiler
 
 TIME = {
