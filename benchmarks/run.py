@@ -145,7 +145,7 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     add = made.add_argument
     add("--tag", choices=("cpu", "gpu", "quick"),
-        help="which workloads, and on what; quick: the short run of what JAX runs on here (default: cpu, of --list all)")  # fmt: skip
+        help="which workloads, and on what; quick: the short run of what JAX runs on here (default: cpu)")  # fmt: skip
     add("--quick", action="store_true", help="the workloads of a short run, 5 rounds of shorter turns")
     add("--workloads", nargs="+", default=(), metavar="NAME", help=f"these, whatever their tags{names}; see --list")
     add("--contenders", nargs="+", default=(), metavar="NAME",

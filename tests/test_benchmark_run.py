@@ -305,6 +305,15 @@ def test_the_list_names_everything(capsys):
     assert {n for names in OPTIONAL.values() for n in names} < set(run.CONTENDERS)
 
 
+def test_the_list_obeys_the_tag(capsys):
+    assert run.main(["--list", "--tag", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "  S1 " in said and "W1-" not in said and "tiny-" not in said
+    assert run.main(["--list", "--tag", "gpu", "--quick"]) == 0
+    said = capsys.readouterr().out
+    assert "W1-768x1" in said and "  S1 " not in said and "W2-" not in said
+
+
 def test_selections():
     assert [w.name for w in workloads.select("cpu")] == ["S1", "S2", "S3", "S4", "S5"]
     assert [w.name for w in workloads.select("cpu", quick=True)] == ["S4", "S5"]

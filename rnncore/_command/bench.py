@@ -83,11 +83,13 @@ def measure(sizes: Shape, args: argparse.Namespace) -> dict[str, Any]:
     """{"shape", "contenders": {name: {"ms": [...], "median_ms", "speed_against_flax"}}, "left_out": {name: why}}."""
     batch, steps, features, hidden = sizes
     xs = jax.random.normal(jax.random.key(1), (batch, steps, features), args.dtype)
-    calls, results, left_out = {}, {}, {}
+    calls: dict[str, Callable[[], Any]] = {}
+    results: dict[str, Any] = {}
+    left_out: dict[str, str] = {}
     theirs: Any = getattr(flax.linen, CELLS[args.cell])
     ours: Any = getattr(rnncore.linen, CELLS[args.cell])
     kinds = {"dtype": jnp.dtype(args.dtype), "param_dtype": jnp.dtype(args.dtype)}
-    layers = {FLAX: flax.linen.RNN(theirs(hidden, **kinds))}
+    layers: dict[str, Any] = {FLAX: flax.linen.RNN(theirs(hidden, **kinds))}
     variables = jax.jit(layers[FLAX].init)(jax.random.key(0), xs)
     cell, params = rnncore.linen.functional(ours(hidden, **kinds), variables["params"]["cell"])
     choice = rnncore.explain_backend(cell, params, xs)
@@ -107,7 +109,7 @@ def measure(sizes: Shape, args: argparse.Namespace) -> dict[str, Any]:
         if not error < TOLERANCE[args.dtype]:
             del calls[name]
             left_out[name] = f"its result differs from Flax's by {error:.1e}"
-    waits = {}
+    waits: dict[str, Any] = {}
     if jax.default_backend() == "cpu" and args.dtype == "float32" and importlib.util.find_spec("torch"):
         calls["torch"], waits["torch"] = _torch(sizes, args.cell, args.forward), lambda out: out
         calls["torch"]()

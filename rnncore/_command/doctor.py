@@ -71,7 +71,7 @@ def advice(choice: rnncore.BackendChoice, command: tuple[str, ...] | None, kept:
     for option in ("jax_disable_jit", "jax_debug_nans", "jax_debug_infs", "jax_check_tracer_leaks"):
         if getattr(jax.config, option, False):
             found.append(f"{option} is on, which slows every step: jax.config.update({option!r}, False)")
-    if jax.config.jax_enable_x64:
+    if jax.config.read("jax_enable_x64"):
         found.append("jax_enable_x64 is on: arrays without a dtype are float64, which takes at least twice as long")
     if on == "cpu" and timing.cores() == 1:
         found.append("this process may use one core: widen its affinity or the limits of its container")
