@@ -28,8 +28,8 @@ import optax
 from tqdm import tqdm
 
 import rnncore
-from benchmarks import timing
 from rnncore import analysis
+from rnncore._command import timing
 from rnncore.analysis.run.flat import flatten_carry, unflatten_carry
 from rnncore.analysis.run.trajectory import Trajectory
 

@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from benchmarks import timing
 from benchmarks.peers.base import PRECISIONS, Case
 from benchmarks.workloads import Workload
+from rnncore._command import timing
 
 COPY_BYTES = 2**28
 QUICK_COPY_BYTES = 2**25

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 
 import rnncore
-from benchmarks import policies, recorded, records, timing
+from benchmarks import policies, recorded, records
 from benchmarks.run import Progress
+from rnncore._command import timing
 
 CONTENDERS = (policies.FLAX, "scan", policies.CHUNKS, policies.CPP)
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import rnncore.linen
 import rnncore.nnx
-from benchmarks import timing
+from rnncore._command import timing
 
 SHAPES = {
     "S1": (32, 128, 128, 256), "S2": (16, 1000, 64, 128), "S3": (64, 100, 512, 512), "S4": (8, 256, 64, 64),

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from benchmarks import bounds, records, timing
+from benchmarks import bounds, records
 from benchmarks.peers import Built, Case, Peer
 from benchmarks.peers.problem import Problem, make_problem
 from benchmarks.peers.reference import FORMS, reference
+from rnncore._command import timing
 
 log = logging.getLogger(__name__)
 NOT_REACHED = "not reached within the budget"

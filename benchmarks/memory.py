@@ -20,12 +20,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import policies, recorded, records, timing
+from benchmarks import policies, recorded, records
 from benchmarks.peers import Case, jax_programs
 from benchmarks.peers.problem import make_problem
 from benchmarks.peers.reference import reference
 from benchmarks.run import Progress
 from benchmarks.workloads import Workload
+from rnncore._command import timing
 
 POLICIES = (policies.FLAX, *(name for name in policies.OPTIONS if name != policies.CHUNKS))
 LARGEST_CHECK = 20_000  # steps of all sequences, B T, that the float64 reference is run for

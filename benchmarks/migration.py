@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import rnncore.linen
 import rnncore.nnx
-from benchmarks import timing
+from rnncore._command import timing
 
 SHAPES = ((32, 128, 128, 256), (16, 1000, 64, 128))
 QUICK = ((2, 6, 3, 4),)

@@ -15,8 +15,8 @@ from typing import Any
 
 import jax
 
-from benchmarks import timing
 from benchmarks.peers import PEERS, Case
+from rnncore._command import timing
 
 RESULTS = Path(__file__).resolve().parent / "results"
 # Above these a result is a wrong answer, by the kind of arithmetic; rounding alone stays far below.

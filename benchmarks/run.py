@@ -28,10 +28,11 @@ from typing import Any
 
 import jax
 
-from benchmarks import bounds, measure, records, timing, workloads
+from benchmarks import bounds, measure, records, workloads
 from benchmarks.peers import CONTENDERS, PEERS, Case, Peer
 from benchmarks.peers.base import PRECISIONS
 from benchmarks.workloads import HALF, MEASUREMENTS, WORKLOADS, Workload
+from rnncore._command import timing
 
 QUICK_BUDGET = 450.0
 QUICK_GPU_CONTENDERS = tuple(
@@ -143,7 +144,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = made.add_argument
-    add("--tag", choices=("cpu", "gpu", "quick"), default="cpu",
+    add("--tag", choices=("cpu", "gpu", "quick"),
         help="which workloads, and on what; quick: the short run of what JAX runs on here (default: cpu)")  # fmt: skip
     add("--quick", action="store_true", help="the workloads of a short run, 5 rounds of shorter turns")
     add("--workloads", nargs="+", default=(), metavar="NAME", help=f"these, whatever their tags{names}; see --list")
@@ -164,7 +165,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, metavar="FILE",
         help="JSON lines, appended (default: <tag>_<device>_jax<version>.jsonl where you are)")  # fmt: skip
     add("--record", action="store_true", help="append to the project's own results, benchmarks/results/")
-    add("--list", action="store_true", help="names of workloads and contenders, and nothing else")
+    add("--list", action="store_true", help="names of workloads, of --tag where it is given, and of contenders")
     return made
 
 
@@ -194,10 +195,10 @@ def choose(args: argparse.Namespace, platform: str) -> list[Workload]:
     return chosen
 
 
-def list_names() -> str:
-    """What --list prints."""
+def list_names(tag: str | None, quick: bool) -> str:
+    """What --list prints: of every workload, or of those with a tag."""
     lines = ["workloads:"]
-    for w in WORKLOADS.values():
+    for w in WORKLOADS.values() if tag is None else workloads.select(tag, quick):
         tags = ", ".join(sorted(w.tags)) or "by name only"
         lines.append(
             f"  {w.name:18} {w.recurrence} {w.cell} (B, T, D, H) = {w.shape}, heads {w.heads}, layers {w.layers}, "
@@ -216,8 +217,10 @@ def main(argv: list[str] | None = None, reference: Any = None) -> int:
     made = parser()
     args = made.parse_args(argv)
     if args.list:
-        print(list_names())
+        tag = jax.default_backend() if args.tag == "quick" else args.tag
+        print(list_names(tag, args.quick or args.tag == "quick"))
         return 0
+    args.tag = args.tag or "cpu"
     if args.tag == "cpu":
         # Has an effect where no device was asked for yet.
         jax.config.update("jax_platforms", "cpu")

@@ -119,11 +119,11 @@ def work(args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, An
 
     def step(carry: Any, batch: tuple[np.ndarray, bool]) -> tuple[Any, jax.Array]:
         window, fresh = batch
-        loss, carry = train_step(model, optimizer, start if fresh else carry, window)
+        loss, carry = train_step(model, optimizer, start if fresh else carry, jnp.asarray(window))
         return carry, loss
 
     def watch(_: Any) -> dict[str, float]:
-        return {"held_out_bits": float(measure(model, start, held_out)[0]) / math.log(2)}
+        return {"held_out_bits": float(measure(model, start, jnp.asarray(held_out))[0]) / math.log(2)}
 
     every = max(args.steps // 16, 1)
     _run.train(results["runs"], "LSTM", args.steps, step, start, windows(corpus, args), watch, every)

@@ -92,7 +92,7 @@ with tqdm(range(options.steps + 1), desc="training", dynamic_ncols=True) as bar:
             variables, moments, value = update(variables, moments, (train_x[rows], train_y[rows]))
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{value:.3f}")
-right = jnp.mean(jnp.argmax(model.apply(variables, test_x), -1) == test_y)
+right = jnp.mean(jnp.argmax(jnp.asarray(model.apply(variables, test_x)), -1) == test_y)
 print(f"{100 * right:.1f} % of {len(test_x)} held-out digits read rightly")
 for record in monitor.records:
     (layer,) = record["layers"]

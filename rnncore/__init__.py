@@ -1,4 +1,22 @@
-"""rnncore: recurrent networks in JAX that run fast and say where their gradients go."""
+"""rnncore: recurrent networks in JAX that run fast and say where their gradients go.
+
+- `unroll(cell, params, xs)` runs a cell over a sequence; `explain_backend` says how, and why.
+- Cells: `LSTM`, `GRU`, `MGU`, `Elman`, `IndRNN`, `Leaky`, `MinLSTM`, `MinGRU`, `RGLRU`, `ResetBeforeGRU`; a cell of
+  your own is a subclass of `PointwiseCell`; one of another library goes through `foreign_cell`.
+- Recurrent kernels: `Dense`, `Heads`, `Diagonal`, `LowRank`, `Sparse`, `Dale`, `Unconnected`.
+- Layers: `Stack` and `unroll_stack`; `from_torch`, `from_keras`, `from_haiku`, `from_equinox` and back.
+- `rnncore.linen`, `rnncore.nnx`: in place of flax.linen and flax.nnx.
+- `rnncore.analysis`: Jacobians, gradients over time, retention, reports on whole models.
+- `rnncore.training`, `rnncore.online`: truncated backpropagation; learning forward in time.
+- `rnncore.initializers`, `rnncore.gpu`: initial values; options of XLA for time loops.
+
+`python -m rnncore --help`: what runs here, and how fast.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from rnncore import initializers as initializers
 from rnncore.cells import GRU as GRU
@@ -50,4 +68,27 @@ from rnncore.sequence.call import unroll as unroll
 from rnncore.sequence.choices import BackendChoice as BackendChoice
 from rnncore.sequence.choices import BackendChoices as BackendChoices
 
+if TYPE_CHECKING:
+    from rnncore import analysis as analysis
+    from rnncore import gpu as gpu
+    from rnncore import linen as linen
+    from rnncore import nnx as nnx
+    from rnncore import online as online
+    from rnncore import training as training
+
 __version__ = "0.1.0"
+
+_LAZY = ("analysis", "gpu", "linen", "nnx", "online", "training")
+"""Modules that are imported when they are first asked for: they bring Flax or optax, or take a while."""
+
+if not TYPE_CHECKING:
+    _public = {name for name, value in globals().items() if getattr(value, "__module__", "").startswith("rnncore.")}
+    __all__ = sorted({*_LAZY, "initializers", *_public})
+
+    def __getattr__(name: str) -> Any:
+        if name in _LAZY:
+            return importlib.import_module(f"rnncore.{name}")
+        raise AttributeError(f"module 'rnncore' has no attribute {name!r}")
+
+    def __dir__() -> list[str]:
+        return [*__all__, "__version__"]

@@ -88,7 +88,7 @@ def per_gate(block: Initializer = orthogonal) -> Initializer:
     Keras and flax.nnx's OptimizedLSTMCell draw one orthogonal matrix over all gates.
     """
 
-    def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         if len(shape) < 3:
             raise ValueError(f"`per_gate(...)(key, shape={tuple(shape)})`: expected (..., rows, G, columns).")
         *lead, rows, gates, columns = shape
@@ -129,7 +129,7 @@ def forget_bias(value: float = 1.0, *, gates: Sequence[str] = LSTM_GATES, gate: 
     """
     index = _gate_index(gates, gate, "forget_bias")
 
-    def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         del key
         _check_bias_shape(shape, gates, "forget_bias")
         return jnp.zeros(shape, dtype).at[index].set(value)
@@ -168,7 +168,7 @@ def chrono(t_max: int, *, gates: Sequence[str] = LSTM_GATES, forget: str = "f", 
     forget_index = _gate_index(gates, forget, "chrono")
     input_index = None if input is None else _gate_index(gates, input, "chrono")
 
-    def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         _check_bias_shape(shape, gates, "chrono")
         values = jnp.log(jax.random.uniform(key, shape[1:], dtype, 1.0, t_max - 1.0))
         return _opposed(shape, dtype, forget_index, input_index, values)
@@ -203,7 +203,7 @@ def uniform_gate(*, gates: Sequence[str] = LSTM_GATES, forget: str = "f", input:
     forget_index = _gate_index(gates, forget, "uniform_gate")
     input_index = None if input is None else _gate_index(gates, input, "uniform_gate")
 
-    def init(key: Array, shape: Sequence[int], dtype=jnp.float32) -> Array:
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         _check_bias_shape(shape, gates, "uniform_gate")
         if shape[1] < 2:
             raise ValueError(f"`uniform_gate(...)(key, shape={tuple(shape)})`: expected at least 2 units.")
@@ -251,7 +251,7 @@ def critical_forget_bias(radius: float = 1.0, i: float = 0.5, o: float = 0.5) ->
     return math.log(f) - math.log1p(-f)
 
 
-def _opposed(shape, dtype, forget_index, input_index, values):
+def _opposed(shape: Sequence[int], dtype: Any, forget_index: Any, input_index: Any, values: Array) -> Array:
     bias = jnp.zeros(shape, dtype).at[forget_index].set(values)
     return bias if input_index is None else bias.at[input_index].set(-values)
 

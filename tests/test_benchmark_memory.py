@@ -9,9 +9,10 @@ import jax
 import pytest
 
 from benchmarks import compile as compiling
-from benchmarks import memory, policies, records, timing
+from benchmarks import memory, policies, records
 from benchmarks.report import others
 from benchmarks.report.results import read
+from rnncore._command import timing
 
 MEMORY = {
     "record", "run", "policy", "shape_BTDH", "relative_error", "compile_seconds", "temporary_bytes", "argument_bytes",

@@ -16,12 +16,13 @@ import plain_kernels
 import pytest
 
 import rnncore
-from benchmarks import timing, trial, workloads
+from benchmarks import trial, workloads
 from benchmarks.peers import CONTENDERS, Case, flashrnn_peer, jax_cudnn, rnncore_peer, torch_peer
 from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import make_cell, make_problem
 from benchmarks.peers.reference import reference
 from benchmarks.report import gpu
+from rnncore._command import timing
 from rnncore.kernels import kernel_body, mosaic_gpu, pallas_tpu
 from rnncore.sequence.backends import BACKENDS
 

@@ -12,10 +12,11 @@ import jax
 import numpy as np
 import pytest
 
-from benchmarks import bounds, measure, records, run, timing, workloads
+from benchmarks import bounds, measure, records, run, workloads
 from benchmarks.peers import PEERS, Built, Case, Peer, rnncore_peer, torch_peer
 from benchmarks.peers.problem import make_problem
 from benchmarks.peers.reference import reference
+from rnncore._command import timing
 from rnncore.kernels.cpp import compiler
 
 TIME = {
@@ -303,6 +304,15 @@ def test_the_list_names_everything(capsys):
     for name in (*workloads.WORKLOADS, *run.CONTENDERS):
         assert f"\n  {name}" in printed
     assert {n for names in OPTIONAL.values() for n in names} < set(run.CONTENDERS)
+
+
+def test_the_list_obeys_the_tag(capsys):
+    assert run.main(["--list", "--tag", "cpu"]) == 0
+    said = capsys.readouterr().out
+    assert "  S1 " in said and "W1-" not in said and "tiny-" not in said
+    assert run.main(["--list", "--tag", "gpu", "--quick"]) == 0
+    said = capsys.readouterr().out
+    assert "W1-768x1" in said and "  S1 " not in said and "W2-" not in said
 
 
 def test_selections():

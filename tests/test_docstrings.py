@@ -18,7 +18,7 @@ import pytest
 import rnncore
 
 MODULES = sorted(m.name for m in pkgutil.walk_packages(rnncore.__path__, "rnncore."))
-PUBLIC = {name: value for name, value in vars(rnncore).items() if not name.startswith("_")}
+PUBLIC = {name: getattr(rnncore, name) for name in rnncore.__all__}
 # What a caller gets and never makes needs no example; its fields are what it has to say.
 RESULTS = ("CellParams", "HiddenCarry", "LSTMCarry", "LSTMPParams", "SLSTMCarry", "States", "BackendChoice",
            "StackParams")

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 import rnncore
-from benchmarks import migration, timing
+from benchmarks import migration
 from benchmarks.report import command, earlier
+from rnncore._command import timing
 
 FIELDS = {
     "layer", "side", "shape_BTDH", "relative_error", "compile_seconds", "temporary_bytes", "calls_a_round", "ms",

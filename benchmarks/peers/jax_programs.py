@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from benchmarks import timing
 from benchmarks.peers.base import LEARNING_RATE, MOMENTUM, PRECISIONS, Built, Case, jax_peak
 from benchmarks.peers.problem import Problem
 from benchmarks.peers.reference import wide
+from rnncore._command import timing
 
 
 def build(

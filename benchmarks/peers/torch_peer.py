@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 import rnncore
-from benchmarks import timing
 from benchmarks.peers.base import LEARNING_RATE, MOMENTUM, Built, Case, Peer
 from benchmarks.peers.problem import Problem, make_cell
 from benchmarks.workloads import Workload
+from rnncore._command import timing
 
 ONE_THREAD = "torch, one thread"
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from benchmarks import timing
 from benchmarks.report import words
 from benchmarks.report.results import Record, Results, Run, groups
+from rnncore._command import timing
 
 OURS = {"scan": ("rnncore scan", "rnncore reverse"), "cpp": ("rnncore cpp",)}
 """By the names that they have had."""

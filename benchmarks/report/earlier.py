@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks import timing
 from benchmarks.report.words import NOISE, mebibytes, table
+from rnncore._command import timing
 
 
 def migration(result: dict[str, Any]) -> str:

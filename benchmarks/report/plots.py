@@ -9,9 +9,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks import timing
 from benchmarks.report import compact, words
 from benchmarks.report.results import Record, Results
+from rnncore._command import timing
 
 COLOURS = ("#0072B2", "#56B4E9", "#D55E00", "#009E73", "#E69F00", "#CC79A7", "#000000", "#F0E442")
 DASHES: tuple[Any, ...] = (

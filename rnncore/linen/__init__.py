@@ -8,9 +8,13 @@ trained Flax cell into the functional cell and its parameters, for `rnncore.unro
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import flax.linen as _flax
+
+if TYPE_CHECKING:
+    # To editors and type checkers every name that is not replaced below is flax.linen's, with its types.
+    from rnncore.linen._names import *  # noqa: F403
 
 from rnncore.linen import explain as _explain  # noqa: F401
 from rnncore.linen.bidirectional import Bidirectional as Bidirectional
@@ -27,9 +31,30 @@ from rnncore.linen.layers import LSTM as LSTM
 from rnncore.linen.layers import Elman as Elman
 from rnncore.linen.rnn import RNN as RNN
 
+_OWN = (
+    "Bidirectional",
+    "ConvLSTMCell",
+    "Elman",
+    "GRU",
+    "GRUCell",
+    "LSTM",
+    "LSTMCell",
+    "MGUCell",
+    "OptimizedLSTMCell",
+    "RNN",
+    "SimpleCell",
+    "from_functional",
+    "functional",
+)
 
-def __getattr__(name: str) -> Any:
-    """What is not recurrent comes from flax.linen."""
-    if name.startswith("__") or not hasattr(_flax, name):
-        raise AttributeError(f"module 'rnncore.linen' has no attribute {name!r}, and flax.linen has none either")
-    return getattr(_flax, name)
+if not TYPE_CHECKING:
+    __all__ = sorted({*_OWN, *(name for name in dir(_flax) if not name.startswith("_"))})
+
+    def __getattr__(name: str) -> object:
+        """What is not recurrent comes from flax.linen."""
+        if name.startswith("__") or not hasattr(_flax, name):
+            raise AttributeError(f"module 'rnncore.linen' has no attribute {name!r}, and flax.linen has none either")
+        return getattr(_flax, name)
+
+    def __dir__() -> list[str]:
+        return __all__

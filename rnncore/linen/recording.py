@@ -24,9 +24,9 @@ from rnncore.layers.recording import Layer, LayerRun, Moves, run_layer, run_move
 from rnncore.linen import trees
 from rnncore.linen.bidirectional import Bidirectional
 from rnncore.linen.convert import TREES, class_of
+from rnncore.linen.flax_scan import has_plain_parameters
 from rnncore.linen.layers import Layers
 from rnncore.linen.rnn import RNN
-from rnncore.linen.scan import has_plain_parameters
 from rnncore.sequence.call import States
 
 RUNS, MOVES = "rnncore_runs", "rnncore_moves"

@@ -20,7 +20,7 @@ from rnncore._types import Array
 from rnncore.cells import CellParams, PointwiseCell
 from rnncore.linen import trees
 from rnncore.linen.convert import TREES, class_of, is_rematerialized
-from rnncore.linen.scan import has_plain_parameters, scan_over
+from rnncore.linen.flax_scan import has_plain_parameters, scan_over
 
 
 class RNN(nn.Module):

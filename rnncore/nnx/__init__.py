@@ -9,9 +9,13 @@ and the analysis.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from flax import nnx as _flax
+
+if TYPE_CHECKING:
+    # To editors and type checkers every name that is not replaced below is flax.nnx's, with its types.
+    from rnncore.nnx._names import *  # noqa: F403
 
 from rnncore.nnx import explain as _explain  # noqa: F401
 from rnncore.nnx.bidirectional import Bidirectional as Bidirectional
@@ -28,9 +32,30 @@ from rnncore.nnx.rnn import RNN as RNN
 from rnncore.nnx.simple import IndRNNCell as IndRNNCell
 from rnncore.nnx.simple import SimpleCell as SimpleCell
 
+_OWN = (
+    "Bidirectional",
+    "Elman",
+    "GRU",
+    "GRUCell",
+    "IndRNNCell",
+    "LSTM",
+    "LSTMCell",
+    "MGUCell",
+    "OptimizedLSTMCell",
+    "RNN",
+    "SimpleCell",
+    "from_functional",
+    "functional",
+)
 
-def __getattr__(name: str) -> Any:
-    """What is not recurrent comes from flax.nnx."""
-    if name.startswith("__") or not hasattr(_flax, name):
-        raise AttributeError(f"module 'rnncore.nnx' has no attribute {name!r}, and flax.nnx has none either")
-    return getattr(_flax, name)
+if not TYPE_CHECKING:
+    __all__ = sorted({*_OWN, *(name for name in dir(_flax) if not name.startswith("_"))})
+
+    def __getattr__(name: str) -> object:
+        """What is not recurrent comes from flax.nnx."""
+        if name.startswith("__") or not hasattr(_flax, name):
+            raise AttributeError(f"module 'rnncore.nnx' has no attribute {name!r}, and flax.nnx has none either")
+        return getattr(_flax, name)
+
+    def __dir__() -> list[str]:
+        return __all__

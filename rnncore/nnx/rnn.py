@@ -13,7 +13,7 @@ from rnncore import _arguments
 from rnncore import flax_modules as modules
 from rnncore._types import Array
 from rnncore.nnx import initial, trees
-from rnncore.nnx.scan import scan_over
+from rnncore.nnx.flax_scan import scan_over
 
 _AXES: Any = {...: nnx.Carry}
 """All state goes from step to step: what Flax takes where the user says nothing."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import math
 import os
@@ -13,7 +14,6 @@ from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import flax
 import jax
 import numpy as np
 
@@ -52,9 +52,15 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def take_turns(
-    calls: dict[Name, Callable[[], Any]], rounds: int, seconds: float, tick: Callable[[], Any] = lambda: None,
-    *, waits: dict[Name, Wait] | None = None, turns: dict[Name, dict[str, Any]] | None = None,
-    deadline: float = math.inf, after_round: Callable[[int], Any] = lambda number: None,
+    calls: dict[Name, Callable[[], Any]],
+    rounds: int,
+    seconds: float,
+    tick: Callable[[], Any] = lambda: None,
+    *,
+    waits: dict[Name, Wait] | None = None,
+    turns: dict[Name, dict[str, Any]] | None = None,
+    deadline: float = math.inf,
+    after_round: Callable[[int], Any] = lambda number: None,
 ) -> dict[Name, dict[str, Any]]:
     """Runs all in turn, A B C A B C: {name: calls_a_round and ms, one time of a call for each round}.
 
@@ -129,7 +135,7 @@ def machine() -> dict[str, Any]:
     return {
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind} ({model})",
         "cores": cores(),
-        "python": platform.python_version(), "jax": jax.__version__, "flax": flax.__version__,
+        "python": platform.python_version(), "jax": jax.__version__, "flax": importlib.metadata.version("flax"),
         "rnncore": rnncore.__version__, "commit": commit.stdout.strip(), "dtype": "float32",
         "input_product": "included",
     }  # fmt: skip

@@ -1,0 +1,1 @@
+"""What `python -m rnncore` does: doctor, explain, bench."""
