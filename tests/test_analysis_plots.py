@@ -139,21 +139,6 @@ def test_retention_over_training_as_map_and_as_lines():
     drawn(plots.retention_over_training([7], [0], [[-INF]], ax=axes()))
 
 
-def test_slope_against_forget_bias_marks_ln_3_and_no_slope():
-    biases = np.array([0.0, 1.0, 2.0])
-    slopes = {"x = 0": [-0.29, -0.02, 0.12], "x = 1": np.array([-INF, -0.1, 0.0])}
-    ax = drawn(plots.slope_against_forget_bias(biases, slopes, ax=axes()))
-    got = lines(ax)
-    assert list(got) == ["x = 0", "x = 1", r"$b_f = \ln 3$"]
-    assert got["x = 0"].get_ydata().tolist() == slopes["x = 0"]
-    assert got["x = 1"].get_ydata()[0] == floor_of(ax)
-    assert set(got[r"$b_f = \ln 3$"].get_xdata()) == {math.log(3)}
-    assert any(set(one.get_ydata()) == {0.0} for one in ax.lines)
-
-
-# ------------------------------------------------------------------------------ gradients
-
-
 @pytest.mark.parametrize("scale", [1.0, 1e-300, 1e300])
 def test_gradient_heatmap_is_symmetric_and_light_for_positive(scale):
     gradients = np.array([[0.0, 1e-6, -1e-3], [1e-12, 0.5, -1.0]]) * scale
@@ -386,8 +371,6 @@ BAD = {
     "timescales-bins": (lambda: plots.timescale_histogram(np.ones(2), bins=0), "bins=0"),
     "training": (lambda: plots.retention_over_training([0, 1], [0], np.ones((1, 2))), r"\(S, L\) = \(2, 1\)"),
     "training-style": (lambda: plots.retention_over_training([0], [0], [[0.0]], style="3d"), "'heatmap' or 'lines'"),
-    "slope": (lambda: plots.slope_against_forget_bias([0, 1], [0.1]), "1 slopes '' for 2 biases"),
-    "slope-nothing": (lambda: plots.slope_against_forget_bias([0, 1], {}), "nothing to draw"),
 }
 
 

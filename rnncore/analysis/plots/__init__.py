@@ -9,7 +9,6 @@ except ImportError as error:
 
 from rnncore.analysis.plots.curves import retention as retention
 from rnncore.analysis.plots.curves import retention_over_training as retention_over_training
-from rnncore.analysis.plots.curves import slope_against_forget_bias as slope_against_forget_bias
 from rnncore.analysis.plots.gates import gate_saturation as gate_saturation
 from rnncore.analysis.plots.gates import path_shares as path_shares
 from rnncore.analysis.plots.gates import timescale_histogram as timescale_histogram
