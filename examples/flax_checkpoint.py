@@ -63,7 +63,7 @@ class Data(NamedTuple):
     windows: Tagged
 
 
-def without_spaces(tokens: np.ndarray, characters: str) -> Tagged:
+def without_spaces(tokens: np.ndarray, characters: Sequence[str]) -> Tagged:
     """The characters that are no white space, and where white space stood."""
     blank = np.array([c.isspace() for c in characters])[tokens]
     followed = np.append(blank[1:], False)

@@ -135,7 +135,7 @@ def gradient_maps(
 
         figure = plt.figure(figsize=(9.0, 0.8 + 1.9 * len(found)), layout="constrained")
     panels = figure.subplots(len(found), squeeze=False)[:, 0]
-    mesh = None
+    mesh: Any = None
     for ax, (name, sizes) in zip(panels, found.items(), strict=True):
         steps, units = sizes.shape
         with np.errstate(divide="ignore"):
