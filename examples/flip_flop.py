@@ -89,6 +89,7 @@ def beside(folder: str, cell: rnncore.GRU, wide: rnncore.CellParams, starts: np.
             finder = FixedPointFinderTorch(theirs, verbose=False)
             found, _ = finder.find_fixed_points(starts.astype(np.float32), np.zeros((1, 3), np.float32))
         seconds["fixed-point-finder"].append(time.perf_counter() - begin)
+        print(", ".join(f"{name} {taken[-1]:.2f} s" for name, taken in seconds.items()), flush=True)
     stable = int(np.sum(found.is_stable)) if found.is_stable is not None else 0
     worst = float(np.sqrt(2 * np.max(found.qstar)))
     print(f"rnncore {ours}, seconds by round {np.round(seconds['rnncore'], 2)}, the first with compilation")

@@ -43,7 +43,7 @@ def choose_truncation(
     From gradients over time the terms add up as vectors, so this is the bias of that very batch, against the gradient
     over all of its T steps; of several batches the root of the mean squares.  From a curve norms of states stand for
     those of the parameters' gradient, as in the source, and beyond the last lag they go on by a factor beta a step,
-    fitted to the second half: good to a factor of about 2 in a network that forgets evenly, of 8 in others.
+    fitted to the second half: good to a factor of about 2 in a network that forgets evenly, of 5 and more in others.
 
     Args:
       source: `gradients_over_time` of a loss at the last step, or several of them; or a curve of kind "adjoint" at
