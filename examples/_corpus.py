@@ -1,14 +1,17 @@
-"""Text for a character model: read, encode, split, and cut into batches."""
+"""Text for a language model, by characters or by words: read, encode, split, and cut into batches."""
 
 from __future__ import annotations
 
+import collections
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 HELD_OUT = 0.1
+END, UNKNOWN = "<eos>", "<unk>"
 
 
 class Corpus(NamedTuple):
@@ -16,26 +19,47 @@ class Corpus(NamedTuple):
 
     Fields:
       source: where it comes from, in words.
-      characters: the distinct characters, sorted; tokens index this string.
+      vocabulary: what the tokens index: the distinct characters in order, a string; or words, the most frequent first.
       train: int32 (N,), the first nine tenths of the text.
       validation: int32 (M,), the rest.
+      unit: "character" or "word".
     """
 
     source: str
-    characters: str
+    vocabulary: Sequence[str]
     train: np.ndarray
     validation: np.ndarray
+    unit: str = "character"
+
+    def describe(self) -> dict[str, object]:
+        """What a JSON file says of it."""
+        train, validation = len(self.train), len(self.validation)
+        return {
+            "source": self.source, f"{self.unit}s": train + validation, "distinct": len(self.vocabulary),
+            "train": train, "validation": validation,
+        }  # fmt: skip
 
 
-def load(path: str | None) -> Corpus:
+def load(path: str | None, words: int | None = None) -> Corpus:
     """Reads a utf-8 file, or, without one, the Python language reference of the standard library.
+
+    Args:
+      path: of the file.
+      words: by words, with a vocabulary of at most so many; None: by characters.
 
     Raises:
       ValueError: the file cannot be read as text; the message is meant for a person.
     """
+    source = "pydoc_data.topics (standard library)" if path is None else path
+    text = read(path)
+    return encode(text, source) if words is None else encode_words(text, source, words)
+
+
+def read(path: str | None) -> str:
+    """The text of a file, or of the language reference."""
     if path is None:
         topics = importlib.import_module("pydoc_data.topics").topics
-        return encode("\n\n".join(topics[name] for name in sorted(topics)), "pydoc_data.topics (standard library)")
+        return "\n\n".join(topics[name] for name in sorted(topics))
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
@@ -46,15 +70,43 @@ def load(path: str | None) -> Corpus:
         ) from error
     if len(set(text)) < 2:
         raise ValueError(f"{path} is empty or holds one character over and over; there is nothing to predict")
-    return encode(text, path)
+    return text
 
 
 def encode(text: str, source: str) -> Corpus:
     """The corpus of a text; its last tenth, in one piece, is held out."""
     codes, tokens = np.unique(np.array([text]).view(np.uint32), return_inverse=True)
     tokens = tokens.reshape(-1).astype(np.int32)
+    return Corpus(source, "".join(map(chr, codes)), *split(tokens))
+
+
+def encode_words(text: str, source: str, most: int) -> Corpus:
+    """The corpus of a text in the form of the Penn Treebank's: words between blanks, a sentence a line.
+
+    Every line ends in <eos>, empty ones are left out, and all words but the most frequent are <unk>.  The Penn
+    Treebank's own files are lower case, have N for numbers, and <unk> for all but 10000 words already.
+
+    Args:
+      most: words in the vocabulary, <eos> and <unk> among them.
+
+    Source: Mikolov, Karafiat, Burget, Cernocky and Khudanpur (2010), whose files these are.
+    """
+    words = [word for line in text.splitlines() if line.strip() for word in (*line.split(), END)]
+    counts = collections.Counter(words)
+    if len(counts) < 3:
+        raise ValueError(f"{source} holds fewer than two distinct words; there is nothing to predict")
+    kept = [word for word, _ in counts.most_common()]
+    if len(kept) > most:
+        kept = [word for word in kept if word not in (END, UNKNOWN)][: most - 2] + [END, UNKNOWN]
+    index = {word: number for number, word in enumerate(kept)}
+    tokens = np.array([index[word] if word in index else index[UNKNOWN] for word in words], np.int32)
+    return Corpus(source, kept, *split(tokens), unit="word")
+
+
+def split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(nine tenths, the last)."""
     cut = len(tokens) - int(len(tokens) * HELD_OUT)
-    return Corpus(source, "".join(map(chr, codes)), tokens[:cut], tokens[cut:])
+    return tokens[:cut], tokens[cut:]
 
 
 def check_size(
@@ -63,7 +115,7 @@ def check_size(
     """Refuses a text too short to train on and to measure on; `options` are those that would ask for less.
 
     Raises:
-      ValueError: with the number of characters that would do.
+      ValueError: with the number of characters or words that would do.
     """
     # Training needs one window in every stream; the random start of a pass takes up to another.
     train, validation = batch * (2 * length + 1), max(window + 1, 2 * batch)
@@ -72,7 +124,7 @@ def check_size(
     size = len(corpus.train) + len(corpus.validation)
     need = max(int(np.ceil(train / (1 - HELD_OUT))), int(np.ceil(validation / HELD_OUT)))
     raise ValueError(
-        f"{corpus.source} has {size:,} characters; these settings need about {need:,} "
+        f"{corpus.source} has {size:,} {corpus.unit}s; these settings need about {need:,} "
         f"(smaller {options} need fewer)"
     )
 
@@ -84,7 +136,7 @@ def streams(tokens: np.ndarray, batch: int, start: int = 0) -> np.ndarray:
 
 
 class Windows:
-    """Training windows of `length` + 1 characters in text order, for truncated backpropagation.
+    """Training windows of `length` + 1 tokens in text order, for truncated backpropagation.
 
     Window n + 1 of every stream goes on where window n stopped, so that a state can be carried from
     one to the next.  Each pass over the text starts at another random offset below `length`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from typing import Any
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -23,7 +24,7 @@ def parser(document: str, cells: Sequence[str]) -> argparse.ArgumentParser:
     group = p.add_argument_group("network")
     group.add_argument("--cell", choices=("both", *cells), default="both", help="which network to train and measure")
     add(group, "--hidden", at_least(1), 128, "hidden units")
-    add(group, "--embed", at_least(1), 32, "size of the character embedding")
+    add(group, "--embed", at_least(1), 32, "size of the embedding of characters or words")
     add(group, "--forget-bias", float, 0.0, "added to the LSTM's forget bias at initialisation")
 
     group = p.add_argument_group("training")
@@ -32,6 +33,7 @@ def parser(document: str, cells: Sequence[str]) -> argparse.ArgumentParser:
     add(group, "--length", at_least(1), 100, "steps of backpropagation in training")
     add(group, "--learning-rate", positive, 5e-3, "of Adam, at the start; it falls to a tenth along a cosine")
     add(group, "--clip", positive, 1.0, "largest global norm of a training gradient")
+    add(group, "--sparse-output", float, 0.0, "weight in the loss of the mean of the LSTM's output gates")
     add(group, "--seed", at_least(0), 0, "of the initial parameters and the offsets of the windows")
 
     group = p.add_argument_group("measurement")
@@ -40,10 +42,18 @@ def parser(document: str, cells: Sequence[str]) -> argparse.ArgumentParser:
     add(group, "--burn-in", at_least(1), 50, "steps from a zero state to the state at the largest lag")
 
     group = p.add_argument_group("files")
-    group.add_argument("--text", metavar="FILE", help="utf-8 text in place of the pydoc_data.topics of the "
-                       "standard library; its last tenth is held out")  # fmt: skip
+    text(group)
     group.add_argument("--out", metavar="PREFIX", default="retention", help="writes PREFIX.json and PREFIX.png")
     return p
+
+
+def text(group: Any) -> None:
+    """The options that say which text, and how it is taken apart."""
+    group.add_argument("--text", metavar="FILE", help="utf-8 text in place of the pydoc_data.topics of the "
+                       "standard library; its last tenth is held out")  # fmt: skip
+    group.add_argument("--words", type=at_least(3), nargs="?", const=10_000, metavar="N",
+                       help="by words, a sentence a line as in the Penn Treebank, the N most frequent of them "
+                       "(10000); by characters otherwise")  # fmt: skip
 
 
 def bare(document: str) -> argparse.ArgumentParser:

@@ -56,7 +56,8 @@ def write(figure: Any, path: Path) -> None:
 def title(results: dict[str, Any], panels: int) -> str:
     """What is shown, and on what."""
     what = "How much of the gradient of one loss term survives k steps back"
-    setting = f"character models with {results['settings']['hidden']} units, on held-out text"
+    unit = "word" if "words" in results["text"] else "character"
+    setting = f"{unit} models with {results['settings']['hidden']} units, on held-out text"
     if results["interrupted"]:
         setting += ", interrupted"
     return f"{what}: {setting}" if panels > 1 else f"{what}\n{setting}"

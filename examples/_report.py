@@ -129,14 +129,14 @@ def verdicts(results: dict[str, Any]) -> list[str]:
 
 def losses(results: dict[str, Any]) -> list[str]:
     """How good each network became."""
-    lines = []
+    lines, unit = [], "word" if "words" in results["text"] else "character"
     for network, entry in results["networks"].items():
         values = [f"{entry[s]['validation_loss_nats']:.3f} {STAGES[s]}" for s in STAGES if s in entry]
-        text = f"{NETWORKS[network]}: held-out loss {', '.join(values)} (nats per character)"
+        text = f"{NETWORKS[network]}: held-out loss {', '.join(values)} (nats per {unit})"
         training = entry.get("training", {})
         if training.get("steps"):
-            speed = training["characters_per_second"]
-            text += f"; {training['steps']} steps in {training['seconds']:.0f} s, {speed:,.0f} characters per second"
+            speed = training["tokens_per_second"]
+            text += f"; {training['steps']} steps in {training['seconds']:.0f} s, {speed:,.0f} {unit}s per second"
         lines.append(text)
     return lines
 
@@ -144,8 +144,9 @@ def losses(results: dict[str, Any]) -> list[str]:
 def opening(results: dict[str, Any]) -> str:
     """What is about to be done, in two lines."""
     text, settings = results["text"], results["settings"]
+    unit = "words" if "words" in text else "characters"
     return (
-        f"text: {text['source']}, {text['characters']:,} characters, {text['distinct']} distinct, "
+        f"text: {text['source']}, {text[unit]:,} {unit}, {text['distinct']} distinct, "
         f"the last {text['validation']:,} held out\n"
         f"measuring {settings['positions']} loss terms over 1 to {settings['lags']} steps back; "
         "Ctrl-C stops and keeps what was measured"

@@ -97,7 +97,7 @@ def load(args: argparse.Namespace) -> _corpus.Corpus:
     """
     corpus = _corpus.load(args.text)
     _corpus.check_size(corpus, args.batch, args.length, args.length, "--batch or --length")
-    missing = sorted(set(args.prompt) - set(corpus.characters))
+    missing = sorted(set(args.prompt) - set(corpus.vocabulary))
     if missing or not args.prompt:
         raise ValueError(f"--prompt {args.prompt!r}: expected characters of the text; it has no {missing or 'prompt'}")
     return corpus
@@ -105,16 +105,16 @@ def load(args: argparse.Namespace) -> _corpus.Corpus:
 
 def frequencies_bits(corpus: _corpus.Corpus) -> float:
     """Bits per held-out character of a model that knows how frequent each character is, and no more."""
-    count = np.bincount(corpus.train, minlength=len(corpus.characters)) + 1.0
+    count = np.bincount(corpus.train, minlength=len(corpus.vocabulary)) + 1.0
     return float(-np.log2(count / count.sum())[corpus.validation].mean())
 
 
 def work(args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, Any]) -> None:
     """Trains, measures on held-out text, writes."""
-    model = CharacterModel(len(corpus.characters), args.embed, args.hidden, rngs=nnx.Rngs(args.seed))
+    model = CharacterModel(len(corpus.vocabulary), args.embed, args.hidden, rngs=nnx.Rngs(args.seed))
     optimizer = nnx.Optimizer(model, _run.optimizer(args), wrt=nnx.Param)
     start, held_out = zero_carry(model, args.batch), _corpus.streams(corpus.validation, args.batch)
-    results["text"] = {"source": corpus.source, "held_out": held_out.size, "distinct": len(corpus.characters)}
+    results["text"] = {"source": corpus.source, "held_out": held_out.size, "distinct": len(corpus.vocabulary)}
     results["frequencies_bits"] = frequencies_bits(corpus)
 
     def step(carry: Any, batch: tuple[np.ndarray, bool]) -> tuple[Any, jax.Array]:
@@ -127,10 +127,10 @@ def work(args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, An
 
     every = max(args.steps // 16, 1)
     _run.train(results["runs"], "LSTM", args.steps, step, start, windows(corpus, args), watch, every)
-    prompt = jnp.array([corpus.characters.index(c) for c in args.prompt], jnp.int32)
+    prompt = jnp.array([corpus.vocabulary.index(c) for c in args.prompt], jnp.int32)
     keys = jax.random.split(jax.random.key(args.seed), args.sample)
     tokens = continuation(model, prompt, zero_carry(model, 1), keys, args.temperature)
-    results["sample"] = args.prompt + "".join(corpus.characters[t] for t in np.asarray(tokens))
+    results["sample"] = args.prompt + "".join(corpus.vocabulary[t] for t in np.asarray(tokens))
 
 
 def words(results: dict[str, Any]) -> str:

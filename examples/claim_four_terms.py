@@ -40,6 +40,33 @@ PRODUCTS = {"direct": "product of forget gates", "one_step_total": "product of f
 STEP = 1e-5  # of the central differences; their error is about its square
 SEQUENCES = 4
 DIRECTIONS = 8
+CHOICES = ((0.1, 0.7, 0.1, 0.1), (0.0, 0.7, 0.0, 0.0))  # A, B, C, D
+
+
+def chosen(a: float, b: float, c: float, d: float, lags: int) -> np.ndarray:
+    """log10 of d c_T / d c_(T-k), k = 0 .. lags, where the four terms of every step are numbers of one's own choice."""
+    cell, params, carry = with_terms(a, b, c, d)
+    run = analysis.trajectory(cell, params, jnp.zeros((lags + 1, 1), _claims.FLOAT), carry)
+    return np.asarray(analysis.retention_curve(run, path="cell", lags=lags).log10)
+
+
+def with_terms(a: float, b: float, c: float, d: float) -> tuple[rnncore.LSTM, Any, Any]:
+    """(cell, parameters, carry) of one unit at rest: A through h into the forget gate, B = f, C into i, D into g.
+
+    The unit stays at c = 1/2 with i = o = 1/2 and g = 1 - b.  U_o = 0, so nothing passes by c through the output gate,
+    and the product of the sums is the derivative.
+    """
+    values = {"i": 0.5, "f": b, "g": 1 - b, "o": 0.5}
+    h = 0.5 * math.tanh(0.5)
+    slope = 0.5 * (1 - math.tanh(0.5) ** 2)
+    kernel = {"f": a / (0.5 * b * (1 - b)), "i": c / ((1 - b) * 0.25), "g": d / (0.5 * (1 - (1 - b) ** 2)), "o": 0.0}
+    cell, u = rnncore.LSTM(1), {gate: value / slope for gate, value in kernel.items()}
+    before = {gate: math.atanh(v) if gate == "g" else math.log(v / (1 - v)) for gate, v in values.items()}
+    params = jax.tree.map(jnp.zeros_like, cell.init(jax.random.key(0), 1, _claims.FLOAT))._replace(
+        recurrent_kernel=jnp.array([[[u[gate]] for gate in cell.gates]], _claims.FLOAT),
+        bias=jnp.array([[before[gate] - u[gate] * h] for gate in cell.gates], _claims.FLOAT),
+    )
+    return cell, params, rnncore.LSTMCarry(c=jnp.full(1, 0.5, _claims.FLOAT), h=jnp.full(1, h, _claims.FLOAT))
 
 
 class Batch(NamedTuple):
@@ -128,6 +155,7 @@ def work(args: argparse.Namespace, test: Batch, results: dict[str, Any]) -> None
     readout = jax.random.normal(last, (args.hidden,), _claims.FLOAT) / math.sqrt(args.hidden)
     params = {"cell": cell.init(key, 2, _claims.FLOAT), "readout": readout, "offset": jnp.zeros((), _claims.FLOAT)}
     results["variance"] = 1 / 6  # of the sum of two numbers, the error of a network that knows its mean only
+    results["chosen"] = [{"terms": terms, "log10": chosen(*terms, args.lags).tolist()} for terms in CHOICES]
     results["runs"][STAGES[0]] = measure(cell, params["cell"], test.xs, args.lags)
 
     def loss(params: Any, batch: Batch) -> Any:
@@ -152,7 +180,12 @@ def words(results: dict[str, Any]) -> str:
     for stage, run in runs.items():
         for name, label in {**PRODUCTS, "whole_state": "whole state (c, h)"}.items():
             rows.append([stage, label, *(_claims.exponent(run[name][lag - 1]) for lag in chosen)])
-    lines = ["retention ||M||_F / sqrt n, mean of log10 over sequences",
+    lines = [
+        f"terms A, B, C, D chosen as {', '.join(map(str, entry['terms']))}: over {last} steps "
+        f"{_claims.exponent(entry['log10'][last])} is left, the power of their sum"
+        for entry in results["chosen"]
+    ]
+    lines += ["", "retention ||M||_F / sqrt n, mean of log10 over sequences",
              _claims.table(["when", "matrix", *(f"lag {lag}" for lag in chosen)], rows, left=2), ""]  # fmt: skip
     record = results.get("training", {}).get("adding problem")
     if record and record["loss"]:

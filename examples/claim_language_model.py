@@ -1,7 +1,7 @@
 """In a language model the gradient falls as e^(-0.5 t) in an RNN and as e^(-0.01 t) in an LSTM: does it?
 
-Trains character models and measures at initialisation, after about one pass over the text, and at the end, on
-held-out text,
+Trains language models, by characters or by words, and measures at initialisation, after about one pass over the text,
+and at the end, on held-out text,
 
   R(k) = ||dl_T/ds_{T-k}|| / ||dl_T/ds_T||,   l_T = -log p(x_{T+1} | x_1 ... x_T)
 
@@ -14,7 +14,7 @@ with two biases; the third network has both of its forget biases set to 1.  As a
 all loss terms, which is refreshed at every step.
 
   python examples/claim_language_model.py
-  python examples/claim_language_model.py --text ptb.train.txt --steps 20000 --hidden 200 --out ptb
+  python examples/claim_language_model.py --text ptb.train.txt --words --steps 20000 --hidden 200 --out ptb
 """
 
 from __future__ import annotations
@@ -102,13 +102,12 @@ def work(args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, An
     """One network after the other: measure, a pass, measure, the rest, measure."""
     per_pass = max(len(corpus.train) // (args.batch * args.length), 1)
     first = min(per_pass, args.steps)
-    results["text"] = {"source": corpus.source, "characters": len(corpus.train) + len(corpus.validation),
-                       "steps_of_a_pass": per_pass}  # fmt: skip
+    results["text"] = {**corpus.describe(), "unit": corpus.unit, "steps_of_a_pass": per_pass}
     results["training"] = {}
     rate = optax.cosine_decay_schedule(args.learning_rate, args.steps, alpha=0.1)
     optimizer = optax.chain(optax.clip_by_global_norm(args.clip), optax.adam(rate))
     for name, (kind, forget) in NETWORKS.items():
-        model = base.CharacterModel(kind, len(corpus.characters), args.embed, args.hidden)
+        model = base.LanguageModel(kind, len(corpus.vocabulary), args.embed, args.hidden)
         params = as_torch(base.initialise(model, args.seed), args.hidden, forget, args.seed)
         zero = base.zero_carry(model, args.batch)
 
@@ -117,7 +116,7 @@ def work(args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, An
             (params, moments, carry), (window, fresh) = state, batch
             carry = jax.tree.map(lambda a, b: jnp.where(fresh, a, b), zero, carry)
             differentiate = jax.value_and_grad(lambda p: base.window_loss(model, p, carry, window), has_aux=True)
-            (loss, carry), gradient = differentiate(params)
+            (_, (loss, carry)), gradient = differentiate(params)
             updates, moments = optimizer.update(gradient, moments, params)
             return (optax.apply_updates(params, updates), moments, carry), loss
 
@@ -210,7 +209,7 @@ def draw(results: dict[str, Any]) -> Any:
     panels[0].set_ylabel("share of the gradient of one loss term left")
     note = ", interrupted" if results["interrupted"] else ""
     figure.suptitle(
-        "How much of the gradient of one loss term survives: character models with "
+        f"How much of the gradient of one loss term survives: {results['text']['unit']} models with "
         f"{results['settings']['hidden']} units{note}\n"
         "held-out text; thick: mean of log, thin: log of mean; grey: windows of the fits",
         x=0.01, ha="left", fontsize=11,
@@ -223,15 +222,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _run.command(__doc__ or "", out="claim_language_model", steps=1500, batch=32, learning_rate=3e-3)
     add = parser.add_argument
     add("--hidden", type=_options.at_least(2), default=128, help="hidden units")
-    add("--embed", type=_options.at_least(1), default=32, help="size of the character embedding")
+    add("--embed", type=_options.at_least(1), default=32, help="size of the embedding of characters or words")
     add("--length", type=_options.at_least(1), default=35, help="steps of backpropagation in training")
     add("--clip", type=_options.positive, default=0.25, help="largest global norm of a training gradient")
     add("--positions", type=_options.at_least(1), default=256, help="loss terms to measure")
-    add("--text", metavar="FILE", help="utf-8 text in place of the pydoc_data.topics of the standard library; "
-        "its last tenth is held out")  # fmt: skip
+    _options.text(parser)
 
     def load(args: argparse.Namespace) -> _corpus.Corpus:
-        corpus = _corpus.load(args.text)
+        corpus = _corpus.load(args.text, args.words)
         _corpus.check_size(corpus, args.batch, args.length, BURN_IN + LAGS, "--batch or --length")
         return corpus
 

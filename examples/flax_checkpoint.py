@@ -63,7 +63,7 @@ class Data(NamedTuple):
     windows: Tagged
 
 
-def without_spaces(tokens: np.ndarray, characters: str) -> Tagged:
+def without_spaces(tokens: np.ndarray, characters: Sequence[str]) -> Tagged:
     """The characters that are no white space, and where white space stood."""
     blank = np.array([c.isspace() for c in characters])[tokens]
     followed = np.append(blank[1:], False)
@@ -77,7 +77,7 @@ def load(args: argparse.Namespace) -> Data:
       ValueError: the text cannot be read, or is too short.
     """
     corpus = _corpus.load(args.text)
-    train, test = (without_spaces(part, corpus.characters) for part in (corpus.train, corpus.validation))
+    train, test = (without_spaces(part, corpus.vocabulary) for part in (corpus.train, corpus.validation))
     for part, tagged in (("first nine tenths", train), ("last tenth", test)):
         if len(tagged.tokens) <= args.length:
             raise ValueError(
@@ -85,7 +85,7 @@ def load(args: argparse.Namespace) -> Data:
                 f"{args.length} needs more (a smaller --length needs fewer)"
             )
     windows = [_corpus.spread(a, TEST_WINDOWS, args.length)[1] for a in test]
-    return Data(corpus.source, len(corpus.characters), train, Tagged(*windows))
+    return Data(corpus.source, len(corpus.vocabulary), train, Tagged(*windows))
 
 
 def batches(text: Tagged, size: int, length: int, seed: int) -> Iterator[Tagged]:

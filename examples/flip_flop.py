@@ -1,13 +1,19 @@
 """The 3-bit flip-flop: a network that remembers three signs, and the fixed points by which it does.
 
     python examples/flip_flop.py                    # some minutes on two CPU cores
+    python examples/flip_flop.py --peer ~/fixed-point-finder    # also times that library; needs PyTorch
 
 Every now and then one of three inputs gives a pulse of +1 or -1; output i is the sign of the last pulse of input i.
 Eight memories want eight stable fixed points; between them lie saddles, over which a pulse carries the state.
 """
 
 import argparse
+import contextlib
+import io
 import itertools
+import sys
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +28,7 @@ parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
 parser.add_argument("--steps", type=int, default=800, help="training steps")
 parser.add_argument("--hidden", type=int, default=24, help="units of the GRU")
 parser.add_argument("--length", type=int, default=60, help="steps of a sequence")
+parser.add_argument("--peer", metavar="FOLDER", help="a clone of mattgolub/fixed-point-finder, to time beside")
 parser.add_argument("--starts", type=int, default=512, help="states from which fixed points are looked for")
 
 
@@ -61,6 +68,39 @@ def train(options: argparse.Namespace) -> tuple[rnncore.GRU, rnncore.CellParams,
     return cell, *weights, float(value)
 
 
+def beside(folder: str, cell: rnncore.GRU, wide: rnncore.CellParams, starts: np.ndarray) -> None:
+    """Times both libraries on the same network and starts, in turns; theirs as it comes, in float32."""
+    import torch
+
+    sys.path.insert(0, folder)
+    from FixedPointFinderTorch import FixedPointFinderTorch  # type: ignore[import-not-found]
+
+    theirs = torch.nn.GRU(3, cell.hidden_size, batch_first=True)
+    state = rnncore.to_torch(rnncore.Stack(cell), rnncore.StackParams(((wide,),), None))
+    theirs.load_state_dict({name: torch.tensor(np.asarray(a), dtype=torch.float32) for name, a in state.items()})
+    seconds: dict[str, list[float]] = {"rnncore": [], "fixed-point-finder": []}
+    found: Any = None
+    for _ in range(3):
+        begin = time.perf_counter()
+        ours = analysis.fixed_points(cell, wide, jnp.zeros(3), starts)
+        seconds["rnncore"].append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            finder = FixedPointFinderTorch(theirs, verbose=False)
+            found, _ = finder.find_fixed_points(starts.astype(np.float32), np.zeros((1, 3), np.float32))
+        seconds["fixed-point-finder"].append(time.perf_counter() - begin)
+        print(", ".join(f"{name} {taken[-1]:.2f} s" for name, taken in seconds.items()), flush=True)
+    stable = int(np.sum(found.is_stable)) if found.is_stable is not None else 0
+    worst = float(np.sqrt(2 * np.max(found.qstar)))
+    print(f"rnncore {ours}, seconds by round {np.round(seconds['rnncore'], 2)}, the first with compilation")
+    print(
+        f"fixed-point-finder: {found.n} points, {stable} stable, largest residual {worst:.1e}, "
+        f"seconds {np.round(seconds['fixed-point-finder'], 2)}"
+    )
+    ratios = np.divide(seconds["fixed-point-finder"], seconds["rnncore"])
+    print(f"rnncore takes 1/{np.median(ratios[1:]):.1f} of its time, 1/{ratios[0]:.1f} with compilation")
+
+
 def main() -> None:
     options = parser.parse_args()
     cell, params, readout, loss = train(options)
@@ -75,7 +115,10 @@ def main() -> None:
         pairs = rng.integers(0, len(visited), (2, options.starts))
         starts = (visited[pairs[0]] + visited[pairs[1]] * rng.integers(0, 2, (options.starts, 1))) / 2
         starts += rng.normal(0, 0.05, starts.shape)
-        found = analysis.fixed_points(cell, wide, jnp.zeros(3), np.concatenate([visited[::7], starts]))
+        starts = np.concatenate([visited[::7], starts])
+        if options.peer:
+            beside(options.peer, cell, wide, starts)
+        found = analysis.fixed_points(cell, wide, jnp.zeros(3), starts)
         print(found)
         for i in range(len(found)):
             signs = np.asarray(found.states[i] @ np.asarray(readout)).round(2)

@@ -1,6 +1,6 @@
 """How much of the gradient of one loss term survives 1 to 100 steps back?
 
-Trains a vanilla RNN and an LSTM as character language models on real text, and measures, at
+Trains a vanilla RNN and an LSTM as language models on real text, by characters or by words, and measures, at
 initialisation and after training, on held-out text,
 
   R(k) = ||dl_T/ds_{T-k}|| / ||dl_T/ds_T||,   l_T = -log p(x_{T+1} | x_1 ... x_T)
@@ -16,7 +16,7 @@ last state of the window before, with no gradient across the border.  Clipping s
 alike, so it changes what is learned, but not R of the network that comes out.
 
   python examples/gradient_retention.py
-  python examples/gradient_retention.py --cell lstm --forget-bias 1 --text ptb.train.txt --out ptb
+  python examples/gradient_retention.py --cell lstm --forget-bias 1 --text ptb.train.txt --words --out ptb
 """
 
 from __future__ import annotations
@@ -57,11 +57,12 @@ CURVES: dict[str, dict[str, tuple[str, str]]] = {
     },
 }  # fmt: skip
 BOUND_POSITIONS = 4  # the norms of whole Jacobians are dear, and hardly differ between positions
+LOGITS = 2**24  # of the held-out text that are there at one time
 SHOW_OVER = 20  # windows that the loss in the progress bar is averaged over, roughly
 
 
-class CharacterModel(nn.Module):
-    """Embedding, recurrent layer, readout: tokens (B, T) to (last carry, logits (B, T, vocabulary))."""
+class LanguageModel(nn.Module):
+    """Embedding, recurrent layer, readout: tokens (B, T) to (last carry, logits (B, T, vocabulary), gates)."""
 
     kind: str
     vocabulary: int
@@ -70,18 +71,17 @@ class CharacterModel(nn.Module):
 
     def setup(self) -> None:
         self.embedding = nn.Embed(self.vocabulary, self.embed)
-        # Training takes first-order gradients only, and "reverse" is the faster rule for these.
         self.rnn = nn.RNN(CELLS[self.kind](self.hidden), return_carry=True)
         self.readout = nn.Dense(self.vocabulary)
 
-    def __call__(self, tokens: jax.Array, carry: Any = None) -> tuple[Any, jax.Array]:
-        carry, hidden = self.rnn(self.embedding(tokens), initial_carry=carry)
-        return carry, self.readout(hidden)
+    def __call__(self, tokens: jax.Array, carry: Any = None, gates: bool = False) -> tuple[Any, jax.Array, Any]:
+        carry, hidden, *rest = self.rnn(self.embedding(tokens), initial_carry=carry, return_states=gates)
+        return carry, self.readout(hidden), rest[0].gates if gates else None
 
 
-def initialise(model: CharacterModel, seed: int, forget_bias: float = 0.0) -> Any:
+def initialise(model: LanguageModel, seed: int, forget_bias: float = 0.0) -> Any:
     """The parameters at initialisation: Flax's own, plus the forget bias of an LSTM."""
-    params = jax.jit(CharacterModel.init, static_argnums=0)(model, jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
+    params = jax.jit(LanguageModel.init, static_argnums=0)(model, jax.random.key(seed), jnp.zeros((1, 2), jnp.int32))
     params = params["params"]
     if model.kind == "lstm":
         forget = params["rnn"]["cell"]["hf"]
@@ -89,21 +89,25 @@ def initialise(model: CharacterModel, seed: int, forget_bias: float = 0.0) -> An
     return params
 
 
-def zero_carry(model: CharacterModel, batch: int) -> Any:
+def zero_carry(model: LanguageModel, batch: int) -> Any:
     """The carry before any text."""
     return CELLS[model.kind](model.hidden).initialize_carry(jax.random.key(0), (batch, model.embed))
 
 
-def window_loss(model: CharacterModel, params: Any, carry: Any, window: jax.Array) -> tuple[jax.Array, Any]:
-    """(nats per character of a window (B, T + 1), last carry)."""
-    carry, logits = model.apply({"params": params}, window[:, :-1], carry)
-    return optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:]).mean(), carry
+def window_loss(
+    model: LanguageModel, params: Any, carry: Any, window: jax.Array, sparse_output: float = 0.0
+) -> tuple[jax.Array, tuple[jax.Array, Any]]:
+    """(the loss of a window (B, T + 1), (its nats per token, last carry))."""
+    sparse = sparse_output > 0 and model.kind == "lstm"
+    carry, logits, gates = model.apply({"params": params}, window[:, :-1], carry, gates=sparse)
+    nats = optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:]).mean()
+    return nats + (sparse_output * analysis.gate_sparsity(gates) if sparse else 0.0), (nats, carry)
 
 
 # -------------------------------------------------------------------------------------- training
 
 
-def train(args: argparse.Namespace, model: CharacterModel, params: Any, text: np.ndarray, record: dict) -> Any:
+def train(args: argparse.Namespace, model: LanguageModel, params: Any, text: np.ndarray, record: dict) -> Any:
     """The parameters after `args.steps` windows; `record` is up to date at any moment."""
     rate = optax.cosine_decay_schedule(args.learning_rate, max(args.steps, 1), alpha=0.1)
     optimizer = optax.chain(optax.clip_by_global_norm(args.clip), optax.adam(rate))
@@ -111,16 +115,16 @@ def train(args: argparse.Namespace, model: CharacterModel, params: Any, text: np
     @jax.jit
     def step(params: Any, moments: Any, carry: Any, window: jax.Array) -> Any:
         differentiate = jax.value_and_grad(functools.partial(window_loss, model), has_aux=True)
-        (loss, carry), gradient = differentiate(params, carry, window)
+        (_, (loss, carry)), gradient = differentiate(params, carry, window, sparse_output=args.sparse_output)
         updates, moments = optimizer.update(gradient, moments, params)
         return optax.apply_updates(params, updates), moments, carry, loss
 
-    record.update(steps=0, seconds=0.0, characters_per_second=None, loss_nats=[])
+    record.update(steps=0, seconds=0.0, tokens_per_second=None, loss_nats=[])
     windows = _corpus.Windows(text, args.batch, args.length, args.seed)
     size, start, shown = args.batch * args.length, zero_carry(model, args.batch), None
     moments, carry, begin = optimizer.init(params), start, time.perf_counter()
     name = f"train {_report.NETWORKS[model.kind]}"
-    with tqdm(total=args.steps * size, desc=name, unit="char", unit_scale=True, dynamic_ncols=True) as bar:
+    with tqdm(total=args.steps * size, desc=name, unit="token", unit_scale=True, dynamic_ncols=True) as bar:
         for number in range(1, args.steps + 1):
             window, fresh = next(windows)
             params, moments, carry, value = step(params, moments, start if fresh else carry, window)
@@ -128,9 +132,9 @@ def train(args: argparse.Namespace, model: CharacterModel, params: Any, text: np
             if not math.isfinite(loss):
                 raise FloatingPointError(f"training diverged at step {number}; try a smaller --learning-rate")
             record["loss_nats"].append(loss)
-            record.update(steps=number, seconds=seconds, characters_per_second=number * size / seconds)
+            record.update(steps=number, seconds=seconds, tokens_per_second=number * size / seconds)
             shown = loss if shown is None else shown + (loss - shown) / SHOW_OVER
-            bar.set_postfix_str(f"loss {shown:.3f} nats/char", refresh=False)
+            bar.set_postfix_str(f"loss {shown:.3f} nats", refresh=False)
             bar.update(size)
     return params
 
@@ -138,16 +142,19 @@ def train(args: argparse.Namespace, model: CharacterModel, params: Any, text: np
 # ----------------------------------------------------------------------------------- measurement
 
 
-def validate(model: CharacterModel, params: Any, text: np.ndarray, batch: int) -> float:
-    """Nats per character over all of a text, in `batch` streams from a zero carry."""
-    loss, _ = jax.jit(window_loss, static_argnums=0)(
-        model, params, zero_carry(model, batch), _corpus.streams(text, batch)
-    )
-    return float(loss)
+def validate(model: LanguageModel, params: Any, text: np.ndarray, batch: int) -> float:
+    """Nats per token over all of a text, in `batch` streams from a zero carry."""
+    tokens, carry, total = _corpus.streams(text, batch), zero_carry(model, batch), 0.0
+    size = max(LOGITS // (batch * model.vocabulary), 1)
+    for start in range(0, tokens.shape[1] - 1, size):
+        window = tokens[:, start : start + size + 1]
+        _, (nats, carry) = jax.jit(window_loss, static_argnums=0)(model, params, carry, window)
+        total += float(nats) * (window.shape[1] - 1)
+    return total / (tokens.shape[1] - 1)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def loss_adjoint(model: CharacterModel, params: Any, hidden: jax.Array, target: jax.Array) -> jax.Array:
+def loss_adjoint(model: LanguageModel, params: Any, hidden: jax.Array, target: jax.Array) -> jax.Array:
     """dl_T/dh_T (B, H) of every position's own loss term, which sees the state through h_T alone."""
 
     def total(hidden: jax.Array) -> jax.Array:
@@ -157,7 +164,7 @@ def loss_adjoint(model: CharacterModel, params: Any, hidden: jax.Array, target: 
     return jax.grad(total)(hidden)
 
 
-def measure(args: argparse.Namespace, model: CharacterModel, params: Any, text: np.ndarray) -> dict[str, Any]:
+def measure(args: argparse.Namespace, model: LanguageModel, params: Any, text: np.ndarray) -> dict[str, Any]:
     """Validation loss and all curves of a network as it stands."""
     _, pieces = _corpus.spread(text, args.positions, args.burn_in + args.lags + 1)
     tokens, target = pieces[:, :-1], pieces[:, -1]
@@ -165,7 +172,7 @@ def measure(args: argparse.Namespace, model: CharacterModel, params: Any, text: 
     cell, weights = nn.functional(CELLS[model.kind](model.hidden), params["rnn"]["cell"])
     run = analysis.trajectory(cell, weights, xs)
     slope = loss_adjoint(model, params, run.last.h, target)
-    # A character predicted with certainty has a gradient of exactly 0, of which there is no share.
+    # A token predicted with certainty has a gradient of exactly 0, of which there is no share.
     kept = np.flatnonzero(np.asarray(jnp.abs(slope).max(-1) > 0))
     if not len(kept):
         raise FloatingPointError("the gradient of every loss term is exactly 0; there is nothing to retain")
@@ -201,10 +208,7 @@ def describe(args: argparse.Namespace, corpus: _corpus.Corpus) -> dict[str, Any]
         "settings": vars(args),
         "versions": {"python": platform.python_version(), **{p.__name__: p.__version__ for p in packages}},
         "device": f"{jax.devices()[0].platform}, {os.cpu_count()} CPU cores",
-        "text": {
-            "source": corpus.source, "characters": len(corpus.train) + len(corpus.validation),
-            "distinct": len(corpus.characters), "train": len(corpus.train), "validation": len(corpus.validation),
-        },
+        "text": corpus.describe(),
         "networks": {},
     }  # fmt: skip
 
@@ -216,7 +220,7 @@ def run_all(
     networks, held_out = results["networks"], corpus.validation
     models, params = {}, {}
     for kind in CELLS if args.cell == "both" else (args.cell,):
-        models[kind] = CharacterModel(kind, len(corpus.characters), args.embed, args.hidden)
+        models[kind] = LanguageModel(kind, len(corpus.vocabulary), args.embed, args.hidden)
         params[kind] = initialise(models[kind], args.seed, args.forget_bias)
         entry = {"cell": CELLS[kind].__name__, "parameters": sum(a.size for a in jax.tree.leaves(params[kind]))}
         entry["initialisation"] = measure(args, models[kind], params[kind], held_out)
@@ -236,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = command.parse_args(argv)
     data, picture = Path(f"{args.out}.json"), Path(f"{args.out}.png")
     try:
-        corpus = _corpus.load(args.text)
+        corpus = _corpus.load(args.text, args.words)
         _corpus.check_size(corpus, args.batch, args.length, args.burn_in + args.lags)
         data.parent.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:

@@ -1,8 +1,10 @@
 """Fixed points whose places are known, and the choice of a truncation."""
 
+import functools
 import math
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,10 +92,44 @@ def test_a_geometric_decay_is_cut_where_it_should_be():
     assert segments(jnp.zeros((1, 2 * found.steps, 1)), found).shape[2] == found.steps
 
 
+def test_gradients_over_time_say_the_bias_of_their_own_truncation():
+    cell, steps = rnncore.LSTM(3), 12
+    params = cell.init(jax.random.key(0), 2, jnp.float64)
+    batches = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, steps, 2)))
+
+    def loss(carry, outputs):
+        return jnp.sum(jnp.sin(carry.h))
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def cut(xs, k):
+        def of(params):
+            carry, _ = rnncore.unroll(cell, jax.lax.stop_gradient(params), xs[:, : steps - k])
+            return loss(*rnncore.unroll(cell, params, xs[:, steps - k :], initial_carry=carry))
+
+        return jax.flatten_util.ravel_pytree(jax.grad(of)(params))[0]
+
+    found = [analysis.gradients_over_time(loss, cell, params, xs) for xs in batches]
+    whole = np.stack([cut(xs, steps) for xs in batches])
+    for k in (1, 5):
+        missing = np.stack([cut(xs, k) for xs in batches]) - whole
+        want = np.linalg.norm(missing) / np.linalg.norm(whole)
+        close(analysis.choose_truncation(found, 0.99).predicted[k - 1], want, 1e-10)
+        want = np.linalg.norm(missing[0]) / np.linalg.norm(whole[0])
+        close(analysis.choose_truncation(found[0], 0.99).predicted[k - 1], want, 1e-10)
+    assert len(analysis.choose_truncation(found, 0.99).predicted) == steps // 2
+    norms = analysis.gradients_over_time(loss, cell, params, batches[0], norms=True)
+    with pytest.raises(ValueError, match=r"gradients_over_time\(..., norms=False\)"):
+        analysis.choose_truncation(norms)
+    with pytest.raises(ValueError, match="the gradient of the parameters is 0"):
+        analysis.choose_truncation(
+            analysis.gradients_over_time(lambda c, o: 0 * jnp.sum(c.h), cell, params, batches[0])
+        )
+
+
 def test_what_no_truncation_follows_from():
     with pytest.raises(ValueError, match="the gradient grows by 1.05 a step"):
         analysis.choose_truncation(curve_of(np.arange(40) * math.log(1.05)))
-    with pytest.raises(ValueError, match="with all 19 steps of the curve the predicted bias is 0.8"):
+    with pytest.raises(ValueError, match="with 19 steps, the most that can be judged, the predicted bias is 0.8"):
         analysis.choose_truncation(curve_of(np.arange(20) * math.log(0.99)))
     with pytest.raises(ValueError, match="at least 10 of them"):
         analysis.choose_truncation(curve_of(np.zeros(3)))

@@ -274,3 +274,25 @@ def test_gates_that_cannot_be_asked_for():
         analysis.gate_gradients(last_output, cell, cell.init(jax.random.key(0), 2), XS)
     with pytest.raises(ValueError, match=r"`gate_gradients\(wrt='z'\)`: expected 'input' or 'recurrent'"):
         analysis.gate_gradients(last_output, CELL, PARAMS, XS, wrt="z")
+
+
+@pytest.mark.parametrize("cell", [rnncore.LSTM(4, peepholes=True), rnncore.GRU(4)], ids=["lstm", "gru"])
+def test_the_table_of_gates_has_the_sums_of_jax_grad(cell):
+    run = run_of(cell)
+    first = jax.tree.map(lambda a: a[:, 0], run.carries)
+    lengths, resets = jnp.array([6, 4]), jnp.zeros((2, 6), bool).at[0, 3].set(True)
+    options = {"seq_lengths": lengths, "resets": resets}
+    table = analysis.gate_table(loss, cell, run.params, run.xs, first, **options)
+    whole = jax.grad(lambda p: loss(*rnncore.unroll(cell, p, run.xs, initial_carry=first, **options)))(run.params)
+    for number, gate in enumerate(cell.gates):
+        close(table.sums["W"][gate], whole.input_kernel[:, number].T, EXACT)
+        close(table.sums["U"][gate], whole.recurrent_kernel[:, number].T, EXACT)
+        close(table.sums["b"][gate], whole.bias[number], EXACT)
+        assert max(table.difference(name, gate) for name in "WUb") < EXACT
+    moved = table._replace(grads={**table.grads, "b": {g: 2 * a for g, a in table.grads["b"].items()}})
+    assert moved.difference("b", cell.gates[0]) == pytest.approx(0.5)
+    lines = str(table).splitlines()
+    assert len(lines) == 1 + 3 * len(cell.gates) and "relative difference" in lines[0]
+    assert f"dL/dU_{cell.gates[0]}" in lines[2] and f"{np.linalg.norm(table.sums['U'][cell.gates[0]]):.6g}" in lines[2]
+    with pytest.raises(NotImplementedError, match="dense recurrent kernel"):
+        analysis.gate_table(loss, rnncore.IndRNN(4), rnncore.IndRNN(4).init(jax.random.key(0), 3), run.xs)

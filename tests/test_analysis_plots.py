@@ -139,21 +139,6 @@ def test_retention_over_training_as_map_and_as_lines():
     drawn(plots.retention_over_training([7], [0], [[-INF]], ax=axes()))
 
 
-def test_slope_against_forget_bias_marks_ln_3_and_no_slope():
-    biases = np.array([0.0, 1.0, 2.0])
-    slopes = {"x = 0": [-0.29, -0.02, 0.12], "x = 1": np.array([-INF, -0.1, 0.0])}
-    ax = drawn(plots.slope_against_forget_bias(biases, slopes, ax=axes()))
-    got = lines(ax)
-    assert list(got) == ["x = 0", "x = 1", r"$b_f = \ln 3$"]
-    assert got["x = 0"].get_ydata().tolist() == slopes["x = 0"]
-    assert got["x = 1"].get_ydata()[0] == floor_of(ax)
-    assert set(got[r"$b_f = \ln 3$"].get_xdata()) == {math.log(3)}
-    assert any(set(one.get_ydata()) == {0.0} for one in ax.lines)
-
-
-# ------------------------------------------------------------------------------ gradients
-
-
 @pytest.mark.parametrize("scale", [1.0, 1e-300, 1e300])
 def test_gradient_heatmap_is_symmetric_and_light_for_positive(scale):
     gradients = np.array([[0.0, 1e-6, -1e-3], [1e-12, 0.5, -1.0]]) * scale
@@ -174,6 +159,34 @@ def test_gradient_heatmap_of_zeros_and_of_other_steps():
     assert ax.collections[0].colorbar.ax.get_ylabel() == "dL/dc"
     with pytest.raises(ValueError, match=r"`gradient_heatmap\(linear_below=0\)`"):
         plots.gradient_heatmap(np.zeros((4, 2)), linear_below=0)
+
+
+def test_gradient_maps_share_colours_and_mark_where_the_gradient_ends():
+    fading, lasting = 0.5 ** np.arange(30)[::-1, None] * [2.0, -1.0], np.ones((30, 2))
+    figure = plots.gradient_maps({"RNN": fading, "LSTM": lasting}, decades=3, figure=Figure())
+    upper, lower, bar = figure.axes
+    assert upper.get_title(loc="left") == "RNN: above 1 % of its largest in the last 7 of 30 steps"
+    assert lower.get_title(loc="left") == "LSTM: above 1 % of its largest in all 30 steps"
+    assert [mark.get_xdata()[0] for mark in upper.lines] == [23.5] and not lower.lines
+    (mesh,) = upper.collections
+    want = np.maximum(np.log10(0.5) * np.arange(30)[::-1, None] + np.log10([1.0, 0.5]), -3)
+    np.testing.assert_allclose(np.asarray(mesh.get_array()), want.T)
+    assert mesh.get_clim() == lower.collections[0].get_clim() == (-3, 0)
+    assert min(mesh.cmap(0.0)[:3]) > 0.9 > 0.5 > max(mesh.cmap(1.0)[:3])  # light where nothing is left
+    assert bar.get_ylabel() and plots.gradient_maps(lasting, figure=Figure()).axes[0].get_ylabel() == "unit"
+
+
+def test_weight_gradient_bars_and_the_step_at_which_it_is_spent():
+    steps = 0.5 ** np.arange(12)[::-1]
+    leaves = {"a": np.stack([steps, -steps], -1), "b": steps[:, None, None]}
+    ax = plots.weight_gradient_bars(leaves, share=0.95, ax=axes())
+    np.testing.assert_allclose([bar.get_height() for bar in ax.patches], math.sqrt(3) * steps)
+    # Before step 9 lies 2^-4 of all, before step 8 2^-5.
+    assert ax.lines[0].get_xdata()[0] == 7.5
+    assert "95 % of it is spent by step 8" in ax.get_legend().get_texts()[0].get_text()
+    # Two steps that take each other back make no difference.
+    ax = plots.weight_gradient_bars(np.array([5.0, -5.0, 0.0, 1.0]), ax=axes())
+    assert ax.lines[0].get_xdata()[0] == 0.5
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-200])
@@ -333,6 +346,11 @@ BAD = {
     "heatmap-nan": (lambda: plots.gradient_heatmap(np.array([[np.nan]])), "`gradient_heatmap"),
     "heatmap-logs": (lambda: plots.gradient_heatmap(np.array([[-INF]])), "not their logarithms"),
     "heatmap-words": (lambda: plots.gradient_heatmap("dL/dh"), "`gradient_heatmap"),
+    "maps-nothing": (lambda: plots.gradient_maps({"a": np.zeros((3, 2))}), r"`gradient_maps\('a'\)`: no gradient"),
+    "maps-level": (lambda: plots.gradient_maps(np.ones((3, 2)), level=1.0), "level=1.0"),
+    "bars-steps": (lambda: plots.weight_gradient_bars([np.ones(3), np.ones(2)]), r"expected arrays \(T, ...\)"),
+    "bars-nothing": (lambda: plots.weight_gradient_bars(np.array([1.0, -1.0])), "add up to no gradient"),
+    "bars-share": (lambda: plots.weight_gradient_bars(np.ones(2), share=1), "share=1"),
     "saliency": (lambda: plots.saliency(np.ones(3)), r"`saliency\(<\(3,\)>\)`: expected \(T, D\)"),
     "saliency-share": (lambda: plots.saliency(np.ones((3, 1)), share=2), "share=2"),
     "fan-lags": (lambda: plots.singular_fan(np.ones((3, 2)), [0, 1]), "one row for each lag"),
@@ -353,8 +371,6 @@ BAD = {
     "timescales-bins": (lambda: plots.timescale_histogram(np.ones(2), bins=0), "bins=0"),
     "training": (lambda: plots.retention_over_training([0, 1], [0], np.ones((1, 2))), r"\(S, L\) = \(2, 1\)"),
     "training-style": (lambda: plots.retention_over_training([0], [0], [[0.0]], style="3d"), "'heatmap' or 'lines'"),
-    "slope": (lambda: plots.slope_against_forget_bias([0, 1], [0.1]), "1 slopes '' for 2 biases"),
-    "slope-nothing": (lambda: plots.slope_against_forget_bias([0, 1], {}), "nothing to draw"),
 }
 
 

@@ -268,3 +268,21 @@ def test_errors():
         analysis.gradient_flossing(cell, params._replace(bias=params.bias * jnp.nan), xs, 2)
     with pytest.raises(ValueError, match=r"`gradient_flossing\(k=4\)`: an exponent is -inf, .* ask for fewer"):
         analysis.gradient_flossing(cell, params._replace(recurrent_kernel=0 * params.recurrent_kernel), xs, 4)
+
+
+def test_sparsity_is_the_mean_of_a_gate_without_the_padding():
+    cell = rnncore.LSTM(4)
+    params, xs, carry = problem(cell)
+    lengths = jnp.array([6, 2])
+
+    def penalty(params, gate="o"):
+        _, _, states = rnncore.unroll(cell, params, xs, initial_carry=carry, seq_lengths=lengths, return_states=True)
+        return analysis.gate_sparsity(states.gates, gate, lengths)
+
+    gates = analysis.trajectory(cell, params, xs, carry).gates
+    close(penalty(params), np.concatenate([gates.o[0], gates.o[1, :2]]).mean())
+    close(analysis.gate_sparsity(gates, "f"), np.mean(gates.f))
+    pushed = jax.tree.map(lambda a, b: a - 20 * b, params, jax.grad(penalty)(params))
+    assert penalty(pushed) < 0.8 * penalty(params)
+    with pytest.raises(ValueError, match="no gate of that name, only i, f, g, o"):
+        analysis.gate_sparsity(gates, "z")

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+import rnncore
+import rnncore.analysis
 from rnncore import initializers
 
 TINY = ("--hidden", "6", "--inputs", "2", "--lags", "12", "--seeds", "2", "--burn-in", "2")
@@ -119,6 +121,17 @@ def test_finite_differences_side_with_the_exact_product(tmp_path):
     assert "verdict: the product of state Jacobians alone" in run.printed
 
 
+def test_terms_of_ones_own_choice_are_those_of_the_run():
+    example = example_runs.load("claim_four_terms")
+    for terms in ((0.1, 0.7, 0.1, 0.1), (0.05, 0.6, -0.1, 0.2)):
+        np.testing.assert_allclose(10 ** example.chosen(*terms, 50), sum(terms) ** np.arange(51), rtol=1e-9)
+        cell, params, carry = example.with_terms(*terms)
+        run = rnncore.analysis.trajectory(cell, params, jax.numpy.zeros((3, 1)), carry)
+        found = rnncore.analysis.lstm_paths(run).terms()
+        named = [found[name] for name in ("via_forget", "forget_direct", "via_input", "via_candidate")]
+        np.testing.assert_allclose(np.ravel(named).reshape(4, -1), np.broadcast_to(np.array(terms)[:, None], (4, 2)))
+
+
 def test_the_adding_problem_has_one_mark_in_each_half():
     example = example_runs.load("claim_four_terms")
     batch = example.draw_batch(np.random.default_rng(0), 500, 11)
@@ -213,7 +226,7 @@ def test_language_model_trains_measures_and_judges(tmp_path, monkeypatch):
 
 def test_language_model_starts_as_pytorch_does():
     example = example_runs.load("claim_language_model")
-    model = example.base.CharacterModel("lstm", 9, 4, 16)
+    model = example.base.LanguageModel("lstm", 9, 4, 16)
     start = example.base.initialise(model, 0)
     cell = example.as_torch(start, 16, 2.0, 0)["rnn"]["cell"]
     kernels = np.concatenate([np.ravel(gate["kernel"]) for gate in cell.values()])

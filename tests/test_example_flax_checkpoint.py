@@ -70,8 +70,8 @@ def test_a_run_that_was_stopped_is_drawn_too(example, small, tmp_path):
 def test_spaces_are_taken_out_and_remembered(example):
     corpus = example._corpus.encode("ab c  d\n", "here")
     tokens = np.concatenate([corpus.train, corpus.validation])
-    tagged = example.without_spaces(tokens, corpus.characters)
-    assert "".join(corpus.characters[t] for t in tagged.tokens) == "abcd"
+    tagged = example.without_spaces(tokens, corpus.vocabulary)
+    assert "".join(corpus.vocabulary[t] for t in tagged.tokens) == "abcd"
     np.testing.assert_array_equal(tagged.spaces, [False, True, True, True])
     said = np.array([True, True, True, False])
     assert example.f1_score(said, tagged.spaces) == pytest.approx(2 / 3)

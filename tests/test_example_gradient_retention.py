@@ -79,7 +79,7 @@ def test_json_holds_settings_versions_losses_and_curves(both):
     assert list(results["networks"]) == ["rnn", "lstm"]
     for network, entry in results["networks"].items():
         assert entry["training"]["steps"] == len(entry["training"]["loss_nats"]) == 3
-        assert entry["training"]["characters_per_second"] > 0
+        assert entry["training"]["tokens_per_second"] > 0
         for stage in STAGES:
             assert tuple(entry[stage]["curves"]) == PATHS[network]
             for curve in entry[stage]["curves"].values():
@@ -172,7 +172,7 @@ def retention_by_hand(kind: str, params: Any, piece: np.ndarray, hidden: int, la
 @pytest.mark.parametrize("kind", ["rnn", "lstm"])
 def test_retention_is_that_of_jax_grad(example, both, kind, stage):
     corpus, lag = example._corpus.load(None), 7
-    model = example.CharacterModel(kind, len(corpus.characters), 4, 6)
+    model = example.LanguageModel(kind, len(corpus.vocabulary), 4, 6)
     params = both.trained[kind] if stage == "trained" else example.initialise(model, 3, 0.5)
     params = jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), params)
     starts = np.linspace(0, len(corpus.validation) - 16, 5).astype(int)
@@ -184,7 +184,7 @@ def test_retention_is_that_of_jax_grad(example, both, kind, stage):
 
 
 def without_times(entry: dict[str, Any]) -> dict[str, Any]:
-    training = {k: v for k, v in entry["training"].items() if k not in ("seconds", "characters_per_second")}
+    training = {k: v for k, v in entry["training"].items() if k not in ("seconds", "tokens_per_second")}
     return {**entry, "training": training}
 
 
@@ -218,8 +218,36 @@ def test_own_text_is_learned(example, text_file, tmp_path):
     assert entry["training"]["loss_nats"][-1] < 1.5 and entry["trained"]["validation_loss_nats"] < 1.5
 
 
+def test_words_are_those_of_the_penn_treebank(example, tmp_path):
+    corpus = example._corpus.encode_words(" no it was n't black monday \n\n it was <unk> \n" * 10, "here", 100)
+    assert corpus.vocabulary[:3] == ["it", "was", "<eos>"] and corpus.unit == "word" and len(corpus.vocabulary) == 8
+    words = [corpus.vocabulary[t] for t in np.concatenate([corpus.train, corpus.validation])]
+    assert words[:11] == "no it was n't black monday <eos> it was <unk> <eos>".split() and len(words) == 110
+    few = example._corpus.encode_words("a a a b b c d\n" * 10, "here", 4)
+    assert few.vocabulary == ["a", "b", "<eos>", "<unk>"]
+    assert [few.vocabulary[t] for t in few.train[:8]] == "a a a b b <unk> <unk> <eos>".split()
+    with pytest.raises(ValueError, match="fewer than two distinct words"):
+        example._corpus.encode_words("word word", "here", 10)
+    (tmp_path / "ptb.txt").write_text("the cat sat on the mat\nthe dog sat\n" * 60, encoding="utf-8")
+    options = [*SMALL, "--steps", "2", "--text", str(tmp_path / "ptb.txt"), "--words", "6", "--cell", "lstm"]
+    code, printed = call(example, *options, "--sparse-output", "0.1", "--out", str(tmp_path / "ptb"))
+    assert code == 0 and "660 words, 6 distinct" in printed and "nats per word" in printed
+    assert read(tmp_path / "ptb")["text"]["words"] == 660
+
+
+def test_the_penalty_is_the_mean_output_gate(example):
+    model = example.LanguageModel("lstm", 5, 3, 4)
+    params, window = example.initialise(model, 0), np.arange(12).reshape(2, 6) % 5
+    plain, (nats, carry) = example.window_loss(model, params, None, window)
+    sparse, (same, _) = example.window_loss(model, params, None, window, 0.5)
+    cell, weights = example.nn.functional(example.CELLS["lstm"](4), params["rnn"]["cell"])
+    xs = params["embedding"]["embedding"][window[:, :-1]]
+    gates = example.analysis.trajectory(cell, weights, xs).gates
+    assert plain == nats == same and sparse - plain == pytest.approx(0.5 * float(gates.o.mean()), rel=1e-5)
+
+
 def test_forget_bias_moves_the_forget_gate_alone(example):
-    model = example.CharacterModel("lstm", 5, 3, 4)
+    model = example.LanguageModel("lstm", 5, 3, 4)
     plain, biased = example.initialise(model, 0), example.initialise(model, 0, 1.5)
     np.testing.assert_array_equal(biased["rnn"]["cell"]["hf"]["bias"], np.full(4, 1.5))
     biased["rnn"]["cell"]["hf"]["bias"] -= 1.5

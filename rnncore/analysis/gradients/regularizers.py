@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -106,6 +106,46 @@ def pascanu_omega(
     some = ratio > 0
     root = jnp.where(some, jnp.sqrt(jnp.where(some, ratio, 1.0)), 0.0)
     return jnp.mean(jnp.sum(jnp.where(counts, (root - 1) ** 2, 0.0), -1))
+
+
+def gate_sparsity(gates: Any, gate: str = "o", seq_lengths: Any = None) -> Array:
+    """A penalty that keeps a gate sparse: the mean of its values, to be added to the loss with a factor.
+
+    penalty = mean over sequences, steps and units of |o_t|
+
+    Closed output gates take the paths through h away and leave the one through the forget gates.
+
+    Args:
+      gates: by name: `states.gates` of `unroll(..., return_states=True)`, or `trajectory(...).gates`.
+      gate: which one.
+      seq_lengths: (*batch), as given to the run: the padding does not count.
+
+    Returns:
+      One number, differentiable in the parameters.
+
+    Raises:
+      ValueError: no gate of that name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell, xs = rnncore.LSTM(4), jnp.ones((2, 5, 3))
+      >>> params = cell.init(jax.random.key(0), 3)
+      >>> def loss(params):
+      ...     carry, _, states = rnncore.unroll(cell, params, xs, return_states=True)
+      ...     return jnp.sum(carry.h ** 2) + 0.1 * analysis.gate_sparsity(states.gates)
+      >>> jax.grad(loss)(params).bias.shape
+      (4, 4)
+    """
+    named = gates._asdict() if hasattr(gates, "_asdict") else gates
+    if not isinstance(named, Mapping) or gate not in named:
+        have = ", ".join(named) if isinstance(named, Mapping) else type(gates).__name__
+        raise ValueError(f"`gate_sparsity(gate={gate!r})`: no gate of that name, only {have}.")
+    values = jnp.abs(named[gate])
+    if seq_lengths is None:
+        return jnp.mean(values)
+    inside = (jnp.arange(values.shape[-2]) < jnp.asarray(seq_lengths)[..., None])[..., None]
+    return jnp.mean(values, where=jnp.broadcast_to(inside, values.shape))
 
 
 def gradient_flossing(

@@ -11,17 +11,13 @@ from rnncore.analysis.run.trajectory import Trajectory
 from rnncore.cells.lstm import LSTM
 
 
-def lstm_of(traj: Trajectory, call: str) -> LSTM:
+def lstm_of(traj: Trajectory, call: str, advice: str = "use path='state'") -> LSTM:
     """The cell of a trajectory, if it is an LSTM; else an error that says what to use instead."""
     cell, name = traj.cell, type(traj.cell).__name__
     if "c" not in traj.fields:
-        raise ValueError(
-            f"`{call}`: {name} carries {', '.join(traj.fields)} and has no cell state c; use path='state'."
-        )
+        raise ValueError(f"`{call}`: {name} carries {', '.join(traj.fields)} and has no cell state c; {advice}.")
     if not isinstance(cell, LSTM) or type(cell).pointwise is not LSTM.pointwise:
-        raise NotImplementedError(
-            f"`{call}`: how h depends on c is known for rnncore.LSTM, not for {name}; use path='state'."
-        )
+        raise NotImplementedError(f"`{call}`: how h depends on c is known for rnncore.LSTM, not for {name}; {advice}.")
     return cell
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.analysis.jacobians.steps import step_coefficients
-from rnncore.analysis.paths._lstm_state import output_slope
+from rnncore.analysis.paths._lstm_state import lstm_of, output_slope
 from rnncore.analysis.paths.gates import Paths, diagonal, row_scaled
 from rnncore.analysis.run.trajectory import Trajectory, check_finite
 from rnncore.cells.lstm import LSTM
@@ -108,12 +108,8 @@ def lstm_paths(traj: Trajectory, *, h0_tied: Array | bool | None = None) -> LSTM
 
 def plain_lstm(traj: Trajectory, call: str) -> None:
     """An error unless the closed forms of an LSTM hold for the cell of a trajectory."""
-    cell, name = traj.cell, type(traj.cell).__name__
     advice = "use `gate_paths(traj)`, which takes every pointwise cell apart"
-    if "c" not in traj.fields:
-        raise ValueError(f"`{call}`: {name} carries {', '.join(traj.fields)} and has no cell state c; {advice}.")
-    if not isinstance(cell, LSTM) or type(cell).pointwise is not LSTM.pointwise:
-        raise NotImplementedError(f"`{call}`: these paths are known for rnncore.LSTM, not for {name}; {advice}.")
+    cell = lstm_of(traj, call, advice)
     if cell.peepholes or cell.coupled:
         what = "peepholes, through which c enters the gates" if cell.peepholes else "a coupled gate, so no input gate"
         raise NotImplementedError(f"`{call}`: this LSTM has {what}, and the four paths are not its own; {advice}.")

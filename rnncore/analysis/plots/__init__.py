@@ -9,12 +9,13 @@ except ImportError as error:
 
 from rnncore.analysis.plots.curves import retention as retention
 from rnncore.analysis.plots.curves import retention_over_training as retention_over_training
-from rnncore.analysis.plots.curves import slope_against_forget_bias as slope_against_forget_bias
 from rnncore.analysis.plots.gates import gate_saturation as gate_saturation
 from rnncore.analysis.plots.gates import path_shares as path_shares
 from rnncore.analysis.plots.gates import timescale_histogram as timescale_histogram
 from rnncore.analysis.plots.gradients import gradient_heatmap as gradient_heatmap
+from rnncore.analysis.plots.gradients import gradient_maps as gradient_maps
 from rnncore.analysis.plots.gradients import saliency as saliency
+from rnncore.analysis.plots.gradients import weight_gradient_bars as weight_gradient_bars
 from rnncore.analysis.plots.spectra import eigenvalues as eigenvalues
 from rnncore.analysis.plots.spectra import lyapunov as lyapunov
 from rnncore.analysis.plots.spectra import lyapunov_convergence as lyapunov_convergence

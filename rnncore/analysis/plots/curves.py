@@ -1,4 +1,4 @@
-"""Retention against lag, against training, against the forget bias."""
+"""Retention against lag and against training."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from rnncore.analysis.plots.style import (
-    GUIDE,
-    LOST,
     edges,
     finish,
     floored,
@@ -207,47 +205,3 @@ def retention_over_training(
     ax = finish(ax, "training step", "lag k (steps)")
     ax.grid(False)
     return ax
-
-
-def slope_against_forget_bias(biases: Any, slopes: Any, *, ax: Axes | None = None) -> Axes:
-    """The slope of ln retention against the forget bias, with the bias above which gradients can grow.
-
-    With i = o = 1/2, orthogonal U_g, c = h = 0 and no input, the largest eigenvalue of an LSTM's step is
-    sigma(b_f) + 1/4, which is 1 at b_f = ln 3.
-
-    Args:
-      biases: (N,) increasing.
-      slopes: (N,) per step, minus the `rate` of a decay or fit; or a mapping from labels, such as input scales,
-        to such slopes.
-      ax: axes to draw into; None makes a new figure.
-
-    Returns:
-      The axes: a line for each label, and guides at slope 0 and b_f = ln 3.
-
-    Raises:
-      ValueError: shapes that do not fit, NaN.
-
-    Example:
-      >>> from matplotlib.figure import Figure
-      >>> from rnncore.analysis import plots
-      >>> ax = plots.slope_against_forget_bias([0, 1, 2], {"x = 0": [-0.29, -0.02, 0.12]}, ax=Figure().subplots())
-      >>> [text.get_text() for text in ax.get_legend().get_texts()]
-      ['x = 0', '$b_f = \\\\ln 3$']
-    """
-    call = "slope_against_forget_bias"
-    biases = increasing(call, "biases", biases)
-    groups = slopes if isinstance(slopes, Mapping) else {"": slopes}
-    if not groups:
-        raise ValueError(f"`{call}(slopes={{}})`: nothing to draw; expected at least one entry.")
-    rows = {
-        str(name): numbers(call, a, 1, "slopes (N,), or a mapping from labels to them") for name, a in groups.items()
-    }
-    for name, row in rows.items():
-        if len(row) != len(biases):
-            raise ValueError(f"`{call}`: {len(row)} slopes {name!r} for {len(biases)} biases; expected one for each.")
-    ax = new_axes(ax)
-    for i, (name, row) in enumerate(zip(rows, floored(ax, list(rows.values()), LOST), strict=True)):
-        ax.plot(biases, row, label=name or None, **line(i, 7))
-    ax.axhline(0.0, **GUIDE)
-    ax.axvline(math.log(3.0), linestyle="--", label=r"$b_f = \ln 3$", **GUIDE)
-    return finish(ax, r"forget bias $b_f$", "slope of ln retention (per step)")

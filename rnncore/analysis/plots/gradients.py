@@ -5,16 +5,31 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import SymLogNorm
+from matplotlib.figure import Figure
 
-from rnncore.analysis.plots.style import COLOURS, GUIDE, diverging_map, edges, finish, floored, new_axes, numbers
+from rnncore.analysis.plots.style import (
+    COLOURS,
+    GUIDE,
+    OKABE_ITO,
+    diverging_map,
+    edges,
+    finish,
+    floored,
+    named,
+    new_axes,
+    numbers,
+)
 from rnncore.analysis.retention.window import effective_window
 
 DECADES = 8
 """How far below the largest entry the logarithmic colours begin, unless told."""
+PALE = "Blues"
+"""From white, for pictures that are mostly empty."""
 
 
 def gradient_heatmap(
@@ -73,6 +88,126 @@ def _ticks(low: float, high: float) -> list[float]:
     top, bottom = math.floor(math.log10(high) + 1e-9), math.ceil(math.log10(low) - 1e-9)
     powers = [10.0**p for p in range(top, bottom - 1, -max(1, math.ceil((top - bottom + 1) / 4)))]
     return [-p for p in powers] + [0.0] + powers[::-1]
+
+
+def gradient_maps(
+    gradients: Any, *, level: float = 0.01, decades: float = 4.0, first: int = 1, figure: Figure | None = None
+) -> Figure:
+    """Several networks, one above the other: the size of dL/dh_t, time by unit, and how far back it reaches.
+
+    colour: log10 (|dL/dh_t| / max |dL/dh|), from white where nothing is left to dark
+    reach:  steps from the first with ||dL/dh_t|| >= level max_t ||dL/dh_t|| to the last, marked by a line
+
+    Args:
+      gradients: a mapping from the names of networks to (T, H), one sequence of a field of `state_gradients`.
+      level: the part of the largest norm that counts as arriving.
+      decades: how far the colours go down.
+      first: the number of the first step; 0 where the initial state is among them.
+      figure: to draw into; None makes a new one.
+
+    Returns:
+      The figure, one pair of axes for each network and the colour bar.
+
+    Raises:
+      ValueError: another shape, numbers that are not finite, no gradient at all; a level outside 0 to 1, no decades.
+
+    Example:
+      >>> import numpy as np
+      >>> from matplotlib.figure import Figure
+      >>> from rnncore.analysis import plots
+      >>> fading, lasting = 0.5 ** np.arange(40)[::-1, None], 0.99 ** np.arange(40)[::-1, None]
+      >>> figure = plots.gradient_maps({"RNN": fading * np.ones(3), "LSTM": lasting * np.ones(3)}, figure=Figure())
+      >>> [axes.get_title(loc="left") for axes in figure.axes[:2]]
+      ['RNN: above 1 % of its largest in the last 7 of 40 steps', 'LSTM: above 1 % of its largest in all 40 steps']
+    """
+    if not 0 < level < 1 or not 0 < decades < math.inf:
+        raise ValueError(
+            f"`gradient_maps(level={level}, decades={decades})`: expected 0 < level < 1 and decades above 0."
+        )
+    found = {}
+    for name, one in named("gradient_maps", gradients).items():
+        sizes = np.abs(_finite("gradient_maps", one, "(T, H), one sequence, by the name of the network"))
+        if not sizes.any():
+            raise ValueError(f"`gradient_maps({name!r})`: no gradient at any step, there is nothing to show.")
+        found[name] = sizes / sizes.max()
+    if figure is None:
+        import matplotlib.pyplot as plt
+
+        figure = plt.figure(figsize=(9.0, 0.8 + 1.9 * len(found)), layout="constrained")
+    panels = figure.subplots(len(found), squeeze=False)[:, 0]
+    mesh: Any = None
+    for ax, (name, sizes) in zip(panels, found.items(), strict=True):
+        steps, units = sizes.shape
+        with np.errstate(divide="ignore"):
+            logs = np.maximum(np.log10(sizes), -decades)
+        mesh = ax.pcolormesh(
+            edges(np.arange(steps, dtype=float) + first), edges(np.arange(units, dtype=float)), logs.T, vmin=-decades,
+            vmax=0, cmap=PALE, rasterized=True,
+        )  # fmt: skip
+        norms = np.linalg.norm(sizes, axis=-1)
+        begin = int(np.argmax(norms >= level * norms.max()))
+        reach = f"the last {steps - begin} of {steps}" if begin else f"all {steps}"
+        ax.set_title(f"{name}: above {100 * level:g} % of its largest in {reach} steps", loc="left", fontsize="medium")
+        if begin:
+            ax.axvline(first + begin - 0.5, color=OKABE_ITO["vermillion"], linewidth=1.8)
+        ax.set_ylabel("unit")
+    panels[-1].set_xlabel("step t")
+    bar = figure.colorbar(mesh, ax=list(panels), ticks=range(-math.floor(decades), 1), aspect=30)
+    bar.ax.set_yticklabels([f"$10^{{{power}}}$" for power in range(-math.floor(decades), 0)] + ["1"])
+    bar.set_label(r"$|dL/dh_t|$ over its largest")
+    return figure
+
+
+def weight_gradient_bars(parameters: Any, *, share: float = 0.99, first: int = 1, ax: Axes | None = None) -> Axes:
+    """What every step adds to the gradient of the weights, and the step at which it is spent.
+
+    bars:  ||g_t||_2,   dL/dtheta = g_1 + ... + g_T
+    spent: at the first t with ||g_1 + ... + g_t|| > (1 - share) ||dL/dtheta||; what lies before makes less difference
+
+    Args:
+      parameters: arrays (T, ...), as `per_step_parameter_gradients` returns them, or some of them; with `norms` the
+        sums are those of norms.
+      share: of the whole, above 0 and below 1.
+      first: the number of the first step.
+      ax: axes to draw into; None makes a new figure.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: arrays of different T, numbers that are not finite, no gradient at all; a share outside 0 to 1.
+
+    Example:
+      >>> import numpy as np
+      >>> from matplotlib.figure import Figure
+      >>> from rnncore.analysis import plots
+      >>> ax = plots.weight_gradient_bars(np.array([[1e-9], [1e-3], [1.0]]), ax=Figure().subplots())
+      >>> ax.get_legend().get_texts()[0].get_text()
+      '99 % of it is spent by step 3, counted from the end'
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"`weight_gradient_bars(share={share})`: expected more than 0 and less than 1.")
+    leaves = [np.asarray(a, np.float64) for a in jax.tree.leaves(parameters)]
+    if not leaves or any(a.ndim < 1 or len(a) != len(leaves[0]) for a in leaves):
+        raise ValueError(
+            f"`weight_gradient_bars(<{', '.join(str(a.shape) for a in leaves)}>)`: expected arrays (T, ...), one entry "
+            "for each step, as `per_step_parameter_gradients` returns them."
+        )
+    values = np.concatenate([a.reshape(len(a), -1) for a in leaves], -1)
+    values = _finite("weight_gradient_bars", values, "arrays (T, ...) with at least one step")
+    norms, before = np.linalg.norm(values, axis=-1), np.linalg.norm(np.cumsum(values, 0), axis=-1)
+    if not before[-1]:
+        raise ValueError("`weight_gradient_bars(...)`: the steps add up to no gradient, there is nothing to spend.")
+    spent = int(np.argmax(before > (1 - share) * before[-1]))
+    ax, steps = new_axes(ax), np.arange(len(norms)) + first
+    ax.bar(steps, norms, width=0.85, color=COLOURS[0], zorder=2.5)
+    ax.axvline(
+        steps[spent] - 0.5, color=COLOURS[1], linewidth=1.8, linestyle=(0, (6, 2)),
+        label=f"{100 * share:.3g} % of it is spent by step {steps[spent]}, counted from the end",
+    )  # fmt: skip
+    ax = finish(ax, "step t", r"$\|g_t\|_2$, what step t adds to $dL/d\theta$", legend=False)
+    ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), frameon=False)
+    return ax
 
 
 def saliency(gradients: Any, *, share: float = 0.9, first: int = 1, ax: Axes | None = None) -> Axes:

@@ -92,14 +92,18 @@ def _measured(
 ) -> Array:  # fmt: skip
     """The loop over steps; norms are taken at the wanted lags only, some of them are dear."""
     steps = lags[-1]
-    wanted = np.isin(np.arange(1, steps + 1), lags)
+    stretches = _stretches(block, steps)
+    # Pieces of one size, so that they compile once for each number of rows; what is beyond the last step is cut off.
+    size = FIRST if len(stretches) > 1 else steps
+    now = jax.tree.map(lambda a: jnp.pad(a, [(0, -steps % max(size, 1))] + [(0, 0)] * (a.ndim - 1), "edge"), now)
+    wanted = jnp.asarray(np.isin(np.arange(1, steps + max(size, 1)), lags))
     with jax.default_matmul_precision("highest"):
         state = renormalise(block, jnp.zeros(block.shape[:1], jnp.int32))
         logs = [(make(traj)(state[0], beside) + nats(state[1], state[0].dtype))[None]]
-        for first, after in _stretches(block, steps):
-            piece = jax.tree.map(lambda a, first=first, after=after: a[first:after], now)
-            state, values = _stretch(traj, state, piece, jnp.asarray(wanted[first:after]), direction, make)
-            logs.append(values)
+        for first, after in stretches:
+            for begin in range(first, after, size):
+                state, values = _stretch(traj, state, (now, wanted), begin, direction, make, size)
+                logs.append(values)
             if after < steps:
                 state = (_fewer_rows(state[0]), state[1])
     return jnp.concatenate(logs)[np.asarray(lags)]
@@ -115,9 +119,10 @@ def _stretches(block: Array, steps: int) -> list[tuple[int, int]]:
     return list(zip(ends[:-1], ends[1:], strict=True))
 
 
-@functools.partial(jax.jit, static_argnames=("direction", "make"))
-def _stretch(traj: Trajectory, state: Any, now: Any, wanted: Array, direction: Any, make: Make) -> Any:
-    """((block, exponent) after some steps, what was measured after each)."""
+@functools.partial(jax.jit, static_argnames=("direction", "make", "size"))
+def _stretch(traj: Trajectory, state: Any, now: Any, begin: Any, direction: Any, make: Make, size: int) -> Any:
+    """((block, exponent) after `size` steps from `begin` on, what was measured after each)."""
+    now = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, begin, size), now)
     through, measure = direction(flat(traj).step), make(traj)
 
     def step(state: Any, now: Any) -> Any:
@@ -132,7 +137,7 @@ def _stretch(traj: Trajectory, state: Any, now: Any, wanted: Array, direction: A
         value = jax.lax.cond(want, measured, lambda: nothing)
         return (block, exponent), value
 
-    return jax.lax.scan(step, state, (now, wanted))
+    return jax.lax.scan(step, state, now)
 
 
 def _fewer_rows(block: Array) -> Array:
