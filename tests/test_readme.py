@@ -1,5 +1,6 @@
 """Every Python block of the README and of the guides runs, in order, on names that the text introduces."""
 
+import importlib
 import re
 from pathlib import Path
 
@@ -16,24 +17,42 @@ KERNELS = README.parent / "docs" / "kernels.md"
 CPP = README.parent / "docs" / "cpp.md"
 
 
-def test_python_blocks_run(capsys, tmp_path, monkeypatch):
+def blocks_of(page: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def test_python_blocks_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert len(blocks) == 5
-    flax_cell = linen.LSTMCell(6)
+    flax, gradients, own = blocks_of(README)
     xs = jnp.ones((2, 101, 3))
-    sequence = {"xs": jnp.ones((3, 7, 32)), "lengths": jnp.array([7, 0, 3]), "episode_starts": jnp.zeros((3, 7), bool)}
-    model = linen.RNN(flax_cell)
+    model = linen.RNN(linen.LSTMCell(6))
     variables = model.init(jax.random.key(0), xs)
-    whole = {"model": model, "variables": variables, "batch": xs, "loss": lambda ys, batch: jnp.mean(ys[:, -1] ** 2)}
-    trained = {"xs": xs, "flax_cell": flax_cell, "trained_params": variables["params"]}
-    before = {1: sequence, 3: sequence, 4: whole | trained}
-    names: dict = {}
-    for index, block in enumerate(blocks):
-        names |= before.get(index, {})
-        exec(compile(block, f"README block {index}", "exec"), names)
-    assert "backend 'scan'" in capsys.readouterr().out
+    names: dict = {"model": model, "variables": variables, "batch": xs}
+    names["loss"] = lambda ys, batch: jnp.mean(ys[:, -1] ** 2)
+    for block in (flax, gradients, own):
+        exec(compile(block, "README block", "exec"), names)
     assert names["curve"].log10.shape == (2, 100) and (tmp_path / "page.html").exists()
+    assert names["ys"].shape == (8, 100, 128)
+
+
+@pytest.mark.parametrize(("page", "count"), [("sequences", 2), ("cells", 1)])
+def test_python_blocks_of_the_pages_on_sequences_and_cells_run(page: str, count: int, capsys):
+    blocks, names = blocks_of(README.parent / "docs" / f"{page}.md"), {}
+    assert len(blocks) == count
+    for block in blocks:
+        exec(compile(block, f"{page} block", "exec"), names)
+    assert "backend 'scan'" in capsys.readouterr().out or page == "cells"
+    assert names["ys"].shape == {"sequences": (3, 7, 128), "cells": (8, 100, 128)}[page]
+
+
+def test_links_of_the_readme_and_the_pages_lead_somewhere():
+    missing = []
+    for page in [README, *(README.parent / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+            if "://" not in target and not (page.parent / target).exists():
+                missing.append(f"{page.name}: {target}")
+    assert not missing
+    assert len(README.read_text().splitlines()) <= 120
 
 
 def test_python_blocks_of_the_migration_guide_run():
@@ -77,3 +96,16 @@ def test_python_blocks_of_the_pages_on_learning_online_and_on_structures_run(pag
         assert names["losses"].shape == (1000,) and names["losses"][-1] < names["losses"][0]
     else:
         assert names["ys"].shape == (2, 5, 8) and names["cortex"].hidden_size == 100
+
+
+def test_the_page_of_the_api_names_everything_public():
+    page = set(re.findall(r"^::: (\S+)$", (README.parent / "docs" / "api.md").read_text(), re.MULTILINE))
+    missing = []
+    for name in ("rnncore", "rnncore.analysis", "rnncore.analysis.plots", "rnncore.online", "rnncore.training"):
+        module = importlib.import_module(name)
+        for own in dir(module):
+            made_in = getattr(getattr(module, own), "__module__", "")
+            helper = name == "rnncore.training" and made_in != name
+            if not own.startswith("_") and str(made_in).startswith("rnncore") and not helper:
+                missing += [f"{name}.{own}"] if f"{name}.{own}" not in page else []
+    assert not missing

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import compact, earlier, gpu, others, plots, whole
+from benchmarks.report import compact, earlier, front_door, gpu, others, plots, whole
 from benchmarks.report.results import Results, read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -42,6 +42,9 @@ def cpu(table: Callable[..., str | None], measurement: str) -> tuple[Table, str]
 # By document: the tables that it has to have, by marker, and the command that measures what they show.
 TABLES: dict[str, dict[str, tuple[Table, str]]] = {
     "README.md": {
+        "front-door": (of_object("front door", front_door.table), "python -m benchmarks.front_door --out FILE"),
+    },
+    "docs/performance.md": {
         "cpu-gradient": cpu(compact.cpu, "gradient"),
         "cpu-forward": cpu(compact.cpu, "forward"),
         "memory": (others.memory, "python -m benchmarks.memory"),
@@ -62,6 +65,7 @@ TABLES: dict[str, dict[str, tuple[Table, str]]] = {
 }  # fmt: skip
 # The same of the plots.
 PICTURES: dict[str, dict[str, str]] = {
+    "README.md": {"plot-front-door": "python -m benchmarks.front_door --out FILE"},
     "benchmarks/README.md": {
         "plot-speed": "python -m benchmarks.run --tag cpu", "plot-retention": "python -m benchmarks.retention",
     }

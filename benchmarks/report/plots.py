@@ -9,7 +9,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import compact, words
+from benchmarks.report import compact, front_door, words
 from benchmarks.report.results import Record, Results
 from rnncore._command import timing
 
@@ -142,6 +142,8 @@ PLOTS: dict[str, tuple[Any, Any, str, str]] = {
                    "Speed of a gradient step relative to the best JAX peer, by shape"),
     "plot-retention": (retention, draw_retention, "benchmarks/plots/retention.png",
                        "Share of a gradient left by steps back, for every cell and initialisation"),
+    "plot-front-door": (front_door.steps, front_door.draw_steps, "docs/front_door.png",
+                        "Speed of a training step of Flax, PyTorch and rnncore, by shape, in terms of Flax's"),
 }  # fmt: skip
 
 

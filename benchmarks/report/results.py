@@ -29,7 +29,7 @@ FIELDS: dict[str, set[str]] = {
     "end": {"finished", "interrupted", "reason"},
 }  # fmt: skip
 # Results that are one JSON object, by the name of their benchmark.
-OBJECTS = ("migration", "analysis")
+OBJECTS = ("migration", "analysis", "front door")
 
 
 @dataclasses.dataclass

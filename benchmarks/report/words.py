@@ -10,7 +10,7 @@ from benchmarks.peers.reference import FORMS
 from benchmarks.report.results import Record, Run
 from benchmarks.workloads import WORKLOADS
 
-NOISE = "The machine is shared: read differences below 5 % as nothing."
+NOISE = "The machine is shared: treat differences under 5 % as noise."
 NONE = "-"
 # What JAX itself and its libraries call themselves in a record's library; ours and those of other frameworks are not.
 JAX_PEERS = ("flax", "haiku", "equinox", "jax")
