@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import rnncore
-from benchmarks import timing
 from rnncore import parallel
+from rnncore._command import timing
 
 ROOT = Path(__file__).parents[1]
 FEATURES, HIDDEN, LIMIT = 4, 16, 100
@@ -101,7 +101,9 @@ def times(steps: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
                 key: jax.jit(run if what == "forward" else jax.grad(lambda p, run=run, d=dys: jnp.sum(d * run(p))))
                 for key, run in runs.items()
             }
-            calls: dict[str, Any] = {key: (lambda program=program, p=params: program(p)) for key, program in programs.items()}
+            calls: dict[str, Any] = {
+                key: (lambda program=program, p=params: program(p)) for key, program in programs.items()
+            }
             for call in calls.values():
                 jax.block_until_ready(call())
             turns = timing.take_turns(calls, rounds, seconds)

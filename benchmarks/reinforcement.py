@@ -20,9 +20,9 @@ import numpy as np
 import optax
 
 import rnncore
-from benchmarks import timing
 from benchmarks.parallel import write_table
 from rnncore import linen
+from rnncore._command import timing
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "examples"))

@@ -99,7 +99,8 @@ def window_loss(
 ) -> tuple[jax.Array, tuple[jax.Array, Any]]:
     """(the loss of a window (B, T + 1), (its nats per token, last carry))."""
     sparse = sparse_output > 0 and model.kind == "lstm"
-    carry, logits, gates = model.apply({"params": params}, window[:, :-1], carry, gates=sparse)
+    found: Any = model.apply({"params": params}, window[:, :-1], carry, gates=sparse)
+    carry, logits, gates = found
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, window[:, 1:]).mean()
     return nats + (sparse_output * analysis.gate_sparsity(gates) if sparse else 0.0), (nats, carry)
 

@@ -106,8 +106,8 @@ def _higher_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Ar
     """`_tangent` as a function of all it is handed, as JAX differentiates it."""
     held, moved = parted(loop.held, flat)
     with jax.default_matmul_precision(loop.request.precision):
-        tangents = loop.differentiable_at(which, moved)
-        return _inexact(loop, loop.backend.plain_tangent_from_residuals(loop.request, *held, tangents))
+        found = loop.backend.plain_tangent_from_residuals(*(loop.request, *held, loop.differentiable_at(which, moved)))
+    return _inexact(loop, found)
 
 
 def _transposed(tangent: Callable, loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> Any:
