@@ -74,11 +74,12 @@ if TYPE_CHECKING:
     from rnncore import linen as linen
     from rnncore import nnx as nnx
     from rnncore import online as online
+    from rnncore import parallel as parallel
     from rnncore import training as training
 
 __version__ = "0.1.0"
 
-_LAZY = ("analysis", "gpu", "linen", "nnx", "online", "training")
+_LAZY = ("analysis", "gpu", "linen", "nnx", "online", "parallel", "training")
 """Modules that are imported when they are first asked for: they bring Flax or optax, or take a while."""
 
 if not TYPE_CHECKING:

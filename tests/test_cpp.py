@@ -371,6 +371,16 @@ def test_gradient_of_a_vmap_and_checkpoint():
     cases.assert_close(gradient(CPP), gradient(SCAN), cases.FLOAT64)
 
 
+def test_vmap_over_parameters_of_a_run_alone():
+    cell = rnncore.GRU(3)
+    several = jax.vmap(lambda key: cell.init(key, 2))(jax.random.split(jax.random.key(0), 2))
+    xs = jax.random.normal(jax.random.key(1), (4, 2))
+    found = jax.vmap(lambda params: rnncore.unroll(cell, params, xs, backend="cpp")[1])(several)
+    for n, ys in enumerate(found):
+        one = jax.tree.map(lambda a, n=n: a[n], several)
+        np.testing.assert_allclose(ys, rnncore.unroll(cell, one, xs, backend="scan")[1], rtol=1e-6, atol=1e-7)
+
+
 def test_vmap_over_nothing():
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case, batch=(1, 2))

@@ -35,6 +35,16 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert names["ys"].shape == (8, 100, 128)
 
 
+def test_python_blocks_of_the_recipes_run():
+    names: dict = {}
+    with jax.enable_x64(False):
+        for block in blocks_of(README.parent / "docs" / "recipes.md"):
+            exec(compile(block, "recipe", "exec"), names)
+    assert names["losses"][-1] < 0.2 * names["losses"][0]
+    assert jnp.abs(names["pieces"] - names["whole"]).max() < 1e-6
+    assert names["outputs"].shape == (4, 8, 12, 16) and names["gradients"].bias.shape == (3, 16)
+
+
 @pytest.mark.parametrize(("page", "count"), [("sequences", 2), ("cells", 1)])
 def test_python_blocks_of_the_pages_on_sequences_and_cells_run(page: str, count: int, capsys):
     blocks, names = blocks_of(README.parent / "docs" / f"{page}.md"), {}
@@ -47,7 +57,7 @@ def test_python_blocks_of_the_pages_on_sequences_and_cells_run(page: str, count:
 
 def test_links_of_the_readme_and_the_pages_lead_somewhere():
     missing = []
-    for page in [README, *(README.parent / "docs").glob("*.md")]:
+    for page in [README, README.with_suffix(".zh.md"), *(README.parent / "docs").glob("*.md")]:
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             if "://" not in target and not (page.parent / target).exists():
                 missing.append(f"{page.name}: {target}")
@@ -101,7 +111,8 @@ def test_python_blocks_of_the_pages_on_learning_online_and_on_structures_run(pag
 def test_the_page_of_the_api_names_everything_public():
     page = set(re.findall(r"^::: (\S+)$", (README.parent / "docs" / "api.md").read_text(), re.MULTILINE))
     missing = []
-    for name in ("rnncore", "rnncore.analysis", "rnncore.analysis.plots", "rnncore.online", "rnncore.training"):
+    parts = ("analysis", "analysis.plots", "online", "parallel", "training")
+    for name in ("rnncore", *(f"rnncore.{part}" for part in parts)):
         module = importlib.import_module(name)
         for own in dir(module):
             made_in = getattr(getattr(module, own), "__module__", "")

@@ -199,9 +199,10 @@ def _primitive(name: str, function: Callable, plain: Callable, higher: Callable,
 
 def _shared(loop: Loop, maps: tuple, which: Any) -> bool:
     """Whether many tangents or cotangents are of one run: an opaque call would have to have its own copy for each."""
-    if not maps or any(d is not None for dims in maps for d in dims[: loop.count]):
+    if not maps or not loop.backend.opaque or loop.residuals is None:
         return False
-    return loop.backend.opaque and loop.residuals is not None and loop.backend.residuals_move(loop.request)
+    held = [d for dims in maps for d in dims[: loop.count]]
+    return all(d is None for d in held) and loop.backend.residuals_move(loop.request)
 
 
 run_p = _primitive("run", _run, _run_plain, _run_with_residuals, batching.run_roles)
