@@ -206,6 +206,7 @@ def _take_turns(
             record, ms = found[key], turn["ms"][0]
             if "bound" not in record:
                 write("round", **shared, **record, ms=ms, us_per_step=ms * 1e3 / steps)
+
     try:
         timing.take_turns(
             calls, settings.rounds, settings.seconds, lambda: tick(1), waits=waits, turns=turns,
@@ -231,9 +232,7 @@ def forget() -> None:
     gc.collect()
 
 
-def plan_case(
-    case: Case, entries: Sequence[tuple[Peer, str]], with_bounds: bool, quick: bool, write: Write
-) -> Plan:
+def plan_case(case: Case, entries: Sequence[tuple[Peer, str]], with_bounds: bool, quick: bool, write: Write) -> Plan:
     """The plan of a case; a contender that cannot run it leaves its record at once."""
     able = []
     for peer, contender in entries:

@@ -123,10 +123,7 @@ def single_steps(rounds: int, seconds: float) -> list[dict[str, Any]]:
         variables = theirs.init(jax.random.key(0), h, xs[0])
         functions: dict[str, Any] = {
             "by hand": (params, lambda p, h, x: by_hand(p, h, x)),
-            "ours": (
-                params,
-                lambda p, h, x, cell=cell: cell.step(p, rnncore.HiddenCarry(h), cell.project(p, x))[0].h,
-            ),
+            "ours": (params, lambda p, h, x, cell=cell: cell.step(p, rnncore.HiddenCarry(h), cell.project(p, x))[0].h),
             "Flax's cell": (variables, lambda p, h, x, c=theirs: c.apply(p, h, x)[0]),
             "our linen cell": (variables, lambda p, h, x, c=layer: c.apply(p, h, x)[0]),
         }

@@ -315,7 +315,13 @@ _W11 = tuple(
 
 _W12 = tuple(
     Workload(
-        f"W12-H{hidden}", "this project: float32 layers of the usual sizes", "lstm", 64, 512, hidden, hidden,
+        f"W12-H{hidden}",
+        "this project: float32 layers of the usual sizes",
+        "lstm",
+        64,
+        512,
+        hidden,
+        hidden,
         tags=frozenset({"gpu"}),
     )
     for hidden in (256, 512)

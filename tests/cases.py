@@ -163,6 +163,7 @@ test_reference.py runs all."""
 FLOAT64 = 1e-12
 """Tolerance of `assert_close` for two ways to the same number in float64; errors seen are below 1e-13."""
 
+
 def rows(ids: Sequence[str] = (), every_backend: bool = False) -> list[Any]:
     """pytest parameters (case, backend).
 

@@ -22,9 +22,7 @@ def step(backend):
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
     def loss(params, xs, lengths, resets):
-        carry, ys = rnncore.unroll(
-            CELL, params, xs, seq_lengths=lengths, resets=resets, backend=backend
-        )
+        carry, ys = rnncore.unroll(CELL, params, xs, seq_lengths=lengths, resets=resets, backend=backend)
         return jax.lax.psum(jnp.sum(jnp.sin(ys)) + jnp.sum(jnp.cos(carry.h)), "data")
 
     specs = (P(), P("data"), P("data"), P("data"))

@@ -197,9 +197,7 @@ def check_layers(problem: Problem) -> None:
             flax_nnx.replace_by_pure_dict(state, tree)
             last, ys = flax_nnx.merge(graph, state, rest)(turn(xs), **call, **given)
         ends, ys = jax.tree.leaves(last), back(ys)
-        total = jnp.vdot(ys, d_out) + sum(
-            jnp.vdot(a, b) for a, b in zip(ends, jax.tree.leaves(d_lasts), strict=True)
-        )
+        total = jnp.vdot(ys, d_out) + sum(jnp.vdot(a, b) for a, b in zip(ends, jax.tree.leaves(d_lasts), strict=True))
         return total, (ends, ys)
 
     step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))

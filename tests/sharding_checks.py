@@ -1,6 +1,6 @@
 """Checks on eight virtual devices; `test_sharding.py` runs them in a process for each backend.
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharding_checks.py scan shard_map pmap
+XLA_FLAGS=--xla_force_host_platform_device_count=8 python tests/sharding_checks.py scan shard_map pmap
 """
 
 import functools

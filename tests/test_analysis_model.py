@@ -286,9 +286,7 @@ def test_trajectory_and_functional_take_modules():
     _, ys = rnncore.unroll_stack(stack, weights, XS)
     close(found["forward_1"].carries.h[:, 1:], ys, EXACT)
     rngs = fnnx.Rngs(0)
-    close(
-        analysis.trajectory(rnn := nnx.RNN(nnx.GRUCell(D, H, rngs=rngs, **F64)), XS).carries.h[:, 1:], rnn(XS), EXACT
-    )
+    close(analysis.trajectory(rnn := nnx.RNN(nnx.GRUCell(D, H, rngs=rngs, **F64)), XS).carries.h[:, 1:], rnn(XS), EXACT)
     assert nnx.functional(rnn)[0] == rnncore.GRU(H)
     assert nnx.functional(nnx.LSTM(D, H, rngs=rngs))[0] == nnx.LSTM(D, H, rngs=rngs).stack
     assert linen.functional(layer, variables["params"])[0][0] == rnncore.GRU(H)

@@ -142,8 +142,15 @@ def test_the_whole_table_has_every_contender_and_bound(tmp_path):
 
 
 def test_missing_contenders_stand_together_where_their_reason_is_one(tmp_path):
-    gone = [missing("haiku", "no GPU"), missing("torch", "no GPU"), *(missing("flax", "out of memory", w, d) for w, d in
-            (("S1", "float32"), ("S2", "float32"), ("S2", "float16"), ("S3", "float32"))), missing("x", "why", "S4")]
+    gone = [
+        missing("haiku", "no GPU"),
+        missing("torch", "no GPU"),
+        *(
+            missing("flax", "out of memory", w, d)
+            for w, d in (("S1", "float32"), ("S2", "float32"), ("S2", "float16"), ("S3", "float32"))
+        ),
+        missing("x", "why", "S4"),
+    ]
     run = results(tmp_path, [head(), time("torch", TORCH), *gone, end()]).runs[0]
     records = [time("torch", TORCH, name) for name in ("S1", "S2", "S3")]
     assert words.missing(run, records).splitlines()[2:] == [
@@ -250,8 +257,10 @@ def test_memory_and_compile_tables(tmp_path):
     memory = {"record": "memory", "policy": "recompute='chunk'", "shape_BTDH": [64, 1024, 256, 256],
               "ms": [3.0, 4.0, 5.0], "median_ms": 4.0, "temporary_bytes": 2**21,
               "times_flax_time": 1.1, "times_flax_memory": 0.2}  # fmt: skip
-    compiling = [{"record": "compile", "contender": who, "T": t, "compile_seconds": s}
-                 for who, t, s in (("any", 8192, [1.1, 1.2, 1.3]), ("any", 128, [1.0, 1.0, 2.0]), ("flax", 128, [0.5]))]
+    compiling = [
+        {"record": "compile", "contender": who, "T": t, "compile_seconds": s}
+        for who, t, s in (("any", 8192, [1.1, 1.2, 1.3]), ("any", 128, [1.0, 1.0, 2.0]), ("flax", 128, [0.5]))
+    ]
     found = results(tmp_path, [head(), memory, *compiling, end()])  # these name no run: that above is theirs
     assert rows(others.memory(found))[1] == ["recompute='chunk'", "(64, 1024, 256, 256)", "4.00", "1.10", "2", "0.20"]
     assert rows(others.compiling(found)) == [

@@ -159,8 +159,11 @@ def test_records_are_what_the_report_reads(tmp_path, capsys):
     results = read([path])
     (run,) = results.runs
     told = [(r["cell"], r["initialisation"], r["path"]) for r in run.of("retention")]
-    assert told == [("LSTM", name, way) for name in ("Flax defaults", "critical forget bias 1.0986", "chrono(10)")
-                    for way in ("state", "cell")] + [("GRU", "Flax defaults", "state"), ("GRU", "chrono(10)", "state")]
+    assert told == [
+        ("LSTM", name, way)
+        for name in ("Flax defaults", "critical forget bias 1.0986", "chrono(10)")
+        for way in ("state", "cell")
+    ] + [("GRU", "Flax defaults", "state"), ("GRU", "chrono(10)", "state")]
     assert run.complete and run.head["tag"] == "retention" and run.machine["versions"]["jax"] == jax.__version__
     assert others.retention(results).count("\n| ") == 8 and set(plots.retention(results)["curves"]) == {"LSTM", "GRU"}
     printed = capsys.readouterr()

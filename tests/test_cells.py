@@ -131,9 +131,7 @@ def test_mgu(reset_gate: bool):
 
 
 @pytest.mark.parametrize(
-    "cell",
-    [rnncore.LSTM(1), rnncore.GRU(1), rnncore.MGU(1), rnncore.ResetBeforeGRU(1)],
-    ids=lambda c: type(c).__name__,
+    "cell", [rnncore.LSTM(1), rnncore.GRU(1), rnncore.MGU(1), rnncore.ResetBeforeGRU(1)], ids=lambda c: type(c).__name__
 )
 def test_gate_and_activation_functions_are_used(cell: Any):
     count = len(cell.gates)
@@ -213,9 +211,7 @@ def test_initialisers_of_the_user_are_called_with_the_shapes_of_the_docstring():
 
 
 @pytest.mark.parametrize(
-    "cell",
-    [rnncore.GRU(4), rnncore.LSTM(4, peepholes=True), rnncore.ResetBeforeGRU(4)],
-    ids=lambda c: type(c).__name__,
+    "cell", [rnncore.GRU(4), rnncore.LSTM(4, peepholes=True), rnncore.ResetBeforeGRU(4)], ids=lambda c: type(c).__name__
 )
 def test_step_is_update_and_output(cell: Any):
     params = cell.init(KEY, 3)

@@ -306,9 +306,7 @@ def test_long_sums_of_weight_gradients():
     @jax.jit
     def gradient(params: Any, xs: Any) -> Any:
         backend = "cpp" if xs.dtype == jnp.float32 else "scan"
-        return jax.grad(lambda p: rnncore.unroll(cell, p, xs, backend=backend)[1].sum())(
-            params
-        )
+        return jax.grad(lambda p: rnncore.unroll(cell, p, xs, backend=backend)[1].sum())(params)
 
     got, want = gradient(params, xs), gradient(*jax.tree.map(lambda a: a.astype(jnp.float64), (params, xs)))
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -549,9 +547,7 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
 
     doubled = Doubled(4)
     with pytest.raises(NotImplementedError, match="Doubled has a `project` of its own"):
-        rnncore.unroll(
-            doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp"
-        )
+        rnncore.unroll(doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp")
     fresh = cases.Case("fresh", First(7), None)
     monkeypatch.setattr(compiler, "_names", {})
     monkeypatch.setenv("RNNCORE_CACHE_DIR", "/nothing/here")

@@ -20,13 +20,47 @@ import rnncore
 MODULES = sorted(m.name for m in pkgutil.walk_packages(rnncore.__path__, "rnncore."))
 PUBLIC = {name: getattr(rnncore, name) for name in rnncore.__all__}
 # What a caller gets and never makes needs no example; its fields are what it has to say.
-RESULTS = ("CellParams", "HiddenCarry", "LSTMCarry", "LSTMPParams", "SLSTMCarry", "States", "BackendChoice",
-           "StackParams")
+RESULTS = (
+    "CellParams",
+    "HiddenCarry",
+    "LSTMCarry",
+    "LSTMPParams",
+    "SLSTMCarry",
+    "States",
+    "BackendChoice",
+    "StackParams",
+)
 INITIALIZERS = ("per_gate", "forget_bias", "chrono", "uniform_gate", "critical_forget_bias")
-FUNCTIONS = ("unroll", "explain_backend", "unroll_stack", "from_torch", "to_torch", "from_keras", "to_keras",
-             "from_haiku", "to_haiku", "from_equinox", "to_equinox", "foreign_cell")
-CELLS = ("Elman", "IndRNN", "Leaky", "MinGRU", "MinLSTM", "RGLRU", "SLSTM", "LSTM", "LSTMP", "GRU", "MGU",
-         "LayerNormLSTM", "LayerNormGRU", "ResetBeforeGRU")
+FUNCTIONS = (
+    "unroll",
+    "explain_backend",
+    "unroll_stack",
+    "from_torch",
+    "to_torch",
+    "from_keras",
+    "to_keras",
+    "from_haiku",
+    "to_haiku",
+    "from_equinox",
+    "to_equinox",
+    "foreign_cell",
+)
+CELLS = (
+    "Elman",
+    "IndRNN",
+    "Leaky",
+    "MinGRU",
+    "MinLSTM",
+    "RGLRU",
+    "SLSTM",
+    "LSTM",
+    "LSTMP",
+    "GRU",
+    "MGU",
+    "LayerNormLSTM",
+    "LayerNormGRU",
+    "ResetBeforeGRU",
+)
 
 
 @pytest.mark.parametrize("name", ["rnncore", *MODULES])
@@ -64,8 +98,7 @@ def test_what_a_user_calls_says_what_it_takes_and_shows_its_use(name: str):
             missing = [
                 p
                 for p, how in inspect.signature(value).parameters.items()
-                if how.kind is not how.VAR_KEYWORD
-                and not re.search(rf"\n      [\w, ]*\b{p}\b[\w, ]*:", described)
+                if how.kind is not how.VAR_KEYWORD and not re.search(rf"\n      [\w, ]*\b{p}\b[\w, ]*:", described)
             ]
             assert not missing, f"not under Args: {missing}"
 

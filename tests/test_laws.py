@@ -19,9 +19,7 @@ from rnncore import _lengths
 BATCH, STEPS = 3, 6
 TOLERANCE = 1e-12
 SPLIT = 2  # One place to cut at: other shapes would only compile anew; lengths, resets and values vary.
-ROWS = [
-    (i, "scan") for i in ("lstm-dense", "user_fast_slow-heads", "indrnn")
-]
+ROWS = [(i, "scan") for i in ("lstm-dense", "user_fast_slow-heads", "indrnn")]
 
 law = hypothesis.settings(max_examples=15, deadline=None, derandomize=True, database=None)
 rows = st.sampled_from(ROWS)

@@ -91,13 +91,7 @@ def test_imports_go_down():
 
 
 def test_equal_floors_do_not_import_each_other():
-    wrong = [
-        (a, b)
-        for a, b in edges()
-        if floor(a) == floor(b)
-        and part(a) != part(b)
-        and floor(a) not in FREE_WITHIN
-    ]
+    wrong = [(a, b) for a, b in edges() if floor(a) == floor(b) and part(a) != part(b) and floor(a) not in FREE_WITHIN]
     assert not wrong
 
 

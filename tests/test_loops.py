@@ -22,9 +22,10 @@ def scans(jaxpr):
         if eqn.primitive.name == "scan":
             body = eqn.params["jaxpr"].jaxpr
             # The carries are the first outputs: a fact of every supported version, unlike parameter names.
-            count = len(eqn.outvars) - sum(v.aval.ndim > 0 and v.aval.shape[:1] == (eqn.params["length"],) and
-                                           b.aval.shape == v.aval.shape[1:]
-                                           for v, b in zip(eqn.outvars, body.outvars, strict=True))
+            count = len(eqn.outvars) - sum(
+                v.aval.ndim > 0 and v.aval.shape[:1] == (eqn.params["length"],) and b.aval.shape == v.aval.shape[1:]
+                for v, b in zip(eqn.outvars, body.outvars, strict=True)
+            )
             yield eqn.params["length"], [v.aval.shape for v in body.outvars[:count]], body
         for inner in cases.inner_jaxprs(eqn):
             yield from scans(inner)

@@ -177,7 +177,7 @@ def missing(run: Run, records: Sequence[Record]) -> str:
 
 
 def _places(places: dict[str, set[str]]) -> str:
-    """" at W1, W2 (float32)": workloads that are missing for the same together; nothing for everywhere."""
+    """ " at W1, W2 (float32)": workloads that are missing for the same together; nothing for everywhere."""
     together: dict[str, list[str]] = {}
     for workload, kinds in places.items():
         together.setdefault(", ".join(sorted(filter(None, kinds))), []).append(workload)

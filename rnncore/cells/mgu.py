@@ -37,9 +37,7 @@ class MGU(PointwiseCell):
     swaps f and 1 - f in the last line.
     """
 
-    bias_init: Initializer = dataclasses.field(
-        default=initializers.forget_bias(1.0, gates=("f", "n")), kw_only=True
-    )
+    bias_init: Initializer = dataclasses.field(default=initializers.forget_bias(1.0, gates=("f", "n")), kw_only=True)
     reset_gate: bool = dataclasses.field(default=True, kw_only=True)
     gate_fn: Activation = dataclasses.field(default=jax.nn.sigmoid, kw_only=True)
     activation_fn: Activation = dataclasses.field(default=jnp.tanh, kw_only=True)

@@ -217,10 +217,7 @@ def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> N
             continue
         if primitive not in ELEMENTWISE or not same:
             shapes = ", ".join(str(v.aval.shape) for v in (*eqn.invars, *eqn.outvars))
-            raise ValueError(
-                f"{name} is not elementwise: it applies `{primitive}` (shapes {shapes}) "
-                f"at {here}. {hint}"
-            )
+            raise ValueError(f"{name} is not elementwise: it applies `{primitive}` (shapes {shapes}) at {here}. {hint}")
 
 
 def additive_gates(cell: GatedCell, p: Any, z: Any, r: Any, carry: Any) -> tuple[bool, ...]:

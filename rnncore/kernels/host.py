@@ -202,9 +202,7 @@ class KernelBackend(LoopBackend):
 class _Arrays:
     """The arrays of a run as the kernels have them, with one batch axis."""
 
-    def __init__(
-        self, request: Request, differentiable: Differentiable, constants: Constants, z: Array | None = None
-    ):
+    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants, z: Array | None = None):
         assert isinstance(request.cell, PointwiseCell)
         self.request, self.cell, self.differentiable = request, request.cell, differentiable
         self.part = kernel_body.of(self.cell, (1, 1))

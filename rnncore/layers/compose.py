@@ -109,9 +109,7 @@ def unroll_stack(
             f"`unroll_stack(params=<{type(params).__name__}>)`: expected StackParams, as `stack.init(key, D)` makes "
             "them."
         )
-    _arguments.check_dtypes(
-        "unroll_stack", {"dtype": dtype, "carry_dtype": carry_dtype, "output_dtype": output_dtype}
-    )
+    _arguments.check_dtypes("unroll_stack", {"dtype": dtype, "carry_dtype": carry_dtype, "output_dtype": output_dtype})
     xs = jnp.asarray(xs)
     time_axis = 0 if time_major else xs.ndim - 2
     batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]

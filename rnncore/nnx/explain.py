@@ -22,9 +22,7 @@ def explain(module: nnx.Module, *inputs: Any, **options: Any) -> choices.Backend
         names.update((id(part), "/".join(map(str, path))) for path, part in nnx.iter_graph(copy))
         return copy(*inputs, **options)
 
-    found = choices.of_shapes(
-        call, lambda layer: names.get(id(layer)) or type(layer).__name__, state, inputs, options
-    )
+    found = choices.of_shapes(call, lambda layer: names.get(id(layer)) or type(layer).__name__, state, inputs, options)
     return choices.some(found, f"`explain_backend({type(module).__name__}(...), inputs)`", "nnx")
 
 

@@ -62,4 +62,3 @@ def inside(request: Request, params: Any, options: Any) -> Call | None:
     inner, initial_carry, reset_carry = jax.eval_shape(moved) if of_shapes else moved()
     changed = {"initial_carry": initial_carry, "reset_carry": reset_carry, "zoneout": zoneout}
     return Call(cell, cell.pointwise_cell(), inner, options._asdict() | changed)
-

@@ -14,8 +14,7 @@ from rnncore.kernels import emit, kernel_body
 from rnncore.kernels.cpp import residuals
 
 _LANE_BY_LANE = (
-    "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 floor nextafter pow sin sinh "
-    "sqrt tan"
+    "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 floor nextafter pow sin sinh sqrt tan"
 ).split()
 
 OPERATIONS: dict[str, str] = {
