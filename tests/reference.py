@@ -489,7 +489,7 @@ def entries(kernel: Array) -> Any:
 def write_out(cell: Cell, params: Params) -> Weights:
     """The parameters as one matrix for each gate."""
     _, gates, hidden = params.input_kernel.shape
-    dense = params.recurrent_kernel.ndim == 3
+    dense = params.recurrent_kernel.ndim == 3 and params.recurrent_kernel.size > 0  # an unconnected one has no rows
     U = np.zeros((gates, params.recurrent_kernel.shape[0] if dense else hidden, hidden))
     for here, there in entries(params.recurrent_kernel):
         U[there] = params.recurrent_kernel[here]

@@ -72,7 +72,7 @@ def log_operator_norm(matrix: Array) -> Array:
     def square(k: Array, state: tuple[Array, Array]) -> tuple[Array, Array]:
         power, log = state
         power, scale = renormalise(jnp.matmul(power, power, precision="highest"), jnp.zeros_like(exponent))
-        return power, log + nats(scale, log.dtype) * 0.5 ** (k + 2).astype(log.dtype)
+        return power, log + nats(scale, log.dtype) * 0.5 ** (jnp.asarray(k, log.dtype) + 2)
 
     gram = jnp.matmul(matrix, jnp.swapaxes(matrix, -1, -2), precision="highest")
     power, scale = renormalise(gram, jnp.zeros_like(exponent))
