@@ -382,9 +382,10 @@ def test_help_names_every_option_and_its_default(example, capsys):
     text = " ".join(capsys.readouterr().out.split())
     assert stop.value.code == 0
     names = ("--steps", "--hidden", "--cell", "--seed", "--out", "--text", "--batch", "--length", "--embed",
-             "--learning-rate", "--clip", "--forget-bias", "--lags", "--positions", "--burn-in")  # fmt: skip
+             "--learning-rate", "--clip", "--forget-bias", "--lags", "--positions", "--burn-in", "--sparse-output",
+             "--words")  # fmt: skip
     assert [name for name in names if name not in text] == []
-    assert text.count("(default:") == len(names) - 1 and "(default: None)" not in text
+    assert text.count("(default:") == len(names) - 2 and "(default: None)" not in text
 
 
 @pytest.mark.parametrize(
