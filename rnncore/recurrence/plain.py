@@ -162,7 +162,7 @@ def tangent(
             tangent_params, units, (residuals, *prepared), carry, moved.reset_carry, resets, constants.recurrent_mask,
             zoneout,
         )  # fmt: skip
-        carry, dhs, (carries, gates) = _loop(linear.tangent, product.tangent, inputs)
+        carry, dhs, (carries, gates) = recurrence(linear.tangent, product.tangent, inputs, False)
         last = carry if constants.lengths is None else _lengths.last_valid(last, carries, constants.lengths, first)
         return (carry, last), (dhs, (carries, gates) if request.return_states else (None, None))
 
