@@ -43,7 +43,8 @@ def blank(shapes: PyTree, like: Array, steps: int, axis: int) -> PyTree:
         # From the data, not from nothing: inside shard_map and on explicit meshes it is spread as they are.
         zero = jnp.zeros_like(like[..., :1]).astype(row.dtype)
         batch, more = zero.ndim - 1, len(row.shape) - zero.ndim
-        zero = zero[..., 0] if more < 0 else jnp.expand_dims(zero, tuple(range(batch + 1, batch + 1 + more)))
+        if more:
+            zero = zero[..., 0] if more < 0 else jnp.expand_dims(zero, tuple(range(batch + 1, batch + 1 + more)))
         zero = jnp.broadcast_to(zero, (*zero.shape[:batch], *row.shape[batch:]))
         return jnp.repeat(jnp.expand_dims(zero, axis), steps, axis)
 
