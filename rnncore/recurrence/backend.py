@@ -135,9 +135,9 @@ class LoopBackend(Backend):
         return plain.tangent(request, differentiable, constants, result, residuals, tangents)
 
     def residuals_move(self, request: Request) -> bool:
-        """Whether second and higher orders differentiate residuals too: by the two functions below.
+        """Whether second and higher orders differentiate residuals too, which saves forming them once more.
 
-        It saves them from forming the residuals once more, with their tangents.
+        Then `plain_with_residuals` and `tangent` are operations that JAX differentiates to every order.
         """
         del request
         return False
@@ -145,15 +145,16 @@ class LoopBackend(Backend):
     def plain_with_residuals(
         self, request: Request, differentiable: Differentiable, constants: Constants
     ) -> tuple[Result, PyTree]:
-        """`forward_with_residuals` by operations that JAX differentiates to every order."""
-        raise NotImplementedError
+        """`forward_with_residuals` by such operations; asked for where `residuals_move` says so."""
+        return self.forward_with_residuals(request, differentiable, constants)
 
     def plain_tangent_from_residuals(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
         tangents: Differentiable,
     ) -> Result:  # fmt: skip
-        """`plain_tangent` as a function of the residuals as well."""
-        del residuals
+        """`plain_tangent` as a function of the residuals as well, where they move."""
+        if self.residuals_move(request):
+            return self.tangent(request, differentiable, constants, result, residuals, tangents)
         return self.plain_tangent(request, differentiable, constants, result, tangents)
 
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:

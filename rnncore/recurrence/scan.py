@@ -83,13 +83,6 @@ class Scan(LoopBackend):
     ) -> tuple[Result, PyTree]:
         return plain.run_with_residuals(request, differentiable, constants)
 
-    def plain_tangent_from_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
-        plainly = self.tangent if self.residuals_move(request) else super().plain_tangent_from_residuals
-        return plainly(request, differentiable, constants, result, residuals, tangents)
-
 
 class Rows(NamedTuple):
     """Buffers over time, or one row of each.

@@ -93,13 +93,6 @@ class CppLoops(LoopBackend):
         _, own = self.forward_with_residuals(request, jax.lax.stop_gradient(differentiable), constants)
         return result, (_Run(request, differentiable, constants).packed(stacks, own[0].shape), *own[1:])
 
-    def plain_tangent_from_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
-        plainly = self.tangent if self.residuals_move(request) else super().plain_tangent_from_residuals
-        return plainly(request, differentiable, constants, result, residuals, tangents)
-
 
 class _Run:
     """The arrays of a run as the calls have them: one batch axis, a carry as one array, few dtypes."""
