@@ -10,14 +10,18 @@ A problem that fails is printed with its number, which `--first` draws again.  E
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import conftest  # noqa: F401  XLA's options are set before JAX is imported
+
+sys.path.append(str(Path(__file__).parent / "kernels"))
 
 # isort: split
 import argparse
 import dataclasses
 import functools
 import math
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -38,7 +42,7 @@ from rnncore.kernels.pallas_tpu import plan as pallas_tpu_plan
 
 Rng = np.random.Generator
 PRODUCTS = rnncore.Dense | rnncore.Heads
-IDS = [c.id for c in cases.CASES if "cpp" in c.backends and isinstance(c.cell.recurrence, PRODUCTS)]
+IDS = [c.id for c in cases.CASES if "scan" in c.backends and isinstance(getattr(c.cell, "recurrence", None), PRODUCTS)]
 
 
 def problem(

@@ -11,7 +11,7 @@ import pytest
 from rnncore import linen
 from rnncore.kernels.cpp import compiler
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parent.parent.parent / "README.md"
 MIGRATION = README.parent / "docs" / "migration.md"
 KERNELS = README.parent / "docs" / "kernels.md"
 CPP = README.parent / "docs" / "cpp.md"

@@ -33,7 +33,7 @@ CUDNN = BACKENDS["cudnn"]
 B, T, D, H = 4, 6, 3, 5
 LENGTHS = np.array([0, T, 1, 4])
 H200 = algorithm.Device(9, 0, 132)
-STAND_IN = Path(__file__).with_name("cudnn_stand_in.cc").read_text()
+STAND_IN = Path(__file__).parent.with_name("cudnn_stand_in.cc").read_text()
 CELLS = {
     "lstm": LSTM(H), "gru": GRU(H), "tanh": Elman(H), "relu": Elman(H, activation_fn=jax.nn.relu),
 }  # fmt: skip

@@ -185,7 +185,7 @@ def test_every_known_operation_is_translated_by_this_jax():
 
 
 def test_inside_shard_map():
-    script = Path(__file__).with_name("pallas_tpu_checks.py")
+    script = Path(__file__).parent.with_name("pallas_tpu_checks.py")
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)

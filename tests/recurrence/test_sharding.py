@@ -16,7 +16,7 @@ KINDS = ["shard_map", "auto", "explicit", "pmap"]
 def test_sharded_batch(backend):
     if backend == "cpp" and compiler.find() is None:
         pytest.skip("no C++ compiler here")
-    script = Path(__file__).with_name("sharding_checks.py")
+    script = Path(__file__).parent.with_name("sharding_checks.py")
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, str(script), backend, *KINDS]

@@ -120,7 +120,7 @@ def test_command_line(example, tmp_path, capsys):
 
 
 def test_the_python_block_of_the_page_runs():
-    page = Path(__file__).parents[1] / "docs" / "reinforcement.md"
+    page = Path(__file__).parents[2] / "docs" / "reinforcement.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names: dict = {}
     with jax.enable_x64(False):

@@ -176,7 +176,7 @@ def test_parameters_of_a_linen_gru_need_its_recurrent_bias() -> None:
 
 def test_parameters_of_a_torch_gru() -> None:
     """Stored values of torch.nn.GRU(bidirectional=True); its biases on r and z add up."""
-    with np.load(pathlib.Path(__file__).parent / "golden" / "torch.npz") as file:
+    with np.load(pathlib.Path(__file__).parent.parent / "golden" / "torch.npz") as file:
         values = {name.removeprefix("gru/"): jnp.asarray(a) for name, a in file.items() if name.startswith("gru/")}
     children = []
     for suffix in ("l0", "l0_reverse"):

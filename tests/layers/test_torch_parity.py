@@ -14,7 +14,7 @@ import pytest
 
 import rnncore
 
-GOLDEN = pathlib.Path(__file__).parent / "golden" / "torch.npz"
+GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "torch.npz"
 KINDS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 CELLS: dict[str, Any] = {
     "lstm": rnncore.LSTM,

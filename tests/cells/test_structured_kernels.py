@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
-from test_online import by_bptt, cotangents_of, numeric_jacobians, through_time
+from online_cases import by_bptt, cotangents_of, numeric_jacobians, through_time
 
 import rnncore
 from rnncore import analysis, online

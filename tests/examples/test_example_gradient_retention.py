@@ -26,7 +26,7 @@ import pytest
 
 import rnncore
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = "--hidden 6 --embed 4 --batch 4 --length 8 --lags 12 --positions 5 --burn-in 3 --seed 3".split()
 STAGES = ("initialisation", "trained")
 PATHS = {"rnn": ("state", "bound", "weight bound"), "lstm": ("state", "cell", "direct", "bound")}

@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import run
 
 FLAX = "flax.linen OptimizedLSTMCell"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 HANGS = """
 import ctypes, sys
 sys.path.insert(0, sys.argv[1])

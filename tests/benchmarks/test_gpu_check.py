@@ -19,7 +19,7 @@ from benchmarks.gpu_check.processes import RECORDS, TIMES, Runner
 from benchmarks.report.results import FIELDS, read_runs
 from rnncore.kernels.mosaic_gpu.plan import KINDS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

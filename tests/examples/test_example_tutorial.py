@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "tutorial.py"
+SCRIPT = Path(__file__).resolve().parent.parent.parent / "examples" / "tutorial.py"
 
 
 def test_every_cell_runs_and_the_page_and_the_records_are_there(tmp_path, monkeypatch, capsys):

@@ -22,7 +22,7 @@ relu = rnncore.Elman(H, activation_fn=jax.nn.relu)
 
 def golden(library: str, kind: str) -> dict[str, np.ndarray]:
     """What tests/make_golden_layers.py wrote of one kind, by the names within it."""
-    with np.load(pathlib.Path(__file__).parent / "golden" / f"{library}.npz") as file:
+    with np.load(pathlib.Path(__file__).parent.parent / "golden" / f"{library}.npz") as file:
         return {n.removeprefix(f"{kind}/"): file[n].astype(float) for n in file.files if n.startswith(f"{kind}/")}
 
 
