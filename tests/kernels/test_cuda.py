@@ -177,6 +177,70 @@ def test_transformations(mode: str):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The heads of every launch."""
+    found: list[int] = []
+    plain = cuda_grid.launch
+
+    def counted(call: kernels.Call, *options: str) -> Any:
+        found.append(call.plan.shape.heads)
+        return plain(call, *options)
+
+    monkeypatch.setattr(cuda_grid, "launch", counted)
+    return found
+
+
+@pytest.mark.usefixtures("emulated")
+def test_vmap_over_parameters_is_more_heads(launches: list[int]):
+    """One launch forward and one backward for all models, with masks, biases apart, heads, and a map of sequences."""
+    cell = rnncore.GRU(16, recurrence=rnncore.Heads(2))
+    draw = functools.partial(cell.init, input_size=3, dtype=jnp.float32)
+    params = jax.vmap(draw)(jax.random.split(jax.random.key(0), 3))
+    xs = jax.random.normal(jax.random.key(1), (3, 2, 2, 3, 3), jnp.float32)
+    mask = 2.0 * jax.random.bernoulli(jax.random.key(2), 0.5, (2, 16)).astype(jnp.float32)
+    options = {
+        "seq_lengths": jnp.array([3, 2]),
+        "resets": jnp.array([[0, 1, 0], [0, 0, 1]], bool),
+        "recurrent_mask": mask,
+    }
+
+    def gradient(backend: str) -> Any:
+        def of_one(params: Any, xs: Any) -> Any:
+            carry, ys = rnncore.unroll(cell, params, xs, backend=backend, **options)
+            return jnp.sum(jnp.sin(ys)) + jnp.sum(carry.h**2)
+
+        return jax.value_and_grad(lambda p, xs: jnp.sum(jax.vmap(of_one, (None, 0))(p, xs)), (0, 1))
+
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(jax.vmap(gradient("emulated")))(params, xs)
+        one = jax.jit(gradient("scan"))
+        models = [one(*jax.tree.map(lambda a, n=n: a[n], (params, xs))) for n in range(3)]
+    want = jax.tree.map(lambda *a: jnp.stack(a), *models)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert launches == [6, 6]
+
+
+@pytest.mark.usefixtures("emulated")
+def test_both_directions_are_one_launch(launches: list[int]):
+    stack = rnncore.Stack(rnncore.LSTM(16), num_layers=2, bidirectional=True)
+    params = stack.init(jax.random.key(0), 3, jnp.float32)
+    xs = jax.random.normal(jax.random.key(1), (2, 3, 3), jnp.float32)
+
+    def loss(params: Any, xs: Any, backend: str) -> Any:
+        carry, ys = rnncore.unroll_stack(stack, params, xs, seq_lengths=jnp.array([3, 2]), backend=backend)
+        valid = jnp.arange(3)[:, None] < jnp.array([3, 2])[:, None, None]
+        return jnp.sum(jnp.sin(ys) * valid) + sum(jnp.sum(a**2) for a in jax.tree.leaves(carry))
+
+    with jax.default_matmul_precision("highest"):
+        gradient = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+        found, want = (gradient(params, xs, backend) for backend in ("emulated", "scan"))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    assert launches == [2, 2, 2, 2]
+
+
 def test_it_says_what_it_lacks():
     cell = rnncore.LSTM(8)
     xs = jnp.zeros((2, 3, 4), jnp.float32)

@@ -14,8 +14,10 @@ compiler for the call that launches.  Cells: every PointwiseCell whose update is
 below 2^-10.9) or float32, of parameters, inputs and carries alike; float32 products follow
 `jax.default_matmul_precision`: TF32 by default as elsewhere in JAX, and three of them for "high" and more.  Lengths,
 resets, recurrent masks, zoneout, states, any number of batch axes: yes; chunks: no.  vmap over sequences becomes more
-of a batch, over parameters one call after the other.  Blocks of a grid all run at once, as the launch asks for: what
-cannot is an error of the plan or of the launch, not a hang; a batch that is too large runs in parts.
+of a batch, over parameters more heads, and so do the two directions of a layer; where a step of so many heads is
+predicted to take longer than theirs one by one, a call comes after the other.  Blocks of a grid all run at once, as the
+launch asks for: what cannot is an error of the plan or of the launch, not a hang; a batch that is too large runs in
+parts.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from typing import Any
 
 from rnncore._types import PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import PointwiseCell
+from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Heads
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.cpp import cache, compiler
 from rnncore.kernels.cuda import emit, kernels, launch, nvrtc, plan, recurrence
 from rnncore.recurrence import plain
 from rnncore.recurrence.backend import LoopBackend, without
+from rnncore.recurrence.layers import run_layers, side_by_side
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
 
 MEASURED = 90
@@ -104,6 +107,22 @@ class Cuda(LoopBackend):
             return str(error)
         return None
 
+    def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
+        """Both directions of a layer are the heads of one run where a step of that takes less time."""
+        if directions == 1:
+            return False
+        rows = math.prod(request.batch_shape)
+        pairs = [[self._plan(request, way, rows, n) for n in (directions, 1)] for way in ("forward", "backward")]
+        return all(
+            isinstance(wide, plan.Plan) and isinstance(one, plan.Plan) and wide.step <= directions * one.step
+            for wide, one in pairs
+        )
+
+    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        if isinstance(differentiable.params, CellParams):
+            return super().run(request, differentiable, constants)
+        return run_layers(super().run, request, differentiable, constants, side_by_side)
+
     def missing(self, request: Request) -> str | None:
         """Reason why its kernels cannot run on this platform, or None."""
         if request.platform != "gpu":
@@ -127,14 +146,14 @@ class Cuda(LoopBackend):
         rows = math.prod(request.batch_shape)
         return "; ".join(f"{way}: {self._plan(request, way, rows)}" for way in ("forward", "backward"))
 
-    def _plan(self, request: Request, direction: str, rows: int) -> plan.Plan | str:
+    def _plan(self, request: Request, direction: str, rows: int, cells: int = 1) -> plan.Plan | str:
         cell: Any = request.cell
         settings = self.settings(request)
         heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
         shape = plan.Shape(
             direction, request.dtype, request.dtype, settings.product, gates=len(cell.gates),
             fields=len(cell.Carry._fields), width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size // heads,
-            heads=heads, sequences=rows,
+            heads=cells * heads, sequences=rows,
         )  # fmt: skip
         return settings.choose(settings.device, shape)
 

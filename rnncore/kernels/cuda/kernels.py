@@ -124,6 +124,14 @@ def layout(
     return settings.choose(settings.device, shape)
 
 
+def step(
+    settings: Settings, cell: PointwiseCell, direction: str, run: Run, rows: int, stored: str, **more: bool
+) -> float | None:
+    """Predicted microseconds of a step, or None where the run is parted."""
+    found = layout(settings, cell, direction, run, rows, stored, **more)
+    return None if isinstance(found, str) else found.step
+
+
 def _parted(one: Callable[..., Any], run: Run, rows: int, why: str, *stacks: Any) -> Any:
     """`one(run, *stacks)` of the first half of the sequences, and of the others; stacks are (..., B, H)."""
     if rows == 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +14,7 @@ from rnncore.cells.base import PointwiseCell
 from rnncore.cells.recurrent_kernels import Heads
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cuda import kernels
-from rnncore.recurrence.batching import over_batch
+from rnncore.recurrence.batching import HEADS, LAST, Units, over_batch
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
@@ -112,8 +112,16 @@ class Arrays:
     def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Kept:
         moving = self.moving(differentiable)
         states, stored = self.request.return_states, self.stored if keep else None
+
+        def step(run: kernels.Run, rows: int) -> float | None:
+            of = stored or run.kernel.dtype.name
+            return kernels.step(settings, self.cell, "forward", run, rows, of, keeps=keep, states=states)
+
         return _mapped(
-            lambda run, z: kernels.forward(settings, self.cell, run, z, stored, states), self.run(moving), moving.z
+            lambda run, z: kernels.forward(settings, self.cell, run, z, stored, states),
+            step,
+            self.run(moving),
+            moving.z,
         )
 
     def backward(
@@ -141,7 +149,12 @@ class Arrays:
         def call(run: kernels.Run, *stacks: Any) -> kernels.Cotangents:
             return kernels.backward(settings, self.cell, run, *stacks, states=self.request.return_states)
 
-        found = _mapped(call, run, residuals, dhs, dlast, dothers, dgates)
+        def step(run: kernels.Run, rows: int) -> float | None:
+            return kernels.step(
+                settings, self.cell, "backward", run, rows, self.stored, states=self.request.return_states
+            )
+
+        found = _mapped(call, step, run, residuals, dhs, dlast, dothers, dgates)
         entering = _entering(run, hs, part.hidden)
         dr = found.z
         if found.rest is not None:
@@ -184,20 +197,42 @@ _SHARED = ("kernel", "rest_bias", "units")
 """What all sequences of a run share."""
 
 
-def _mapped(call: Callable[..., Any], run: kernels.Run, *stacks: Any) -> Any:
-    """`call(run, *stacks)` under any number of maps; stacks are (..., B, H), and so are the results."""
+def _mapped(
+    call: Callable[..., Any], step: Callable[[kernels.Run, int], float | None], run: kernels.Run, *stacks: Any
+) -> Any:
+    """`call(run, *stacks)` under any number of maps; stacks are (..., B, H), and so are the results.
+
+    Maps of parameters are more heads where that is predicted to be faster, `step` being what a step of a run of so many
+    sequences is predicted to take, or None.
+    """
     leaves, tree = jax.tree.flatten((run, stacks))
-    axes = [_axis(name, a) for name, field in run._asdict().items() for a in jax.tree.leaves(field)]
+    names = [name for name, field in run._asdict().items() for _ in jax.tree.leaves(field)]
+    axes = [_axis(name, a) for name, a in zip(names, leaves, strict=False)]
     axes += [a.ndim - 2 for a in jax.tree.leaves(stacks)]
 
     def whole(groups: int, *flat: Array) -> Any:
         run, stacks = jax.tree.unflatten(tree, flat)
         return call(run, *stacks)
 
-    return over_batch(whole, axes, lambda a: a.ndim - 2)(*leaves)
+    def worthwhile(size: int, together: Sequence[Any], one: Sequence[Any]) -> bool:
+        wide, single = (jax.tree.unflatten(tree, flat)[0] for flat in (together, one))
+        rows = single.start[0].shape[0]
+        at_once, alone = step(wide, rows), step(single, rows)
+        return at_once is not None and alone is not None and at_once <= size * alone
+
+    of_units: list[int | None] = [_units(name, a) for name, a in zip(names, leaves, strict=False)]
+    of_units += [LAST] * len(jax.tree.leaves(stacks))
+    units = Units(run.start[0].shape[-1], of_units, worthwhile)
+    return over_batch(whole, axes, lambda a: a.ndim - 2, units)(*leaves)
 
 
 def _axis(field: str, a: Array) -> int | None:
     if field in _SHARED or a.ndim == 0:
         return None
     return 0 if field == "lengths" else 1 if field == "resets" else a.ndim - 2
+
+
+def _units(field: str, a: Array) -> int | None:
+    if field in ("lengths", "resets") or a.ndim == 0:
+        return None
+    return HEADS if field == "kernel" else LAST

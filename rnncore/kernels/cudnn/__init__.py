@@ -21,7 +21,6 @@ LSTM(768), T = 1024, B = 16, float16.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from rnncore.kernels.cudnn import algorithm, library, weights
 from rnncore.kernels.cudnn.calls import Calls, Inputs, Outputs
 from rnncore.recurrence import plain
 from rnncore.recurrence.backend import LoopBackend, without
+from rnncore.recurrence.layers import run_layers
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
 
 
@@ -109,20 +109,12 @@ class CuDNN(LoopBackend):
         return run.cotangents(result, residuals, dense(cotangents, result), any(jax.tree.leaves(wanted.params)))
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        layers, starts = _layers(differentiable)
-        xs, lengths, ends = differentiable.xs, constants.lengths, []
-        for row, carries in zip(layers, starts, strict=True):
-            one = dataclasses.replace(request, input_size=xs.shape[-1])
-            found = []
-            for way, (own, start) in enumerate(zip(row, carries, strict=True)):
-                given = _lengths.reverse_time(xs, lengths) if way else xs
-                carry, ys, *_ = plain.run(one, Differentiable(own, given, start, None), constants)
-                found.append((carry, _lengths.reverse_time(ys, lengths) if way else ys))
-            ends.append(tuple(carry for carry, _ in found))
-            xs = jnp.concatenate([ys for _, ys in found], -1)
-        if lengths is not None:
-            xs = jnp.where(_lengths.valid_mask(lengths, request.steps)[..., None], xs, 0)
-        return Result(_like(differentiable, tuple(ends)), xs, None, None)
+        params, starts = _layers(differentiable)
+        by_layer = differentiable._replace(params=params, initial_carry=starts)
+        carries, ys, *_ = run_layers(plain.run, request, by_layer, constants)
+        if constants.lengths is not None:
+            ys = jnp.where(_lengths.valid_mask(constants.lengths, request.steps)[..., None], ys, 0)
+        return Result(_like(differentiable, carries), ys, None, None)
 
     def plain_tangent(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result,
