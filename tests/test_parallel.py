@@ -43,6 +43,7 @@ def both(case: cases.Case, method: str, resets: bool) -> tuple[Any, Any]:
     return all_of(newton), all_of(scan)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", [*WHOLE, *OWN])
 def test_states_and_gradients_are_those_of_the_run_step_by_step(name: str):
     got, want = both(cases.BY_ID[name], "quasi" if name in OWN else "newton", resets=name != "rglru")
@@ -141,6 +142,7 @@ def test_cells_and_dtypes_that_it_cannot_take():
         parallel.unroll(cell, *half)
 
 
+@pytest.mark.slow
 def test_the_python_block_of_the_page_runs(capsys):
     page = Path(__file__).parents[1] / "docs" / "parallel.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

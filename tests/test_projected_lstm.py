@@ -65,6 +65,7 @@ def problem(**options: Any) -> tuple[cases.Case, cases.Problem]:
     return case, cases.draw(case, (3,), **options)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("reverse", [{}, {"reverse": True}, {"reverse": True, "keep_order": True}], ids=str)
 def test_states_start_with_the_projected_h(reverse: Any):
     case, drawn = problem(resets=True)

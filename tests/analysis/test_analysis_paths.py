@@ -71,6 +71,7 @@ def test_lstm_paths_are_differences_of_one_gate_at_a_time(t, example):
     close(paths.via_output[entry], want, 1e-9)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("form", GRUS)
 def test_gru_paths_are_differences_of_one_gate_at_a_time(form):
     run = run_of(GRUS[form])
@@ -94,6 +95,7 @@ def test_gru_paths_are_differences_of_one_gate_at_a_time(form):
     close(paths.total(), analysis.step_jacobians(run), EXACT)
 
 
+@pytest.mark.slow
 def test_gate_paths_of_a_users_cell_are_derivatives_with_the_other_gates_held():
     run = run_of(USER)
     cell, params, paths = run.cell, run.params, analysis.gate_paths(run)
@@ -114,6 +116,7 @@ def test_gate_paths_of_a_users_cell_are_derivatives_with_the_other_gates_held():
         close(getattr(paths.gates, gate)[1, 2], want[gate], EXACT)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "cell",
     [LSTMS["both"], LSTMS["coupled-heads"], rnncore.GRU(4), rnncore.MGU(4, recurrence=rnncore.Diagonal()), USER],
@@ -225,6 +228,7 @@ def test_two_step_residual_separates_the_products(h0_tied):
 # -------------------------------------------------------------------------- lengths and resets
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell", [LSTM, *GRUS.values()], ids=["lstm", "gru_after", "gru_before"])
 def test_resets_cut_every_path_and_padding_stands_still(cell):
     run = run_of(cell)

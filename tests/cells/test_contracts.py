@@ -52,6 +52,7 @@ OWN = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("what", OWN)
 def test_a_method_of_its_own_is_run_and_differentiated(what: str):
     cell = OWN[what]

@@ -52,6 +52,7 @@ def forget() -> None:
     cases.forget()
 
 
+@pytest.mark.slow
 def test_it_is_chosen_and_said_once(on: Path, capfd: Any):
     choice = explain()
     assert choice.name == "cpp" and not list(on.iterdir()) and capfd.readouterr().err == ""

@@ -61,6 +61,7 @@ CASES = {  # cell, dtype, product, layout, sequences, options
 }  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str):
     cell, dtype, product, layout, rows, options = CASES[name]
@@ -71,6 +72,7 @@ def test_values_and_gradients(name: str):
     assert max(errors.values()) > 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("where", ["in_shared", "streamed"])
 def test_the_matrix_wherever_it_lies(where: str):
     """Beside registers, or streamed: the same bits."""
@@ -124,6 +126,7 @@ def test_blocks_that_do_not_wait_are_seen():
     assert wrong("grid", "RNN_WITHOUT_WAITING")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none, everything at once", "cluster", "cluster, warps share k", "grid"])
 def test_no_races(name: str):
     assert "data race" not in cuda_grid.races(*CASES[name][:5])
@@ -141,6 +144,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "emulated", cuda_grid.Emulated())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["grad", "vmap over sequences", "vmap over parameters", "jvp", "hvp", "states"])
 @pytest.mark.usefixtures("emulated")
 def test_transformations(mode: str):
@@ -192,6 +196,7 @@ SPILLS = {
 """Bytes that the compiler keeps in memory; none elsewhere."""
 
 
+@pytest.mark.sample(4)
 @pytest.mark.skipif(nvrtc.library() is None, reason="needs the package nvidia-cuda-nvrtc")
 @pytest.mark.parametrize("gpu", ["T4", "A100", "RTX 3090", "L4", "H100", "B200", "RTX 5090"])
 @pytest.mark.parametrize("size", SIZES)
@@ -213,6 +218,7 @@ def test_registers_do_not_grow(gpu: str, size: str):
         assert figures["registers"] * plan.threads <= 65536
 
 
+@pytest.mark.sample(1)
 @pytest.mark.skipif(nvrtc.library() is None, reason="needs the package nvidia-cuda-nvrtc")
 @pytest.mark.parametrize("product", ["tf32", "3xtf32", "fma"])
 def test_compiles_in_float32(product: str):

@@ -205,6 +205,7 @@ def test_the_arithmetic_is_that_of_the_precision(cudnn: Recorder, dtype: str, pr
 # -------------------------------------------------------------------------------------- the weights
 
 
+@pytest.mark.sample(11)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("name", CELLS)
@@ -267,6 +268,7 @@ def single(name: str, cell: Any, dtype: str = "float32") -> tuple[Any, Any, Any,
     return run, arguments, lengths, time_axis
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "cell"),
     [
@@ -282,6 +284,7 @@ def test_unroll_is_the_scan(cudnn: Recorder, name: str, cell: str):
     assert cudnn.runs() == ["forward", "data", "weights"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("name", ["plain", "lengths"])
@@ -366,6 +369,7 @@ def test_gradients_of_weights_that_nobody_wants_are_not_formed(cudnn: Recorder):
     assert cudnn.runs() == ["forward", "data"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "name"), [("lstm", "lengths"), ("gru", "plain")])
 def test_every_mode_of_differentiation(cudnn: Recorder, cell: str, name: str):
     run, arguments, lengths, _ = single(name, CELLS[cell])
@@ -428,6 +432,7 @@ MAPPED: dict[str, tuple[tuple, Any, list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", MAPPED)
 def test_vmap_of_gradients(cudnn: Recorder, name: str):
     """What each has of its own runs one after the other; what a larger batch serves is one call."""
@@ -684,6 +689,7 @@ def stacked(stack: Stack, lengths: Any, **options: Any) -> Any:
     return run
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", STACKS)
 def test_a_stack_is_one_call(cudnn: Recorder, name: str):
     stack, lengths = STACKS[name]
@@ -743,6 +749,7 @@ def test_a_stack_time_major_with_an_output_dtype(cudnn: Recorder):
     assert_close((turned_ends, turned), (ends, jnp.moveaxis(ys, 0, 1).astype(jnp.bfloat16)), 0.0)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("stack", "options", "message"),
     [

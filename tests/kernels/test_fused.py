@@ -34,6 +34,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, NAME, plain_kernels.PLAIN)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize("id", IDS)
 def test_everything_around_the_kernels(id: str, masked: bool):
@@ -59,6 +60,7 @@ def test_a_reset_carry_of_its_own_and_more_batch_axes():
     cases.assert_close(gradient(NAME), gradient("scan"), FLOAT32)
 
 
+@pytest.mark.slow
 def test_vmap_takes_sequences_into_the_batch_and_parameters_one_by_one():
     case = cases.BY_ID["gru-heads"]
     problem = cases.draw(case, batch=(3, 2), dtype=jnp.float32)
@@ -166,6 +168,7 @@ BODIES = {"odd": Odd(4), "caught": CAUGHT, "gelu": GELU} | {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("cell", BODIES.values(), ids=BODIES)
 def test_the_body_is_the_cell_and_its_vjp(cell: Any):
     shape = (8, 16)
@@ -199,6 +202,7 @@ REWRITES = [  # operation, where it is defined, relative and absolute error
 ]  # fmt: skip
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name, points, relative, absolute", REWRITES, ids=[f"{r[0]}-{len(r[1])}" for r in REWRITES])
 def test_rewritten_operations(name: str, points: np.ndarray, relative: float, absolute: float):
     """Also where the plain formula would lose its digits or overflow."""

@@ -266,6 +266,7 @@ def lowered(case: cases.Case, batch: int, masked: bool, **options: Any) -> str:
     return jax.jit(jax.value_and_grad(loss)).trace(*problem).lower(lowering_platforms=("cuda",)).as_text()
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "id, size, heads, batch, masked, kind", LOWERED, ids=[f"{v[0]}-{v[1]}x{v[2]}-{v[5] or 'block'}" for v in LOWERED]
 )
@@ -349,6 +350,7 @@ print("ok")
 """
 
 
+@pytest.mark.slow
 def test_the_batch_over_devices():
     """Inside shard_map the kernels lower; test_fused.py has the values there, which the interpreter cannot give."""
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"

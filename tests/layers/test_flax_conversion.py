@@ -46,6 +46,7 @@ def outputs(step: Any, name: str) -> Any:
     return jnp.stack(ys)
 
 
+@pytest.mark.sample(6)
 @pytest.mark.parametrize(("old", "new", "name", "options"), PAIRS, ids=IDS)
 def test_from_linen_to_nnx_and_back(old: Any, new: Any, name: str, options: Any):
     cell, weights, other = pair(old, new, name, options)

@@ -63,6 +63,7 @@ def loop_of(case: Case, given: Any) -> Any:
     return lambda *args: by_hand(case, Problem(*args), given)
 
 
+@pytest.mark.sample(1)
 @every_mode
 def test_values_and_gradients_are_those_of_the_loop(case: Case, backend: str):
     problem, given = cases.draw(case, (B,), T, lengths=True, resets=True), draws(case, "booleans")
@@ -71,6 +72,7 @@ def test_values_and_gradients_are_those_of_the_loop(case: Case, backend: str):
     cases.assert_close((results, gradients), want, cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -151,6 +153,7 @@ def test_masks_are_constants_to_derivatives():
     assert loss(mask, share) != loss(2 * mask, share) and loss(mask, share) != loss(mask, 2 * share)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"reverse": True, "keep_order": True}])
 def test_time_major_and_reverse_take_zoneout_in_the_order_of_the_inputs(options: Any):
     case = cases.BY_ID["lstm-dense"]

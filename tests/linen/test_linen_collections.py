@@ -77,6 +77,7 @@ def with_gradients_and_variables(layer: Any, variables: Any, xs: jax.Array, muta
     return run(variables["params"], xs)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell,each_step", [(Dropping, True), (Dropping, False), (drops_by_inheritance, True)])
 def test_dropout_in_a_cell(cell: Any, each_step: bool, unrolled: list) -> None:
     """split_rngs True: a new mask at every step; False: the same one, as variational dropout wants it."""

@@ -72,6 +72,7 @@ SCANNED: dict[str, tuple[Callable, Callable]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", SCANNED)
 def test_what_is_not_exactly_a_known_cell_goes_through_nn_scan(kind: str, unrolled: list) -> None:
     mine, flaxen = (nn.RNN(make(), return_carry=True) for nn, make in zip((ours, theirs), SCANNED[kind], strict=True))
@@ -83,6 +84,7 @@ def test_what_is_not_exactly_a_known_cell_goes_through_nn_scan(kind: str, unroll
     assert not unrolled
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_of_flax_take_the_fast_way(name: str, unrolled: list) -> None:
     mine, flaxen = (nn.RNN(getattr(theirs, name)(H, **WIDE), return_carry=True) for nn in (ours, theirs))
@@ -217,6 +219,7 @@ def test_a_cell_with_more_feature_axes(options: str) -> None:
     close(got(broken, lengths)[0], got(xs, lengths)[0], 0.0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CELLS)
 def test_our_cell_in_flax_rnn(name: str) -> None:
     mine, flaxen = (theirs.RNN(getattr(nn, name)(H, param_dtype=f64), return_carry=True) for nn in (ours, theirs))

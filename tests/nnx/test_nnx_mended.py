@@ -106,6 +106,7 @@ def test_directions_start_apart_in_our_example() -> None:
 # -------------------------------------------------------------------------------------------- lengths
 
 
+@pytest.mark.sample(1)
 @WAYS
 def test_length_zero_gives_the_initial_carry(way: int) -> None:
     xs, carry, lengths = normal(1, (3, T, D)), start("GRUCell", (3,)), jnp.array([0, 2, 0])
@@ -211,6 +212,7 @@ def test_no_steps_at_all() -> None:
 # ------------------------------------------------------------------------------------ resets and states
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way,time_major", [(0, False), (1, True)], ids=["unroll", "nnx.scan, time major"])
 def test_resets_start_again_from_the_initial_carry(way: int, time_major: bool) -> None:
     xs, carry, cell = normal(1, (B, T, D)), start("GRUCell"), kinds()[way]

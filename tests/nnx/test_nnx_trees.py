@@ -28,6 +28,7 @@ def paths(layer: Any) -> list:
     return [(path, type(v), v.shape, v.dtype) for path, v in theirs.to_flat_state(theirs.state(layer))]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CELLS)
 def test_a_cell_takes_every_argument_of_flax(name: str) -> None:
     """Each with another value than its default, and kept where Flax keeps it."""
@@ -56,6 +57,7 @@ def is_variable(a: Any) -> bool:
     return isinstance(a, theirs.Variable)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("param_dtype", [f32, f64])
 @pytest.mark.parametrize("name", CELLS)
 def test_trees_and_initial_values_bit_for_bit(name: str, param_dtype: Any) -> None:

@@ -75,6 +75,7 @@ def test_what_cannot_be_run_is_said(given: list[str], said: str, capsys: Any) ->
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_bench_measures_writes_and_draws(capsys: Any, tmp_path: Path) -> None:
     out, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     sizes = ["--shapes", "2,5,3,4", "--rounds", "2", "--seconds", "0.001"]

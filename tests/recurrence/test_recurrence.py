@@ -22,6 +22,7 @@ def kernel_of(recurrence: Any, gates: int = GATES, hidden: int = HIDDEN) -> Any:
     return jax.random.normal(KEY, recurrence.shape(gates, hidden), jnp.float64)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("recurrence", "shape"),
     [
@@ -38,6 +39,7 @@ def test_shapes(recurrence: Any, shape: tuple[int, ...]):
     assert kernel.shape == shape and recurrence.gate_matrices(kernel).shape == (GATES, HIDDEN, HIDDEN)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("lead", [(), (4,), (2, 1, 3), (0,)], ids=str)
 @pytest.mark.parametrize("recurrence", STRUCTURES, ids=repr)
 def test_r_is_the_gate_matrix_times_h(recurrence: Any, lead: tuple[int, ...]):
@@ -73,6 +75,7 @@ def test_mix_is_linear_in_the_kernel_and_in_h(recurrence: Any):
     np.testing.assert_allclose(mix(one, h + 3 * k), mix(one, h) + 3 * mix(one, k), atol=1e-13)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("recurrence", STRUCTURES, ids=repr)
 def test_gradients_are_those_of_the_dense_matrices(recurrence: Any):
     kernel, h = kernel_of(recurrence), jax.random.normal(KEY, (2, 4, HIDDEN), jnp.float64)
@@ -85,6 +88,7 @@ def test_gradients_are_those_of_the_dense_matrices(recurrence: Any):
     cases.assert_close(got, want, 1e-13)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", [rnncore.Elman, rnncore.LSTM, rnncore.GRU, rnncore.MGU])
 @pytest.mark.parametrize("recurrence", [rnncore.Heads(3), rnncore.Diagonal()], ids=repr)
 def test_a_structured_cell_is_the_dense_cell_with_its_matrices(make: Any, recurrence: Any):

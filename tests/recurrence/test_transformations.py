@@ -43,6 +43,7 @@ def central_difference(case: Case, problem: Problem, moved: Any, step: float = 1
     return jax.tree.map(lambda a, b: (a - b) / (2 * step), at(step), at(-step))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(cases.EVERY_CELL))
 def test_jvp(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
@@ -69,6 +70,7 @@ def test_jvp(case: Case, backend: str):
 # --------------------------------------------------------------------------------- reverse mode
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("elman_silu", "lstm_both-dense", "user_fast_slow-dense")))
 def test_vjp_of_every_carry_and_gate(case: Case, backend: str, reverse: bool):
@@ -79,6 +81,7 @@ def test_vjp_of_every_carry_and_gate(case: Case, backend: str, reverse: bool):
     cases.assert_close((results, gradients), want, cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=cases.ONE_OF_EACH))
 def test_no_jit_around_it(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
@@ -97,6 +100,7 @@ def test_lengths_and_resets_that_are_constants_inside_jit():
     cases.assert_close(constant, traced, cases.FLOAT64)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("elman_silu", "lstm_both-dense", "reset_before_gru")))
 def test_checkpoint(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
@@ -131,6 +135,7 @@ CHUNKS = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("case", "backend", "every", "recompute"),
     [pytest.param(*row.values, every, again, id=f"{row.id}-{every}-{again}") for row, every, again in CHUNKS],
@@ -162,6 +167,7 @@ def second_orders(run: Callable, problem: Problem, weights: Any, moved: Any) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [cases.BY_ID[i] for i in DEAR], ids=DEAR)
 def test_second_order(case: Case):
     problem = cases.draw(case, batch=(3,), steps=4, features=2, lengths=True, resets=True)
@@ -183,6 +189,7 @@ def test_second_order(case: Case):
 # --------------------------------------------------------------------------------- vmap
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("lstm_both-dense", "reset_before_gru")))
 def test_vmap(case: Case, backend: str):
     """Over examples, and over parameters as an ensemble does, gradients included."""
