@@ -46,7 +46,7 @@ ADVICE: Mapping[str, str] = {
     "recurrent_dropout": "it is an option of rnncore.Stack, linen.LSTM and nnx.LSTM",
     "stateful": "give the carry that a call returned to the next one as initial_carry",
     "hx": "the state before the first step is initial_carry",
-    "proj_size": "there is no projection of h; apply a dense layer to the outputs",
+    "proj_size": "rnncore.LSTMP(hidden_size, projection_size=...) is an LSTM with a projection",
     "bias": "there always is one; parameters of a functional cell may have bias=None",
     "use_bias": "there always is one; parameters of a functional cell may have bias=None",
     "differentiation": "it is no longer needed: every run has every mode and order of differentiation; leave it out",
