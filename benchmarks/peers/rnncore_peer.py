@@ -29,8 +29,8 @@ NAMED = {
     OWN_CUDA: "cuda",
 }  # fmt: skip
 
-CHECKED: frozenset[str] = frozenset()
-"""Kinds of layouts of Mosaic's that this process need not try first in a process of their own."""
+CHECKED = False
+"""Whether this process need not try Mosaic's kernels first in a process of their own."""
 
 
 class RnncorePeer(Peer):
@@ -42,7 +42,7 @@ class RnncorePeer(Peer):
     library = package = module = "rnncore"
 
     def __init__(self) -> None:
-        self._faults: dict[str, str | None] = {}
+        self._faults: list[str | None] = []
 
     def version(self) -> str | None:
         return rnncore.__version__
@@ -78,15 +78,12 @@ class RnncorePeer(Peer):
         return contender not in (OWN, OWN_CUDA) or workload.own_cell
 
     def fault(self, contender: str, case: Case) -> str | None:
-        """One trial for each kind of layout, and none of a kind that has proved itself."""
-        if NAMED.get(contender) != "mosaic_gpu":
+        """One trial of Mosaic's kernels, and none where they have proved themselves."""
+        if CHECKED or NAMED.get(contender) != "mosaic_gpu":
             return None
-        kind = _layout(case).kind
-        if kind in CHECKED:
-            return None
-        if kind not in self._faults:
-            self._faults[kind] = trial.fault(contender, case)
-        return self._faults[kind]
+        if not self._faults:
+            self._faults.append(trial.fault(contender, case))
+        return self._faults[0]
 
     def build(self, contender: str, case: Case, problem: Problem, measurement: str) -> Built:
         cell = _cell(contender, case)
@@ -120,9 +117,7 @@ def _layout(case: Case) -> Plan:
 
 def _told(plan: Plan) -> str:
     """A layout in words."""
-    if plan.sync is None:
-        return f"one block of {plan.groups * plan.units} units to a head"
-    return f"{plan.sync} of {plan.blocks} blocks of {plan.groups * plan.units} units to a head"
+    return f"one block of {plan.size} units to a head"
 
 
 def _shapes(case: Case) -> Problem:

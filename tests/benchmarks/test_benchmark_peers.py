@@ -232,26 +232,25 @@ def test_what_the_kernels_cannot_do_has_the_reason_of_the_backend(as_if_there):
         ("W1-768x1", "float32", True, MOSAIC, "bfloat16 or float16"),
         ("W5-H40", "bfloat16", True, MOSAIC, "16 units at a time"),
         ("W8-lstm-H256-T256", "bfloat16", True, MOSAIC, "Diagonal recurrences have no matrix"),
-        ("W6-N1-H2048-C128", "bfloat16", True, MOSAIC, "does not fit"),
+        ("W1-768x1", "bfloat16", True, MOSAIC, "does not fit"),
         ("W4-lstm768", "float16", True, TPU, "float32 or bfloat16"),
     ):
         case = Case(named[name], dtype, "default", product, "gpu")
         assert why in peer.why_not(contender, case) and "backend=" in peer.why_not(contender, case)
     for name in ("W1-64x12", "W1-32x24", "W1-128x6", "W1-768x1", "W11-gru64x12", "W11-gru768x1"):
-        for contender in (MOSAIC, TPU):
+        for contender in (TPU,) if "768x1" in name else (MOSAIC, TPU):
             assert peer.why_not(contender, Case(named[name], "bfloat16", "default", False, "gpu")) is None, name
 
 
-def test_each_kind_of_layout_is_tried_once_and_a_proved_one_never(monkeypatch):
+def test_mosaics_kernels_are_tried_once_and_proved_ones_never(monkeypatch):
     tried = []
     monkeypatch.setattr(trial, "fault", lambda contender, case: tried.append(case.workload.name) or "it hangs")
     peer = rnncore_peer.RnncorePeer()
-    cases = [Case(workloads.WORKLOADS[f"W1-{name}"], "bfloat16") for name in ("768x1", "64x12", "128x6", "256x3")]
-    assert [peer.fault(MOSAIC, case) for case in cases * 2] == ["it hangs"] * 8
-    assert tried == ["W1-768x1", "W1-64x12", "W1-256x3"]  # a grid, a block, a cluster
+    cases = [Case(workloads.WORKLOADS[f"W1-{name}"], "bfloat16") for name in ("64x12", "128x6")]
+    assert [peer.fault(MOSAIC, case) for case in cases * 2] == ["it hangs"] * 4 and tried == ["W1-64x12"]
     assert peer.fault("rnncore scan", cases[0]) is None and peer.fault(TPU, cases[0]) is None
-    monkeypatch.setattr(rnncore_peer, "CHECKED", frozenset({"block"}))
-    assert [rnncore_peer.RnncorePeer().fault(MOSAIC, case) for case in cases[:2]] == ["it hangs", None]
+    monkeypatch.setattr(rnncore_peer, "CHECKED", True)
+    assert rnncore_peer.RnncorePeer().fault(MOSAIC, cases[0]) is None
 
 
 def test_a_trial_says_what_went_wrong(monkeypatch):
