@@ -21,7 +21,7 @@ class Backend(abc.ABC):
         it then runs in `jax.shard_map`, and `jax.export`, or another platform than JAX's default, takes `plain`.
       must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
-      takes_any_product: whether it multiplies by the recurrence's own `mix`, and need not know its structure.
+      takes_any_product: whether it multiplies by the recurrence's own `matmul`, and need not know its structure.
       takes_symbolic: whether steps and batch may be numbers that `jax.export` does not know yet.
     """
 

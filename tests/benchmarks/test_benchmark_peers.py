@@ -70,7 +70,7 @@ def test_flashrnn_gets_the_right_recurrent_kernel(workload):
     size = workload.hidden // workload.heads
     assert kernel.shape == (4, workload.heads, size, size)
     h = np.random.default_rng(1).standard_normal((3, workload.heads, size)).astype(np.float32)
-    want = cell.mix(params, jnp.asarray(h.reshape(3, -1)))
+    want = cell.recurrent_matmul(params, jnp.asarray(h.reshape(3, -1)))
     np.testing.assert_allclose(np.einsum("ghdp,bhp->bghd", kernel, h).reshape(3, -1), want, atol=1e-6)
     arrays = {"R": kernel, "b": params.bias.reshape(4, workload.heads, size)}
     back = flashrnn_peer.from_flash(arrays, params.input_kernel, workload.heads, size)

@@ -37,7 +37,7 @@ def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, ke
     target_r = None
     if loop.resets is not None:
         assert loop.target is not None
-        target_r = over(host.mix(cell, loop.kernel, loop.target[part.hidden].astype(dtype)[None])[0])
+        target_r = over(host.recurrent_matmul(cell, loop.kernel, loop.target[part.hidden].astype(dtype)[None])[0])
     arrays = forward.Arrays(
         z=over(z),
         kernel=_split_rows(plan, loop.kernel.transpose(0, 2, 3, 1)).astype(dtype),
