@@ -31,7 +31,7 @@ def forward(cell: Any, loop: host.Loop, z: jax.Array, keep: str | None) -> host.
         (carry, last), (t, z, resets) = state, now
         if resets is not None:
             carry = tuple(jnp.where(resets[:, None], a, b) for a, b in zip(target, carry, strict=True))
-        rs = gates_of(host.mix(cell, loop.kernel, carry[part.hidden].astype(z.dtype)[None])[0], count)
+        rs = gates_of(host.recurrent_matmul(cell, loop.kernel, carry[part.hidden].astype(z.dtype)[None])[0], count)
         for n, gate in enumerate(part.rest):
             rs[gate] = rs[gate] + loop.rest_bias[n]
         carry = part.forward(units, tuple(gates_of(z, count)), tuple(rs), carry)

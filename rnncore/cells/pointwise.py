@@ -170,10 +170,11 @@ def why_not_as_declared(cell: GatedCell, *methods: str) -> str | None:
 def why_not_a_product(cell: GatedCell) -> str | None:
     """Reason why the recurrent product cannot be differentiated once for all steps, or None: see `Recurrence`."""
     kind = type(cell.recurrence)
-    own = {name: next(n for n, c in enumerate(kind.__mro__) if name in vars(c)) for name in ("mix", "mix_transposed")}
-    if own["mix"] < own["mix_transposed"]:
+    pair = ("matmul", "matmul_transposed")
+    own = {name: next(n for n, c in enumerate(kind.__mro__) if name in vars(c)) for name in pair}
+    if own["matmul"] < own["matmul_transposed"]:
         return (
-            f"{kind.__name__} has a `mix` of its own and not the `mix_transposed` that belongs to it; backend "
+            f"{kind.__name__} has a `matmul` of its own and not the `matmul_transposed` that belongs to it; backend "
             "'autodiff' takes it"
         )
     size, gates = cell.hidden_size, len(cell.gates)
@@ -181,13 +182,14 @@ def why_not_a_product(cell: GatedCell) -> str | None:
     h, r = jax.ShapeDtypeStruct((size,), jnp.float32), jax.ShapeDtypeStruct((gates * size,), jnp.float32)
 
     def transpose(kernel: Any, h: Any, r: Any) -> Any:
-        return jax.linear_transpose(lambda h: cell.recurrence.mix(kernel, h), h)(r)
+        return jax.linear_transpose(lambda h: cell.recurrence.matmul(kernel, h), h)(r)
 
     try:
         jax.eval_shape(transpose, kernel, h, r)
     except Exception:  # JAX reports that something is not linear by several exceptions, among them AssertionError.
         return (
-            f"{kind.__name__}.mix is not linear in h, so the step has no recurrent product; backend 'autodiff' takes it"
+            f"{kind.__name__}.matmul is not linear in h, so the step has no recurrent product; "
+            "backend 'autodiff' takes it"
         )
     return None
 

@@ -124,7 +124,7 @@ class KernelBackend(LoopBackend):
         )
         if refused is None and 0 in request.batch_shape:
             refused = f"it takes no empty batch, and this one is {request.batch_shape}"
-        return refused or pointwise.why_not_as_declared(cell, "mix", "output", "split")
+        return refused or pointwise.why_not_as_declared(cell, "recurrent_matmul", "output", "split")
 
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         return mesh.by_device(functools.partial(primitives.run, self), request, differentiable, constants)
@@ -163,7 +163,7 @@ class KernelBackend(LoopBackend):
         before = _before(part.hidden, loop, arrays.flat(result.outputs, 1), others)
         kernel = differentiable.params.recurrent_kernel
         h = before[part.hidden].astype(kernel.dtype)
-        r = _gates(mix(cell, kernel, h), count)
+        r = _gates(recurrent_matmul(cell, kernel, h), count)
         zs = [zg.astype(jnp.float32) for zg in _gates(z, count)]
         sums = tuple(zg + rg if a else zg for zg, rg, a in zip(zs, r, part.additive, strict=True))
         bias = () if loop.rest_bias is None else loop.rest_bias
@@ -187,7 +187,7 @@ class KernelBackend(LoopBackend):
         dunits = tuple(jnp.sum(a, 0) for a in found.units)
         shared = jax.tree.map(lambda a, b: a.astype(b.dtype), (drest, dunits), tuple(arrays.shared))
         dparams, dxs = through((found.z.astype(z.dtype), *shared))
-        dkernel = _mix_gradient(cell, kernel, h, dr.astype(h.dtype)).astype(kernel.dtype)
+        dkernel = _kernel_cotangent(cell, kernel, h, dr.astype(h.dtype)).astype(kernel.dtype)
         dparams = dparams._replace(recurrent_kernel=dkernel)
 
         def carry(found: Any, like: Any) -> Any:
@@ -257,7 +257,7 @@ def _before(hidden: int, loop: Loop, hs: Array, others: tuple[Array, ...]) -> tu
     return tuple(before)
 
 
-def mix(cell: PointwiseCell, kernel: Array, h: Array) -> Array:
+def recurrent_matmul(cell: PointwiseCell, kernel: Array, h: Array) -> Array:
     """r for all steps, (T, B, H) to (T, B, G*H) in float32."""
     size, count = head_size(cell), len(cell.gates)
     heads = h.reshape(*h.shape[:-1], -1, size)
@@ -266,7 +266,7 @@ def mix(cell: PointwiseCell, kernel: Array, h: Array) -> Array:
     return r.reshape(*h.shape[:-1], -1)
 
 
-def _mix_gradient(cell: PointwiseCell, kernel: Array, h: Array, dr: Array) -> Array:
+def _kernel_cotangent(cell: PointwiseCell, kernel: Array, h: Array, dr: Array) -> Array:
     """dU, summed in float32."""
     size, count = head_size(cell), len(cell.gates)
     heads = h.reshape(*h.shape[:-1], -1, size)

@@ -21,7 +21,7 @@ class Backend(abc.ABC):
         it then runs in `jax.shard_map`, and `jax.export`, or another platform than JAX's default, takes `plain`.
       must_be_named: why it runs only where it is named; None if it may be chosen, see `unchosen`.
       keeps_time_axis: whether it takes xs and returns outputs with the caller's time axis.
-      takes_any_product: whether it multiplies by the recurrence's own `mix`, and need not know its structure.
+      takes_any_product: whether it multiplies by the recurrence's own `matmul`, and need not know its structure.
       takes_symbolic: whether steps and batch may be symbolic, as under `jax.export`.
     """
 

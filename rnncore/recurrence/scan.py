@@ -46,7 +46,7 @@ class Scan(LoopBackend):
     def unsupported(self, request: Request) -> str | None:
         if not isinstance(request.cell, GatedCell):
             return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
-        changed = pointwise.why_not_as_declared(request.cell, "mix", "output", "split", "update")
+        changed = pointwise.why_not_as_declared(request.cell, "recurrent_matmul", "output", "split", "update")
         return changed or pointwise.why_not_a_product(request.cell)
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:

@@ -179,8 +179,8 @@ def spread_units(params: CellParams, like: Array) -> Any:
 
 def recurrent_product(cell: GatedCell) -> RecurrentProduct:
     return RecurrentProduct(
-        cell.mix,
-        lambda kernel, h: cell.recurrence.mix_transposed(kernel, h.astype(kernel.dtype)),
+        cell.recurrent_matmul,
+        lambda kernel, h: cell.recurrence.matmul_transposed(kernel, h.astype(kernel.dtype)),
         lambda params: cell.recurrence.transposed(params.recurrent_kernel),
     )
 
@@ -191,7 +191,7 @@ def of(request: Request, differentiable: Differentiable, carries: bool) -> Step:
     assert isinstance(cell, GatedCell)
     params, carry = differentiable.params, differentiable.initial_carry
     z = cell.project(params, jnp.take(differentiable.xs, 0, request.time_axis))
-    r, units = cell.mix(params, carry.h), spread_units(params, carry.h)
+    r, units = cell.recurrent_matmul(params, carry.h), spread_units(params, carry.h)
     additive = pointwise.additive_gates(cell, units, cell.split(z), cell.split(r), carry)
 
     def update(units: Any, zs: Any, rest: Any, carry: Any) -> Any:

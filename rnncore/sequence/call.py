@@ -310,7 +310,7 @@ def _why_not(backend: Backend, request: Request) -> str | None:
 
 
 def _takes_any_product(backend: str | None) -> bool:
-    """Whether what runs multiplies by the recurrence's own `mix`; a GPU's own loops are faster than any such."""
+    """Whether what runs multiplies by the recurrence's own `matmul`; a GPU's own loops are faster than any such."""
     if backend is None:
         return jax.default_backend() == "cpu"
     return backend in BACKENDS and BACKENDS[backend].takes_any_product

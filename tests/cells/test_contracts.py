@@ -20,8 +20,8 @@ XS = jax.random.normal(jax.random.key(1), (2, 5, 3))
 
 
 class Doubled(rnncore.Elman):
-    def mix(self, params: Any, h: Any) -> Any:
-        return 2 * super().mix(params, h)
+    def recurrent_matmul(self, params: Any, h: Any) -> Any:
+        return 2 * super().recurrent_matmul(params, h)
 
 
 class Shown(rnncore.Elman):
@@ -42,13 +42,13 @@ class Turned(rnncore.LSTM):
 
 @dataclasses.dataclass(frozen=True)
 class Upper(rnncore.Dense):
-    def mix(self, kernel: Any, h: Any) -> Any:
-        return super().mix(kernel * jnp.triu(jnp.ones((kernel.shape[0], kernel.shape[2])))[:, None, :], h)
+    def matmul(self, kernel: Any, h: Any) -> Any:
+        return super().matmul(kernel * jnp.triu(jnp.ones((kernel.shape[0], kernel.shape[2])))[:, None, :], h)
 
 
 OWN = {
-    "mix": Doubled(4), "output": Shown(4), "update": Clipped(4), "split": Turned(4),
-    "mix of the kernel": rnncore.Elman(4, recurrence=Upper()),
+    "recurrent_matmul": Doubled(4), "output": Shown(4), "update": Clipped(4), "split": Turned(4),
+    "matmul of the kernel": rnncore.Elman(4, recurrence=Upper()),
 }  # fmt: skip
 
 
@@ -71,6 +71,13 @@ def test_a_method_of_its_own_is_run_and_differentiated(what: str):
     assert rnncore.explain_backend(cell, params, XS).name == "autodiff"
     for a, b in zip(*map(jax.tree.leaves, (jax.grad(loss)(params), jax.grad(looped)(params))), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_method_by_its_old_name_is_said_to_have_a_new_one():
+    with pytest.raises(TypeError, match="`class Old`: defines `mix`, which is called `recurrent_matmul` now"):
+        type("Old", (rnncore.Elman,), {"mix": lambda self, params, h: h})
+    with pytest.raises(TypeError, match="`class Old`: defines `mix_transposed`, which is called `matmul_transposed`"):
+        type("Old", (rnncore.Dense,), {"mix_transposed": lambda self, kernel, h: h})
 
 
 def test_cells_that_differ_in_what_is_no_field_are_refused():

@@ -114,11 +114,11 @@ def test_refusals_of_cells():
         cases.runner(cases.BY_ID["indrnn"], NAME)(*problem)
 
     class Shifted(rnncore.LSTM):
-        def mix(self, params: Any, h: Any) -> Any:
-            return 1 + super().mix(params, h)
+        def recurrent_matmul(self, params: Any, h: Any) -> Any:
+            return 1 + super().recurrent_matmul(params, h)
 
     case = cases.Case("shifted", Shifted(cases.HIDDEN), None)
-    with pytest.raises(NotImplementedError, match="Shifted has a `mix` of its own"):
+    with pytest.raises(NotImplementedError, match="Shifted has a `recurrent_matmul` of its own"):
         cases.runner(case, NAME)(*cases.draw(case, dtype=jnp.float32))
     case = cases.BY_ID["reset_before_gru"]
     with pytest.raises(NotImplementedError, match="not a PointwiseCell"):

@@ -50,7 +50,7 @@ class Cpp(recurrence.CppLoops):
             return f"it takes {', '.join(DTYPES)}; parameters, inputs, carry and residuals are {got}"
         if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
             return "its arrays are of known sizes, and here some are symbols"
-        changed = pointwise.why_not_as_declared(cell, "project", "mix", "output", "split")
+        changed = pointwise.why_not_as_declared(cell, "project", "recurrent_matmul", "output", "split")
         if changed is not None:
             return changed
         if request.platform != "cpu":

@@ -66,7 +66,7 @@ class Cuda(LoopBackend):
         if refused is None and 0 in (*request.batch_shape, request.steps):
             refused = f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
         if refused is None:
-            refused = pointwise.why_not_as_declared(cell, "mix", "output", "split")
+            refused = pointwise.why_not_as_declared(cell, "recurrent_matmul", "output", "split")
         if refused is not None:
             return refused
         residual = request.residual_dtype or request.dtype

@@ -12,7 +12,7 @@ from rnncore._types import Array
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.mosaic_gpu import backward, forward
-from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of, too_few_processors
+from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
 from rnncore.kernels.mosaic_gpu.tiles import flags
 
 
@@ -23,10 +23,7 @@ def kernels(interpret: bool = False) -> host.Kernels:
 
 def _planned(cell: PointwiseCell, loop: host.Loop, rows: int) -> Plan:
     plan = plan_of(cell, rows, not (loop.lengths is None and loop.resets is None), loop.resets is not None)
-    why = plan if isinstance(plan, str) else too_few_processors(plan)
-    if why is not None:  # `unsupported` asks for the batch outside of vmap
-        raise NotImplementedError(f"`unroll(backend='mosaic_gpu')`: {why}. Use backend='scan'.")
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, Plan), "a layout fits or not whatever the number of sequences"
     return plan
 
 
@@ -40,7 +37,7 @@ def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, ke
     target_r = None
     if loop.resets is not None:
         assert loop.target is not None
-        target_r = over(host.mix(cell, loop.kernel, loop.target[part.hidden].astype(dtype)[None])[0])
+        target_r = over(host.recurrent_matmul(cell, loop.kernel, loop.target[part.hidden].astype(dtype)[None])[0])
     arrays = forward.Arrays(
         z=over(z),
         kernel=_split_rows(plan, loop.kernel.transpose(0, 2, 3, 1)).astype(dtype),
@@ -103,15 +100,15 @@ def _flags(loop: host.Loop, steps: int, plan: Plan, rows: int, dtype: Any) -> Ar
 
 
 def _split_rows(plan: Plan, kernel: Array) -> Array:
-    """(N, G, d out, d in) to (N, blocks, W, G * units, d in): the rows that each warpgroup multiplies."""
-    parts = kernel.reshape(plan.heads, plan.gates, plan.blocks, plan.groups, plan.units, plan.size)
-    return parts.transpose(0, 2, 3, 1, 4, 5).reshape(plan.heads, plan.blocks, plan.groups, -1, plan.size)
+    """(N, G, d out, d in) to (N, W, G * units, d in): the rows that each warpgroup multiplies."""
+    parts = kernel.reshape(plan.heads, plan.gates, plan.groups, plan.units, plan.size)
+    return parts.swapaxes(1, 2).reshape(plan.heads, plan.groups, -1, plan.size)
 
 
 def _split_inputs(plan: Plan, kernel: Array) -> Array:
-    """(N, d in, G, d out) to (N, blocks, W, G * units, d out): for each gate the rows of a warpgroup's units."""
-    parts = kernel.reshape(plan.heads, plan.blocks, plan.groups, plan.units, plan.gates, plan.size)
-    return parts.transpose(0, 1, 2, 4, 3, 5).reshape(plan.heads, plan.blocks, plan.groups, -1, plan.size)
+    """(N, d in, G, d out) to (N, W, G * units, d out): for each gate the rows of a warpgroup's units."""
+    parts = kernel.reshape(plan.heads, plan.groups, plan.units, plan.gates, plan.size)
+    return parts.swapaxes(2, 3).reshape(plan.heads, plan.groups, -1, plan.size)
 
 
 def _types(like: Array) -> Any:

@@ -80,7 +80,7 @@ def _forward_kernel(
             here = _bit(plan, given.resets, t)
             old = [jnp.where(here, a[...].astype(jnp.float32), b) for a, b in zip(given.target, old, strict=True)]
         zs = [given.stacks[0][t, :, g * units : (g + 1) * units].astype(jnp.float32) for g in range(gates)]
-        rs = _mix(plan, gates, old[part.hidden], given.kernel, precision)
+        rs = _recurrent_matmul(plan, gates, old[part.hidden], given.kernel, precision)
         for g, bias in zip(part.rest, given.bias, strict=True):
             rs[g] = rs[g] + bias[...]
         new = part.forward(_spread_rows(plan, given.units), tuple(zs), tuple(rs), tuple(old))
@@ -136,7 +136,7 @@ def _backward_kernel(
         apart = iter(dapart)
         drs = [a if alone else next(apart) for a, alone in zip(dzs, part.additive, strict=True)]
         old = list(dold)
-        old[part.hidden] = old[part.hidden] + _mix_transposed(plan, drs, given.kernel, precision, dhs.dtype)
+        old[part.hidden] = old[part.hidden] + _transposed_matmul(plan, drs, given.kernel, precision, dhs.dtype)
         if given.resets is not None:
             here = _bit(plan, given.resets, t)
             for ref, a in zip(dtarget, old, strict=True):
@@ -158,13 +158,13 @@ def _run_here(plan: Plan, total: int, block: Any) -> Any:
     return jnp.minimum(np.int32(plan.steps), np.int32(total) - block * np.int32(plan.steps))
 
 
-def _mix(plan: Plan, gates: int, h: Array, kernel: Any, precision: Any) -> list[Array]:
+def _recurrent_matmul(plan: Plan, gates: int, h: Array, kernel: Any, precision: Any) -> list[Array]:
     """r of every gate: h, rounded to the kernel's dtype, times the kernel."""
     parts = [_dot(_piece(plan, h, n).astype(kernel.dtype), kernel[n], precision) for n in range(plan.blocks)]
     return [_side_by_side([_lanes(a, g, plan.width) for a in parts]) for g in range(gates)]
 
 
-def _mix_transposed(plan: Plan, drs: Sequence[Array], kernel: Any, precision: Any, dtype: Any) -> Array:
+def _transposed_matmul(plan: Plan, drs: Sequence[Array], kernel: Any, precision: Any, dtype: Any) -> Array:
     """dh of dr of every gate, which is rounded likewise."""
     sides = [_side_by_side([_piece(plan, dr, n) for dr in drs]).astype(dtype) for n in range(plan.blocks)]
     return _side_by_side([_dot(side, kernel[n], precision) for n, side in enumerate(sides)])
