@@ -129,7 +129,7 @@ OWN = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_products_that_are_not_linear_in_the_kernel(name: str):
     """Through the scan's own product: runs, every gradient, forward mode and second order are those of autodiff."""

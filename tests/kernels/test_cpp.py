@@ -175,6 +175,7 @@ def test_stretches_that_are_run_again(id: str, options: dict):
     compare(case, problem, cases.FLOAT64, **options)
 
 
+@pytest.mark.slow
 def test_stretches_that_a_team_runs_again():
     case = sized("lstm-dense", 192)
     problem = cases.draw(case, (3,), 30, 40, dtype=jnp.float32, lengths=True, resets=True)
@@ -462,6 +463,7 @@ def test_the_same_bits_every_time_and_from_several_threads():
         cases.assert_close(again, first, 0.0)
 
 
+@pytest.mark.slow
 def test_the_batch_over_devices():
     """Inside shard_map, over two: the gradients are summed over both."""
     two_devices.assert_gradients_are_summed("cpp", "float64", cases.FLOAT64)

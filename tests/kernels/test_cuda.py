@@ -132,6 +132,7 @@ def test_no_races(name: str):
     assert "data race" not in cuda_grid.races(*CASES[name][:5])
 
 
+@pytest.mark.slow
 def test_a_barrier_left_out_is_a_race():
     assert "data race" in cuda_grid.races(*CASES["none, everything at once"][:5], "-DRNN_WITHOUT_BARRIERS")
 
@@ -191,6 +192,7 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
 def test_vmap_over_parameters_is_more_heads(launches: list[int]):
     """One launch forward and one backward for all models, with masks, biases apart, heads, and a map of sequences."""
@@ -222,6 +224,7 @@ def test_vmap_over_parameters_is_more_heads(launches: list[int]):
     assert launches == [6, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("emulated")
 def test_both_directions_are_one_launch(launches: list[int]):
     stack = rnncore.Stack(rnncore.LSTM(16), num_layers=2, bidirectional=True)

@@ -132,6 +132,7 @@ BACKENDS["plain"] = plain_kernels.PLAIN
 """
 
 
+@pytest.mark.slow
 def test_the_batch_over_devices():
     """Inside shard_map, over two: the gradients are summed over both."""
     two_devices.assert_gradients_are_summed(NAME, "float32", FLOAT32, PLAIN)
