@@ -40,7 +40,7 @@ class Loop(NamedTuple):
       kernel: (N, H/N, G, H/N), N = 1 for a dense one.
       rest_bias: (n, H) float32, added to r of the gates in `Body.rest`; None where there are none.
       units: per-unit parameters, each (H,) float32.
-      start, target: (B, H) per field of the carry: the carry before the first step, and the one that
+      start, reset_carry: (B, H) per field of the carry: the carry before the first step, and the one that
         resets return to, None without resets.
       lengths: (B,) int32 from 0 to T, or None.
       resets: (T, B) booleans, or None.
@@ -50,12 +50,12 @@ class Loop(NamedTuple):
     rest_bias: Array | None
     units: tuple[Array, ...]
     start: tuple[Array, ...]
-    target: tuple[Array, ...] | None
+    reset_carry: tuple[Array, ...] | None
     lengths: Array | None
     resets: Array | None
 
 
-class Kept(NamedTuple):
+class Outputs(NamedTuple):
     """What the forward kernel gives.
 
     Fields:
@@ -77,14 +77,14 @@ class Cotangents(NamedTuple):
       z: (T, B, G*H), in the residuals' dtype: of z, and of r of the gates that see their sum alone.
       rest: (T, B, n*H), of r of the other gates; None where there are none.
       start: (B, H) float32 per field of the carry: of what came before step 0, for a reset there nothing.
-      target: (B, H) float32 per field, summed over the resets; None without resets.
+      reset_carry: (B, H) float32 per field, summed over the resets; None without resets.
       units: (B, H) float32 per unit parameter, summed over the steps.
     """
 
     z: Array
     rest: Array | None
     start: tuple[Array, ...]
-    target: tuple[Array, ...] | None
+    reset_carry: tuple[Array, ...] | None
     units: tuple[Array, ...]
 
 
@@ -92,12 +92,12 @@ class Kernels(NamedTuple):
     """The two kernels of a backend.
 
     Fields:
-      forward: (cell, loop, z (T, B, G*H), dtype of `Kept.others` or None) -> Kept.
+      forward: (cell, loop, z (T, B, G*H), dtype of `Outputs.others` or None) -> Outputs.
       backward: (cell, loop, residuals (each (T, B, H)), dhs (T, B, H), dlast (each (B, H) float32; enters after
         step length - 1, nowhere for length 0)) -> Cotangents.
     """
 
-    forward: Callable[..., Kept]
+    forward: Callable[..., Outputs]
     backward: Callable[..., Cotangents]
 
 
@@ -140,12 +140,12 @@ class KernelBackend(LoopBackend):
     def _run(self, arrays: _Arrays, keep: str | None) -> tuple[Result, PyTree]:
         forward, cell, request = self.kernels().forward, arrays.cell, arrays.request
         differentiable = arrays.differentiable
-        kept = _call(lambda loop, z: forward(cell, loop, z, keep), arrays.loop, arrays.z)
+        found = _call(lambda loop, z: forward(cell, loop, z, keep), arrays.loop, arrays.z)
         last = jax.tree.map(
-            lambda a, b: a.reshape(b.shape).astype(b.dtype), cell.Carry(*kept.last), differentiable.initial_carry
+            lambda a, b: a.reshape(b.shape).astype(b.dtype), cell.Carry(*found.last), differentiable.initial_carry
         )
-        hs = kept.hs.reshape(request.steps, *request.batch_shape, cell.hidden_size)
-        batched = jax.tree.map(lambda a: a.reshape(request.steps, *request.batch_shape, -1), (arrays.z, kept.others))
+        hs = found.hs.reshape(request.steps, *request.batch_shape, cell.hidden_size)
+        batched = jax.tree.map(lambda a: a.reshape(request.steps, *request.batch_shape, -1), (arrays.z, found.others))
         return Result(last, hs, None, None), batched
 
     def backward(
@@ -196,7 +196,7 @@ class KernelBackend(LoopBackend):
             return jax.tree.map(lambda a, b: a.reshape(b.shape).astype(b.dtype), type(like)(*found), like)
 
         _, _, start, reset_carry = differentiable
-        return Differentiable(dparams, dxs, carry(dstart, start), carry(found.target, reset_carry))
+        return Differentiable(dparams, dxs, carry(dstart, start), carry(found.reset_carry, reset_carry))
 
 
 class _Arrays:
@@ -251,8 +251,8 @@ def _before(hidden: int, loop: Loop, hs: Array, others: tuple[Array, ...]) -> tu
     for n, stack in enumerate(stacks):
         a = jnp.concatenate([loop.start[n].astype(stack.dtype)[None], stack[:-1]])
         if loop.resets is not None:
-            assert loop.target is not None
-            a = jnp.where(loop.resets[..., None], loop.target[n].astype(a.dtype), a)
+            assert loop.reset_carry is not None
+            a = jnp.where(loop.resets[..., None], loop.reset_carry[n].astype(a.dtype), a)
         before.append(a)
     return tuple(before)
 

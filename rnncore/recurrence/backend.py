@@ -19,7 +19,7 @@ class Backend(abc.ABC):
       name: as `unroll(backend=...)` has it.
       opaque: whether XLA can neither part its calls among devices nor take them to another machine: on an explicit mesh
         it then runs in `jax.shard_map`, and `jax.export`, or another platform than JAX's default, takes `plain`.
-      must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
+      must_be_named: reason why it runs only where it is named; None where it may be chosen, see `why_not_by_default`.
       keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
       takes_any_product: whether it multiplies by the recurrence's own `matmul`, and need not know its structure.
       takes_symbolic: whether steps and batch may be numbers that `jax.export` does not know yet.
@@ -36,7 +36,7 @@ class Backend(abc.ABC):
     def unsupported(self, request: Request) -> str | None:
         """Reason why this backend cannot serve the request, or None."""
 
-    def unchosen(self, request: Request) -> str | None:
+    def why_not_by_default(self, request: Request) -> str | None:
         """Reason why a request that it can serve runs here only where the backend is named, or None."""
         del request
         return self.must_be_named

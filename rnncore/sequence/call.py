@@ -282,7 +282,7 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
         about = None if prepare else BACKENDS[backend].describe(request)
         return BackendChoice(backend, f"named by the caller; {about}" if about else "named by the caller", others)
-    reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
+    reasons = {name: why or BACKENDS[name].why_not_by_default(request) for name, why in reasons.items()}
     for name in reasons:
         if prepare and reasons[name] is None:
             reasons[name] = BACKENDS[name].prepare(request)

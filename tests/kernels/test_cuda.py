@@ -44,7 +44,7 @@ CASES = {  # cell, dtype, product, layout, sequences, options
     "none, warps share k": (rnncore.LSTM(32), "bfloat16", "mma", {"sync": "none", "split": 1}, 3, {"lengths": True}),
     "none, everything at once": (
         rnncore.LSTM(24, peepholes=True), "float32", "3xtf32", {"sync": "none", "split": 2}, 9,
-        {"lengths": True, "resets": True, "mask": True, "stay": (1, 2), "states": True},
+        {"lengths": True, "resets": True, "mask": True, "zoneout": (1, 2), "states": True},
     ),
     "cluster": (rnncore.GRU(32), "float16", "mma", {"sync": "cluster", "split": 1}, 3, {"resets": True}),
     "cluster, warps share k": (rnncore.LSTM(32), "float32", "tf32", {"sync": "cluster", "split": 2}, 2, {"mask": True}),
@@ -56,7 +56,7 @@ CASES = {  # cell, dtype, product, layout, sequences, options
     "grid, tails, masked": (
         Own(20), "float32", "3xtf32", {"sync": "grid", "split": 2}, 9, {"mask": True, "resets": True},
     ),
-    "grid, two tiles": (rnncore.Elman(32), "float16", "mma", {"sync": "grid", "tiles": 2}, 9, {"stay": (3,)}),
+    "grid, two tiles": (rnncore.Elman(32), "float16", "mma", {"sync": "grid", "tiles": 2}, 9, {"zoneout": (3,)}),
     "no matrix unit": (rnncore.MGU(16), "float32", "fma", {"sync": "none", "split": 1}, 2, {"lengths": True}),
 }  # fmt: skip
 
@@ -291,7 +291,7 @@ def test_compiles_in_float32(product: str):
             shape = Shape(
                 direction, "float32", "bfloat16", product, gates=len(cell.gates), fields=1,
                 width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size, heads=1, sequences=64,
-                lengths=True, resets=True, mask=True, stay=(1,),
+                lengths=True, resets=True, mask=True, zoneout=(1,),
             )  # fmt: skip
             plan = plan_of(DEVICES["A100"], shape)
             assert not isinstance(plan, str)

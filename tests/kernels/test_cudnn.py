@@ -580,7 +580,7 @@ def test_it_is_chosen_where_a_persistent_algorithm_runs_both_ways(cudnn: Recorde
     changes, reason = CHOSEN[name]
     asked = request(**{"lengths": False, **changes})
     assert CUDNN.unsupported(asked) is None
-    assert CUDNN.unchosen(asked) is None if reason is None else reason in CUDNN.unchosen(asked)
+    assert CUDNN.why_not_by_default(asked) is None if reason is None else reason in CUDNN.why_not_by_default(asked)
 
 
 def test_it_is_chosen_before_the_scan(cudnn: Recorder):

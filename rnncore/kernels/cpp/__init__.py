@@ -58,7 +58,7 @@ class Cpp(recurrence.CppLoops):
         variant = recurrence.variant_of(request)
         return emit.why_not(cell, variant) or compiler.missing(emit.source(cell, variant))
 
-    def unchosen(self, request: Request) -> str | None:
+    def why_not_by_default(self, request: Request) -> str | None:
         if compiler.turned_off():
             return "RNNCORE_CPP turns it off where it is not named"
         assert isinstance(request.cell, PointwiseCell)

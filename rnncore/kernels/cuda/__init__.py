@@ -79,7 +79,7 @@ class Cuda(LoopBackend):
         found = self._plan(request, "forward", 1)  # one sequence fits wherever many run in parts
         return found if isinstance(found, str) else emit.why_not(cell)
 
-    def unchosen(self, request: Request) -> str | None:
+    def why_not_by_default(self, request: Request) -> str | None:
         """By what was timed on an H200: 5 to 10 times as fast as the scan there, forward and in training."""
         device = launch.device()
         assert device is not None and isinstance(request.cell, PointwiseCell)
