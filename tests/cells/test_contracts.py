@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rnncore
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels.cpp import handlers
 from rnncore.sequence import checks
 
 XS = jax.random.normal(jax.random.key(1), (2, 5, 3))
@@ -115,7 +115,7 @@ def test_a_number_is_a_share_of_zoneout_and_not_a_choice_of_units():
 
 def test_a_cxx_that_is_no_command_compiles_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("CXX", "it's")
-    monkeypatch.setattr(compiler, "_names", {})  # another test may have compiled this cell
+    monkeypatch.setattr(handlers, "_names", {})  # another test may have compiled this cell
     cell = rnncore.LSTM(4)
     assert rnncore.unroll(cell, cell.init(jax.random.key(0), 3), XS)[1].shape == (2, 5, 4)
     assert "is no command" in caplog.text

@@ -24,7 +24,7 @@ import rnncore
 from benchmarks import workloads
 from benchmarks.peers import torch_peer
 from rnncore import GRU, LSTM, Elman, Heads, Stack, _compat
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 from rnncore.kernels.cudnn import algorithm, calls, library, weights
 from rnncore.recurrence.run import Constants, Differentiable, Request
 from rnncore.sequence.backends import BACKENDS
@@ -42,7 +42,7 @@ ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 def built(source: str) -> str:
     """The path of a source as a shared library."""
-    return compiler.plain_library(source, "a library for tests")[0]._name
+    return compiler.library(source, "a library for tests")[0]._name
 
 
 class Recorder:
@@ -647,7 +647,7 @@ def test_errors_of_the_library_are_ours(cudnn: Recorder, monkeypatch: pytest.Mon
 
 def test_the_handlers_for_a_gpu_compile_here_too():
     """All but their stream is what the other tests run."""
-    handlers, _ = compiler.plain_library(library.source(), "the calls of cuDNN")
+    handlers, _ = compiler.library(library.source(), "the calls of cuDNN")
     assert all(hasattr(handlers, f"rnn_{name}") for name in library.HANDLERS)
 
 

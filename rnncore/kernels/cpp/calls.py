@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
+from rnncore.kernels import ffi
 from rnncore.kernels.cpp.emit import Variant
 from rnncore.recurrence.batching import over_batch
 
@@ -175,16 +175,7 @@ class Calls:
     def _call(self, handler: int, rows: int, groups: int, shapes: Any, args: tuple[Array, ...]) -> tuple[Array, ...]:
         if not rows:
             return tuple(jnp.zeros(*one) for one in shapes)
-        results = [jax.ShapeDtypeStruct(*one) for one in shapes]
-        call = jax.ffi.ffi_call(self.targets[handler], results)
-        zoneout = np.asarray(self.zoneout, np.int64)
-        return tuple(
-            call(
-                *args,
-                time_major=self.time_major,
-                groups=groups,
-                every=self.every,
-                again=self.rematerialize,
-                zoneout=zoneout,
-            )
-        )
+        return ffi.call(
+            self.targets[handler], shapes, args, time_major=self.time_major, groups=groups, every=self.every,
+            again=self.rematerialize, zoneout=np.asarray(self.zoneout, np.int64),
+        )  # fmt: skip

@@ -15,7 +15,7 @@ from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
 from rnncore.cells.recurrent_kernels import Diagonal, Heads
 from rnncore.kernels import kernel_body
-from rnncore.kernels.cpp import calls, compiler, emit
+from rnncore.kernels.cpp import calls, emit, handlers
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Out
 from rnncore.recurrence import plain, step
 from rnncore.recurrence.backend import LoopBackend
@@ -287,7 +287,7 @@ def _calls(
     rematerialize: bool,
 ) -> Calls:  # fmt: skip
     part, width = emit.body(cell, variant), len(emit.plan(cell, variant).kept)
-    names = compiler.targets(emit.source(cell, variant), described(cell, variant))
+    names = handlers.targets(emit.source(cell, variant), described(cell, variant))
     targets = names["forward"], names["forward_keeping"], names["backward"]
     return Calls(
         targets,

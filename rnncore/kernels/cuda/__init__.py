@@ -30,8 +30,7 @@ from rnncore._types import PyTree
 from rnncore.cells import pointwise
 from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Heads
-from rnncore.kernels import host, kernel_body
-from rnncore.kernels.cpp import cache, compiler
+from rnncore.kernels import cache, compiler, host, kernel_body
 from rnncore.kernels.cuda import emit, kernels, launch, nvrtc, plan, recurrence
 from rnncore.recurrence import plain
 from rnncore.recurrence.backend import LoopBackend, without
@@ -132,7 +131,7 @@ class Cuda(LoopBackend):
         if nvrtc.library() is None:
             return "it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found"
         if compiler.find() is None:
-            return "it needs a C++ compiler, and none is found: install one, or name it in CXX"
+            return compiler.MISSING
         return None
 
     def settings(self, request: Request) -> kernels.Settings:
