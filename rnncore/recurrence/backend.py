@@ -114,10 +114,10 @@ class LoopBackend(Backend):
     ) -> Result:  # fmt: skip
         """The tangent of the result, linear in `tangents`, which has None for every array that does not move.
 
-        This one differentiates `plain` and so runs forward again; a backend whose residuals are all that the linearised
-        step depends on calls `plain.tangent` with them.
+        This one forms what the linearised step depends on from the outputs; a backend whose residuals are all of that
+        calls `plain.tangent` with them.
         """
-        return plain.jvp(self.plain, request, differentiable, constants, tangents)
+        return self.plain_tangent(request, differentiable, constants, result, tangents)
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run by operations that JAX differentiates to every order: for second and higher ones."""
