@@ -1,4 +1,4 @@
-"""What the RNN modules of both Flax flavours share.  No Flax in here."""
+"""What the RNN modules of both Flax flavours share.  This file does not import Flax."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def from_core(carry: Any) -> Any:
 
 
 def time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
-    """Where time lies in the inputs of an RNN module, or ValueError."""
+    """The time axis of the inputs of an RNN module, or ValueError."""
     if not hasattr(inputs, "ndim"):
         raise ValueError(
             f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
@@ -66,7 +66,7 @@ def check_is_cell(cell: Any, example: str) -> None:
 
 
 def check_are_rnns(layer: Any) -> None:
-    """ValueError where a Bidirectional is given something else than two RNN modules."""
+    """ValueError unless a Bidirectional is given two RNN modules."""
     for name in ("forward_rnn", "backward_rnn"):
         rnn = getattr(layer, name)
         if isinstance(rnn, type) or hasattr(type(rnn), "initialize_carry") or not callable(rnn):
@@ -77,13 +77,13 @@ def check_are_rnns(layer: Any) -> None:
 
 
 def check_dtypes(layer: Any) -> None:
-    """ValueError for dtypes of a module that are none."""
+    """ValueError for invalid dtypes of a module."""
     names = ("dtype", "param_dtype", "carry_dtype", "output_dtype")
     _arguments.check_dtypes(type(layer).__name__, {n: getattr(layer, n) for n in names if hasattr(layer, n)})
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:
-    """The floating point arrays of a tree in this dtype, where there is one."""
+    """The floating point arrays of a tree cast to this dtype, if it is not None."""
     if dtype is None:
         return tree
 
@@ -104,13 +104,13 @@ def result_of(rnn: Any, result: tuple[Any, ...], return_carry: bool) -> Any:
 class SlowPathWarning(UserWarning):
     """A cell runs under Flax's scan in an `RNN` of rnncore, and the message says what would be faster.
 
-    It comes once for each class of cells and reason; `warnings.simplefilter("ignore", rnncore.SlowPathWarning)`
+    It is issued once for each class of cells and reason; `warnings.simplefilter("ignore", rnncore.SlowPathWarning)`
     silences it.
     """
 
 
 class SlowPath(NamedTuple):
-    """Why a cell runs under Flax's scan, and what to do about it; None where there is nothing to do."""
+    """Why a cell runs under Flax's scan, and what to do about it; None if nothing can be done."""
 
     reason: str
     remedy: str | None = None
@@ -122,7 +122,7 @@ AS_POINTWISE = "write its update as an `rnncore.PointwiseCell` and run that by `
 
 
 def unknown_cell(cell: Any, known: Iterable[type], flavour: str) -> SlowPath:
-    """Of a cell whose class is not one of those whose equations are known."""
+    """For a cell whose equations are not known."""
     reason = f"{type(cell).__name__} is not exactly one of the pointwise cells of rnncore.{flavour} or flax.{flavour}"
     base = next((kind for kind in type(cell).__mro__ if kind in set(known)), None)
     if base is not None:
@@ -154,7 +154,7 @@ def unfit_functions(
 
 
 def before_scan(rnn: Any, scan: str, slow: SlowPath) -> None:
-    """Before a module runs under Flax's scan: refuses options, and says so where something can be done about it."""
+    """Called before a module runs under Flax's scan: rejects options, and warns if there is a remedy."""
     cell = type(rnn.cell)
     _refuse_options(rnn, scan, slow.reason)
     if choices.is_recording():
@@ -173,7 +173,7 @@ def before_scan(rnn: Any, scan: str, slow: SlowPath) -> None:
 
 @contextlib.contextmanager
 def without_warning() -> Iterator[None]:
-    """Inside, cells run under Flax's scan without a warning, because it is not the user's doing."""
+    """A context in which cells run under Flax's scan without a warning, because the user did not ask for it."""
     token = _silent.set(True)
     try:
         yield
@@ -197,7 +197,7 @@ def unroll(
 ) -> tuple[Any, ...]:  # fmt: skip
     """(carry, outputs[, States]) of an RNN module through `rnncore.unroll`, in Flax's carries and dtypes.
 
-    `recompute`: in place of the module's own.
+    `recompute` overrides the module's own.
     """
     xs = jnp.asarray(inputs, params.input_kernel.dtype)
     start = to_core(core, carry)
@@ -216,7 +216,7 @@ def scan_cell(
     scan: Callable[..., Any], rnn: Any, inputs: Array, carry: Any, time_axis: int, *, seq_lengths: Any, resets: Any,
     reverse: bool, keep_order: bool, return_carry: bool, return_states: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """(carry, outputs[, States]) of an RNN module whose cell need not be known: Flax's scan, with lengths done right.
+    """(carry, outputs[, States]) of an RNN module with any cell: Flax's scan, with correct lengths.
 
     Args:
       scan: Flax's scan over the cell: (step, carry, xs) -> (carry, ys), where step is
@@ -238,7 +238,7 @@ def scan_cell(
         resets = jnp.moveaxis(resets, time_axis, 0)
     if reverse:
         xs, resets = _lengths.reverse_time((xs, resets), lengths)
-    # The last valid carry travels along, so that no history of carries is stacked for it.
+    # The last valid carry is part of the loop's carry, so that the carries need not be stacked.
     last = carry if lengths is not None and return_carry else None
     if last is not None or resets is not None:
         _check_batch(rnn.cell, carry, batch_shape)
@@ -254,7 +254,7 @@ def scan_cell(
             last = _lengths.last_valid(last, jax.tree.map(lambda a: a[None], new), lengths, t)
         return (new, last), (y, new if return_states else None)
 
-    # While a backend is explained nothing is compiled, and this scan would become a loop of Python's.
+    # While a backend is explained nothing is compiled, and this scan would become a Python loop.
     with jax.disable_jit(False) if choices.is_recording() else contextlib.nullcontext():
         (end, last), ys = scan(step, (carry, last), (xs, resets, jnp.arange(steps)))
     if reverse and keep_order:
@@ -269,7 +269,7 @@ def _expand(mask: Array, like: Array) -> Array:
 
 
 def _in_dtypes_of(before: PyTree, new: PyTree) -> PyTree:
-    """The new carry in the dtypes of the old one, where both are floating; other faults are for the scan to tell."""
+    """The new carry in the dtypes of the old one, where both are floating; the scan reports other mismatches."""
     if not pointwise.same_structure(before, new):
         return new
 
@@ -293,7 +293,7 @@ def _check_batch(cell: Any, carry: Any, batch_shape: tuple[int, ...]) -> None:
 
 
 def recurrence(heads: int) -> Recurrence:
-    """The structure of a recurrent kernel with so many heads."""
+    """The structure of a recurrent kernel with this number of heads."""
     return Dense() if heads == 1 else Heads(heads)
 
 
@@ -301,7 +301,7 @@ def run_layers(
     layers: Any, stack: Stack, params: StackParams, xs: Array, *, initial_carry: Any, return_carry: bool | None,
     **options: Any,
 ) -> Any:  # fmt: skip
-    """What a module of several layers returns: its fields and the options of a call through `unroll_stack`."""
+    """The result of a module of several layers, by `unroll_stack` with its fields and the options of the call."""
     with choices.layer(layers, [name for row in stack.names for name in row]):
         last, outputs, *states = unroll_stack(
             stack, params, xs, initial_carry=initial_carry, dtype=layers.dtype,
@@ -315,7 +315,7 @@ def run_layers(
 
 
 def carry_dtype(layers: Any) -> Any:
-    """The dtype of the layers' own initial carry: that of the parameters where no other is asked for."""
+    """The dtype of the layers' own initial carry; that of the parameters by default."""
     return layers.param_dtype if layers.carry_dtype is None else layers.carry_dtype
 
 
@@ -328,7 +328,7 @@ def concatenate(a: Array, b: Array) -> Array:
 
 
 def refuse_reverse(reverse: bool | None) -> None:
-    """NotImplementedError for a Bidirectional that is asked to read backwards."""
+    """NotImplementedError for `reverse=True` on a Bidirectional."""
     if reverse:
         raise NotImplementedError(
             "`Bidirectional(...)(inputs, reverse=True)`: both directions are read already; flip the inputs, or swap "
@@ -337,10 +337,10 @@ def refuse_reverse(reverse: bool | None) -> None:
 
 
 def check_children(layer: Any, time_major: bool) -> None:
-    """ValueError where a Bidirectional would hand its batch to a child as time."""
+    """ValueError where a Bidirectional would pass its batch axis to a child as time."""
     for name in ("forward_rnn", "backward_rnn"):
         if getattr(getattr(layer, name), "time_major", False) and not time_major:
             raise ValueError(
-                f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would hand its batch "
+                f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would pass its batch "
                 "axis to this child as time; give Bidirectional time_major=True as well."
             )

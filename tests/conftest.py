@@ -3,7 +3,7 @@
 import os
 
 # The interpreter of GPU kernels holds a thread of XLA's pool for every thread that waits at a barrier:
-# with a pool of two, one waits for the other for ever.
+# with a pool of two, one waits for the other endlessly.
 os.environ.setdefault("NPROC", "16")
 
 # The matrices are small, and the tests run in as many processes as there are cores.

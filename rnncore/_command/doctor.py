@@ -1,4 +1,4 @@
-"""Shows versions, devices, compiler and cache, what each backend says, and what is slow here and how to fix it."""
+"""Shows versions, devices, compiler, cache and backends, and what is slow on this machine and how to fix it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of this command."""
+    """The options of this command."""
     parser.add_argument("--json", action="store_true", help="the same as a JSON object")
 
 

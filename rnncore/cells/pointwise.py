@@ -1,9 +1,9 @@
-"""What can be read off a pointwise update: that it is one, how r enters it, and its linearisation.
+"""Analysis of a pointwise update: whether it is elementwise, how r enters it, and its linearisation.
 
-A pointwise function is traced to a jaxpr, nested jit calls are opened, and from there
-  * `check_elementwise` refuses whatever mixes units,
+A pointwise function is traced to a jaxpr, nested jit calls are inlined, and then
+  * `check_elementwise` rejects operations that mix units,
   * `additive_gates` finds the gates that see z and r only as z + r,
-  * `linearize` splits the derivative into values worth saving and a cheap linear rest.
+  * `linearize` splits the derivative into values worth saving and cheap linear operations.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _inner_jaxpr(eqn: Any) -> Any:
 
 
 def _rounds_nothing(eqn: Any) -> bool:
-    """Whether the operation is a rounding to the precision that the value has, as `jax.checkpoint` puts in."""
+    """Whether the operation rounds to the precision that the value already has, as `jax.checkpoint` inserts."""
     if eqn.primitive.name != "reduce_precision":
         return False
     info = jnp.finfo(eqn.invars[0].aval.dtype)
@@ -47,7 +47,7 @@ def _rounds_nothing(eqn: Any) -> bool:
 
 
 def opened_calls(closed: Any, calls: Collection[str]) -> Callable:
-    """The jaxpr as a function in which calls of these names are opened: what they do is seen, their rules are lost."""
+    """The jaxpr as a function in which calls of these names are inlined; their custom rules are lost."""
 
     def evaluate(jaxpr: Any, consts: Any, args: Any) -> list:
         env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
@@ -72,12 +72,12 @@ def opened_calls(closed: Any, calls: Collection[str]) -> Callable:
 
 
 def _open_jits(closed: Any) -> Callable:
-    """The jaxpr as a function in which nested jit calls are opened, so that policies see inside."""
+    """The jaxpr as a function in which nested jit calls are inlined, so that policies see inside."""
     return opened_calls(closed, ("jit", "pjit"))
 
 
 def opened(fun: Callable, *args: PyTree) -> tuple[Any, Any]:
-    """(jaxpr with nested jits opened, output tree) of a function at these arguments."""
+    """(jaxpr with nested jits inlined, output tree) of a function at these arguments."""
     flat, tree = jax.tree.flatten(args)
 
     def on_leaves(*leaves: Any) -> Any:
@@ -88,7 +88,7 @@ def opened(fun: Callable, *args: PyTree) -> tuple[Any, Any]:
 
 
 def same_structure(a: PyTree, b: PyTree) -> bool:
-    """Whether two pytrees are built alike."""
+    """Whether two pytrees have the same structure."""
     structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
     return structures[0] == structures[1]
 
@@ -127,7 +127,7 @@ def check_elementwise(cell: PointwiseCell) -> None:
 
 
 def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
-    """Reason why functions of units cannot be part of a static description of a cell, or None."""
+    """Why functions of units cannot be part of a static description of a cell, or None."""
     for fun in functions:
         try:
             hash(fun)
@@ -135,7 +135,7 @@ def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
             return f"its function {fun!r} cannot be hashed"
         consts = jax.make_jaxpr(fun)(jax.ShapeDtypeStruct((1, size), jnp.float32)).consts
         if any(isinstance(const, jax.core.Tracer) for const in consts):
-            return f"its function {fun!r} has caught a value that is being differentiated or compiled"
+            return f"its function {fun!r} closes over a value that is being differentiated or compiled"
     return None
 
 
@@ -186,7 +186,7 @@ def why_not_a_product(cell: GatedCell) -> str | None:
 
     try:
         jax.eval_shape(transpose, kernel, h, r)
-    except Exception:  # JAX says in many ways that something is not linear, an AssertionError among them.
+    except Exception:  # JAX reports that something is not linear by several exceptions, among them AssertionError.
         return (
             f"{kind.__name__}.matmul is not linear in h, so the step has no recurrent product; "
             "backend 'autodiff' takes it"
@@ -208,7 +208,7 @@ def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> N
             )
     for eqn in jaxpr.eqns:
         primitive = eqn.primitive.name
-        here = _compat.source_line(eqn) or line  # what JAX's own jitted functions do has no line of the user's
+        here = _compat.source_line(eqn) or line  # JAX's own jitted functions have none
         inner = _inner_jaxpr(eqn)
         if inner is not None and primitive in CALLS:
             _check_jaxpr(inner, shape, name, here)
@@ -238,7 +238,7 @@ def additive_gates(cell: GatedCell, p: Any, z: Any, r: Any, carry: Any) -> tuple
 
 
 def save_transcendentals(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Checkpoint policy: keep what is dear to recompute; products and sums are formed again."""
+    """Checkpoint policy: keep what is expensive to recompute; products and sums are recomputed."""
     return primitive.name in TRANSCENDENTAL
 
 
@@ -293,7 +293,7 @@ def linearize(
 
 
 def _recomputed(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
-    """The residuals that one transcendental function of the others gives, and the equations that do.
+    """The residuals that are one transcendental function of the others, and the equations that compute them.
 
     An LSTM's tanh(c_t) is one: c_t is a sum of products of gates and c_{t-1}, which are kept.  Reading a
     stack from memory costs as much as that function.

@@ -16,7 +16,7 @@ from rnncore._types import Array, Initializer
 
 
 class Recurrence(abc.ABC):
-    """What a recurrent kernel structure has to say.
+    """The interface of a recurrent kernel structure.
 
     `matmul` is linear in h and differentiable in the kernel, not necessarily linear: a run forms the kernel's gradient
     from products over all steps, by the derivative of `matmul` in the kernel.  `matmul_transposed` of the transposed

@@ -32,7 +32,7 @@ class StackParams(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Layers of one cell, each over the outputs of the one below: a frozen description.
+    """Layers of one cell, each over the outputs of the layer below: a frozen description.
 
     ys^l = merge(cell(xs^l) forward, cell(xs^l) backward),   xs^{l+1} = dropout(ys^l),   xs^1 = xs
 
@@ -50,7 +50,7 @@ class Stack:
       learned_carry: the initial carry is a parameter; else zeros.
 
     Raises:
-      ValueError: no layers, a rate outside [0, 1), an unknown merge.
+      ValueError: no layers, a rate outside [0, 1), or an unknown merge.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -63,7 +63,7 @@ class Stack:
     Source: Schuster and Paliwal (1997) for both directions; Zaremba, Sutskever and Vinyals (2014),
     arXiv:1409.2329, for dropout between layers; Gal and Ghahramani (2016), arXiv:1512.05287, for
     variational dropout; Krueger et al. (2017), arXiv:1606.01305, for zoneout.  As torch.nn.LSTM with
-    num_layers, bidirectional and dropout; the rest it has not.
+    num_layers, bidirectional and dropout; it has no equivalent of the rest.
     """
 
     cell: Cell
@@ -128,7 +128,7 @@ class Stack:
         """The parameters from what `to_tree` makes of them.
 
         Raises:
-          ValueError: entries that are not those of this stack.
+          ValueError: the entries are not those of this stack.
         """
         expected = [name for row in self.names for name in row]
         if sorted(tree) != sorted(expected):

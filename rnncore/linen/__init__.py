@@ -2,7 +2,7 @@
 
 The recurrent classes here have the fields, parameter trees, initial values, call signatures and
 results of their flax.linen namesakes, so a model and its checkpoints carry over.  Every other name
-is flax.linen's own.  `LSTM`, `GRU` and `Elman` are layers that Flax has not.  `functional` turns a
+is flax.linen's own.  `LSTM`, `GRU` and `Elman` are layers that Flax does not have.  `functional` turns a
 trained Flax cell into the functional cell and its parameters, for `rnncore.unroll` and the analysis.
 """
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import flax.linen as _flax
 
 if TYPE_CHECKING:
-    # To editors and type checkers every name that is not replaced below is flax.linen's, with its types.
+    # For editors and type checkers, every name that is not replaced below is flax.linen's, with its types.
     from rnncore.linen._names import *  # noqa: F403
 
 from rnncore.linen import explain as _explain  # noqa: F401
@@ -51,7 +51,7 @@ if not TYPE_CHECKING:
     __all__ = sorted({*_OWN, *(name for name in dir(_flax) if not name.startswith("_"))})
 
     def __getattr__(name: str) -> object:
-        """What is not recurrent comes from flax.linen."""
+        """All other names come from flax.linen."""
         if name.startswith("__") or not hasattr(_flax, name):
             raise AttributeError(f"module 'rnncore.linen' has no attribute {name!r}, and flax.linen has none either")
         return getattr(_flax, name)

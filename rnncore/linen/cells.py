@@ -23,7 +23,7 @@ _ORTHOGONAL = inspect.unwrap(nn.initializers.orthogonal()).__code__
 
 
 def _drawable(init: Initializer, dtype: Any) -> Initializer:
-    """The initialiser, or where it is orthogonal and `dtype` half precision, one that draws float32 and rounds.
+    """The initialiser; an orthogonal one in half precision draws float32 and rounds.
 
     There is no QR in half precision, so Flax's cells fail there.  Wrappers as of `nn.with_partitioning` stay.
     """
@@ -56,7 +56,7 @@ class _Gate(nn.Module):
 
 
 class Cell(nn.RNNCellBase):
-    """What all cells share: one step through the functional cell that `tree` describes."""
+    """Base class: one step through the functional cell that `tree` describes."""
 
     tree: ClassVar[trees.Tree]
 
@@ -110,7 +110,7 @@ class Cell(nn.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
-        """How many of the last axes of an input are not batch: 1."""
+        """Number of trailing axes of an input that are not batch axes: 1."""
         return 1
 
 
@@ -172,7 +172,7 @@ class LSTMCell(_GatedCell):
 
 
 class OptimizedLSTMCell(LSTMCell):
-    """The same cell as `LSTMCell` under Flax's other name, which is part of a checkpoint's paths.
+    """The same cell as `LSTMCell` under Flax's other name, which appears in the paths of a checkpoint.
 
     In Flax this one multiplies all gates at once; here both do.  Equation, Args and Source: see
     `LSTMCell`.

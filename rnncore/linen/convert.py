@@ -28,13 +28,13 @@ TREES: dict[type, trees.Tree] = {
 
 
 def is_rematerialized(cell: nn.Module) -> bool:
-    """Whether the cell's class is what nn.remat has made of another."""
+    """Whether the cell's class was made by nn.remat."""
     kind = type(cell)
     return kind.__module__ == "flax.linen.transforms" and kind.__name__ == f"Checkpoint{kind.__mro__[1].__name__}"
 
 
 def class_of(cell: nn.Module) -> type:
-    """The cell's class, behind nn.remat, which changes nothing but when things are computed."""
+    """The cell's class inside nn.remat, which does not change the equations."""
     return type(cell).__mro__[1] if is_rematerialized(cell) else type(cell)
 
 
@@ -43,7 +43,7 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> Any:
 
     (rnncore.LSTM | GRU | MGU | Elman)(H), CellParams((D, G, H), (H, G, H), (G, H), ...)
 
-    With the pair, whatever takes a functional cell takes a trained Flax model: `rnncore.unroll` with
+    With this pair a trained Flax model works wherever a functional cell does: `rnncore.unroll` with
     its states, gates, resets and checkpoints, and every function of the analysis.  The result is
     differentiable in `params`.
 
@@ -81,7 +81,7 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> Any:
     Source: trees and dtype promotion as in flax.linen.  flax.nnx keeps other trees.
     """
     name = type(cell).__name__
-    # What holds cells is known by its parts: the modules themselves stand above this file.
+    # Modules that hold cells are recognised by their parts: this file cannot import them.
     if isinstance(getattr(cell, "cell", None), nn.Module):
         return functional(cell.cell, _entry(name, params, "cell"))
     if isinstance(getattr(cell, "forward_rnn", None), nn.Module):

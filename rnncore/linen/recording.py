@@ -1,7 +1,7 @@
-"""The recurrent layers of a Flax model while it runs: found, recorded, and run with something added.
+"""Finds the recurrent layers of a Flax model while it runs, records them, and runs them with added terms.
 
 An interceptor takes the place of every layer.  What it needs and what it keeps are collections of the model, so that
-`nn.remat` and `nn.jit` between the model and the layer see to them as to all others.
+`nn.remat` and `nn.jit` between the model and the layer handle them like any other.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Recorder:
 
     Attributes:
       layers: by name, what is static about every layer that the last call went through.
-      left_out: by name, why a layer could not be recorded; it then ran as it always does.
+      left_out: by name, why a layer could not be recorded; it then ran normally.
     """
 
     def __init__(self, model: nn.Module, variables: Mapping[str, Any], call: Callable[[nn.Module], Any], rngs: Any):
@@ -80,7 +80,7 @@ class Recorder:
             return next_fun(*args, **kwargs)
         try:
             if not module.is_mutable_collection(RUNS):
-                raise NotImplementedError("it lies inside nn.scan, nn.vmap or the like, which hands on no other state")
+                raise NotImplementedError("it is inside nn.scan, nn.vmap or a similar transformation")
             return run(module, *args, **kwargs)
         except NotImplementedError as error:
             self.left_out[self._name(module)] = str(error)

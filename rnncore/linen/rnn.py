@@ -24,21 +24,21 @@ from rnncore.linen.flax_scan import has_plain_parameters, scan_over
 
 
 class RNN(nn.Module):
-    """Applies a cell over a sequence: flax.linen.RNN, faster, with lengths done right.
+    """Applies a cell over a sequence: flax.linen.RNN, faster, with correct lengths.
 
     carry_t, y_t = cell(carry_{t-1}, x_t)
 
     A cell of `rnncore.linen` or flax.linen with elementwise functions runs through `rnncore.unroll`, one
     under nn.remat with `recompute="gates"`, which keeps what nn.remat keeps: inputs and carries.
-    Every other one, a ConvLSTMCell, a subclass, runs under nn.scan as in Flax, and so does a cell whose
-    parameters differ from step to step by `variable_axes` or the like.  Where something can be done about
-    that, a `rnncore.SlowPathWarning` says what, once; `rnncore.explain_backend` says which way is taken.
+    Any other cell, such as a ConvLSTMCell or a subclass, runs under nn.scan as in Flax, and so does a cell whose
+    parameters differ from step to step, by `variable_axes` for instance.  Where there is a remedy,
+    a `rnncore.SlowPathWarning` names it, once; `rnncore.explain_backend` says which path is taken.
 
     Dtypes: the carry keeps the dtype it starts with, `carry_dtype` or else that of `initial_carry` or of
     `cell.initialize_carry`.  The outputs have the dtype of the cell's output for that carry, or
     `output_dtype`.  A step computes in the cell's `dtype` as in Flax; a carry of less precision rounds
     it, and through `rnncore.unroll` the outputs with it.  Flax has neither field, and fails where a step
-    gives back another dtype than the carry's.
+    returns a carry of another dtype.
 
     Args:
       cell: the cell.
@@ -47,8 +47,7 @@ class RNN(nn.Module):
       reverse: run from the last step, with lengths the last valid one, to the first.
       keep_order: with `reverse`, outputs in the order of the inputs.
       unroll, variable_axes, variable_broadcast, variable_carry, split_rngs: for nn.scan.
-      checkpoint_every, recompute, backend: as in `rnncore.unroll`; they mean nothing under nn.scan and are
-        refused there.
+      checkpoint_every, recompute, backend: as in `rnncore.unroll`; not available under nn.scan.
       carry_dtype, output_dtype: floating dtypes of the carry and the outputs; None as above.
 
     Example:
@@ -60,7 +59,7 @@ class RNN(nn.Module):
       >>> ys.shape, h.shape, float(jnp.abs(h[1]).max())
       ((2, 5, 4), (2, 4), 0.0)
 
-    Source: fields, tree, initial values and results of flax.linen.RNN.  Mended: any number of batch
+    Source: fields, tree, initial values and results of flax.linen.RNN.  Fixed: any number of batch
     axes with lengths; length 0 gives the initial carry; lengths of a wrong shape or out of range are
     an error; NaN and inf in the padding count as 0; `init` makes the collections of `variable_carry`.
     """
@@ -107,7 +106,7 @@ class RNN(nn.Module):
 
         Args:
           inputs: (*batch, T, D), or (T, *batch, D) with `time_major`; any number of batch axes.  A
-            cell with more feature axes has more of them in D's place.
+            cell with several feature axes has them in place of D.
           initial_carry: the carry before the first step, as `cell.initialize_carry` makes it, which
             is called where there is none.
           init_key: key for that; `jax.random.key(0)` by default, so a random carry is the same in
@@ -123,7 +122,7 @@ class RNN(nn.Module):
           outputs, (carry, outputs), (outputs, states) or (carry, outputs, states).
 
         Raises:
-          ValueError: shapes, lengths or options that make no sense.
+          ValueError: invalid shapes, lengths or options.
           NotImplementedError: an option that this cell cannot take; the message says why.
         """
         return_carry = self.return_carry if return_carry is None else return_carry
@@ -141,7 +140,7 @@ class RNN(nn.Module):
         slow = self._slow_path(inputs, carry)
         if slow is None:
             core, params = self._functional(inputs, carry, step_shape)
-            # A step under nn.remat keeps its carry, and forms projections and gates again.
+            # A step under nn.remat keeps its carry, and recomputes projections and gates.
             rematerialized = is_rematerialized(self.cell) and self.recompute == "nothing"
             result = modules.unroll(
                 self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
@@ -163,7 +162,7 @@ class RNN(nn.Module):
         cell: Any = self.cell
         tree = TREES[class_of(cell)]
         if not trees.is_complete(tree, cell, cell.variables.get("params", {})):
-            # One step makes the parameters; where it may not, it raises Flax's own error.
+            # One step creates the parameters; where that is not allowed, it raises Flax's own error.
             cell(carry, jnp.zeros(step_shape, inputs.dtype))
         weights = nn.meta.unbox(cell.variables["params"])
         return trees.assemble(tree, cell, weights, inputs, jax.tree.leaves(carry)[-1])
@@ -180,11 +179,11 @@ class RNN(nn.Module):
         if not has_plain_parameters(self):
             return modules.SlowPath("its parameters are not simply the same at every step")
         if getattr(flax_module, "_global_interceptor_stack", ()):
-            reason = "an interceptor (nn.intercept_methods) wants to see its calls"
+            reason = "an interceptor (nn.intercept_methods) must see its calls"
             return modules.SlowPath(reason, "call the model outside of nn.intercept_methods")
         kept = (self.variable_broadcast, self.variable_carry, *self.variable_axes)
         if any(flax_module._context.capture_stack[-1:]) and any(in_filter(name, "intermediates") for name in kept):
-            reason = "`capture_intermediates` wants what it returns at every step"
+            reason = "`capture_intermediates` needs its result at every step"
             remedy = "leave 'intermediates' out of the RNN's scan fields; return_states=True gives every carry"
             return modules.SlowPath(reason, remedy)
         size = jnp.shape(jax.tree.leaves(carry)[-1])[-1]

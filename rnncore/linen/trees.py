@@ -1,8 +1,8 @@
 """The parameter trees of Flax's cells, and how they become the parameters of a functional cell.
 
-A Flax cell keeps one little dictionary {kernel[, bias]} for each gate and side: W_i x as `ii`, U_i h
+A Flax cell keeps one dictionary {kernel[, bias]} for each gate and side: W_i x as `ii`, U_i h
 as `hi`, and so on.  A functional cell has one array for all gates.  The table below is the only
-place that knows the names.
+place with the names.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def disassemble(tree: Tree, module: Any, params: CellParams) -> dict[str, dict[s
     first = [i if i in biased else r for i, r in zip(tree.inputs, tree.recurrent, strict=True)]
     second = [n for n in tree.recurrent if n in biased and n not in first]
     if params.recurrent_bias is not None and len(params.recurrent_bias) != len(second):
-        raise NotImplementedError(f"{call}: the parameters have a b_hn, of which the cell has no like.")
+        raise NotImplementedError(f"{call}: the parameters have a b_hn, and the cell has none.")
     made = {n: {"kernel": params.input_kernel[:, g]} for g, n in enumerate(tree.inputs)}
     made |= {n: {"kernel": params.recurrent_kernel[:, g]} for g, n in enumerate(tree.recurrent)}
     zeros = jnp.zeros((count, hidden), params.input_kernel.dtype)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from flax import nnx as _flax
 
 if TYPE_CHECKING:
-    # To editors and type checkers every name that is not replaced below is flax.nnx's, with its types.
+    # For editors and type checkers, every name that is not replaced below is flax.nnx's, with its types.
     from rnncore.nnx._names import *  # noqa: F403
 
 from rnncore.nnx import explain as _explain  # noqa: F401
@@ -52,7 +52,7 @@ if not TYPE_CHECKING:
     __all__ = sorted({*_OWN, *(name for name in dir(_flax) if not name.startswith("_"))})
 
     def __getattr__(name: str) -> object:
-        """What is not recurrent comes from flax.nnx."""
+        """All other names come from flax.nnx."""
         if name.startswith("__") or not hasattr(_flax, name):
             raise AttributeError(f"module 'rnncore.nnx' has no attribute {name!r}, and flax.nnx has none either")
         return getattr(_flax, name)

@@ -1,4 +1,4 @@
-"""Initial values of kernels and carries, and who needs randomness for them."""
+"""Initial values of kernels and carries, and which of them need random keys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def gate_blocks(block: Initializer, gates: int) -> Initializer:
 
 
 def check_rngs(cls: type, given: Mapping[str, Any]) -> None:
-    """ValueError for something else where random numbers for the parameters are to come from."""
+    """ValueError unless `rngs` is a source of random numbers for the parameters."""
     if "rngs" in given and not hasattr(given["rngs"], "params"):
         raise ValueError(
             f"`{cls.__name__}(rngs={given['rngs']!r})`: expected streams of random numbers, such as nnx.Rngs(0)."
@@ -47,7 +47,7 @@ def check_rngs(cls: type, given: Mapping[str, Any]) -> None:
 
 
 class Cell(nnx.RNNCellBase):
-    """What all cells share: a carry that asks for randomness only where it needs some."""
+    """Base class: a carry that needs a random key only if it is random."""
 
     hidden_features: int
     param_dtype: Any
@@ -55,7 +55,7 @@ class Cell(nnx.RNNCellBase):
     rngs: nnx.RngStream | None
 
     carries: ClassVar[int] = 1
-    """How many arrays the carry has; one stands by itself, more are a tuple."""
+    """Number of arrays in the carry; one is returned by itself, several as a tuple."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
@@ -75,7 +75,7 @@ class Cell(nnx.RNNCellBase):
 
         Args:
           input_shape: (*batch, D), the shape of one step's input.
-          rngs: one key is drawn from it for each array; not needed, and nothing drawn, where the
+          rngs: one key is drawn from it for each array; not needed, and not used, where the
             carry is zeros or ones.
           carry_init: in place of the cell's own.
 
@@ -103,7 +103,7 @@ class Cell(nnx.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
-        """How many of the last axes of an input are not batch: 1."""
+        """Number of trailing axes of an input that are not batch axes: 1."""
         return 1
 
 

@@ -1,7 +1,7 @@
-"""The recurrent layers of an nnx model while it runs: found, recorded, and run with something added.
+"""Finds the recurrent layers of an nnx model while it runs, records them, and runs them with added terms.
 
-In a copy of the model every recurrent layer is of a class of this file, whose call tells what ran.  What it needs and
-what it keeps are variables of the layer, so that `nnx.jit` and `nnx.remat` inside the model see to them.
+In a copy of the model every recurrent layer is replaced by a class of this file, whose call records its run.  Its
+inputs and records are variables of the layer, so that `nnx.jit` and `nnx.remat` inside the model handle them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Recorder:
 
     Attributes:
       layers: by name, what is static about every layer that the last call went through.
-      left_out: by name, why a layer could not be recorded; it then ran as it always does.
+      left_out: by name, why a layer could not be recorded; it then ran normally.
     """
 
     def __init__(self, model: nnx.Module, call: Callable[[nnx.Module], Any]):

@@ -2,7 +2,7 @@
 
 An nnx cell keeps `nnx.Linear`s: one for each gate and side (LSTMCell), or one for each side with the
 gates next to each other in its columns.  A functional cell has one array for all gates of a side.
-The table below is the only place that knows the names.
+The table below is the only place with the names.
 """
 
 from __future__ import annotations
@@ -84,13 +84,13 @@ KNOWN: dict[type, Tree] = {
 
 
 def why_unknown(cell: Any) -> str | None:
-    """Reason why a cell is not simply its functional cell, or None."""
+    """Why a cell does not equal its functional cell, or None."""
     slow = slow_path(cell)
     return None if slow is None else slow.reason
 
 
 def slow_path(cell: Any) -> modules.SlowPath | None:
-    """Why a cell is not simply its functional cell, and what to do about it, or None."""
+    """Why a cell does not equal its functional cell, and a remedy, or None."""
     tree = KNOWN.get(type(cell))
     if tree is None:
         return modules.unknown_cell(cell, KNOWN, "nnx")
@@ -101,7 +101,7 @@ def slow_path(cell: Any) -> modules.SlowPath | None:
 
 
 def _changed(cell: Any, tree: Tree) -> str | None:
-    """Which part of a known cell is not as its constructor makes it, or None."""
+    """Which part of a known cell differs from what its constructor makes, or None."""
     for name in tree.inputs + tree.recurrent:
         part = getattr(cell, name)
         if type(part) is not nnx.Linear:
@@ -141,7 +141,7 @@ def assemble(cell: Any, inputs: Any = None, h: Any = None) -> tuple[PointwiseCel
     """The functional cell and its parameters, in the dtypes in which Flax computes.
 
     Args:
-      cell: a cell of `KNOWN` of which `why_unknown` says nothing.
+      cell: a cell of `KNOWN` for which `why_unknown` is None.
       inputs, h: what the cell will see: where `cell.dtype` is None their dtypes take part in the
         promotion, as in `nnx.Linear`.  None: the parameters' own.
     """
@@ -176,7 +176,7 @@ def disassemble(cell: Any, params: CellParams) -> None:
     _, now = assemble(cell)
     b_hn = getattr(cell, "b_hn", None)
     if params.recurrent_bias is not None and b_hn is None:
-        raise NotImplementedError(f"{call}: the parameters have a b_hn, of which the cell has no like.")
+        raise NotImplementedError(f"{call}: the parameters have a b_hn, and the cell has none.")
     for name, old in now._asdict().items():
         got = getattr(params, name)
         if name != "units" and got is not None and got.shape != old.shape:

@@ -1,4 +1,4 @@
-"""The arguments of a run in parallel: checked once, brought to time-major."""
+"""The arguments of a parallel run: checked once, converted to time-major."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def prepare(cell: Cell, params: PyTree, xs: Array, options: Options) -> tuple[Se
     dtype = jnp.result_type(*jax.tree.leaves(params), xs)
     if jnp.finfo(dtype).bits < 32:
         raise NotImplementedError(
-            f"`parallel.unroll(xs=<{xs.dtype}>)`: in {dtype} the iteration has nothing to converge to; expected "
+            f"`parallel.unroll(xs=<{xs.dtype}>)`: in {dtype} the iteration cannot converge; expected "
             "float32 or float64 parameters and inputs."
         )
     for what, carry in (("initial_carry", initial_carry), ("reset_carry", reset_carry)):
         if carry is not None:
             checks.check_carry(what, cell, carry, tuple(batch), dtype)
     if reset_carry is not None and resets is None:
-        raise ValueError("`parallel.unroll(reset_carry=...)`: means something with resets only.")
+        raise ValueError("`parallel.unroll(reset_carry=...)`: has an effect only with resets.")
     if resets is not None:
         resets = checks.check_resets(resets, (*batch, steps) if not time_major else (steps, *batch))
         resets = resets if time_major else jnp.moveaxis(resets, -1, 0)

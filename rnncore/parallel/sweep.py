@@ -1,4 +1,4 @@
-"""All steps of a run at once, from a guess of every state: what each step makes of it, and how it depends on it."""
+"""All steps of a run at once, from a guess of every state: their results and derivatives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cell over a sequence by Newton's method: all steps at once, a few times over, in place of one after the other."""
+"""Runs a cell over a sequence by Newton's method: all steps at once, a few times, instead of one after the other."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from rnncore.parallel.sweep import Operands
 
 
 class Solution(NamedTuple):
-    """What `parallel.unroll` gives.
+    """The result of `parallel.unroll`.
 
     Fields:
       carry: after the last step; NaN where the iteration did not converge, and so are outputs and carries.
@@ -71,14 +71,14 @@ def unroll(
       tolerance: of the residual; 128 times the machine epsilon by default.
       max_iterations: how many at most.
       sweeps: evaluations of f for all t after every iteration.
-      check: make a `forecast` first and refuse what will not converge.  Inside jit, grad or vmap nothing is known of
-        the numbers, so there is none.
+      check: make a `forecast` first and reject runs that will not converge.  Inside jit, grad or vmap values are
+        unknown, so no forecast is made.
 
     Returns:
-      `Solution`.  What did not converge is NaN; `converged`, `iterations` and `residual` say how it went.
+      `Solution`.  Sequences that did not converge are NaN; see `converged`, `iterations` and `residual`.
 
     Raises:
-      ValueError: shapes, dtypes or options that make no sense.
+      ValueError: invalid shapes, dtypes or options.
       NotImplementedError: a cell that has no elementwise coefficients; a run that the forecast says will not converge.
 
     Example:
@@ -91,7 +91,7 @@ def unroll(
       (True, True)
 
     Source: Lim et al. (2024), DEER, arXiv:2309.12252; Gonzalez et al. (2024), quasi-DEER, arXiv:2407.19115.  The
-    sweeps and the bounds on what an iteration may do are this library's.
+    sweeps and the bounds on an update are this library's.
     """
     options = Options(initial_carry, resets, reset_carry, time_major, method, tolerance, max_iterations, sweeps)
     settings, arrays = prepare(cell, params, xs, options)
@@ -107,7 +107,7 @@ def unroll(
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(settings: Settings, arrays: Arrays) -> Solution:
-    """The iteration, and the derivatives of what it finds."""
+    """The iteration, and the derivatives of its solution."""
     cell, newton = settings.cell, settings.newton
     with jax.default_matmul_precision("highest"):
         zs = cell.project(arrays.params, arrays.xs)

@@ -1,4 +1,4 @@
-"""What vmap does to a run and to an opaque call: mapped sequences become more of the batch that it has."""
+"""vmap of a run and of an opaque call: mapped sequences are added to the batch."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ HEADS, LAST = 0, -1
 def over_batch(
     call: Callable[..., PyTree], inputs: Axes, outputs: Axes, units: Units | None = None
 ) -> Callable[..., PyTree]:
-    """`call(groups, *arrays)`, which gives a pytree of arrays, as a function of arrays that vmap takes into the batch.
+    """`call(groups, *arrays)`, which returns a pytree of arrays, as a function whose vmap extends the batch.
 
     Sequences lie in `groups` of equal size, one group after the other; outside of vmap there is one.  A vmap over an
     array that all sequences share, such as a parameter, runs one call after the other, or one of more heads.
@@ -81,7 +81,7 @@ def _over_batch(
     @custom_vmap
     def run(*arrays: Array) -> PyTree:
         out = call(groups, *arrays)
-        # Not every call says itself that inside shard_map its results differ over the devices.
+        # Not every call declares that its results vary over the devices inside shard_map.
         axes = frozenset().union(*map(_compat.varying_axes, arrays))
         return jax.tree.map(lambda a: _compat.vary_over(a, axes), out)
 
@@ -90,7 +90,7 @@ def _over_batch(
             one = [jax.ShapeDtypeStruct(a.shape[m:], a.dtype) for a, m in zip(arrays, mapped, strict=True)]
             out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(run, *one))
             return out, jax.tree.map(lambda _: True, out)
-        # Of a mapped array the axes of one example count.
+        # For a mapped array, count the axes of one example.
         examples = [jax.ShapeDtypeStruct(a.shape[m:], a.dtype) for a, m in zip(arrays, mapped, strict=True)]
         axes = _axes(inputs, examples)
         if any(m and axis is None and a.shape != (0,) for m, axis, a in zip(mapped, axes, examples, strict=True)):
@@ -189,7 +189,7 @@ def tangent_roles(loop: Loop, which: tuple[int, ...], ndims: Sequence[int]) -> A
 def backward_roles(loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], ndims: Sequence[int]) -> Any:
     operands, results, residuals = _axes_of_run(loop, ndims)
     arriving, wanted = ([results[n] for n in which[0]], [operands[n] for n in which[1]])
-    # Of each map's own gradient of the parameters a sum over all of them would be no use.
+    # Each map needs its own gradient of the parameters, so a sum over all maps is no use.
     return operands + results + residuals + arriving, None if None in wanted else wanted
 
 

@@ -1,4 +1,4 @@
-"""A run whose batch an explicit mesh parts, for loops that XLA cannot part: each device runs its own sequences."""
+"""Runs whose batch is sharded by an explicit mesh, for loops that XLA cannot partition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Run = Callable[[Request, Differentiable, Constants], Result]
 
 
 def by_device(run: Run, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-    """`run`, inside `jax.shard_map` over the axes of an explicit mesh that part the batch of xs."""
+    """`run`, inside `jax.shard_map` over the axes of an explicit mesh that shard the batch of xs."""
     sharding = jax.typeof(differentiable.xs).sharding
     mesh = sharding.mesh
     if mesh.empty or AxisType.Explicit not in mesh.axis_types:
@@ -45,7 +45,7 @@ def by_device(run: Run, request: Request, differentiable: Differentiable, consta
     one = dataclasses.replace(request, batch_shape=sizes)
 
     def local(differentiable: Differentiable, constants: Constants) -> Result:
-        # Parameters differ over the devices as the data does: their gradients are then summed once, outside of the run.
+        # Parameters vary over the devices as the data does: their gradients are then summed once, outside the run.
         return run(one, *jax.tree.map(lambda a: _compat.vary_over(a, names), (differentiable, constants)))
 
     shapes = jax.eval_shape(lambda *arrays: run(request, *arrays), differentiable, constants)

@@ -4,8 +4,8 @@ The derivative of a recurrence is a recurrence.  With L_t the linearised step,
 
   ds_t = L_t(dunits, dx_t, dU h_{t-1} + U dh_{t-1}, ds_{t-1})
 
-and dU h_{t-1}, the derivative of the product in its parameters, needs no loop: it is a product over all steps.  What is
-left is the same kind of recurrence with L in the step's place, so that every further order comes out the same way, and
+and dU h_{t-1}, the derivative of the product in its parameters, needs no loop: it is a product over all steps.  What
+remains is the same kind of recurrence with L in place of the step, so that higher orders follow in the same way, and
 JAX transposes it.  No weight gradient travels through the loop.  L_t is arithmetic on the results of the step's
 transcendental functions (`pointwise.linearize`).
 
@@ -97,9 +97,9 @@ def _run(request: Request, differentiable: Differentiable, constants: Constants,
 
     size = chunk_size(request)
     if recompute == "gates":
-        # The projected inputs are formed again too: they are four times the carries.
+        # The projected inputs are recomputed too: they are four times the size of the carries.
         policy = jax.checkpoint_policies.save_only_these_names(CARRIES)
-        # Inside a scan XLA cannot merge both forms; of a single chunk it would.
+        # Inside a scan XLA cannot merge both computations; for a single chunk it would.
         chunk = jax.checkpoint(chunk, policy=policy, prevent_cse=size >= request.steps)
     stacks = (xs, *steps.per_step(request, constants))
     (_, last), (outputs, carries, gates) = scan_chunks(
@@ -176,7 +176,7 @@ def tangent(
 def residuals_from_outputs(
     request: Request, differentiable: Differentiable, constants: Constants, outputs: Array
 ) -> tuple[Array, ...]:
-    """The residuals of `tangent` as a function of the outputs too: no product with U is left in a loop."""
+    """The residuals of `tangent` as a function of the outputs too: no product with U remains in a loop."""
     cell, axis = step_cell(request), request.time_axis
     params, xs, start, reset_carry = differentiable
     linear, inputs = linearized(request, differentiable), _first(request, differentiable)

@@ -5,7 +5,7 @@ s_t = update(params, s_{t-1}, x_t),   with, at every step and in this order,
   s_{t-1} -> reset_carry where resets_t,   h_{t-1} -> recurrent_mask h_{t-1} in the product,
   s_t -> zoneout_t s_{t-1} + (1 - zoneout_t) s_t;   the last carry is s_{length}, the initial one for length 0.
 
-`step.py` says these once for all loops that are written in JAX.
+`step.py` implements these once for all loops that are written in JAX.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Request:
 
     @property
     def symbolic(self) -> bool:
-        """Whether steps or batch are not numbers yet, as inside `jax.export` with symbolic shapes."""
+        """Whether steps or batch are symbolic, as inside `jax.export`."""
         return any(map(is_symbolic_dim, (self.steps, *self.batch_shape, self.input_size)))
 
 
@@ -83,7 +83,7 @@ class Differentiable(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """The arrays that it depends on besides, time-major, each None where the run has no such thing.
+    """The other arrays that it depends on, time-major; None for those that the run does not have.
 
     Fields:
       lengths: (*batch) int32 from 0 to T.

@@ -196,14 +196,14 @@ class _Run:
         return Rows(outputs, *(put(a, b, t, 0) for a, b in zip(rows[1:], row[1:], strict=True)))
 
     def _packed(self, row: Rows) -> Rows:
-        """With what is kept in the dtype that it is kept in."""
+        """The rows with residuals in the dtype in which they are stored."""
         dtype = self.request.residual_dtype
         if dtype is None or self.request.recompute == "chunk":
             return row
         return row._replace(residuals=jax.tree.map(lambda a: packed(a, dtype), row.residuals))
 
     def restored(self, residuals: PyTree) -> PyTree:
-        """Rows of residuals as the step gave them."""
+        """Rows of residuals in the dtypes of the step."""
         dtype = self.request.residual_dtype
         if dtype is None:
             return residuals
@@ -211,7 +211,7 @@ class _Run:
         return jax.tree.map(lambda a, b: unpacked(a, dtype).astype(b.dtype), residuals, types)
 
     def rerun(self, first: Any, size: int, carry: Any) -> tuple[Array, PyTree]:
-        """(h, residuals) of every step of a stretch that is run again from a carry."""
+        """(h, residuals) of every step of a stretch that is recomputed from a carry."""
         inputs, step = self.inputs(first, size), self.linear.forward
 
         def advance(k: Any, state: Any) -> Any:
@@ -252,7 +252,7 @@ class _Backward:
         state = (
             dlast if lengths is None else zeros(dlast),
             zeros(reset_carry),
-            # Summed over chunks and steps in float32 where the parameters have less.
+            # Summed over chunks and steps in at least float32.
             jax.tree.map(lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32)), weights),
             jnp.zeros_like(xs) if self.want_xs else None,
         )

@@ -1,9 +1,9 @@
-"""One step of a recurrence, with all that a run may do to it, and its linearisation.
+"""One step of a recurrence, with all options of a run, and its linearisation.
 
   s_{t-1} = reset_carry where resets_t,   r_t = U (recurrent_mask h_{t-1}),
   s_t = zoneout_t s_{t-1} + (1 - zoneout_t) update(p, x_t, r_t, s_{t-1})
 
-`advance` is the one place where this is said for loops that are written in JAX; the tangent and the transposed step are
+`advance` is the one implementation of this for loops that are written in JAX; the tangent and the transposed step are
 derived from it.
 """
 
@@ -233,7 +233,7 @@ class LinearizedStep:
     Args:
       keep: the roles of those inputs of a step that are kept where L_t depends on them: "state" (the carry's fields but
         h), "sum" (x after the product), "input" (x as the caller has it).
-      rematerialize: keep nothing that the step can form again.
+      rematerialize: keep nothing that the step can recompute.
 
     Attributes:
       forward: the step that also emits, as (emitted, kept), what L_t needs of it.
@@ -271,7 +271,7 @@ class LinearizedStep:
     def _update(self, units: Any, x: Any, rest: Any, s: Any) -> Any:
         args = jax.tree.leaves((units, x, rest, s))
         out, saved = self._split.forward(*args)
-        # What depends on nothing but a number that the cell has caught is one too; rows have a value for every unit.
+        # Values that depend only on a captured number are scalars too; rows have a value for every unit.
         saved = tuple(v if v.ndim else jnp.broadcast_to(v, s.h.shape) for v in saved)
         new, emitted = jax.tree.unflatten(self._out_tree, out)
         return new, (emitted, (saved, tuple(args[n] for n in self._kept_inputs)))
@@ -299,7 +299,7 @@ class LinearizedStep:
         return tuple(residuals)
 
     def prepare(self, masked_h: Array, params: Any, dparams: Any, dxs: Any, dunits: Any) -> tuple[Any, Any, Any]:
-        """What of the tangent needs no loop: (dx with the sums of dU h in it, their rest, dunits per step)."""
+        """The part of the tangent that needs no loop: (dx with the sums of dU h in it, their rest, dunits per step)."""
         rest, dxs = None, self.step.join(dxs)
         if dparams is not None:
             dxs, rest = self.step.add_to_tangent(dxs, self.product.of_change(params, dparams, masked_h))

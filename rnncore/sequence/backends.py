@@ -1,4 +1,4 @@
-"""The ways to run a cell over time, by name."""
+"""The backends, by name."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ BACKENDS: dict[str, Backend] = {
         mosaic_gpu.MosaicGPU(), cuda.Cuda(), pallas_tpu.PallasTPU(), cudnn.CuDNN(), cpp.Cpp(), Scan(), Autodiff(),
     )
 }  # fmt: skip
-"""The preferred one first: the first that can serve a call and need not be named is chosen."""
+"""In order of preference: the first that can serve a call and need not be named is chosen."""

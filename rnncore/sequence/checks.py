@@ -1,4 +1,4 @@
-"""Checks of what `unroll` is given, each with its error."""
+"""Checks of the arguments of `unroll`, each with its error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_params(cell: Cell, params: PyTree, xs: Any) -> None:
     want = _expected_params(cell, xs.shape[-1])
     if isinstance(cell, GatedCell) and isinstance(params, CellParams):
         want = want._replace(**{name: None for name in ("bias", "recurrent_bias") if getattr(params, name) is None})
-        # Without per-unit parameters any empty tuple will do.
+        # Without per-unit parameters any empty tuple is accepted.
         want = want if cell.units or params.units else want._replace(units=params.units)
     advice = f"make them by `cell.init(key, {xs.shape[-1]})`"
     if not pointwise.same_structure(params, want):
@@ -112,7 +112,7 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
 
 
 def check_symbolic(xs: Any, steps: Any, **chunks: Any) -> None:
-    """Of shapes that are not numbers yet, as `jax.export` may have them, some cannot be served."""
+    """Rejects the symbolic shapes of `jax.export` that cannot be served."""
     if is_symbolic_dim(xs.shape[-1]):
         raise ValueError(
             f"`unroll(xs=<{xs.dtype} {xs.shape}>)`: the features are symbolic, expected the number that the parameters "
@@ -167,7 +167,7 @@ def _shown(value: Any) -> str:
 
 
 def refuse_removed(name: str, options: Mapping[str, Any], known: Collection[str]) -> None:
-    """TypeError for options that a function does not have: earlier ones, and those of other libraries."""
+    """TypeError for unknown options: those of earlier versions and of other libraries."""
     for option, value in options.items():
         why = _arguments.known_as(option, known) or "there is no such option"
         raise TypeError(f"`{name}({option}={value!r})`: {why}.")

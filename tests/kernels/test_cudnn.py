@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import itertools
-import types
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +19,6 @@ import pytest
 from cases import assert_close, cotangents
 
 import rnncore
-from benchmarks import workloads
-from benchmarks.peers import torch_peer
 from rnncore import GRU, LSTM, Elman, Heads, Stack, _compat
 from rnncore.kernels import compiler
 from rnncore.kernels.cudnn import algorithm, calls, library, weights
@@ -141,25 +137,39 @@ def compare(run: Any, arguments: Any, lengths: Any, time_axis: int = -2, dtype: 
 # -------------------------------------------------------------------------------------- the rules
 
 
-@pytest.mark.parametrize("forward", [True, False])
+A10 = algorithm.Device(8, 6, 72)
+STANDARD, PERSIST, SMALL = algorithm.STANDARD, 1, 3
+
+
 @pytest.mark.parametrize(
-    "device", [H200, algorithm.Device(8, 6, 84), algorithm.Device(8, 0, 108), algorithm.Device(8, 9, 58)]
+    ("mode", "dtype", "device", "batch", "features", "hidden", "forward", "backward"),
+    [
+        (algorithm.LSTM, "float16", H200, 16, 768, 768, PERSIST, PERSIST),
+        (algorithm.LSTM, "bfloat16", H200, 16, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float32", H200, 16, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", A10, 16, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", H200, 2, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", H200, 128, 768, 768, PERSIST, PERSIST),
+        (algorithm.LSTM, "float16", H200, 256, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", H200, 16, 96, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", H200, 16, 768, 1152, STANDARD, STANDARD),
+        (algorithm.GRU, "float16", H200, 16, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float32", H200, 6, 104, 40, SMALL, SMALL),
+        (algorithm.LSTM, "float32", H200, 16, 112, 128, SMALL, SMALL),
+        (algorithm.LSTM, "float16", H200, 12, 304, 192, SMALL, STANDARD),
+        (algorithm.TANH, "float16", H200, 8, 128, 384, SMALL, PERSIST),
+        (algorithm.TANH, "float16", H200, 96, 128, 896, STANDARD, STANDARD),
+    ],
 )
-def test_the_algorithm_is_the_one_that_pytorch_asks_for(device: algorithm.Device, forward: bool):
-    """As the benchmarks' peer, which was written apart, has PyTorch's rule."""
-    theirs = types.SimpleNamespace(major=device.major, minor=device.minor, multi_processor_count=device.multiprocessors)
-    names = {"STANDARD": 0, "PERSIST_STATIC": 1, "PERSIST_STATIC_SMALL_H": 3}
-    modes = {"lstm": algorithm.LSTM, "gru": algorithm.GRU, "elman": algorithm.TANH}
-    for (cell, mode), dtype, batch, features, hidden, layers in itertools.product(
-        modes.items(), algorithm.DATA, (1, 8, 96, 128, 256), (96, 128), (64, 128, 192, 256, 384, 768, 896, 1152), (1, 2)
-    ):
-        workload = dataclasses.replace(
-            workloads.WORKLOADS["W4-lstm768"], cell=cell, batch=batch, features=features, hidden=hidden, layers=layers
-        )
-        want = torch_peer.pick_algorithm(workload, dtype, theirs, forward)
-        shape = (workload.shape[1], batch, features, hidden)
-        assert algorithm.choose(device, mode, dtype, shape, layers, 1, False, forward) == names[want]
-        assert algorithm.choose(device, mode, dtype, shape, layers, 1, True, forward) == algorithm.STANDARD
+def test_the_algorithm_is_the_one_that_pytorch_asks_for(
+    mode, dtype, device, batch, features, hidden, forward, backward
+):
+    """Read off ATen/native/cudnn/RNN.cpp, get_algo."""
+    shape = (100, batch, features, hidden)
+    picked = [algorithm.choose(device, mode, dtype, shape, 1, 1, False, way) for way in (True, False)]
+    assert picked == [forward, backward]
+    assert algorithm.choose(device, mode, dtype, shape, 1, 1, True, True) == STANDARD
+    assert algorithm.choose(device, algorithm.LSTM, "float16", (100, 16, 768, 768), 2, 1, False, True) == STANDARD
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_indrnn_there_and_back():
 
 def test_what_does_not_fit_is_refused():
     gru = rnncore.GRU(H).init(jax.random.key(0), D)
-    with pytest.raises(NotImplementedError, match="b_hn, of which the cell has no like"):
+    with pytest.raises(NotImplementedError, match="b_hn, and the cell has none"):
         nnx.from_functional(their_nnx.GRUCell(D, H, rngs=their_nnx.Rngs(0)), gru)
     with pytest.raises(ValueError, match="expected .* the 4 gates"):
         linen.from_functional(linen.LSTMCell(H), gru)

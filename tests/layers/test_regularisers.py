@@ -199,7 +199,7 @@ WRONG = {
     "a carry of another cell": (dict(zoneout=rnncore.HiddenCarry(0.1)), "zoneout.*LSTMCarry"),
     "shape of zoneout": (dict(zoneout=rnncore.LSTMCarry(jnp.ones((B, H)), None)), "c=.3, 4.*expected a number"),
     "share above 1": (dict(zoneout=rnncore.LSTMCarry(None, 1.5)), "h=1.5.*share from 0 to 1"),
-    "reset carry without resets": (dict(reset_carry=LSTM.initial_carry((B,))), "reset_carry.*with resets only"),
+    "reset carry without resets": (dict(reset_carry=LSTM.initial_carry((B,))), "reset_carry.*only with resets"),
     "shape of the reset carry": (
         dict(resets=jnp.zeros((B, T), bool), reset_carry=LSTM.initial_carry((2,))), "reset_carry.*expected"
     ),
