@@ -23,13 +23,13 @@ def register(name: str, library: ctypes.CDLL, function: str, platform: str) -> s
 
 
 def call(
-    name: str, results: Sequence[tuple[tuple[int, ...], Any]], arrays: Sequence[Array],
-    aliases: Mapping[int, int] | None = None, **attributes: Any,
+    target: str, results: Sequence[tuple[tuple[int, ...], Any]], arrays: Sequence[Array],
+    aliases: Mapping[int, int] | None = None, /, **attributes: Any,
 ) -> tuple[Array, ...]:  # fmt: skip
     """Calls a registered function.
 
     Args:
-      name: as it was registered.
+      target: the name under which it was registered.
       results: (shape, dtype) of each.
       arrays: inside shard_map they and the results differ over all the devices over which any of them does.
       aliases: the inputs in whose memory results are, input to result.
@@ -37,6 +37,6 @@ def call(
     """
     axes = frozenset().union(*map(_compat.varying_axes, arrays))
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in results]
-    made = jax.ffi.ffi_call(name, shapes, input_output_aliases=None if aliases is None else dict(aliases))
+    made = jax.ffi.ffi_call(target, shapes, input_output_aliases=None if aliases is None else dict(aliases))
     found = made(*(_compat.vary_over(a, axes) for a in arrays), **attributes)
     return tuple(_compat.vary_over(a, axes) for a in found)

@@ -1,10 +1,10 @@
 """Backend "cpp": a whole run in one C++ loop for the CPU, made from any pointwise cell and compiled where it runs.
 
 The update, what its derivative needs, and its transpose are written as C++ (`emit.py`), compiled with this library's
-loops (`forward.h`, `backward.h`) by the C++ compiler of the machine, once, and kept on the disk (`handlers.py`,
-`kernels/cache.py`).  A thread runs all steps of its share of the sequences, and waits for no other within a step; where there
-are few sequences and a large matrix, threads share the units of each step.  The matrices are laid out once a call in
-the order in which products read them; a product leaves its gates in registers, where the update takes them.  Inputs are
+loops (`forward.h`, `backward.h`) by the C++ compiler of the machine, once, and kept on the disk (`handlers.py`).  A
+thread runs all steps of its share of the sequences, and waits for no other within a step; where there are few sequences
+and a large matrix, threads share the units of each step.  The matrices are laid out once a call in the order in which
+products read them; a product leaves its gates in registers, where the update takes them.  Inputs are
 projected, and in reverse mode all weight gradients summed, a few steps at a time, while they are in the cache.
 
 Platform: CPU, with a C++17 compiler that has GCC's vectors (GCC, Clang): what CXX names, or c++, g++, clang++.  The

@@ -49,13 +49,13 @@ class CppLoops(LoopBackend):
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         run = _Run(request, differentiable, constants)
-        return run.result(run.calls.forward(run.arrays(differentiable), run.constants, False)[0])
+        return run.result(run.compiled.forward(run.arrays(differentiable), run.constants, False)[0])
 
     def forward_with_residuals(
         self, request: Request, differentiable: Differentiable, constants: Constants
     ) -> tuple[Result, PyTree]:
         run = _Run(request, differentiable, constants)
-        out, kept = run.calls.forward(run.arrays(differentiable), run.constants, True)
+        out, kept = run.compiled.forward(run.arrays(differentiable), run.constants, True)
         return run.result(out), run.residuals(kept)
 
     def backward(
@@ -66,7 +66,7 @@ class CppLoops(LoopBackend):
         arrays, back = jax.vjp(run.arrays, differentiable)
         dout = run.cotangents(cotangents)
         stored, y = run.stored(residuals), run.outputs(result)
-        found: Any = run.calls.backward(arrays, run.constants, y, stored, dout, wanted.xs)
+        found: Any = run.compiled.backward(arrays, run.constants, y, stored, dout, wanted.xs)
         return back(found if wanted.xs else found._replace(x=jnp.zeros_like(arrays.x)))[0]
 
     def tangent(
@@ -122,7 +122,7 @@ class _Run:
         )  # fmt: skip
 
     @property
-    def calls(self) -> Calls:
+    def compiled(self) -> Calls:
         return _calls(
             self.cell, self.variant, self.time_major, self.zoneout, self.every, self.begins, self.rematerialize
         )
