@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
-from rnncore.cells.recurrent_kernels import Diagonal, Heads
-from rnncore.kernels import kernel_body
+from rnncore.cells.recurrent_kernels import Diagonal
+from rnncore.kernels import host, kernel_body
 from rnncore.kernels.cpp import calls, emit, handlers
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Out
 from rnncore.recurrence import plain, step
@@ -103,7 +103,7 @@ class _Run:
         start = differentiable.initial_carry
         self.request, self.cell, self.dtypes = request, cell, [a.dtype for a in start]
         self.rows, self.time_major = math.prod(request.batch_shape), request.time_axis == 0
-        self.heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
+        self.heads = host.head_count(cell)
         self.variant = variant_of(request)
         self.part = emit.body(cell, self.variant)
         self.plan, self.rematerialize = emit.plan(cell, self.variant), request.recompute != "nothing"

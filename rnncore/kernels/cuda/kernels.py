@@ -13,6 +13,7 @@ from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cuda import emit
 from rnncore.kernels.cuda.plan import Device, Plan, Shape, plan_of
+from rnncore.kernels.host import Cotangents
 
 
 class Call(NamedTuple):
@@ -80,24 +81,6 @@ class Outputs(NamedTuple):
     others: Array | None
     gates: Array | None
     last: tuple[Array, ...]
-
-
-class Cotangents(NamedTuple):
-    """What the backward loop gives.
-
-    Fields:
-      z: (T, B, G*H), in the residuals' dtype: of z, and of r of the gates that see their sum alone.
-      rest: (T, B, n*H), of r of the other gates; None where there are none.
-      start: (B, H) float32 per field: of what came before step 0, for a reset there nothing.
-      reset_carry: (B, H) float32 per field, summed over the resets; None without resets.
-      units: (B, H) float32 per unit parameter, summed over the steps.
-    """
-
-    z: Array
-    rest: Array | None
-    start: tuple[Array, ...]
-    reset_carry: tuple[Array, ...] | None
-    units: tuple[Array, ...]
 
 
 class Settings(NamedTuple):

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.cells.base import PointwiseCell
-from rnncore.cells.recurrent_kernels import Heads
-from rnncore.kernels import kernel_body
+from rnncore.kernels import host, kernel_body
 from rnncore.kernels.cuda import kernels
 from rnncore.recurrence.batching import HEADS, LAST, Units, over_batch
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
@@ -37,7 +36,7 @@ class Arrays:
         self.request, self.cell, self.constants = request, request.cell, constants
         self.part = kernel_body.of(self.cell, (1, 1), "float32", request.return_states)
         self.rows = math.prod(request.batch_shape)
-        self.heads = self.cell.recurrence.num_heads if isinstance(self.cell.recurrence, Heads) else 1
+        self.heads = host.head_count(self.cell)
         self.stored = request.residual_dtype or request.dtype
         self.dtypes = [a.dtype for a in differentiable.initial_carry]
 
@@ -129,7 +128,7 @@ class Arrays:
         cotangents: Result,
     ) -> Differentiable:  # fmt: skip
         """The cotangents of what is differentiable; hs are the outputs, (T, B, H)."""
-        part, count = self.part, len(self.cell.gates)
+        part = self.part
         operands, back = jax.vjp(self.operands, differentiable)
         run = self.run(operands)
         dhs = self.flat(cotangents.outputs)
@@ -146,7 +145,7 @@ class Arrays:
             dgates = jnp.concatenate(slabs, -1) if slabs else None
         dlast = self._carry(cotangents.carry)
 
-        def call(run: kernels.Run, *stacks: Any) -> kernels.Cotangents:
+        def call(run: kernels.Run, *stacks: Any) -> host.Cotangents:
             return kernels.backward(settings, self.cell, run, *stacks, states=self.request.return_states)
 
         def step(run: kernels.Run, rows: int) -> float | None:
@@ -155,42 +154,12 @@ class Arrays:
             )
 
         found = _mapped(call, step, run, residuals, dhs, dlast, dothers, dgates)
-        masked_h = _masked_h(run, hs, part.hidden)
-        dr = found.z
-        if found.rest is not None:
-            apart = iter(jnp.split(found.rest, len(part.rest), -1))
-            pairs = zip(jnp.split(found.z, count, -1), part.additive, strict=True)
-            dr = jnp.concatenate([dz if additive else next(apart) for dz, additive in pairs], -1)
-        dstart = found.start
-        if run.lengths is not None:
-            never = (run.lengths == 0)[:, None]
-            dstart = tuple(a + jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
-        drest = None
-        if found.rest is not None:
-            drest = jnp.sum(found.rest.astype(jnp.float32), (0, 1)).reshape(len(part.rest), -1)
-        cotangents_of = Operands(
-            found.z, _kernel_cotangent(run.kernel, masked_h, dr.astype(masked_h.dtype)), drest,
-            tuple(jnp.sum(a, 0) for a in found.units), dstart, found.reset_carry,
-        )  # fmt: skip
+        h = host.previous(run, part.hidden, hs.astype(jnp.float32))
+        h = (h if run.mask is None else h * run.mask.astype(jnp.float32)).astype(run.kernel.dtype)
+        dr, drest, dunits, dstart = host.summed(part, found, run.lengths, dlast)
+        dkernel = host.kernel_cotangent(run.kernel, h, dr.astype(h.dtype))
+        cotangents_of = Operands(found.z, dkernel, drest, dunits, dstart, found.reset_carry)
         return back(jax.tree.map(lambda d, a: d.astype(a.dtype), cotangents_of, operands))[0]
-
-
-def _masked_h(run: kernels.Run, hs: Array, hidden: int) -> Array:
-    """h as it entered the product of every step."""
-    before = jnp.concatenate([run.start[hidden][None], hs[:-1].astype(jnp.float32)])
-    if run.resets is not None:
-        assert run.reset_carry is not None
-        before = jnp.where(run.resets[..., None], run.reset_carry[hidden], before)
-    before = before if run.mask is None else before * run.mask.astype(jnp.float32)
-    return before.astype(run.kernel.dtype)
-
-
-def _kernel_cotangent(kernel: Array, masked_h: Array, dr: Array) -> Array:
-    """dU = sum over steps and sequences, in float32."""
-    heads, size, count, _ = kernel.shape
-    steps, rows, _ = masked_h.shape
-    h, slab = masked_h.reshape(steps, rows, heads, size), dr.reshape(steps, rows, count, heads, size)
-    return jnp.einsum("tbnd,tbgne->ndge", h, slab, preferred_element_type=jnp.float32).astype(kernel.dtype)
 
 
 _SHARED = ("kernel", "rest_bias", "units")
