@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -69,8 +69,7 @@ def test_a_method_of_its_own_is_run_and_differentiated(what: str):
         return total
 
     assert rnncore.explain_backend(cell, params, XS).name == "autodiff"
-    for a, b in zip(*map(jax.tree.leaves, (jax.grad(loss)(params), jax.grad(looped)(params))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+    chex.assert_trees_all_close(jax.grad(loss)(params), jax.grad(looped)(params), rtol=1e-11, atol=1e-12)
 
 
 def test_a_method_by_its_old_name_is_said_to_have_a_new_one():
@@ -103,8 +102,7 @@ def test_an_explicit_mesh_of_one_device(backend: str | None):
     mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         got = gradient(jax.device_put(XS, NamedSharding(mesh, P("a"))))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradient(XS)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12)
+    chex.assert_trees_all_close(got, gradient(XS), rtol=1e-12)
 
 
 def test_a_number_is_a_share_of_zoneout_and_not_a_choice_of_units():

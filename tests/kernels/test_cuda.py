@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import cuda_grid
 import cuda_problems
 import jax
@@ -173,8 +174,7 @@ def test_transformations(mode: str):
         return jax.jit(jax.value_and_grad(f, (0, 1)))(params, xs)
 
     with jax.default_matmul_precision("highest"):
-        for a, b in zip(jax.tree.leaves(result("emulated")), jax.tree.leaves(result("scan")), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(result("emulated"), result("scan"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
@@ -217,8 +217,7 @@ def test_vmap_over_parameters_is_more_heads(launches: list[int]):
         one = jax.jit(gradient("scan"))
         models = [one(*jax.tree.map(lambda a, n=n: a[n], (params, xs))) for n in range(3)]
     want = jax.tree.map(lambda *a: jnp.stack(a), *models)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)
     assert launches == [6, 6]
 
 
@@ -236,8 +235,7 @@ def test_both_directions_are_one_launch(launches: list[int]):
     with jax.default_matmul_precision("highest"):
         gradient = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
         found, want = (gradient(params, xs, backend) for backend in ("emulated", "scan"))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)
     assert launches == [2, 2, 2, 2]
 
 
