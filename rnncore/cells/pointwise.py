@@ -237,7 +237,7 @@ def additive_gates(cell: GatedCell, p: Any, z: Any, r: Any, carry: Any) -> tuple
     return tuple(only_summed(inputs[g], inputs[count + g]) for g in range(count))
 
 
-def save_dear(primitive: Any, *_: Any, **__: Any) -> bool:
+def save_transcendentals(primitive: Any, *_: Any, **__: Any) -> bool:
     """Checkpoint policy: keep what is expensive to recompute; products and sums are recomputed."""
     return primitive.name in TRANSCENDENTAL
 
@@ -272,8 +272,8 @@ def linearize(
     jaxpr, width = closed.jaxpr, len(out)
     position = {id(v): i for i, v in enumerate(jaxpr.invars)}
     leaves = jaxpr.outvars[width:]
-    again = _formed_again(closed, leaves)
-    known = [n for n in range(len(leaves)) if n not in again]
+    recomputed = _recomputed(closed, leaves)
+    known = [n for n in range(len(leaves)) if n not in recomputed]
     needed = tuple(position.get(id(leaves[n])) for n in known)
     run = runner(closed)
 
@@ -283,7 +283,7 @@ def linearize(
 
     def tangent(residuals: Any, tangents: Any) -> tuple:
         env = {id(leaves[n]): value for n, value in zip(known, residuals, strict=True)}
-        for eqns in again.values():
+        for eqns in recomputed.values():
             for eqn in eqns:
                 values = [v.val if isinstance(v, _compat.Literal) else env[id(v)] for v in eqn.invars]
                 env[id(eqn.outvars[0])] = eqn.primitive.bind(*values, **eqn.params)
@@ -292,7 +292,7 @@ def linearize(
     return Linearized(forward, tangent, needed)
 
 
-def _formed_again(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
+def _recomputed(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
     """The residuals that are one transcendental function of the others, and the equations that compute them.
 
     An LSTM's tanh(c_t) is one: c_t is a sum of products of gates and c_{t-1}, which are kept.  Reading a
@@ -300,10 +300,10 @@ def _formed_again(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
     """
     maker = {id(v): eqn for eqn in closed.jaxpr.eqns for v in eqn.outvars}
     order = {id(eqn): n for n, eqn in enumerate(closed.jaxpr.eqns)}
-    again: dict[int, list[Any]] = {}
+    recomputed: dict[int, list[Any]] = {}
     sources: set[int] = set()
     for n, leaf in enumerate(leaves):
-        others = {id(v) for m, v in enumerate(leaves) if m != n and m not in again}
+        others = {id(v) for m, v in enumerate(leaves) if m != n and m not in recomputed}
         made = maker.get(id(leaf))
         if id(leaf) in others | sources or made is None or made.primitive.name not in ELEMENTWISE:
             continue
@@ -326,5 +326,5 @@ def _formed_again(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
                     todo.append(source)
         if possible:
             sources |= uses
-            again[n] = sorted(path.values(), key=lambda eqn: order[id(eqn)])
-    return again
+            recomputed[n] = sorted(path.values(), key=lambda eqn: order[id(eqn)])
+    return recomputed

@@ -5,15 +5,15 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rnncore
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels.cpp import handlers
 from rnncore.sequence import checks
 
 XS = jax.random.normal(jax.random.key(1), (2, 5, 3))
@@ -69,8 +69,7 @@ def test_a_method_of_its_own_is_run_and_differentiated(what: str):
         return total
 
     assert rnncore.explain_backend(cell, params, XS).name == "autodiff"
-    for a, b in zip(*map(jax.tree.leaves, (jax.grad(loss)(params), jax.grad(looped)(params))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+    chex.assert_trees_all_close(jax.grad(loss)(params), jax.grad(looped)(params), rtol=1e-11, atol=1e-12)
 
 
 def test_a_method_by_its_old_name_is_said_to_have_a_new_one():
@@ -103,8 +102,7 @@ def test_an_explicit_mesh_of_one_device(backend: str | None):
     mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         got = gradient(jax.device_put(XS, NamedSharding(mesh, P("a"))))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradient(XS)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12)
+    chex.assert_trees_all_close(got, gradient(XS), rtol=1e-12)
 
 
 def test_a_number_is_a_share_of_zoneout_and_not_a_choice_of_units():
@@ -115,7 +113,7 @@ def test_a_number_is_a_share_of_zoneout_and_not_a_choice_of_units():
 
 def test_a_cxx_that_is_no_command_compiles_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("CXX", "it's")
-    monkeypatch.setattr(compiler, "_names", {})  # another test may have compiled this cell
+    monkeypatch.setattr(handlers, "_names", {})  # another test may have compiled this cell
     cell = rnncore.LSTM(4)
     assert rnncore.unroll(cell, cell.init(jax.random.key(0), 3), XS)[1].shape == (2, 5, 4)
     assert "is no command" in caplog.text

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import cuda_grid
 import cuda_problems
 import jax
@@ -44,7 +45,7 @@ CASES = {  # cell, dtype, product, layout, sequences, options
     "none, warps share k": (rnncore.LSTM(32), "bfloat16", "mma", {"sync": "none", "split": 1}, 3, {"lengths": True}),
     "none, everything at once": (
         rnncore.LSTM(24, peepholes=True), "float32", "3xtf32", {"sync": "none", "split": 2}, 9,
-        {"lengths": True, "resets": True, "mask": True, "stay": (1, 2), "states": True},
+        {"lengths": True, "resets": True, "mask": True, "zoneout": (1, 2), "states": True},
     ),
     "cluster": (rnncore.GRU(32), "float16", "mma", {"sync": "cluster", "split": 1}, 3, {"resets": True}),
     "cluster, warps share k": (rnncore.LSTM(32), "float32", "tf32", {"sync": "cluster", "split": 2}, 2, {"mask": True}),
@@ -56,7 +57,7 @@ CASES = {  # cell, dtype, product, layout, sequences, options
     "grid, tails, masked": (
         Own(20), "float32", "3xtf32", {"sync": "grid", "split": 2}, 9, {"mask": True, "resets": True},
     ),
-    "grid, two tiles": (rnncore.Elman(32), "float16", "mma", {"sync": "grid", "tiles": 2}, 9, {"stay": (3,)}),
+    "grid, two tiles": (rnncore.Elman(32), "float16", "mma", {"sync": "grid", "tiles": 2}, 9, {"zoneout": (3,)}),
     "no matrix unit": (rnncore.MGU(16), "float32", "fma", {"sync": "none", "split": 1}, 2, {"lengths": True}),
 }  # fmt: skip
 
@@ -174,8 +175,7 @@ def test_transformations(mode: str):
         return jax.jit(jax.value_and_grad(f, (0, 1)))(params, xs)
 
     with jax.default_matmul_precision("highest"):
-        for a, b in zip(jax.tree.leaves(result("emulated")), jax.tree.leaves(result("scan")), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(result("emulated"), result("scan"), rtol=1e-5, atol=1e-5)
 
 
 @pytest.fixture
@@ -219,8 +219,7 @@ def test_vmap_over_parameters_is_more_heads(launches: list[int]):
         one = jax.jit(gradient("scan"))
         models = [one(*jax.tree.map(lambda a, n=n: a[n], (params, xs))) for n in range(3)]
     want = jax.tree.map(lambda *a: jnp.stack(a), *models)
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)
     assert launches == [6, 6]
 
 
@@ -239,8 +238,7 @@ def test_both_directions_are_one_launch(launches: list[int]):
     with jax.default_matmul_precision("highest"):
         gradient = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
         found, want = (gradient(params, xs, backend) for backend in ("emulated", "scan"))
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)
     assert launches == [2, 2, 2, 2]
 
 
@@ -294,7 +292,7 @@ def test_compiles_in_float32(product: str):
             shape = Shape(
                 direction, "float32", "bfloat16", product, gates=len(cell.gates), fields=1,
                 width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size, heads=1, sequences=64,
-                lengths=True, resets=True, mask=True, stay=(1,),
+                lengths=True, resets=True, mask=True, zoneout=(1,),
             )  # fmt: skip
             plan = plan_of(DEVICES["A100"], shape)
             assert not isinstance(plan, str)

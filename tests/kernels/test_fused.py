@@ -16,7 +16,7 @@ import two_devices
 import rnncore
 from rnncore.cells import pointwise
 from rnncore.kernels import kernel_body
-from rnncore.kernels.op_lowerings import REWRITTEN
+from rnncore.kernels.op_lowerings import LOWERINGS
 from rnncore.sequence.backends import BACKENDS
 
 IDS = (
@@ -208,21 +208,21 @@ REWRITES = [  # operation, where it is defined, relative and absolute error
 def test_rewritten_operations(name: str, points: np.ndarray, relative: float, absolute: float):
     """Also where the plain formula would lose its digits or overflow."""
     plain = getattr(jax.lax, name, None) or (lambda x: 1 - x * x)
-    got = np.asarray(REWRITTEN[name](jnp.asarray(points)))
+    got = np.asarray(LOWERINGS[name](jnp.asarray(points)))
     want = np.asarray(plain(jnp.asarray(points, jnp.float64)))
     with np.errstate(invalid="ignore"):
         assert np.all((got == want) | (np.abs(got - want) <= relative * np.abs(want) + absolute))
 
 
 def test_not_of_booleans_and_of_integers():
-    flip = REWRITTEN["not"]
+    flip = LOWERINGS["not"]
     assert flip(jnp.array([True, False])).tolist() == [False, True] and flip(jnp.array([5, -1])).tolist() == [-6, 0]
 
 
 @pytest.mark.parametrize("y", [-3, -1, 0, 1, 2, 7])
 def test_integer_powers(y: int):
     x = jnp.asarray(POINTS[(np.abs(POINTS) > 0.1) & (np.abs(POINTS) < 10)])
-    np.testing.assert_allclose(REWRITTEN["integer_pow"](x, y=y), np.asarray(x, np.float64) ** y, rtol=2e-6)
+    np.testing.assert_allclose(LOWERINGS["integer_pow"](x, y=y), np.asarray(x, np.float64) ** y, rtol=2e-6)
 
 
 def test_unusual_uses_of_known_operations_are_named():

@@ -27,11 +27,8 @@ import math
 from typing import Any
 
 from rnncore._types import PyTree
-from rnncore.cells import pointwise
 from rnncore.cells.base import CellParams, PointwiseCell
-from rnncore.cells.recurrent_kernels import Dense, Heads
-from rnncore.kernels import host, kernel_body
-from rnncore.kernels.cpp import cache, compiler
+from rnncore.kernels import cache, compiler, host, kernel_body
 from rnncore.kernels.cuda import emit, kernels, launch, nvrtc, plan, recurrence
 from rnncore.recurrence import plain
 from rnncore.recurrence.backend import LoopBackend, without
@@ -52,23 +49,16 @@ class Cuda(LoopBackend):
     opaque = True
 
     def unsupported(self, request: Request) -> str | None:
-        cell = request.cell
-        if not isinstance(cell, PointwiseCell):
-            return f"{type(cell).__name__} is not a PointwiseCell, so no kernel can be made of its pointwise update"
-        if type(cell.recurrence) not in (Dense, Heads):
-            name = type(cell.recurrence).__name__
-            return f"{name} recurrences have no matrix to keep on the chip; it has kernels for Dense and Heads"
-        refused = without(
+        cell: Any = request.cell
+        refused = host.why_no_kernel(cell) or without(
             request, ("checkpoint_every", "recompute"), "its kernel runs all steps at once and keeps what it needs"
         )
-        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
-            return "its arrays are of known sizes, and here some are symbols"
-        if refused is None and 0 in (*request.batch_shape, request.steps):
-            refused = f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
-        if refused is None:
-            refused = pointwise.why_not_as_declared(cell, "recurrent_matmul", "output", "split")
         if refused is not None:
             return refused
+        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
+            return "its arrays are of known sizes, and here some are symbols"
+        if 0 in (*request.batch_shape, request.steps):
+            return f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
         residual = request.residual_dtype or request.dtype
         if request.dtype not in emit.TYPES or request.dtypes != {request.dtype} or residual not in emit.TYPES:
             got = ", ".join(sorted(request.dtypes | {residual}))
@@ -79,7 +69,7 @@ class Cuda(LoopBackend):
         found = self._plan(request, "forward", 1)  # one sequence fits wherever many run in parts
         return found if isinstance(found, str) else emit.why_not(cell)
 
-    def unchosen(self, request: Request) -> str | None:
+    def why_not_by_default(self, request: Request) -> str | None:
         """By what was timed on an H200: 5 to 10 times as fast as the scan there, forward and in training."""
         device = launch.device()
         assert device is not None and isinstance(request.cell, PointwiseCell)
@@ -132,7 +122,7 @@ class Cuda(LoopBackend):
         if nvrtc.library() is None:
             return "it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found"
         if compiler.find() is None:
-            return "it needs a C++ compiler, and none is found: install one, or name it in CXX"
+            return compiler.MISSING
         return None
 
     def settings(self, request: Request) -> kernels.Settings:
@@ -149,7 +139,7 @@ class Cuda(LoopBackend):
     def _plan(self, request: Request, direction: str, rows: int, cells: int = 1) -> plan.Plan | str:
         cell: Any = request.cell
         settings = self.settings(request)
-        heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
+        heads = host.head_count(cell)
         shape = plan.Shape(
             direction, request.dtype, request.dtype, settings.product, gates=len(cell.gates),
             fields=len(cell.Carry._fields), width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size // heads,

@@ -34,7 +34,7 @@ KNOWN = frozenset(
     "abs add and bitcast_convert_type broadcast_in_dim clamp convert_element_type cos div eq exp2 ge gt le log "
     "lt max min mul ne neg or round rsqrt select_n sign sin sub tanh xor".split()
 )
-"""Elementwise operations that Mosaic GPU lowers in every supported JAX; `rewritten.py` says some more by these."""
+"""Elementwise operations that Mosaic GPU lowers in every supported JAX; `op_lowerings.py` says some more by these."""
 LIBDEVICE = "nvvm/libdevice/libdevice.10.bc"
 """In the folder of the CUDA toolkit: functions that the kernels are linked with."""
 

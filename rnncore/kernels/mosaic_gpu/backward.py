@@ -41,12 +41,12 @@ class Arrays(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What it writes: see `fused.Cotangents`; all of the one dtype."""
+    """What it writes: see `host.Cotangents`; all of the one dtype."""
 
     z: Any
     rest: Any
     start: tuple
-    target: tuple
+    reset_carry: tuple
     units: tuple
 
 
@@ -59,7 +59,7 @@ def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, int
         z=types((steps, rows, plan.gates * hidden)),
         rest=types((steps, rows, count * hidden)) if count else None,
         start=(state,) * fields,
-        target=(state,) * fields * resets,
+        reset_carry=(state,) * fields * resets,
         units=(state,) * len(arrays.units),
     )
     inputs = len(arrays.residuals) + 1 + (arrays.flags is not None)
@@ -87,7 +87,7 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
         count = len(arrays.residuals)
 
         def step(n: Array, state: Any) -> Any:
-            ds, dtarget, dunits = state
+            ds, dreset_carry, dunits = state
             t = steps - 1 - n
             given = ring.take(n)
             reset, ends = marked(given[-1] if arrays.flags is not None else None)
@@ -99,9 +99,9 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
             dh = across(n, t, dzs, drest)
             ds = tuple(a + dh if n == body.hidden else a for n, a in enumerate(ds))
             if resets:
-                dtarget = tuple(a + jnp.where(reset, b, 0.0) for a, b in zip(dtarget, ds, strict=True))
+                dreset_carry = tuple(a + jnp.where(reset, b, 0.0) for a, b in zip(dreset_carry, ds, strict=True))
                 ds = tuple(jnp.where(reset, 0.0, a) for a in ds)
-            return ds, dtarget, dunits
+            return ds, dreset_carry, dunits
 
         def across(n: Array, t: Array, dzs: Any, drest: Any) -> Array:
             """Gives this warpgroup's cotangents to the others and to the results; dr U^T."""
@@ -142,12 +142,12 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
             return tuple(tiles.zeros() for _ in range(number))
 
         start = zeros(len(dlast)) if lengths else dlast
-        ds, dtarget, dunits = lax.fori_loop(
+        ds, dreset_carry, dunits = lax.fori_loop(
             0, steps, step, (start, zeros(len(dlast) * resets), zeros(len(arrays.units)))
         )
         tiles.store(ds, results.start)
         if resets:
-            tiles.store(dtarget, results.target)
+            tiles.store(dreset_carry, results.reset_carry)
         for tile, target in zip(dunits, results.units, strict=True):
             tiles.store([tile], [target])
 

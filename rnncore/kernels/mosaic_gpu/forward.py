@@ -26,8 +26,8 @@ class Arrays(NamedTuple):
     Fields:
       z: (T, B, G*H).
       kernel: (N, W, G * units, d), a row for each pre-activation.
-      start, target: (B, H) per field of the carry; `target` empty without resets.
-      target_r: (B, G*H), the recurrent product of the reset's h; None without resets.
+      start, reset_carry: (B, H) per field of the carry; `reset_carry` empty without resets.
+      reset_r: (B, G*H), the recurrent product of the reset's h; None without resets.
       units, rest_bias: (B, H) per parameter.
       flags: (T, B, units), see `tiles.flags`; None for none.
     """
@@ -35,8 +35,8 @@ class Arrays(NamedTuple):
     z: Any
     kernel: Any
     start: tuple
-    target: tuple
-    target_r: Any
+    reset_carry: tuple
+    reset_r: Any
     units: tuple
     rest_bias: tuple
     flags: Any
@@ -60,7 +60,7 @@ def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, inter
     out = Results(line, (line,) * (fields - 1) * keep, (state,) * fields)
     memory = allocate(
         plan, dtype, plan.stages[0], plan.gates + (arrays.flags is not None), fields,
-        h=(SLOTS,), target_r=arrays.target_r is not None,
+        h=(SLOTS,), reset_r=arrays.reset_r is not None,
     )  # fmt: skip
     return call(plan, _kernel(plan, body, dtype, steps, keep, lengths), arrays, out, memory, interpret)
 
@@ -72,16 +72,16 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
         loaded = scratch.loaded.at[tiles.thread]
         plgpu.copy_gmem_to_smem(arrays.kernel.at[tiles.head, tiles.thread], mine, loaded)
         plgpu.barrier_wait(loaded)
-        if arrays.target_r is not None:
+        if arrays.reset_r is not None:
             for gate in range(plan.gates):
-                here = scratch.target_r.at[tiles.thread, gate]
+                here = scratch.reset_r.at[tiles.thread, gate]
                 plgpu.copy_gmem_to_smem(
-                    arrays.target_r.at[tiles.sequences, tiles.units(gate)], tiles.filled(here), loaded
+                    arrays.reset_r.at[tiles.sequences, tiles.units(gate)], tiles.filled(here), loaded
                 )  # fmt: skip
                 plgpu.barrier_wait(loaded)
-        start, target, units, bias = (
+        start, reset_carry, units, bias = (
             tuple(tiles.fetch(a) for a in group)
-            for group in (arrays.start, arrays.target, arrays.units, arrays.rest_bias)
+            for group in (arrays.start, arrays.reset_carry, arrays.units, arrays.rest_bias)
         )
         bias_of = dict(zip(body.rest, bias, strict=True))
         sources: list[tuple[Any, int | None]] = [(arrays.z, gate) for gate in range(plan.gates)]
@@ -105,10 +105,10 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
             given, r = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
             rs = [tiles.part(r, gate) for gate in range(plan.gates)]
             resets, ends = marked(given[-1] if arrays.flags is not None else None)
-            if arrays.target_r is not None:
+            if arrays.reset_r is not None:
                 # U h is linear, so that a reset may select after the product.
-                rs = [jnp.where(resets, tiles.read(scratch.target_r.at[tiles.thread, g]), a) for g, a in enumerate(rs)]
-                carry = tuple(jnp.where(resets, a, b) for a, b in zip(target, carry, strict=True))
+                rs = [jnp.where(resets, tiles.read(scratch.reset_r.at[tiles.thread, g]), a) for g, a in enumerate(rs)]
+                carry = tuple(jnp.where(resets, a, b) for a, b in zip(reset_carry, carry, strict=True))
             rs = [a + bias_of[gate] if gate in bias_of else a for gate, a in enumerate(rs)]
             carry = body.forward(units, tuple(given[: plan.gates]), tuple(rs), carry)
             if lengths:

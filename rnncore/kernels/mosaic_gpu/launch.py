@@ -19,14 +19,14 @@ class Scratch(NamedTuple):
     h: Any
     inputs: Any
     stage: Any
-    target_r: Any
+    reset_r: Any
     loaded: Any
     input_barriers: Any
     met: Any
 
 
 def allocate(
-    plan: Plan, dtype: Any, stages: int, inputs: int, staged: int, h: tuple[int, ...], *, target_r: bool = False
+    plan: Plan, dtype: Any, stages: int, inputs: int, staged: int, h: tuple[int, ...], *, reset_r: bool = False
 ) -> Scratch:  # fmt: skip
     """What a block allocates.
 
@@ -34,7 +34,7 @@ def allocate(
       stages, inputs: steps whose inputs are there at once, and tiles of one.
       staged: tiles for outputs.
       h: how many arrays of (sequences, d) the product reads.
-      target_r: whether there is a tile per gate for what resets return to.
+      reset_r: whether there is a tile per gate for what resets return to.
     """
     tile = (plan.lines, plan.units)
     return Scratch(
@@ -42,7 +42,7 @@ def allocate(
         h=_pallas.shared((*h, plan.lines, plan.size), dtype),
         inputs=_pallas.shared((plan.groups, stages, inputs, *tile), dtype),
         stage=_pallas.shared((plan.groups, staged, *tile), dtype),
-        target_r=_pallas.shared((plan.groups, plan.gates, *tile), dtype) if target_r else None,
+        reset_r=_pallas.shared((plan.groups, plan.gates, *tile), dtype) if reset_r else None,
         loaded=plgpu.Barrier(num_barriers=plan.groups),
         input_barriers=plgpu.Barrier(num_arrivals=inputs, num_barriers=plan.groups * stages),
         met=plgpu.Barrier(num_arrivals=plan.groups),
