@@ -116,6 +116,7 @@ class RNN(nnx.RNN):
         keep_order: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         resets: Any = None,
+        reset_carry: Any = None,
         return_states: bool = False,
     ) -> Any:
         """Runs the cell over the inputs; None takes the argument of the constructor.
@@ -129,7 +130,9 @@ class RNN(nnx.RNN):
             outputs past it go on from the padding.
           rngs: for a random initial carry, in place of the layer's own stream.
           resets: booleans of the inputs' shape without features.  Where True the carry returns to
-            the initial one before that step.
+            `reset_carry` before that step.
+          reset_carry: what resets return to, of the structure of `initial_carry`, which it is by
+            default.  Give `cell.initialize_carry(...)` where the initial carry is a stored one.
           return_states: return `rnncore.States` as the last element: every carry, in the structure
             of the cell's, and every gate (None under nnx.scan, where a cell shows none).
 
@@ -148,20 +151,22 @@ class RNN(nnx.RNN):
         step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
         carry = self._initial_carry(step_shape, rngs) if initial_carry is None else initial_carry
         carry = modules.cast(carry, self.carry_dtype)
+        reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
 
         slow = self._slow_path(inputs, carry)
         if slow is None:
             core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
             result = modules.unroll(
-                self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
-                keep_order=keep_order, time_major=time_major, return_states=return_states,
+                self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets,
+                reset_carry=reset_carry, reverse=reverse, keep_order=keep_order, time_major=time_major,
+                return_states=return_states,
             )  # fmt: skip
         else:
             modules.before_scan(self, "nnx.scan", slow)
             result = modules.scan_cell(
                 functools.partial(scan_over, self), self, inputs, carry, time_axis, seq_lengths=seq_lengths,
-                resets=resets, reverse=reverse, keep_order=keep_order, return_carry=return_carry,
-                return_states=return_states,
+                resets=resets, reset_carry=reset_carry, reverse=reverse, keep_order=keep_order,
+                return_carry=return_carry, return_states=return_states,
             )  # fmt: skip
         return modules.result_of(self, result, return_carry)
 
