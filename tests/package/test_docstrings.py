@@ -44,6 +44,7 @@ FUNCTIONS = (
     "from_equinox",
     "to_equinox",
     "foreign_cell",
+    "windows",
 )
 CELLS = (
     "Elman",
@@ -51,6 +52,7 @@ CELLS = (
     "Leaky",
     "MinGRU",
     "MinLSTM",
+    "QRNN",
     "RGLRU",
     "SLSTM",
     "LSTM",
