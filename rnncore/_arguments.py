@@ -54,6 +54,13 @@ ADVICE: Mapping[str, str] = {
 """What to do instead of options of other libraries that rnncore does not have."""
 
 
+def refuse_renamed(cls: type, names: Mapping[str, str]) -> None:
+    """TypeError where a class defines a method by the name that it had before, which nothing would call."""
+    for old, new in names.items():
+        if old in vars(cls):
+            raise TypeError(f"`class {cls.__name__}`: defines `{old}`, which is called `{new}` now; rename it.")
+
+
 def known_as(option: str, known: Iterable[str]) -> str | None:
     """Advice for an option of another library, or None for an unknown option."""
     names = set(known)

@@ -63,14 +63,6 @@ def command_buffer_commands() -> list[str]:
     return _xla_option("xla_gpu_enable_command_buffer")
 
 
-def kernels_side_by_side() -> str | None:
-    """The option under which XLA may run two kernels of a device at the same time, or None; not set by default."""
-    if "CONCURRENT" in _xla_option("xla_gpu_command_buffer_scheduling_mode"):
-        return "xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
-    streams = _xla_option("xla_gpu_executable_num_compute_streams")
-    return f"xla_gpu_executable_num_compute_streams={streams[0]}" if streams and int(streams[0]) > 1 else None
-
-
 def cuda_folder() -> str | None:
     """The directory that JAX uses as the CUDA toolkit."""
     try:

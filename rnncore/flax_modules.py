@@ -40,19 +40,39 @@ def from_core(carry: Any) -> Any:
     return carry[0] if len(carry) == 1 else tuple(carry)
 
 
-def time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
-    """The time axis of the inputs of an RNN module, or ValueError."""
+class Call(NamedTuple):
+    """What the arguments of a call, and where they are None the fields of the module, say of a run.
+
+    Fields:
+      return_carry, time_major, reverse, keep_order: as there.
+      time_axis: of the inputs.
+      step_shape: the inputs' shape without time.
+    """
+
+    return_carry: bool
+    time_major: bool
+    reverse: bool
+    keep_order: bool
+    time_axis: int
+    step_shape: tuple[int, ...]
+
+
+def call_of(rnn: Any, inputs: Any, **arguments: bool | None) -> Call:
+    """`Call` of an RNN module on these inputs, or ValueError."""
+    said = {name: getattr(rnn, name) if value is None else value for name, value in arguments.items()}
+    features = rnn.cell.num_feature_axes
     if not hasattr(inputs, "ndim"):
         raise ValueError(
             f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
             "give episode boundaries as `resets`."
         )
-    if inputs.ndim < feature_axes + 1:
+    if inputs.ndim < features + 1:
         raise ValueError(
-            f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {feature_axes + 1} axes, time and "
+            f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {features + 1} axes, time and "
             "features."
         )
-    return 0 if time_major else inputs.ndim - feature_axes - 1
+    axis = 0 if said["time_major"] else inputs.ndim - features - 1
+    return Call(**said, time_axis=axis, step_shape=inputs.shape[:axis] + inputs.shape[axis + 1 :])  # type: ignore[arg-type]
 
 
 def check_is_cell(cell: Any, example: str) -> None:
@@ -192,8 +212,8 @@ def _refuse_options(rnn: Any, scan: str, why: str) -> None:
 
 
 def unroll(
-    rnn: Any, core: PointwiseCell, params: CellParams, inputs: Array, carry: Any, step_shape: tuple[int, ...], *,
-    return_states: bool, recompute: str | None = None, **options: Any,
+    rnn: Any, core: PointwiseCell, params: CellParams, inputs: Array, carry: Any, call: Call, *,
+    seq_lengths: Any, resets: Any, return_states: bool, recompute: str | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """(carry, outputs[, States]) of an RNN module through `rnncore.unroll`, in Flax's carries and dtypes.
 
@@ -203,18 +223,19 @@ def unroll(
     start = to_core(core, carry)
     with choices.layer(rnn):
         last, outputs, *states = sequence.unroll(
-            core, params, xs, initial_carry=start, return_states=return_states,
-            checkpoint_every=rnn.checkpoint_every, recompute=recompute or rnn.recompute, backend=rnn.backend, **options,
+            core, params, xs, initial_carry=start, seq_lengths=seq_lengths, resets=resets, reverse=call.reverse,
+            keep_order=call.keep_order, time_major=call.time_major, return_states=return_states,
+            checkpoint_every=rnn.checkpoint_every, recompute=recompute or rnn.recompute, backend=rnn.backend,
         )  # fmt: skip
     # The outputs have the dtype of a step's output, also where the carry has another one.
-    step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(step_shape, xs.dtype)))
+    step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(call.step_shape, xs.dtype)))
     states = [s._replace(carries=from_core(s.carries)) for s in states]
     return (from_core(last), outputs.astype(step[1].dtype), *states)
 
 
 def scan_cell(
-    scan: Callable[..., Any], rnn: Any, inputs: Array, carry: Any, time_axis: int, *, seq_lengths: Any, resets: Any,
-    reverse: bool, keep_order: bool, return_carry: bool, return_states: bool,
+    scan: Callable[..., Any], rnn: Any, inputs: Array, carry: Any, call: Call, *, seq_lengths: Any, resets: Any,
+    return_states: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     """(carry, outputs[, States]) of an RNN module with any cell: Flax's scan, with correct lengths.
 
@@ -223,7 +244,7 @@ def scan_cell(
         (cell, carry, x) -> (carry, y) and all is time-major.
       rnn: the module; all others: see its call.
     """
-    features = rnn.cell.num_feature_axes
+    features, time_axis = rnn.cell.num_feature_axes, call.time_axis
     xs = jnp.moveaxis(inputs, time_axis, 0)
     steps, batch_shape = xs.shape[0], xs.shape[1 : xs.ndim - features]
     lengths = None if seq_lengths is None else _lengths.check_lengths(seq_lengths, batch_shape, steps)
@@ -236,10 +257,10 @@ def scan_cell(
         if resets.dtype != jnp.bool_ or resets.shape != expected:
             raise ValueError(f"`RNN(cell)(resets=<{resets.dtype} {resets.shape}>)`: expected bool {expected}.")
         resets = jnp.moveaxis(resets, time_axis, 0)
-    if reverse:
+    if call.reverse:
         xs, resets = _lengths.reverse_time((xs, resets), lengths)
     # The last valid carry is part of the loop's carry, so that the carries need not be stacked.
-    last = carry if lengths is not None and return_carry else None
+    last = carry if lengths is not None and call.return_carry else None
     if last is not None or resets is not None:
         _check_batch(rnn.cell, carry, batch_shape)
 
@@ -257,7 +278,7 @@ def scan_cell(
     # While a backend is explained nothing is compiled, and this scan would become a Python loop.
     with jax.disable_jit(False) if choices.is_recording() else contextlib.nullcontext():
         (end, last), ys = scan(step, (carry, last), (xs, resets, jnp.arange(steps)))
-    if reverse and keep_order:
+    if call.reverse and call.keep_order:
         ys = _lengths.reverse_time(ys, lengths)
     outputs, carries = jax.tree.map(lambda a: jnp.moveaxis(a, 0, time_axis), ys)
     states = (States(carries, None),) if return_states else ()

@@ -127,6 +127,7 @@ def test_a_reset_of_all_equals_two_runs_from_the_initial_carry(row: Row, seed: i
     cases.assert_close(got, puller(row, started_again)(problem, d_results), TOLERANCE)
 
 
+@pytest.mark.slow
 @law
 @hypothesis.given(row=rows, seed=seeds, here=anywhere)
 def test_later_inputs_do_not_move_earlier_outputs(row: Row, seed: int, here: int):

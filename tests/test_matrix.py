@@ -13,7 +13,7 @@ import plain_kernels
 import pytest
 
 import rnncore
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 from rnncore.sequence.backends import BACKENDS
 
 BATCH, STEPS, FEATURES, HIDDEN = 2, 3, 2, 3

@@ -17,6 +17,7 @@ B, T, D, H, P = 3, 5, 4, 6, 2
 CELL = rnncore.LSTMP(H, projection_size=P)
 
 
+@pytest.mark.slow
 def test_is_torchs_with_lengths_both_directions_and_layers():
     """Outputs, last states, and gradients of weights, inputs, h_0 and c_0; there and back."""
     torch = pytest.importorskip("torch")

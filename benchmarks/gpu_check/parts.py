@@ -78,38 +78,3 @@ def graph(dry: bool) -> None:
     jax.block_until_ready([step(params, xs) for _ in range(5)])
     ms = (time.perf_counter() - begin) * 200
     tell("graph", calls=len(errors), errors=errors, right=max(errors) < 1e-2, ms=round(ms, 3), options=options)
-
-
-def pair(dry: bool) -> None:
-    """Two grid kernels that do not depend on each other, as the directions of a bidirectional layer are.
-
-    Each wants most of the GPU for itself: if they ran at the same time both would wait for ever.
-    """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    import rnncore
-    from rnncore import gpu
-
-    cell = rnncore.LSTM(16 if dry else 768)
-    stack = rnncore.Stack(cell, bidirectional=True)
-    params = stack.init(jax.random.key(0), 32, jnp.bfloat16)
-    xs = jax.random.normal(jax.random.key(1), (16, 9, 32), jnp.bfloat16)
-
-    def numbers(backend: str, options: Any) -> list:
-        def loss(params: Any, xs: Any) -> Any:
-            ys = rnncore.unroll_stack(stack, params, xs, backend=backend)[1]
-            return jnp.sum(ys.astype(jnp.float32) ** 2)
-
-        step = jax.jit(jax.grad(loss, (0, 1)), compiler_options=options or None)
-        for _ in range(3):
-            found = step(params, xs)
-        return [np.asarray(a.astype(jnp.float32), np.float64) for a in jax.tree.leaves(found)]
-
-    want = numbers("scan", None)
-    for name, options in (("plain", None), ("as a graph", gpu.loop_as_graph_options())):
-        tell("pair", name=name, state="begun")
-        got = numbers("scan" if dry else "mosaic_gpu", options)
-        error = max(distance(a, b) for a, b in zip(got, want, strict=True))
-        tell("pair", name=name, state="right" if error < 2e-2 else "WRONG", error=error)

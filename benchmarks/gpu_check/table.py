@@ -96,8 +96,6 @@ def verdicts(records: list[Record]) -> list[str]:
         )
         lines.append(f"  {r['name']} on {r['platform']} in {r['precision']}: {told}")
     lines += [_sanitized(r) for r in records if r["part"] == "sanitizer"]
-    pairs = {r["name"]: r["state"].replace("begun", "HANGS") for r in records if r["part"] == "pair"}
-    lines += [f"  two grid kernels in one program, {name}: {state}" for name, state in pairs.items()]
     return lines
 
 

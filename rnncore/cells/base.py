@@ -172,7 +172,7 @@ def check_init(what: Any, key: Any, input_size: Any, dtype: Any) -> None:
 class GatedCell(Cell):
     """A cell with one recurrent product a step: its parameters, and the step around it.
 
-    z_t = project(x_t),   r_t = mix(U, h_{t-1}),   s_t, gates_t = combine(p, z_t, r_t, s_{t-1})
+    z_t = project(x_t),   r_t = matmul(U, h_{t-1}),   s_t, gates_t = combine(p, z_t, r_t, s_{t-1})
 
     `combine` may reduce over the units of a sequence, as layer normalization does; the scan derives its derivatives
     from it.  Where it is elementwise the cell is a `PointwiseCell`, which all loops run.
@@ -187,6 +187,10 @@ class GatedCell(Cell):
     bias_init: Initializer = dataclasses.field(default=initializers.zeros, kw_only=True)
 
     Carry: ClassVar[Any] = HiddenCarry
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _arguments.refuse_renamed(cls, {"mix": "recurrent_matmul"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -251,10 +255,10 @@ class GatedCell(Cell):
         bias = jnp.broadcast_to(params.bias.reshape(-1).astype(wide), zs.shape)
         return (zs.astype(wide) + bias).astype(jnp.promote_types(zs.dtype, params.bias.dtype))
 
-    def mix(self, params: CellParams, h: Array) -> Array:
-        """r = mix(U, h) + its bias as a slab: (..., H) to (..., G*H); linear in the parameters."""
+    def recurrent_matmul(self, params: CellParams, h: Array) -> Array:
+        """r = matmul(U, h) + its bias as a slab: (..., H) to (..., G*H); linear in the parameters."""
         kernel = params.recurrent_kernel
-        r = self.recurrence.mix(kernel, h.astype(kernel.dtype))
+        r = self.recurrence.matmul(kernel, h.astype(kernel.dtype))
         if params.recurrent_bias is None:
             return r
         rows = dict(zip(self.recurrent_bias, params.recurrent_bias, strict=True))
@@ -272,14 +276,14 @@ class GatedCell(Cell):
         h = carry.h if mask is None else carry.h * mask.astype(carry.h.dtype)
         own = type(self).split is not GatedCell.split
         split = self.split if own else lambda slab: self.Gates(*_compat.parts(slab, len(self.gates)))
-        return self.combine(p, split(z), split(self.mix(params, h)), carry)
+        return self.combine(p, split(z), split(self.recurrent_matmul(params, h)), carry)
 
 
 @dataclasses.dataclass(frozen=True)
 class PointwiseCell(GatedCell):
-    """A cell that mixes units only through r = mix(U, h); the rest is elementwise.
+    """A cell that mixes units only through r = matmul(U, h); the rest is elementwise.
 
-    z_t = x_t W + b,   r_t = mix(U, h_{t-1}),   s_t, gates_t = pointwise(p, z_t, r_t, s_{t-1})
+    z_t = x_t W + b,   r_t = matmul(U, h_{t-1}),   s_t, gates_t = pointwise(p, z_t, r_t, s_{t-1})
 
     A subclass names its `gates` and writes `pointwise`.  The scan, its derivatives, the kernels and
     the analysis are derived from that function, so it may use elementwise operations only: no

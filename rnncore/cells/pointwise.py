@@ -170,10 +170,11 @@ def why_not_as_declared(cell: GatedCell, *methods: str) -> str | None:
 def why_not_a_product(cell: GatedCell) -> str | None:
     """Reason why the recurrent product cannot be differentiated once for all steps, or None: see `Recurrence`."""
     kind = type(cell.recurrence)
-    own = {name: next(n for n, c in enumerate(kind.__mro__) if name in vars(c)) for name in ("mix", "mix_transposed")}
-    if own["mix"] < own["mix_transposed"]:
+    pair = ("matmul", "matmul_transposed")
+    own = {name: next(n for n, c in enumerate(kind.__mro__) if name in vars(c)) for name in pair}
+    if own["matmul"] < own["matmul_transposed"]:
         return (
-            f"{kind.__name__} has a `mix` of its own and not the `mix_transposed` that belongs to it; backend "
+            f"{kind.__name__} has a `matmul` of its own and not the `matmul_transposed` that belongs to it; backend "
             "'autodiff' takes it"
         )
     size, gates = cell.hidden_size, len(cell.gates)
@@ -181,13 +182,14 @@ def why_not_a_product(cell: GatedCell) -> str | None:
     h, r = jax.ShapeDtypeStruct((size,), jnp.float32), jax.ShapeDtypeStruct((gates * size,), jnp.float32)
 
     def transpose(kernel: Any, h: Any, r: Any) -> Any:
-        return jax.linear_transpose(lambda h: cell.recurrence.mix(kernel, h), h)(r)
+        return jax.linear_transpose(lambda h: cell.recurrence.matmul(kernel, h), h)(r)
 
     try:
         jax.eval_shape(transpose, kernel, h, r)
     except Exception:  # JAX reports that something is not linear by several exceptions, among them AssertionError.
         return (
-            f"{kind.__name__}.mix is not linear in h, so the step has no recurrent product; backend 'autodiff' takes it"
+            f"{kind.__name__}.matmul is not linear in h, so the step has no recurrent product; "
+            "backend 'autodiff' takes it"
         )
     return None
 
@@ -235,7 +237,7 @@ def additive_gates(cell: GatedCell, p: Any, z: Any, r: Any, carry: Any) -> tuple
     return tuple(only_summed(inputs[g], inputs[count + g]) for g in range(count))
 
 
-def save_dear(primitive: Any, *_: Any, **__: Any) -> bool:
+def save_transcendentals(primitive: Any, *_: Any, **__: Any) -> bool:
     """Checkpoint policy: keep what is expensive to recompute; products and sums are recomputed."""
     return primitive.name in TRANSCENDENTAL
 
@@ -270,8 +272,8 @@ def linearize(
     jaxpr, width = closed.jaxpr, len(out)
     position = {id(v): i for i, v in enumerate(jaxpr.invars)}
     leaves = jaxpr.outvars[width:]
-    again = _formed_again(closed, leaves)
-    known = [n for n in range(len(leaves)) if n not in again]
+    recomputed = _recomputed(closed, leaves)
+    known = [n for n in range(len(leaves)) if n not in recomputed]
     needed = tuple(position.get(id(leaves[n])) for n in known)
     run = runner(closed)
 
@@ -281,7 +283,7 @@ def linearize(
 
     def tangent(residuals: Any, tangents: Any) -> tuple:
         env = {id(leaves[n]): value for n, value in zip(known, residuals, strict=True)}
-        for eqns in again.values():
+        for eqns in recomputed.values():
             for eqn in eqns:
                 values = [v.val if isinstance(v, _compat.Literal) else env[id(v)] for v in eqn.invars]
                 env[id(eqn.outvars[0])] = eqn.primitive.bind(*values, **eqn.params)
@@ -290,7 +292,7 @@ def linearize(
     return Linearized(forward, tangent, needed)
 
 
-def _formed_again(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
+def _recomputed(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
     """The residuals that are one transcendental function of the others, and the equations that compute them.
 
     An LSTM's tanh(c_t) is one: c_t is a sum of products of gates and c_{t-1}, which are kept.  Reading a
@@ -298,10 +300,10 @@ def _formed_again(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
     """
     maker = {id(v): eqn for eqn in closed.jaxpr.eqns for v in eqn.outvars}
     order = {id(eqn): n for n, eqn in enumerate(closed.jaxpr.eqns)}
-    again: dict[int, list[Any]] = {}
+    recomputed: dict[int, list[Any]] = {}
     sources: set[int] = set()
     for n, leaf in enumerate(leaves):
-        others = {id(v) for m, v in enumerate(leaves) if m != n and m not in again}
+        others = {id(v) for m, v in enumerate(leaves) if m != n and m not in recomputed}
         made = maker.get(id(leaf))
         if id(leaf) in others | sources or made is None or made.primitive.name not in ELEMENTWISE:
             continue
@@ -324,5 +326,5 @@ def _formed_again(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
                     todo.append(source)
         if possible:
             sources |= uses
-            again[n] = sorted(path.values(), key=lambda eqn: order[id(eqn)])
-    return again
+            recomputed[n] = sorted(path.values(), key=lambda eqn: order[id(eqn)])
+    return recomputed

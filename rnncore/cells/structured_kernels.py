@@ -30,7 +30,7 @@ class Structured(Recurrence):
         """The plain structure and its kernel; differentiable in the parameters, not necessarily linear."""
 
     def prefers_own_product(self, gates: int, hidden_size: int) -> bool:
-        """Whether `mix` on the scan is faster than the loop that is fastest over the effective kernel."""
+        """Whether `matmul` on the scan is faster than the loop that is fastest over the effective kernel."""
         del gates, hidden_size
         return False
 
@@ -39,16 +39,16 @@ class Structured(Recurrence):
         """Normal, so that U h has about the size of h."""
         return lambda key, shape, dtype=jnp.float32: jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
 
-    def mix(self, kernel: Array, h: Array) -> Array:
+    def matmul(self, kernel: Array, h: Array) -> Array:
         plain, own = self.effective(kernel)
-        return plain.mix(own, h)
+        return plain.matmul(own, h)
 
     def transposed(self, kernel: Array) -> Array:
         plain, own = self.effective(kernel)
         return plain.transposed(own)
 
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
-        return Dense().mix_transposed(kernel, h)
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
+        return Dense().matmul_transposed(kernel, h)
 
     def gate_matrices(self, kernel: Array) -> Array:
         plain, own = self.effective(kernel)
@@ -99,15 +99,15 @@ class LowRank(Structured):
         """Whether it needs at most an eighth of the multiplications of a dense kernel."""
         return 8 * self.rank * (1 + gates) <= hidden_size * gates
 
-    def mix(self, kernel: Array, h: Array) -> Array:
+    def matmul(self, kernel: Array, h: Array) -> Array:
         read = _products.times_transposed(h, kernel[:, 0])
         return _products.times(read, kernel[:, 1:].reshape(kernel.shape[0], -1))
 
     def transposed(self, kernel: Array) -> Array:
         return kernel
 
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
-        return self.mix(kernel, h)
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
+        return self.matmul(kernel, h)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,8 +241,8 @@ class Unconnected(Structured):
     def effective(self, kernel: Array) -> tuple[Recurrence, Array]:
         return Diagonal(), jnp.zeros(kernel.shape[1:], kernel.dtype)
 
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
-        return Diagonal().mix_transposed(kernel, h)
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
+        return Diagonal().matmul_transposed(kernel, h)
 
 
 def prefers_own_product(cell: Any) -> bool:

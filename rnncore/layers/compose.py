@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,43 @@ from rnncore.sequence.call import Options, unroll
 from rnncore.sequence.layers import unroll_layers
 
 
+class StackOptions(TypedDict, total=False):
+    """The options of `unroll_stack` but `return_states`, which says what is returned."""
+
+    key: Array | None
+    initial_carry: Any
+    dtype: Any
+    carry_dtype: Any
+    output_dtype: Any
+    seq_lengths: Any
+    resets: Any
+    time_major: bool
+    checkpoint_every: int | None
+    recompute: str
+    residual_dtype: Any
+    backend: str | None
+
+
 @overload
 def unroll_stack(
-    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[False] = False, **options: Any
+    stack: Stack,
+    params: StackParams,
+    xs: Array,
+    *,
+    return_states: Literal[False] = False,
+    **options: Unpack[StackOptions],
 ) -> tuple[Any, Array]: ...
 
 
 @overload
 def unroll_stack(
-    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[True], **options: Any
+    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[True], **options: Unpack[StackOptions]
 ) -> tuple[Any, Array, Any]: ...
 
 
 @overload
 def unroll_stack(
-    stack: Stack, params: StackParams, xs: Array, *, return_states: bool, **options: Any
+    stack: Stack, params: StackParams, xs: Array, *, return_states: bool, **options: Unpack[StackOptions]
 ) -> tuple[Any, Array] | tuple[Any, Array, Any]: ...
 
 

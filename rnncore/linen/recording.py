@@ -108,18 +108,13 @@ class Recorder:
         reverse: bool | None = None, keep_order: bool | None = None, resets: Any = None, return_states: bool = False,
     ) -> Any:  # fmt: skip
         """What the call of an `RNN` returns."""
-        chosen = {
-            name: getattr(rnn, name) if value is None else value
-            for name, value in (
-                ("return_carry", return_carry), ("time_major", time_major), ("reverse", reverse),
-                ("keep_order", keep_order),
-            )
-        }  # fmt: skip
         if not has_plain_parameters(rnn):
             raise NotImplementedError("its parameters are not simply the same at every step")
         features = rnn.cell.num_feature_axes
-        time_axis = modules.time_axis(inputs, features, chosen["time_major"])
-        step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
+        call = modules.call_of(
+            rnn, inputs, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+        )  # fmt: skip
+        step_shape = call.step_shape
         carry = initial_carry
         if carry is None:
             carry = rnn.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, step_shape)
@@ -129,15 +124,15 @@ class Recorder:
         xs = xs.reshape(*xs.shape[: xs.ndim - features], -1)
         visit = functools.partial(self._visit, rnn, self._name(rnn))
         last, outputs, carries, gates = run_layer(
-            lambda _, layer, run: visit("", layer, run), "", cell, params, xs, start, time_axis=time_axis,
-            seq_lengths=seq_lengths, resets=resets, reverse=chosen["reverse"], keep_order=chosen["keep_order"],
+            lambda _, layer, run: visit("", layer, run), "", cell, params, xs, start, time_axis=call.time_axis,
+            seq_lengths=seq_lengths, resets=resets, reverse=call.reverse, keep_order=call.keep_order,
         )  # fmt: skip
         back = modules.from_core if known else lambda c: jax.tree.unflatten(jax.tree.structure(carry), list(c))
         y = jax.eval_shape(lambda: rnn.cell.clone(parent=None, name=None).apply(
             {"params": nn.meta.unbox(rnn.cell.variables["params"])}, carry, jnp.zeros(step_shape, inputs.dtype)
         )[1])  # fmt: skip
         outputs = modules.cast(outputs.astype(y.dtype), getattr(rnn, "output_dtype", None))
-        result = (back(last), outputs) if chosen["return_carry"] else (outputs,)
+        result = (back(last), outputs) if call.return_carry else (outputs,)
         if return_states:
             result = (*result, States(back(carries), gates if known else None))
         return result[0] if len(result) == 1 else result

@@ -125,36 +125,31 @@ class RNN(nn.Module):
           ValueError: invalid shapes, lengths or options.
           NotImplementedError: an option that this cell cannot take; the message says why.
         """
-        return_carry = self.return_carry if return_carry is None else return_carry
-        time_major = self.time_major if time_major is None else time_major
-        reverse = self.reverse if reverse is None else reverse
-        keep_order = self.keep_order if keep_order is None else keep_order
         modules.check_dtypes(self)
-        time_axis = modules.time_axis(inputs, self.cell.num_feature_axes, time_major)
-        step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
+        call = modules.call_of(
+            self, inputs, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+        )  # fmt: skip
         carry = initial_carry
         if carry is None:
-            carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, step_shape)
+            carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, call.step_shape)
         carry = modules.cast(carry, self.carry_dtype)
 
         slow = self._slow_path(inputs, carry)
         if slow is None:
-            core, params = self._functional(inputs, carry, step_shape)
+            core, params = self._functional(inputs, carry, call.step_shape)
             # A step under nn.remat keeps its carry, and recomputes projections and gates.
             rematerialized = is_rematerialized(self.cell) and self.recompute == "nothing"
             result = modules.unroll(
-                self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
-                keep_order=keep_order, time_major=time_major, return_states=return_states,
-                recompute="gates" if rematerialized else None,
+                self, core, params, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
+                return_states=return_states, recompute="gates" if rematerialized else None,
             )  # fmt: skip
         else:
             modules.before_scan(self, "nn.scan", slow)
             result = modules.scan_cell(
-                functools.partial(scan_over, self), self, inputs, carry, time_axis, seq_lengths=seq_lengths,
-                resets=resets, reverse=reverse, keep_order=keep_order, return_carry=return_carry,
+                functools.partial(scan_over, self), self, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
                 return_states=return_states,
             )  # fmt: skip
-        return modules.result_of(self, result, return_carry)
+        return modules.result_of(self, result, call.return_carry)
 
     @nn.nowrap
     def _functional(self, inputs: Array, carry: Any, step_shape: tuple[int, ...]) -> tuple[PointwiseCell, CellParams]:

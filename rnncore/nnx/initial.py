@@ -136,3 +136,13 @@ def carry_stream(rngs: Any, random: bool, call: str) -> nnx.RngStream | None:
     if not isinstance(rngs, nnx.RngStream):
         raise ValueError(f"`{call}(rngs=<{type(rngs).__name__}>)`: expected nnx.Rngs, an nnx.RngStream, True or False.")
     return rngs.fork()
+
+
+def carry(cell: Any, step_shape: tuple[int, ...], rngs: Any) -> Any:
+    """The initial carry that a cell makes for inputs of a step."""
+    if not is_random(cell):
+        # Flax's cells require a key even for zeros: they get one that is not kept.
+        spare = None if isinstance(cell, Cell) else nnx.RngStream(0, tag="carry")
+        return cell.initialize_carry(step_shape, spare)
+    # Flax forks an Rngs and draws from a stream.
+    return cell.initialize_carry(step_shape, rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs)

@@ -139,26 +139,17 @@ def _run_rnn(
         raise NotImplementedError("it is called with return_states=True")
     if node.state_axes != nnx.StateAxes(rnn._AXES) or node.broadcast_rngs is not None:
         raise NotImplementedError("state_axes or broadcast_rngs say how its state goes through the steps")
-    chosen = {
-        name: getattr(node, name) if value is None else value
-        for name, value in (
-            ("return_carry", return_carry), ("time_major", time_major), ("reverse", reverse), ("keep_order", keep_order)
-        )
-    }  # fmt: skip
-    cell = node.cell
+    call = modules.call_of(
+        node, inputs, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+    )  # fmt: skip
+    cell, step_shape = node.cell, call.step_shape
     features = cell.num_feature_axes
-    time_axis = modules.time_axis(inputs, features, chosen["time_major"])
-    step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
     carry = initial_carry
     if carry is None:
-        if initial.is_random(cell):
-            stream = node.rngs if rngs is None else rngs
-            if stream is None:
-                raise NotImplementedError("its initial carry is random; give initial_carry")
-            carry = cell.initialize_carry(step_shape, stream.carry.fork() if isinstance(stream, nnx.Rngs) else stream)
-        else:
-            spare = None if isinstance(cell, initial.Cell) else nnx.RngStream(0, tag="carry")
-            carry = cell.initialize_carry(step_shape, spare)
+        stream = node.rngs if rngs is None else rngs
+        if stream is None and initial.is_random(cell):
+            raise NotImplementedError("its initial carry is random; give initial_carry")
+        carry = initial.carry(cell, step_shape, stream)
     carry = modules.cast(carry, getattr(node, "carry_dtype", None))
     known = trees.why_unknown(cell) is None
     core: Any
@@ -172,12 +163,12 @@ def _run_rnn(
         xs = inputs.reshape(*inputs.shape[: inputs.ndim - features], -1)
         y = jax.eval_shape(core.step_fn, params, carry, jnp.zeros(step_shape, inputs.dtype))[1]
     last, outputs, _, _ = run_layer(
-        lambda name, layer, run: _visit(node, name, layer, run), "", core, params, xs, start, time_axis=time_axis,
-        seq_lengths=seq_lengths, resets=resets, reverse=chosen["reverse"], keep_order=chosen["keep_order"],
+        lambda name, layer, run: _visit(node, name, layer, run), "", core, params, xs, start, time_axis=call.time_axis,
+        seq_lengths=seq_lengths, resets=resets, reverse=call.reverse, keep_order=call.keep_order,
     )  # fmt: skip
     outputs = modules.cast(outputs.astype(y.dtype), getattr(node, "output_dtype", None))
     back = modules.from_core(last) if known else jax.tree.unflatten(jax.tree.structure(carry), list(last))
-    return (back, outputs) if chosen["return_carry"] else outputs
+    return (back, outputs) if call.return_carry else outputs
 
 
 def _foreign(cell: Any, carry: Any, step_shape: tuple[int, ...]) -> tuple[Any, PyTree]:

@@ -139,40 +139,28 @@ class RNN(nnx.RNN):
           ValueError: invalid shapes, lengths or options; a random carry without rngs.
           NotImplementedError: an option that this cell cannot take; the message says why.
         """
-        return_carry = self.return_carry if return_carry is None else return_carry
-        time_major = self.time_major if time_major is None else time_major
-        reverse = self.reverse if reverse is None else reverse
-        keep_order = self.keep_order if keep_order is None else keep_order
-        time_axis = modules.time_axis(inputs, self.cell.num_feature_axes, time_major)
-        step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
-        carry = self._initial_carry(step_shape, rngs) if initial_carry is None else initial_carry
+        call = modules.call_of(
+            self, inputs, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+        )  # fmt: skip
+        carry = initial_carry
+        if carry is None:
+            carry = initial.carry(self.cell, call.step_shape, self.rngs if rngs is None else rngs)
         carry = modules.cast(carry, self.carry_dtype)
 
         slow = self._slow_path(inputs, carry)
         if slow is None:
             core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
             result = modules.unroll(
-                self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
-                keep_order=keep_order, time_major=time_major, return_states=return_states,
+                self, core, params, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
+                return_states=return_states,
             )  # fmt: skip
         else:
             modules.before_scan(self, "nnx.scan", slow)
             result = modules.scan_cell(
-                functools.partial(scan_over, self), self, inputs, carry, time_axis, seq_lengths=seq_lengths,
-                resets=resets, reverse=reverse, keep_order=keep_order, return_carry=return_carry,
+                functools.partial(scan_over, self), self, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
                 return_states=return_states,
             )  # fmt: skip
-        return modules.result_of(self, result, return_carry)
-
-    def _initial_carry(self, step_shape: tuple[int, ...], rngs: Any) -> Any:
-        """The cell's own initial carry."""
-        if not initial.is_random(self.cell):
-            # Flax's cells require a key even for zeros: they get one that is not kept.
-            spare = None if isinstance(self.cell, initial.Cell) else nnx.RngStream(0, tag="carry")
-            return self.cell.initialize_carry(step_shape, spare)
-        rngs = self.rngs if rngs is None else rngs
-        # Flax forks an Rngs and draws from a stream.
-        return self.cell.initialize_carry(step_shape, rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs)
+        return modules.result_of(self, result, call.return_carry)
 
     def _slow_path(self, inputs: Array, carry: Any) -> modules.SlowPath | None:
         """Why the cell has to run under nnx.scan, or None."""

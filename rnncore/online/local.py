@@ -55,7 +55,7 @@ def all_additive(cell: PointwiseCell) -> bool:
 
 def local_step(cell: PointwiseCell, params: CellParams, carry: Any, x: Array) -> Local:
     """One step from carry (*batch, H) and inputs x (*batch, D)."""
-    z, r = cell.split(cell.project(params, x)), cell.split(cell.mix(params, carry.h))
+    z, r = cell.split(cell.project(params, x)), cell.split(cell.recurrent_matmul(params, carry.h))
     new, parts = diagonals(cell, params, carry, z, r)
 
     def stacked(by_field: Any) -> Any:

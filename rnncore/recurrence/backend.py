@@ -19,9 +19,9 @@ class Backend(abc.ABC):
       name: as `unroll(backend=...)` has it.
       opaque: whether XLA can neither partition its calls over devices nor export them: on an explicit mesh
         it then runs in `jax.shard_map`, and `jax.export`, or another platform than JAX's default, takes `plain`.
-      must_be_named: why it runs only where it is named; None if it may be chosen, see `unchosen`.
+      must_be_named: why it runs only where it is named; None if it may be chosen, see `why_not_by_default`.
       keeps_time_axis: whether it takes xs and returns outputs with the caller's time axis.
-      takes_any_product: whether it multiplies by the recurrence's own `mix`, and need not know its structure.
+      takes_any_product: whether it multiplies by the recurrence's own `matmul`, and need not know its structure.
       takes_symbolic: whether steps and batch may be symbolic, as under `jax.export`.
     """
 
@@ -36,7 +36,7 @@ class Backend(abc.ABC):
     def unsupported(self, request: Request) -> str | None:
         """Reason why this backend cannot serve the request, or None."""
 
-    def unchosen(self, request: Request) -> str | None:
+    def why_not_by_default(self, request: Request) -> str | None:
         """Reason why a request that it can serve runs here only where the backend is named, or None."""
         del request
         return self.must_be_named
@@ -114,10 +114,10 @@ class LoopBackend(Backend):
     ) -> Result:  # fmt: skip
         """The tangent of the result, linear in `tangents`, which has None for every array without a tangent.
 
-        This one differentiates `plain` and so runs forward again; a backend whose residuals are all that the linearised
-        step depends on calls `plain.tangent` with them.
+        This one forms what the linearised step depends on from the outputs; a backend whose residuals are all of that
+        calls `plain.tangent` with them.
         """
-        return plain.jvp(self.plain, request, differentiable, constants, tangents)
+        return self.plain_tangent(request, differentiable, constants, result, tangents)
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run by operations that JAX differentiates to every order: for second and higher ones."""

@@ -31,12 +31,12 @@ def by_device(run: Run, request: Request, differentiable: Differentiable, consta
         _all(P(*batch, None), differentiable.initial_carry), _all(P(*batch, None), differentiable.reset_carry),
     )  # fmt: skip
     in_time = P(None, *batch, None)
-    given = Constants(
+    fixed = Constants(
         _all(P(*batch), constants.lengths), _all(P(None, *batch), constants.resets),
         _all(P(*batch, None), constants.recurrent_mask),
         jax.tree.map(lambda a: in_time if a.ndim else P(), constants.zoneout),
     )  # fmt: skip
-    differentiable, constants = jax.tree.map(jax.sharding.reshard, (differentiable, constants), (parted, given))
+    differentiable, constants = jax.tree.map(jax.sharding.reshard, (differentiable, constants), (parted, fixed))
     names = frozenset(name for part in batch if part is not None for name in _names(part))
     if not names:
         return run(request, differentiable, constants)
@@ -48,11 +48,11 @@ def by_device(run: Run, request: Request, differentiable: Differentiable, consta
         # Parameters vary over the devices as the data does: their gradients are then summed once, outside the run.
         return run(one, *jax.tree.map(lambda a: _compat.vary_over(a, names), (differentiable, constants)))
 
-    shapes = jax.eval_shape(lambda *given: run(request, *given), differentiable, constants)
+    shapes = jax.eval_shape(lambda *arrays: run(request, *arrays), differentiable, constants)
     out = Result(
         _all(P(*batch, None), shapes.carry), parted.xs, _all(in_time, shapes.carries), _all(in_time, shapes.gates)
     )
-    return jax.shard_map(local, mesh=mesh, in_specs=(parted, given), out_specs=out)(differentiable, constants)
+    return jax.shard_map(local, mesh=mesh, in_specs=(parted, fixed), out_specs=out)(differentiable, constants)
 
 
 def _all(spec: P, tree: Any) -> Any:

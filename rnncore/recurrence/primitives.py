@@ -239,11 +239,11 @@ def _keeping(loop: Loop, maps: tuple, primals: Any) -> Loop:
 def _jvp_of(function: Callable, at: Sequence[int], primals: Any, tangents: Any) -> Any:
     """(values, tangents) of a function of all primals, of which those `at` these positions move."""
 
-    def of_moving(*some: Array) -> list[Array]:
+    def of_active(*some: Array) -> list[Array]:
         changed = dict(zip(at, some, strict=True))
         return function(*(changed.get(n, a) for n, a in enumerate(primals)))
 
-    return jax.jvp(of_moving, [primals[n] for n in at], [tangents[n] for n in at])
+    return jax.jvp(of_active, [primals[n] for n in at], [tangents[n] for n in at])
 
 
 def _run_jvp(primals: Any, tangents: Any, loop: Loop, maps: tuple, which: tuple) -> Any:

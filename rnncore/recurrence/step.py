@@ -179,8 +179,8 @@ def spread_units(params: CellParams, like: Array) -> Any:
 
 def recurrent_product(cell: GatedCell) -> RecurrentProduct:
     return RecurrentProduct(
-        cell.mix,
-        lambda kernel, h: cell.recurrence.mix_transposed(kernel, h.astype(kernel.dtype)),
+        cell.recurrent_matmul,
+        lambda kernel, h: cell.recurrence.matmul_transposed(kernel, h.astype(kernel.dtype)),
         lambda params: cell.recurrence.transposed(params.recurrent_kernel),
     )
 
@@ -191,7 +191,7 @@ def of(request: Request, differentiable: Differentiable, carries: bool) -> Step:
     assert isinstance(cell, GatedCell)
     params, carry = differentiable.params, differentiable.initial_carry
     z = cell.project(params, jnp.take(differentiable.xs, 0, request.time_axis))
-    r, units = cell.mix(params, carry.h), spread_units(params, carry.h)
+    r, units = cell.recurrent_matmul(params, carry.h), spread_units(params, carry.h)
     additive = pointwise.additive_gates(cell, units, cell.split(z), cell.split(r), carry)
 
     def update(units: Any, zs: Any, rest: Any, carry: Any) -> Any:
@@ -254,7 +254,7 @@ class LinearizedStep:
 
         closed, self._out_tree = pointwise.opened(stable, *example)
         opened = _compat.jaxpr_as_fun(closed)
-        policy = jax.checkpoint_policies.nothing_saveable if rematerialize else pointwise.save_dear
+        policy = jax.checkpoint_policies.nothing_saveable if rematerialize else pointwise.save_transcendentals
         self._split = pointwise.linearize(lambda *a: tuple(opened(*a)), policy, *jax.tree.leaves(example))
 
         self._numbers = [v.ndim == 0 for v in jax.eval_shape(self._split.forward, *jax.tree.leaves(example))[1]]
@@ -298,13 +298,13 @@ class LinearizedStep:
                 residuals.append(stacks[n])
         return tuple(residuals)
 
-    def prepare(self, entering: Array, params: Any, dparams: Any, dxs: Any, dunits: Any) -> tuple[Any, Any, Any]:
+    def prepare(self, masked_h: Array, params: Any, dparams: Any, dxs: Any, dunits: Any) -> tuple[Any, Any, Any]:
         """The part of the tangent that needs no loop: (dx with the sums of dU h in it, their rest, dunits per step)."""
         rest, dxs = None, self.step.join(dxs)
         if dparams is not None:
-            dxs, rest = self.step.add_to_tangent(dxs, self.product.of_change(params, dparams, entering))
+            dxs, rest = self.step.add_to_tangent(dxs, self.product.of_change(params, dparams, masked_h))
         # A per-unit tangent enters once a step, so that its gradient is summed outside the loop.
-        return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (entering.shape[0], *a.shape)), dunits)
+        return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (masked_h.shape[0], *a.shape)), dunits)
 
     @property
     def tangent(self) -> Step:

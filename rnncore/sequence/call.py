@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -69,21 +69,40 @@ class Options(NamedTuple):
     backend: str | None = None
 
 
+class OptionsDict(TypedDict, total=False):
+    """`Options` as keyword arguments, but for `return_states`, which says what is returned."""
+
+    initial_carry: Any
+    seq_lengths: Any
+    resets: Any
+    reset_carry: Any
+    recurrent_mask: Any
+    zoneout: Any
+    reverse: bool
+    keep_order: bool
+    time_major: bool
+    include_initial: bool
+    checkpoint_every: int | None
+    recompute: str
+    residual_dtype: Any
+    backend: str | None
+
+
 @overload
 def unroll(
-    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[False] = False, **options: Any
+    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[False] = False, **options: Unpack[OptionsDict]
 ) -> tuple[Any, Array]: ...
 
 
 @overload
 def unroll(
-    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[True], **options: Any
+    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[True], **options: Unpack[OptionsDict]
 ) -> tuple[Any, Array, States]: ...
 
 
 @overload
 def unroll(
-    cell: Cell, params: PyTree, xs: Array, *, return_states: bool, **options: Any
+    cell: Cell, params: PyTree, xs: Array, *, return_states: bool, **options: Unpack[OptionsDict]
 ) -> tuple[Any, Array] | tuple[Any, Array, States]: ...
 
 
@@ -203,7 +222,9 @@ def unroll(
 
 
 @overload
-def explain_backend(cell: Cell, params: PyTree, xs: Any = None, **options: Any) -> BackendChoice: ...
+def explain_backend(
+    cell: Cell, params: PyTree, xs: Any = None, *, return_states: bool = False, **options: Unpack[OptionsDict]
+) -> BackendChoice: ...
 
 
 @overload
@@ -282,7 +303,7 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
         about = None if prepare else BACKENDS[backend].describe(request)
         return BackendChoice(backend, f"named by the caller; {about}" if about else "named by the caller", others)
-    reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
+    reasons = {name: why or BACKENDS[name].why_not_by_default(request) for name, why in reasons.items()}
     for name in reasons:
         if prepare and reasons[name] is None:
             reasons[name] = BACKENDS[name].prepare(request)
@@ -310,7 +331,7 @@ def _why_not(backend: Backend, request: Request) -> str | None:
 
 
 def _takes_any_product(backend: str | None) -> bool:
-    """Whether what runs multiplies by the recurrence's own `mix`; a GPU's own loops are faster than any such."""
+    """Whether what runs multiplies by the recurrence's own `matmul`; a GPU's own loops are faster than any such."""
     if backend is None:
         return jax.default_backend() == "cpu"
     return backend in BACKENDS and BACKENDS[backend].takes_any_product

@@ -96,15 +96,15 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
             f"`unroll(zoneout=<{type(zoneout).__name__}>)`: expected {expected.__name__}{expected._fields} with None, "
             "a share or an array for each."
         )
-    for name, stay in zip(zoneout._fields, zoneout, strict=True):
-        if stay is None:
+    for name, value in zip(zoneout._fields, zoneout, strict=True):
+        if value is None:
             continue
         want = (*shape, *getattr(carry, name).shape)
-        number = jnp.ndim(stay) == 0
-        got = f"`unroll(zoneout={expected.__name__}({name}={stay if number else jnp.shape(stay)}))`"
-        if not number and jnp.shape(stay) != want:
+        number = jnp.ndim(value) == 0
+        got = f"`unroll(zoneout={expected.__name__}({name}={value if number else jnp.shape(value)}))`"
+        if not number and jnp.shape(value) != want:
             raise ValueError(f"{got}: expected a number or an array {want}, the axes of xs with H for features.")
-        if number and not isinstance(stay, jax.core.Tracer) and not 0 <= stay <= 1:
+        if number and not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
             raise ValueError(f"{got}: expected a share from 0 to 1.")
     # A number is a share, True too; an array of booleans says which units keep their value.
     shares = (None if z is None else jnp.asarray(z) if jnp.ndim(z) else jnp.asarray(z, float) for z in zoneout)

@@ -31,6 +31,7 @@ def test_the_three_points_of_a_bistable_unit():
     assert repr(found).startswith("FixedPoints(3: 2 stable, 1 not; largest residual ")
 
 
+@pytest.mark.slow
 def test_a_rotation_has_a_period_and_a_slow_point_is_reached():
     angle, radius = 2 * math.pi / 7, 0.8
     turn = radius * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])

@@ -269,6 +269,7 @@ def whole_rate(logs, lags):
     return pytest.approx(-np.polyfit(lags[inside], logs.mean(0)[inside], 1)[0])
 
 
+@pytest.mark.slow
 def test_no_gradient_at_all():
     run = random_run(rnncore.GRU(3))
     nothing = jax.tree.map(jnp.zeros_like, run.last)
@@ -339,6 +340,7 @@ def test_what_the_condition_promises_happens():
             assert float(logs.log_retention[0]) > 0
 
 
+@pytest.mark.slow
 def test_vanishing_condition_of_other_cells_and_options():
     matrix = np.array([[-0.5, 0.0], [0.0, -0.8]])
     residual = analysis.vanishing_condition(*elman(matrix, jnp.tanh, residual=True))

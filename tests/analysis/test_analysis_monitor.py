@@ -52,6 +52,7 @@ def test_every_layer_and_direction_is_measured_on_its_own_inputs(tmp_path):
             assert got["n"] == 2 * H
 
 
+@pytest.mark.slow
 def test_it_records_when_it_is_due_and_every_line_is_json(tmp_path):
     stack = Stack(rnncore.GRU(H))
     params, path = some_params(stack), tmp_path / "folder" / "m.jsonl"

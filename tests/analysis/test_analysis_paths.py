@@ -104,7 +104,7 @@ def test_gate_paths_of_a_users_cell_are_derivatives_with_the_other_gates_held():
     def step(state, moving):
         """s_t, where only the gates in `moving` see that h moves; the carry itself if "direct" is among them."""
         carry = cell.Carry(*jnp.split(state, 2))
-        r = [cell.split(cell.mix(params, h)) for h in (carry.h, before.h)]
+        r = [cell.split(cell.recurrent_matmul(params, h)) for h in (carry.h, before.h)]
         r = cell.Gates(*(a if gate in moving else b for gate, a, b in zip(cell.gates, *r, strict=True)))
         new, _ = cell.pointwise(params.units, cell.split(run.zs[1, 2]), r, carry if "direct" in moving else before)
         return jnp.concatenate(new)

@@ -171,6 +171,7 @@ def test_the_page_of_a_single_run(tmp_path):
     assert text.count("<figure>") == 2 and "<h1>mine</h1>" in text and "n = 6 is above dense_up_to = 2" in text
 
 
+@pytest.mark.slow
 def test_a_bound_never_squashes_the_curves():
     model, variables = known(decay=0.9)
     one = analysis.report(model, variables, XS, last, exponents=0).layers["upper"]
@@ -184,6 +185,7 @@ def test_a_bound_never_squashes_the_curves():
     assert any(text.get_text() == "bound: 10^26 at lag 40, not drawn" for text in ax.get_legend().get_texts())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium here; .ci/run installs one and names it")
 def test_in_a_real_browser(page, tmp_path):
     for path in page[1:]:

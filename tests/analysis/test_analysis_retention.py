@@ -239,7 +239,7 @@ def test_bounds_bound_and_multiply_the_norms_of_the_steps(anchor):
         assert np.all(bound.log_retention[:, -1] < exact.log_retention[:, -1] + 20)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "slope"),
     [
@@ -262,7 +262,7 @@ def test_a_priori_bound_of_elman_networks(cell, slope):
     assert np.all(bound >= analysis.retention_curve(run, kind="operator").log_retention - 1e-12)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize(("activation", "slope"), [(jnp.tanh, 1.0), (jax.nn.sigmoid, 0.25)])
 def test_a_priori_bound_is_reached_at_the_origin(activation, slope):
     """Orthogonal U: tanh has its largest slope at pre-activation 0, and the sigmoid with h_0 = 0 in step 1."""

@@ -155,6 +155,7 @@ def test_long_products_keep_all_singular_values():
     close(got.sum(-1), np.linalg.slogdet(jacobians)[1].sum(-1))
 
 
+@pytest.mark.slow
 def test_clusters_and_transients():
     rng = np.random.default_rng(0)
     orthogonal = np.linalg.qr(rng.normal(size=(5, 5)))[0]
@@ -168,6 +169,7 @@ def test_clusters_and_transients():
     close(analysis.singular_spectrum(linear(matrix, 50), 50), want, 1e-9)
 
 
+@pytest.mark.slow
 def test_float32_over_ten_thousand_steps():
     matrix = np.diag([0.9, 0.5, 0.5, 0.01])
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]

@@ -19,7 +19,7 @@ from benchmarks.peers import PEERS, Built, Case, Peer, rnncore_peer, torch_peer
 from benchmarks.peers.problem import make_problem
 from benchmarks.peers.reference import reference
 from rnncore._command import timing
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 
 TIME = {
     "record", "run", "workload", "cell", "B", "T", "D", "H", "heads", "contender", "library", "version", "dtype",

@@ -100,13 +100,13 @@ class Factors(rnncore.Recurrence):
     def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
         return (2, hidden_size, gates * self.rank)
 
-    def mix(self, kernel: Any, h: Any) -> Any:
+    def matmul(self, kernel: Any, h: Any) -> Any:
         return (h @ kernel[0]) @ kernel[1].T
 
     def transposed(self, kernel: Any) -> Any:
         return kernel[::-1]
 
-    def mix_transposed(self, kernel: Any, h: Any) -> Any:
+    def matmul_transposed(self, kernel: Any, h: Any) -> Any:
         return (h @ kernel[1]) @ kernel[0].T
 
     def gate_matrices(self, kernel: Any) -> Any:
@@ -117,11 +117,11 @@ class Factors(rnncore.Recurrence):
 class Saturating(Factors):
     """Not linear in h."""
 
-    def mix(self, kernel: Any, h: Any) -> Any:
-        return jnp.tanh(super().mix(kernel, h))
+    def matmul(self, kernel: Any, h: Any) -> Any:
+        return jnp.tanh(super().matmul(kernel, h))
 
-    def mix_transposed(self, kernel: Any, h: Any) -> Any:
-        return jnp.tanh(super().mix_transposed(kernel, h))
+    def matmul_transposed(self, kernel: Any, h: Any) -> Any:
+        return jnp.tanh(super().matmul_transposed(kernel, h))
 
 
 OWN = {
@@ -129,7 +129,7 @@ OWN = {
 }  # fmt: skip
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_products_that_are_not_linear_in_the_kernel(name: str):
     """Through the scan's own product: runs, every gradient, forward mode and second order are those of autodiff."""
@@ -155,7 +155,7 @@ def test_products_that_are_not_linear_in_the_kernel(name: str):
 def test_products_that_are_not_linear_in_h():
     cell = rnncore.Elman(4, recurrence=Saturating())
     params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-    with pytest.raises(NotImplementedError, match="Saturating.mix is not linear in h.*'autodiff' takes it"):
+    with pytest.raises(NotImplementedError, match="Saturating.matmul is not linear in h.*'autodiff' takes it"):
         rnncore.unroll(cell, params, xs, backend="scan")
     assert rnncore.explain_backend(cell, params, xs).name == "autodiff"
 

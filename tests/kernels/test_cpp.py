@@ -17,7 +17,8 @@ import pytest
 import two_devices
 
 import rnncore
-from rnncore.kernels.cpp import compiler, emit, recurrence
+from rnncore.kernels import compiler
+from rnncore.kernels.cpp import emit, handlers, recurrence
 
 CPP, SCAN = "cpp", "scan"
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
@@ -175,6 +176,7 @@ def test_stretches_that_are_run_again(id: str, options: dict):
     compare(case, problem, cases.FLOAT64, **options)
 
 
+@pytest.mark.slow
 def test_stretches_that_a_team_runs_again():
     case = sized("lstm-dense", 192)
     problem = cases.draw(case, (3,), 30, 40, dtype=jnp.float32, lengths=True, resets=True)
@@ -462,6 +464,7 @@ def test_the_same_bits_every_time_and_from_several_threads():
         cases.assert_close(again, first, 0.0)
 
 
+@pytest.mark.slow
 def test_the_batch_over_devices():
     """Inside shard_map, over two: the gradients are summed over both."""
     two_devices.assert_gradients_are_summed("cpp", "float64", cases.FLOAT64)
@@ -488,9 +491,9 @@ PROCESSORS = ["x86-64", "x86-64-v3"] if platform.machine() == "x86_64" else []
 @pytest.mark.slow
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_processors_with_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch):
-    flags = tuple(flag.replace("native", processor) for flag in compiler.FLAGS)
-    monkeypatch.setattr(compiler, "FLAGS", flags)
-    monkeypatch.setattr(compiler, "_names", {})
+    flags = tuple(flag.replace("native", processor) for flag in handlers.FLAGS)
+    monkeypatch.setattr(handlers, "FLAGS", flags)
+    monkeypatch.setattr(handlers, "_names", {})
     forget()
     case = sized("lstm_both-heads", 40)
     problem = cases.draw(case, (7,), 20, 5, dtype=jnp.float32, lengths=True, resets=True)
@@ -563,7 +566,7 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(NotImplementedError, match="Doubled has a `project` of its own"):
         rnncore.unroll(doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp")
     fresh = cases.Case("fresh", First(7), None)
-    monkeypatch.setattr(compiler, "_names", {})
+    monkeypatch.setattr(handlers, "_names", {})
     monkeypatch.setenv("RNNCORE_CACHE_DIR", "/nothing/here")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(NotImplementedError, match="C.. compiler, and none is found: install one, or name it in CXX"):

@@ -20,7 +20,7 @@ from cases import assert_close, cotangents
 
 import rnncore
 from rnncore import GRU, LSTM, Elman, Heads, Stack, _compat
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 from rnncore.kernels.cudnn import algorithm, calls, library, weights
 from rnncore.recurrence.run import Constants, Differentiable, Request
 from rnncore.sequence.backends import BACKENDS
@@ -38,7 +38,7 @@ ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 def built(source: str) -> str:
     """The path of a source as a shared library."""
-    return compiler.plain_library(source, "a library for tests")[0]._name
+    return compiler.library(source, "a library for tests")[0]._name
 
 
 class Recorder:
@@ -590,7 +590,7 @@ def test_it_is_chosen_where_a_persistent_algorithm_runs_both_ways(cudnn: Recorde
     changes, reason = CHOSEN[name]
     asked = request(**{"lengths": False, **changes})
     assert CUDNN.unsupported(asked) is None
-    assert CUDNN.unchosen(asked) is None if reason is None else reason in CUDNN.unchosen(asked)
+    assert CUDNN.why_not_by_default(asked) is None if reason is None else reason in CUDNN.why_not_by_default(asked)
 
 
 def test_it_is_chosen_before_the_scan(cudnn: Recorder):
@@ -657,7 +657,7 @@ def test_errors_of_the_library_are_ours(cudnn: Recorder, monkeypatch: pytest.Mon
 
 def test_the_handlers_for_a_gpu_compile_here_too():
     """All but their stream is what the other tests run."""
-    handlers, _ = compiler.plain_library(library.source(), "the calls of cuDNN")
+    handlers, _ = compiler.library(library.source(), "the calls of cuDNN")
     assert all(hasattr(handlers, f"rnn_{name}") for name in library.HANDLERS)
 
 

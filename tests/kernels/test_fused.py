@@ -16,7 +16,7 @@ import two_devices
 import rnncore
 from rnncore.cells import pointwise
 from rnncore.kernels import kernel_body
-from rnncore.kernels.op_lowerings import REWRITTEN
+from rnncore.kernels.op_lowerings import LOWERINGS
 from rnncore.sequence.backends import BACKENDS
 
 IDS = (
@@ -114,11 +114,11 @@ def test_refusals_of_cells():
         cases.runner(cases.BY_ID["indrnn"], NAME)(*problem)
 
     class Shifted(rnncore.LSTM):
-        def mix(self, params: Any, h: Any) -> Any:
-            return 1 + super().mix(params, h)
+        def recurrent_matmul(self, params: Any, h: Any) -> Any:
+            return 1 + super().recurrent_matmul(params, h)
 
     case = cases.Case("shifted", Shifted(cases.HIDDEN), None)
-    with pytest.raises(NotImplementedError, match="Shifted has a `mix` of its own"):
+    with pytest.raises(NotImplementedError, match="Shifted has a `recurrent_matmul` of its own"):
         cases.runner(case, NAME)(*cases.draw(case, dtype=jnp.float32))
     case = cases.BY_ID["reset_before_gru"]
     with pytest.raises(NotImplementedError, match="not a PointwiseCell"):
@@ -132,6 +132,7 @@ BACKENDS["plain"] = plain_kernels.PLAIN
 """
 
 
+@pytest.mark.slow
 def test_the_batch_over_devices():
     """Inside shard_map, over two: the gradients are summed over both."""
     two_devices.assert_gradients_are_summed(NAME, "float32", FLOAT32, PLAIN)
@@ -207,21 +208,21 @@ REWRITES = [  # operation, where it is defined, relative and absolute error
 def test_rewritten_operations(name: str, points: np.ndarray, relative: float, absolute: float):
     """Also where the plain formula would lose its digits or overflow."""
     plain = getattr(jax.lax, name, None) or (lambda x: 1 - x * x)
-    got = np.asarray(REWRITTEN[name](jnp.asarray(points)))
+    got = np.asarray(LOWERINGS[name](jnp.asarray(points)))
     want = np.asarray(plain(jnp.asarray(points, jnp.float64)))
     with np.errstate(invalid="ignore"):
         assert np.all((got == want) | (np.abs(got - want) <= relative * np.abs(want) + absolute))
 
 
 def test_not_of_booleans_and_of_integers():
-    flip = REWRITTEN["not"]
+    flip = LOWERINGS["not"]
     assert flip(jnp.array([True, False])).tolist() == [False, True] and flip(jnp.array([5, -1])).tolist() == [-6, 0]
 
 
 @pytest.mark.parametrize("y", [-3, -1, 0, 1, 2, 7])
 def test_integer_powers(y: int):
     x = jnp.asarray(POINTS[(np.abs(POINTS) > 0.1) & (np.abs(POINTS) < 10)])
-    np.testing.assert_allclose(REWRITTEN["integer_pow"](x, y=y), np.asarray(x, np.float64) ** y, rtol=2e-6)
+    np.testing.assert_allclose(LOWERINGS["integer_pow"](x, y=y), np.asarray(x, np.float64) ** y, rtol=2e-6)
 
 
 def test_unusual_uses_of_known_operations_are_named():

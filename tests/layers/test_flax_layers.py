@@ -167,7 +167,7 @@ def test_linen_asks_for_deterministic_and_for_the_dropout_stream():
     assert linen.LSTM(H).apply(variables, XS).shape == (B, T, H)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", ["linen", "nnx"])
 def test_an_optax_step_lowers_the_loss(flavour: str):
     xs, target = XS.astype(f32), jnp.cumsum(XS, 1)[..., :1].astype(f32)

@@ -44,7 +44,7 @@ def by_hand(case: Case, problem: Problem, given: Any) -> Any:
         back = problem.resets[:, t, None]
         pairs = zip(given["reset_carry"], carry, strict=True)
         carry = type(carry)(*(jnp.where(back, a, b) for a, b in pairs))
-        r = cell.mix(problem.params, carry.h * given["recurrent_mask"])
+        r = cell.recurrent_matmul(problem.params, carry.h * given["recurrent_mask"])
         p = jax.tree.map(lambda u: jnp.broadcast_to(u, (B, H)), problem.params.units)
         z = cell.project(problem.params, problem.xs[:, t])
         new, _ = cell.pointwise(p, cell.split(z), cell.split(r), carry)

@@ -30,7 +30,7 @@ def test_fields_have_flax_names_order_and_defaults() -> None:
     assert ours.ConvLSTMCell.__name__ == "ConvLSTMCell" and ours.ConvLSTMCell(F, (3, 3)).num_feature_axes == 3
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_initial_values_bit_for_bit(use_bias: bool) -> None:
     init = theirs.initializers.normal()

@@ -6,6 +6,7 @@ import functools
 import itertools
 from typing import Any
 
+import chex
 import flax.linen as theirs
 import jax
 import jax.numpy as jnp
@@ -159,8 +160,7 @@ def test_complex_numbers_run_as_in_flax(name: str, unrolled: list) -> None:
 
     got, want = run(variables, xs)
     assert the_dtype(got) == xs.dtype and not unrolled
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=2e-6)
     with pytest.raises(NotImplementedError, match="recompute means nothing, because its numbers are complex"):
         mine.copy(recompute="gates").apply(variables, xs)
 

@@ -174,6 +174,7 @@ def test_a_function_that_cannot_be_hashed_goes_through_nn_scan(unrolled: list) -
     assert not unrolled
 
 
+@pytest.mark.slow
 def test_parameters_of_every_step_go_through_nn_scan(unrolled: list) -> None:
     xs = normal(1, (T, B, D), f32)
     fields = dict(variable_axes={"params": 0}, variable_broadcast=False, split_rngs={"params": True}, time_major=True)
@@ -230,6 +231,7 @@ def test_our_cell_in_flax_rnn(name: str) -> None:
     close(with_gradients(mine, *args, seq_lengths=LENGTHS), with_gradients(flaxen, *args, seq_lengths=LENGTHS))
 
 
+@pytest.mark.slow
 def test_transformations_of_the_layer() -> None:
     xs = normal(1, (3, B, T, D))
     mine, flaxen = (nn.RNN(nn.LSTMCell(H, param_dtype=f64)) for nn in (ours, theirs))

@@ -6,6 +6,7 @@ import itertools
 import pathlib
 from typing import Any
 
+import chex
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -323,5 +324,4 @@ def test_complex_numbers_run_as_in_flax(name: str, unrolled: list) -> None:
     carry = jax.tree.map(lambda a: a.astype(xs.dtype) * 1j, carry)
     got, want = jax.jit(lambda: [theirs.clone(layer)(xs, initial_carry=carry) for layer in layers])()
     assert {a.dtype for a in jax.tree.leaves(got)} == {xs.dtype} and not unrolled
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=2e-6)

@@ -162,6 +162,7 @@ def outputs(layers: Any, xs: jax.Array) -> list:
     return [layers[name](xs) for name in CELLS]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_either_library_load_in_the_other(tmp_path: Path) -> None:
     """Flax's layers hold rng state; the parameters are what is saved and loaded."""
     xs = normal(1, (B, T, D), f32)

@@ -18,7 +18,7 @@ import rnncore
 from rnncore import linen, nnx
 from rnncore.__main__ import main
 from rnncore._command import bench, doctor
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 
 MODELS = """
 from rnncore import linen, nnx

@@ -18,7 +18,7 @@ from jax import export
 
 import rnncore
 from rnncore import linen, nnx
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 
 D, H = 4, 6
 SIZES = {"b, t": [(1, 1), (5, 3)], "b, 7": [(3, 7)], "2, t": [(2, 9)]}

@@ -16,7 +16,7 @@ from flax import nnx as flax_nnx
 
 import rnncore
 from rnncore import analysis, linen, nnx
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 
 CELLS: dict[str, Callable[[int], rnncore.Cell]] = {
     "LSTM": rnncore.LSTM,

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -133,8 +134,7 @@ def test_results() -> None:
         again = copied(result)
         assert type(again) is type(result), name
         assert jax.tree.structure(again) == jax.tree.structure(result), name
-        for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(result), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(again, result)
 
 
 CHILD = """

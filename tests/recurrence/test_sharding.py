@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 
 KINDS = ["shard_map", "auto", "explicit", "pmap"]
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -252,13 +253,13 @@ def test_no_recompilation_on_the_second_call(case: Case, backend: str, caplog: p
 @pytest.mark.parametrize("id", cases.EVERY_CELL)
 def test_equal_cells_are_one_key(id: str):
     """As the test above, for every cell: jit takes an equal cell for the same static argument."""
-    case, traced = cases.BY_ID[id], []
+    case = cases.BY_ID[id]
+    chex.clear_trace_counter()
 
+    @chex.assert_max_traces(n=1)
     def run(cell: rnncore.Cell, problem: Problem) -> Any:
-        traced.append(cell)
         return rnncore.unroll(cell, problem.params, problem.xs, initial_carry=problem.carry)
 
     shapes = jax.jit(run, static_argnums=0)
     for cell in (case.cell, dataclasses.replace(case.cell)):
         shapes.eval_shape(cell, cases.draw(case))
-    assert len(traced) == 1
