@@ -14,7 +14,13 @@ from rnncore._types import PyTree
 
 
 class StreamState(NamedTuple):
-    """The state between updates: parameters, optimiser state, and the carry of the stream."""
+    """The state between updates.
+
+    Fields:
+      params: the parameters.
+      optimizer: the optimiser's state.
+      carry: the carry of the stream.
+    """
 
     params: PyTree
     optimizer: PyTree

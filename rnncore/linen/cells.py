@@ -174,8 +174,11 @@ class LSTMCell(_GatedCell):
 class OptimizedLSTMCell(LSTMCell):
     """The same cell as `LSTMCell` under Flax's other name, which appears in the paths of a checkpoint.
 
-    In Flax this one multiplies all gates at once; here both do.  Equation, Args and Source: see
-    `LSTMCell`.
+    In Flax this one multiplies all gates at once; here both do.  Equation and Source: see `LSTMCell`.
+
+    Args:
+      features, gate_fn, activation_fn, kernel_init, recurrent_kernel_init, bias_init, dtype, param_dtype, carry_init:
+        as in `LSTMCell`.
 
     Example:
       >>> import jax, jax.numpy as jnp

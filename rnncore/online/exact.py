@@ -136,6 +136,7 @@ class SnAp(RTRL):
     Args:
       cell: a `PointwiseCell`, over `Sparse`, or `Dale` within it, where the pattern is to be one.
       order: n; 1 is `SnAp1`, which keeps less.
+      connections: the pattern of one step; that of the cell's recurrence by default.
 
     Raises:
       ValueError: an order below 1.
