@@ -220,7 +220,8 @@ class MinGRUCell(OwnCell):
 class MinLSTMCell(MinGRUCell):
     """Minimal LSTM, whose gates see the inputs alone: `rnncore.MinLSTM`.  Carry h, output h.
 
-    Args: as in `MinGRUCell`.
+    Args:
+      All: as in `MinGRUCell`.
 
     Example:
       >>> import jax, jax.numpy as jnp
