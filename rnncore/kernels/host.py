@@ -16,7 +16,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -246,6 +246,33 @@ def previous(loop: Any, field: int, stack: Array) -> Array:
     if loop.resets is None:
         return before
     return jnp.where(loop.resets[..., None], loop.reset_carry[field].astype(stack.dtype), before)
+
+
+def result(
+    request: Request, part: kernel_body.Body, dtypes: Sequence[Any], last: Sequence[Array], outputs: Array,
+    others: Sequence[Array], gates: Sequence[Array],
+) -> Result:  # fmt: skip
+    """A run's result with its states, where they are asked for, in the dtypes of the carry.
+
+    Args:
+      request, part, dtypes: of the run; dtypes by field of the carry.
+      last: (*batch, H) per field.
+      outputs: with time along the request's axis.
+      others, gates: the carry's fields but h, and the gates, (T, *batch, H) each.
+    """
+
+    def carry(arrays: Sequence[Array]) -> Any:
+        return part.cell.Carry(*(a.astype(d) for a, d in zip(arrays, dtypes, strict=True)))
+
+    outputs = outputs.astype(dtypes[part.hidden])
+    if not request.return_states:
+        return Result(carry(last), outputs, None, None)
+    hs = jnp.moveaxis(outputs, request.time_axis, 0)
+    leaves, tree = jax.tree.flatten(part.gates)
+    # Gates are of the dtype of what they are made of; a cell may call a boolean or an integer one.
+    types = [request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
+    named = jax.tree.unflatten(tree, [a.astype(d) for a, d in zip(gates, types, strict=True)])
+    return Result(carry(last), outputs, carry([*others[: part.hidden], hs, *others[part.hidden :]]), named)
 
 
 def summed(

@@ -89,24 +89,14 @@ class Arrays:
     def result(self, found: kernels.Outputs) -> Result:
         steps, batch, hidden = self.request.steps, self.request.batch_shape, self.cell.hidden_size
 
-        def carry(arrays: Any) -> Any:
-            return self.cell.Carry(*(a.astype(d) for a, d in zip(arrays, self.dtypes, strict=True)))
+        def stacks(slab: Array | None) -> list[Array]:
+            return [] if slab is None else [a.reshape(steps, *batch, hidden) for a in self._apart(slab)]
 
-        def stack(a: Array) -> Array:
-            return a.reshape(steps, *batch, hidden)
-
-        last = carry([a.reshape(*batch, hidden) for a in found.last])
-        outputs = stack(found.hs).astype(self.dtypes[self.part.hidden])
-        if not self.request.return_states:
-            return Result(last, outputs, None, None)
-        carries = [] if found.others is None else [stack(a) for a in self._apart(found.others)]
-        carries.insert(self.part.hidden, outputs)
-        leaves, tree = jax.tree.flatten(self.part.gates)
-        # A cell may call a boolean or an integer a gate.
-        dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
-        slabs = [] if found.gates is None else self._apart(found.gates)
-        gates = [stack(a).astype(d) for a, d in zip(slabs, dtypes, strict=True)]
-        return Result(last, outputs, carry(carries), jax.tree.unflatten(tree, gates))
+        last = [a.reshape(*batch, hidden) for a in found.last]
+        (outputs,) = stacks(found.hs)
+        return host.result(
+            self.request, self.part, self.dtypes, last, outputs, stacks(found.others), stacks(found.gates)
+        )  # fmt: skip
 
     def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Outputs:
         operands = self.operands(differentiable)
