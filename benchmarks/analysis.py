@@ -1,7 +1,7 @@
 """What the analysis costs: Jacobians, retention curves, Lyapunov exponents, the monitor.
 
   python -m benchmarks.analysis --out benchmarks/results/analysis_cpu.json
-  python -m benchmarks.report --results benchmarks/results/analysis_cpu.json --documents
+  python -m benchmarks.report
 
 Jacobians: all T of an LSTM against `vmap(jacrev)` of its step, in turns; every contender is compared
 with float64.  Retention: the kinds rms and adjoint of state and cell and the direct path, 100 lags, after
@@ -11,7 +11,6 @@ that they take.  Monitor: one record against 100 training steps of the network t
 
 from __future__ import annotations
 
-import argparse
 import functools
 import statistics
 import sys
@@ -25,9 +24,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import rnncore
+from benchmarks import objects
 from rnncore import analysis
 from rnncore._command import timing
 from rnncore.analysis.run.flat import flatten_carry, unflatten_carry
@@ -75,7 +74,7 @@ CONTENDERS: dict[str, dict[str, Callable[[Trajectory], Any]]] = {
 }
 
 
-def jacobians(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[str, Any]]:
+def jacobians(rounds: int, quick: bool) -> list[dict[str, Any]]:
     """All T step Jacobians, contenders in turn."""
     shape = (2, 5, 3, 4) if quick else (8, 200, 64, 128)
     records = []
@@ -91,8 +90,7 @@ def jacobians(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[st
             error = None if "coefficients" in name else timing.relative_error(out, truth)
             calls[name] = functools.partial(compiled, run)
             found[name] = {"part": what, "contender": name, "shape_BTDH": shape, "relative_error": error, **cost}
-            tick()
-        turns = timing.take_turns(calls, rounds, 0.05, tick)
+        turns = timing.take_turns(calls, rounds, 0.05)
         base = turns["vmap(jacrev)"]["ms"]
         for name, record in found.items():
             ms = turns[name]["ms"]
@@ -101,7 +99,7 @@ def jacobians(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[st
     return records
 
 
-def retention(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[str, Any]]:
+def retention(rounds: int, quick: bool) -> list[dict[str, Any]]:
     """The default set of curves, and how compile time depends on T."""
     batch, hidden, lags = (2, 4, 3) if quick else (8, 256, 100)
     steps, short, long = (6, 5, 8) if quick else (1000, 500, 4000)
@@ -124,7 +122,6 @@ def retention(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[st
         begin = time.perf_counter()
         jax.block_until_ready(compiled(run, adjoint))
         seconds.append(time.perf_counter() - begin)
-        tick()
     compile_seconds: dict[int, list[float]] = {short: [], long: []}
     for _ in range(1 if quick else 3):
         for length, found in compile_seconds.items():
@@ -132,7 +129,6 @@ def retention(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[st
             other = jax.tree.map(lambda a: a, run_of(batch, length, 32, hidden))
             adjoint = jax.tree.map(jnp.ones_like, other.last)
             found.append(timing.compile_step(jax.jit(curves), (other, adjoint))[1]["compile_seconds"])
-            tick()
     record = {
         "part": "retention", "shape_BTDH": (batch, steps, 32, hidden), "lags": lags, "seconds": seconds,
         "median_seconds": statistics.median(seconds),
@@ -141,7 +137,7 @@ def retention(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[st
     return [cost | record]
 
 
-def lyapunov(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[str, Any]]:
+def lyapunov(rounds: int, quick: bool) -> list[dict[str, Any]]:
     """The 16 leading exponents of an Elman network and of an LSTM."""
     del rounds
     steps, hidden, k = (20, 8, 2) if quick else (1000, 1024, 16)
@@ -156,11 +152,10 @@ def lyapunov(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[str
             {"part": "lyapunov", "cell": type(cell).__name__, "hidden": hidden, "steps": steps, "exponents": k,
              "seconds": time.perf_counter() - begin, "bytes_of_all_U_sized_jacobians": 4 * steps * hidden**2, **cost}
         )  # fmt: skip
-        tick()
     return records
 
 
-def monitor(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[str, Any]]:
+def monitor(rounds: int, quick: bool) -> list[dict[str, Any]]:
     """One record against 100 training steps of a two-layer LSTM."""
     batch, steps, hidden = (2, 6, 4) if quick else (32, 128, 256)
     stack = rnncore.Stack(rnncore.LSTM(hidden, forget_bias=1.0), num_layers=2)
@@ -185,7 +180,6 @@ def monitor(rounds: int, quick: bool, tick: Callable[[], Any]) -> list[dict[str,
             begin = time.perf_counter()
             watch(n + 1, stack, state[0], xs)
             found["record"].append(time.perf_counter() - begin)
-            tick()
     step, record = (statistics.median(found[name]) for name in ("step", "record"))
     return [
         {"part": "monitor", "shape_BTH": (batch, steps, hidden), "layers": 2, "step_seconds": step,
@@ -198,33 +192,14 @@ PARTS = {"jacobians": jacobians, "retention": retention, "lyapunov": lyapunov, "
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; exit status 0, or 130 where it was interrupted."""
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=11, help="rounds of all contenders in turn (default: 11)")
+    parser = objects.parser("analysis", __doc__)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="default: all")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--out", type=Path, help="JSON file; written after every part")
-    args = parser.parse_args(argv)
-    if args.rounds < 1:
-        parser.error(f"--rounds {args.rounds}: expected at least 1")
-    result: dict[str, Any] = {
-        "benchmark": "analysis", "machine": timing.machine(), "rounds": args.rounds, "quick": args.quick,
-        "records": [], "interrupted": False,
-    }  # fmt: skip
-    with tqdm(unit="turn", dynamic_ncols=True) as bar:
-        try:
-            for part in args.parts:
-                bar.set_description(part)
-                for record in PARTS[part](args.rounds, args.quick, bar.update):
-                    result["records"].append(record)
-                    bar.write(str({k: v for k, v in record.items() if k not in ("ms", "seconds")}), file=sys.stdout)
-                timing.write(args.out, result)
-        except KeyboardInterrupt:
-            result["interrupted"] = True
-    timing.write(args.out, result)
-    return 130 if result["interrupted"] else 0
+    args = objects.parsed(parser, argv)
+
+    def line(found: list[dict[str, Any]]) -> str:
+        return "\n".join(str({k: v for k, v in r.items() if k not in ("ms", "seconds")}) for r in found)
+
+    return objects.run("analysis", args, args.parts, lambda part: PARTS[part](args.rounds, args.quick), line)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ chunks at every length.  The C++ compiler that "cpp" calls once for a cell is no
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from typing import Any
@@ -20,8 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import rnncore
-from benchmarks import policies, recorded, records
-from benchmarks.run import Progress
+from benchmarks import policies, records
 from rnncore._command import timing
 
 CONTENDERS = (policies.FLAX, "scan", policies.CHUNKS, policies.CPP)
@@ -48,19 +48,19 @@ def measure(args: argparse.Namespace, write: records.Writer) -> None:
     batch, features, hidden = args.shape
     contenders = policies.available(CONTENDERS)
     found: dict[tuple[str, int], list[float]] = {(c, steps): [] for c in contenders for steps in args.steps}
-    progress = Progress(len(contenders) + len(found) * args.repeats)
+    progress = records.Progress(len(contenders) + len(found) * args.repeats)
     try:
         progress.case("one of each that is not counted")
         for contender in contenders:
             seconds_to_compile(contender, batch, args.steps[0], features, hidden)
-            progress.tick(1)
+            progress.tick()
         for n in range(args.repeats):
             for steps in args.steps:
                 progress.case(f"repeat {n + 1} of {args.repeats}, T = {steps}")
                 for contender in contenders:
                     seconds = seconds_to_compile(contender, batch, steps, features, hidden)
                     found[contender, steps].append(seconds)
-                    progress.tick(1)
+                    progress.tick()
     finally:
         progress.close()
         for (contender, steps), times in found.items():
@@ -72,7 +72,7 @@ def measure(args: argparse.Namespace, write: records.Writer) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; exit status 0, or 130 where it was interrupted."""
-    parser = recorded.parser("compile", __doc__)
+    parser = records.parser("compile", __doc__)
     parser.add_argument("--steps", type=int, nargs="+", default=[128, 1024, 8192], metavar="T",
                         help="lengths (default: 128 1024 8192)")  # fmt: skip
     parser.add_argument("--shape", type=int, nargs=3, default=[32, 128, 256], metavar=("B", "D", "H"),
@@ -86,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
-        return recorded.run("compile", args, argv, args.repeats, None, measure)
+        path = args.out or records.default_path("compile", args.record)
+        return records.session("compile", path, argv, args.repeats, None, functools.partial(measure, args))
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
 

@@ -7,19 +7,17 @@ takes its turns on all threads and on one, and the faster counts.  All run in tu
 over rounds and ratios are taken within a round.  Seconds to trace and compile are medians too, of programs that nothing
 is left of in any cache, once the cell has been compiled.
 
-  python -m benchmarks.front_door --out front_door.json
+  python -m benchmarks.front_door --out benchmarks/results/front_door_cpu.json     what README.md shows
   python -m benchmarks.front_door --parts step forward --workloads S1 S3 --rounds 5
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib.util
 import statistics
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import flax.linen
@@ -28,10 +26,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
 import rnncore.linen
 import rnncore.nnx
+from benchmarks import objects
 from rnncore._command import timing
 
 SHAPES = {
@@ -163,9 +161,7 @@ def programs(part: str, shape: Shape) -> dict[str, Callable[[], Program]]:
     return {side: functools.partial(build, nn, shape, part != "forward") for side, nn in SIDES[api].items()}
 
 
-def measure(
-    part: str, shape: Shape, rounds: int, seconds: float, compilations: int, tick: Callable[[], Any]
-) -> list[dict[str, Any]]:
+def measure(part: str, shape: Shape, rounds: int, seconds: float, compilations: int) -> list[dict[str, Any]]:
     """One record for each contender."""
     makes, results = programs(part, shape), {}
     costs: dict[str, list[dict[str, Any]]] = {}
@@ -180,7 +176,6 @@ def measure(
             if part != "memory":
                 arguments = make().arguments
                 calls[side] = functools.partial(compiled, *arguments)
-        tick()
     records = {
         side: {
             "part": part, "side": side, "shape_BTDH": shape,
@@ -201,7 +196,7 @@ def measure(
             calls[name]()
             waits[name] = lambda out: out
             records[name] = {"part": part, "side": name, "shape_BTDH": shape}
-    turns = timing.take_turns(calls, rounds, seconds, tick, waits=waits)
+    turns = timing.take_turns(calls, rounds, seconds, waits=waits)
     for side, record in records.items():
         record |= turns[side] | timing.summary(turns[side]["ms"], turns["flax"]["ms"])
     records["rnncore"]["largest_relative_difference"] = difference
@@ -212,70 +207,40 @@ def measure(
     return list(records.values())
 
 
-def line(record: dict[str, Any], of: dict[str, Any]) -> str:
+def line(found: list[dict[str, Any]]) -> str:
     """rnncore beside Flax, for the terminal."""
-    ms = f"{of['median_ms']:9.2f} {record['median_ms']:9.2f} " if "ms" in record else " " * 20
-    speed = (
-        f"{record.get('speed_against_flax', float('nan')):6.2f} {record.get('speed_against_torch', float('nan')):6.2f} "
-    )
-    memory = record["temporary_bytes"] / max(of["temporary_bytes"], 1)
-    compiled = record["compile_seconds"] / of["compile_seconds"]
-    return f"{record['part']:>8} {record['shape_BTDH']!s:>22} {ms}{speed}{memory:7.2f} {compiled:8.2f}"
-
-
-HEAD = (
-    f"{'part':>8} {'(B, T, D, H)':>22} {'flax ms':>9} {'ours ms':>9} {'/flax':>6} {'/torch':>6} {'memory':>7} "
-    f"{'compile':>8}"
-)
+    of = {record["side"]: record for record in found}
+    flax, own = of["flax"], of["rnncore"]
+    told = [f"{own['part']} {own['shape_BTDH']}"]
+    if "ms" in own:
+        told.append(f"{flax['median_ms']:.2f} ms and {own['median_ms']:.2f}")
+    for name in ("flax", "torch"):
+        if f"speed_against_{name}" in own:
+            told.append(f"{own[f'speed_against_{name}']:.2f} times the speed of {name}")
+    for what in ("temporary_bytes", "compile_seconds"):
+        told.append(f"{own[what] / (flax[what] or 1):.2f} of its {what.replace('_', ' ')}")
+    return ", ".join(told)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; exit status 0, or 130 where it was interrupted."""
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = objects.parser("front_door", __doc__)
     parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help=f"some of {', '.join(PARTS)}")
     parser.add_argument("--workloads", nargs="+", default=list(SHAPES), choices=SHAPES, help="(default: all five)")
-    parser.add_argument("--rounds", type=int, default=9, help="rounds of all in turn (default: 9)")
-    parser.add_argument("--seconds", type=float, default=0.3, help="time of one turn, roughly (default: 0.3)")
     parser.add_argument("--compilations", type=int, default=3, help="compilations that are counted (default: 3)")
-    parser.add_argument("--quick", action="store_true", help=f"the shape {QUICK} alone, to see that it runs")
-    parser.add_argument("--out", type=Path, help="JSON file; written after every model")
-    args = parser.parse_args(argv)
-    if args.rounds < 1 or args.compilations < 1 or not args.seconds > 0:
-        parser.error("--rounds, --compilations, --seconds: expected at least 1 of more than 0 s")
+    args = objects.parsed(parser, argv)
+    if args.compilations < 1:
+        parser.error(f"--compilations {args.compilations}: expected at least 1")
     cases: list[tuple[str, Shape]] = []
     for part in args.parts:
         fixed = {"tagger": (32, 100, 64, 128), "memory": MEMORY}.get(part)
         named = [fixed] if fixed else [SHAPES[name] for name in args.workloads]
         cases += [(part, shape) for shape in ([QUICK] if args.quick else named)]
-    result: dict[str, Any] = {
-        "benchmark": "front door", "machine": timing.machine(), "rounds": args.rounds, "quick": args.quick,
-        "records": [], "interrupted": False,
-    }  # fmt: skip
-    ratios: dict[tuple[str, str], list[float]] = {}
-    with tqdm(total=len(cases), unit="model", dynamic_ncols=True) as bar:
-        bar.write(HEAD, file=sys.stdout)
-        try:
-            for part, shape in cases:
-                bar.set_description(f"{part} {shape}")
-                found = measure(part, shape, args.rounds, args.seconds, args.compilations, lambda: None)
-                result["records"] += found
-                of = {record["side"]: record for record in found}
-                bar.write(line(of["rnncore"], of["flax"]), file=sys.stdout)
-                for name in ("flax", "torch"):
-                    if f"speed_against_{name}" in of["rnncore"]:
-                        ratios.setdefault((part, name), []).append(of["rnncore"][f"speed_against_{name}"])
-                bar.update()
-                timing.write(args.out, result)
-        except KeyboardInterrupt:
-            result["interrupted"] = True
-    timing.write(args.out, result)
-    for (part, name), of_part in ratios.items():
-        mean = timing.geometric_mean(of_part)
-        print(f"{part}: geometric mean {mean:.2f}, least {min(of_part):.2f} times the speed of {name}")
-    return 130 if result["interrupted"] else 0
+
+    def one(case: tuple[str, Shape]) -> list[dict[str, Any]]:
+        return measure(*case, args.rounds, args.seconds, args.compilations)
+
+    return objects.run("front door", args, cases, one, line)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ compared with a float64 reference.
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 from collections.abc import Callable
@@ -20,11 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from benchmarks import policies, recorded, records
+from benchmarks import policies, records
 from benchmarks.peers import Case, jax_programs
 from benchmarks.peers.problem import make_problem
 from benchmarks.peers.reference import reference
-from benchmarks.run import Progress
 from benchmarks.workloads import Workload
 from rnncore._command import timing
 
@@ -38,39 +38,32 @@ def measure(args: argparse.Namespace, write: records.Writer) -> None:
     workload = Workload("memory", "memory policies", "lstm", batch, steps, features, hidden)
     case = Case(workload, platform=jax.default_backend())
     problem = make_problem(workload, "float32", True)
-    checked = batch * steps <= LARGEST_CHECK
-    truth = reference(workload, problem, True, "same")["gradient"] if checked else None
+    truth = reference(workload, problem, True)["gradient"] if batch * steps <= LARGEST_CHECK else None
     problem = jax.tree.map(jnp.asarray, problem)  # so that all policies share the arrays
     calls: dict[str, Callable[[], Any]] = {}
     found: dict[str, dict[str, Any]] = {}
     turns: dict[str, dict[str, Any]] = {}
     names = policies.available(POLICIES)
-    progress = Progress(len(names) * (1 + args.rounds))
+    progress = records.Progress(len(names) * (1 + args.rounds))
     try:
         for name in names:
             progress.case(f"compiling {name}")
             layer = policies.lstm(name, hidden)
-            forward = jax_programs.layer_by_layer(layer.apply)
-            own, core = each(layer.own), each(layer.core)
-            built = jax_programs.build(forward, own(problem.params), core, case, problem, "gradient")
+            params = layer.own(problem.params)
+            built = jax_programs.build(layer.apply, params, layer.core, case, problem, "gradient")
             error = None if truth is None else timing.relative_error(built.result(), truth)
             jax.block_until_ready(built.call())
             calls[name] = built.call
             found[name] = {"policy": name, "shape_BTDH": list(args.shape), "relative_error": error, **built.figures}
-            progress.tick(1)
+            progress.tick()
         progress.case(f"{args.rounds} rounds")
-        timing.take_turns(calls, args.rounds, args.seconds, lambda: progress.tick(1), turns=turns)
+        timing.take_turns(calls, args.rounds, args.seconds, progress.tick, turns=turns)
     finally:
         progress.close()
         done = timing.complete_rounds(turns) if len(turns) == len(names) else {}
         for record in in_terms_of_flax(found, done):
             write("memory", **record)
             print(line(record), flush=True)
-
-
-def each(of_one: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Of the parameters of one layer, that of all layers'."""
-    return lambda trees: tuple(map(of_one, trees))
 
 
 def in_terms_of_flax(found: dict[str, dict[str, Any]], turns: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
@@ -98,7 +91,7 @@ def line(record: dict[str, Any]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; exit status 0, or 130 where it was interrupted."""
-    parser = recorded.parser("memory", __doc__)
+    parser = records.parser("memory", __doc__)
     parser.add_argument("--shape", type=int, nargs=4, default=[64, 1024, 256, 256], metavar=("B", "T", "D", "H"),
                         help="batch, steps, features, units (default: 64 1024 256 256)")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=5, help="of all policies in turn (default: 5)")
@@ -106,9 +99,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if min(args.shape) < 1:
         parser.error(f"--shape {' '.join(map(str, args.shape))}: expected sizes of at least 1")
-    if args.rounds < 1 or not args.seconds > 0:
-        parser.error(f"--rounds {args.rounds} --seconds {args.seconds}: expected at least 1 round of more than 0 s")
-    return recorded.run("memory", args, argv, args.rounds, args.seconds, measure)
+    records.check_rounds(parser, args)
+    path = args.out or records.default_path("memory", args.record)
+    measure_policies = functools.partial(measure, args)
+    return records.session("memory", path, argv, args.rounds, args.seconds, measure_policies)
 
 
 if __name__ == "__main__":

@@ -6,17 +6,15 @@ parameters and of the inputs.  Before and after run in turn, A B A B; figures ar
 and the ratio is taken within a round.  Both gradients are compared with Flax's own step in float64, and
 with each other.
 
-  python -m benchmarks.migration --out benchmarks/results/migration_cpu.json
-  python -m benchmarks.report --results benchmarks/results/migration_cpu.json --documents
+  python -m benchmarks.migration --out migration.json
+  python -m benchmarks.report --results migration.json      prints the table
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen
@@ -24,10 +22,10 @@ import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 import rnncore.linen
 import rnncore.nnx
+from benchmarks import objects
 from rnncore._command import timing
 
 SHAPES = ((32, 128, 128, 256), (16, 1000, 64, 128))
@@ -86,9 +84,7 @@ def arguments(layer: str, shape: tuple[int, int, int, int]) -> tuple[Any, Any]:
     return build(layer, "flax", shape, jnp.float32)[1], xs
 
 
-def measure(
-    layer: str, shape: tuple[int, int, int, int], rounds: int, seconds: float, tick: Callable[[], Any]
-) -> list[dict[str, Any]]:
+def measure(layer: str, shape: tuple[int, int, int, int], rounds: int, seconds: float) -> list[dict[str, Any]]:
     """One record for each side of a layer at a shape."""
     # Made here: random numbers drawn under x64 would be others.
     given = arguments(layer, shape)
@@ -108,10 +104,9 @@ def measure(
         calls[side] = functools.partial(compiled, *given)
         error = timing.relative_error(results[side], truth)
         records[side] = {"layer": layer, "side": side, "shape_BTDH": shape, "relative_error": error, **cost}
-        tick()
     pairs = zip(*map(jax.tree.leaves, results.values()), strict=True)
     difference = max(float(np.abs(a - b).max() / np.abs(a).max()) for a, b in pairs)
-    turns = timing.take_turns(calls, rounds, seconds, tick)
+    turns = timing.take_turns(calls, rounds, seconds)
     for side, record in records.items():
         record |= turns[side] | timing.summary(turns[side]["ms"], turns["flax"]["ms"])
         # Of before and after: the largest in any array, in terms of the largest number in that array.
@@ -121,64 +116,26 @@ def measure(
 
 def line(before: dict[str, Any], after: dict[str, Any]) -> str:
     """One layer at one shape in a line for the terminal."""
-    kib = [f"{r['temporary_bytes'] / 1024:.0f}" if r["temporary_bytes"] is not None else "-" for r in (before, after)]
     return (
-        f"{before['shape_BTDH']!s:>20} {before['layer']:>30} {before['median_ms']:9.2f} {after['median_ms']:9.2f} "
-        f"{after['speed_against_flax']:6.2f} {kib[0]:>8} {kib[1]:>8} {before['compile_seconds']:6.2f} "
-        f"{after['compile_seconds']:6.2f} {before['relative_error']:8.1e} {after['relative_error']:8.1e} "
-        f"{after['largest_relative_difference']:8.1e}"
+        f"{before['shape_BTDH']!s:>20} {before['layer']:>30} {before['median_ms']:9.2f} {after['median_ms']:9.2f} ms, "
+        f"{after['speed_against_flax']:.2f} times as fast; they differ by {after['largest_relative_difference']:.1e}"
     )
-
-
-HEAD = (
-    f"{'(B, T, D, H)':>20} {'layer':>30} {'flax ms':>9} {'ours ms':>9} {'speed':>6} {'KiB':>8} {'ours KiB':>8} "
-    f"{'comp s':>6} {'ours s':>6} {'error':>8} {'ours':>8} {'differ':>8}"
-)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; exit status 0, or 130 where it was interrupted."""
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
-        description=summary, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=11, help="rounds of both sides in turn (default: 11)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="time of one turn, roughly (default: 0.2)")
+    parser = objects.parser("migration", __doc__)
     parser.add_argument("--layers", nargs="+", default=LAYERS, choices=LAYERS, metavar="LAYER",
                         help=f"some of {', '.join(LAYERS)} (default: all)")  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help=f"the shape {QUICK[0]} alone, to see that it runs")
-    parser.add_argument("--out", type=Path, help="JSON file; written after every layer")
-    args = parser.parse_args(argv)
-    if args.rounds < 1 or not args.seconds > 0:
-        parser.error(f"--rounds {args.rounds} --seconds {args.seconds}: expected at least 1 round of more than 0 s")
-    shapes = QUICK if args.quick else SHAPES
-    result: dict[str, Any] = {
-        "benchmark": "migration", "machine": timing.machine(), "rounds": args.rounds, "quick": args.quick,
-        "records": [], "interrupted": False,
-    }  # fmt: skip
-    # Whatever compiles first also pays for waking the compiler up.
+    args = objects.parsed(parser, argv)
+    # Whatever compiles first also pays for the start of the compiler.
     jax.jit(lambda x: jnp.tanh(x @ x)).lower(jnp.ones((2, 2))).compile()
-    turns = len(SIDES) * (args.rounds + 1)
-    with tqdm(total=len(shapes) * len(args.layers) * turns, unit="turn", dynamic_ncols=True) as bar:
-        bar.write(HEAD, file=sys.stdout)
-        try:
-            for shape in shapes:
-                for layer in args.layers:
-                    bar.set_description(f"{layer} {shape}")
-                    before, after = measure(layer, shape, args.rounds, args.seconds, bar.update)
-                    result["records"] += [before, after]
-                    bar.write(line(before, after), file=sys.stdout)
-                    timing.write(args.out, result)
-        except KeyboardInterrupt:
-            result["interrupted"] = True
-    timing.write(args.out, result)
-    speeds = [r["speed_against_flax"] for r in result["records"] if r["side"] == "rnncore"]
-    if speeds:
-        mean = timing.geometric_mean(speeds)
-        print(f"rnncore: geometric mean {mean:.2f}, least {min(speeds):.2f} times Flax's speed")
-    if result["interrupted"]:
-        print("interrupted; the layers above are complete", file=sys.stderr)
-    return 130 if result["interrupted"] else 0
+
+    def one(case: tuple[str, tuple[int, int, int, int]]) -> list[dict[str, Any]]:
+        return measure(*case, args.rounds, args.seconds)
+
+    cases = [(layer, shape) for shape in (QUICK if args.quick else SHAPES) for layer in args.layers]
+    return objects.run("migration", args, cases, one, lambda found: line(*found))
 
 
 if __name__ == "__main__":

@@ -1,30 +1,33 @@
-"""The lines that a run leaves behind, and the table that it shows meanwhile."""
+"""The records that a benchmark leaves, its progress on the terminal, and an end that keeps what was done."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib.metadata
 import json
-import math
+import os
 import re
+import signal
+import socket
 import sys
+import threading
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks.peers import PEERS, Case
+from benchmarks.peers import PEERS
 from rnncore._command import timing
 
 RESULTS = Path(__file__).resolve().parent / "results"
-# Above these a result is a wrong answer, by the kind of arithmetic; rounding alone stays far below.
-LARGEST_ERROR = {"float32": 1e-3, "tf32": 0.1, "default": 0.1, "float16": 0.1, "bfloat16": 0.5}
 
 
 class Writer:
-    """Appends JSON lines to a file, each written out as soon as it is there."""
+    """Appends JSON lines to a file, each written out at once."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,10 +49,81 @@ class Writer:
         self._file.close()
 
 
+class Progress:
+    """A bar on stderr, or a line for each case where stderr is no terminal."""
+
+    def __init__(self, total: int) -> None:
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            with contextlib.suppress(ImportError):
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=total, unit="turn", dynamic_ncols=True)
+
+    def case(self, title: str) -> None:
+        """A case begins."""
+        if self._bar is not None:
+            self._bar.set_description(title)
+        else:
+            print(title, file=sys.stderr, flush=True)
+
+    def tick(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def say(self, text: str) -> None:
+        """Prints text without breaking the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stdout)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def parser(command: str, doc: str | None) -> argparse.ArgumentParser:
+    """With --out and --record, and the help from a docstring."""
+    summary, _, details = (doc or "").partition("\n\n")
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{command}", description=summary, epilog=details,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    where = "<command or tag>_<device>_jax<version>.jsonl where you are"
+    made.add_argument("--out", type=Path, help=f"JSON lines are appended to this file (default: {where})")
+    made.add_argument("--record", action="store_true", help="append to the project's own results, benchmarks/results/")
+    return made
+
+
+def check_rounds(made: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses --rounds and --seconds that measure nothing."""
+    if args.rounds < 1 or not args.seconds > 0:
+        made.error(f"--rounds {args.rounds} --seconds {args.seconds}: expected at least 1 round of more than 0 s")
+
+
 def asked(argv: Sequence[str] | None) -> list[str]:
-    """The options of a run without --out and its path, which say something of a machine and not of the run."""
+    """The options of a run without --out and its path, which describe a machine and not the run."""
     given = iter(sys.argv[1:] if argv is None else argv)
     return [a for a in given if not (a == "--out" and [next(given, None)]) and not a.startswith("--out=")]
+
+
+def default_path(tag: str, record: bool) -> Path:
+    """<tag>_<device>_jax<major.minor>.jsonl, where the command was called or among the project's own results."""
+    kind = jax.devices()[0].device_kind
+    # A CPU calls itself "cpu"; the processor's name is in brackets in the name of the machine.
+    name = timing.machine()["device"].partition("(")[2].rstrip(")") if kind.lower() == "cpu" else kind
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)", "", name.lower()))
+    slug = "-".join(word for word in words[:6] if word not in ("cpu", "processor")) or "cpu"
+    folder = RESULTS if record else Path.cwd()
+    return folder / f"{tag}_{slug}_jax{'.'.join(jax.__version__.split('.')[:2])}.jsonl"
+
+
+def machine() -> dict[str, Any]:
+    """What ran; dtype and the like stand in every record."""
+    told = {k: v for k, v in timing.machine().items() if k not in ("dtype", "input_product")}
+    versions: dict[str, str | None] = {n: importlib.metadata.version(n) for n in ("jax", "jaxlib", "optax")}
+    return told | {"platform": jax.default_backend(), "versions": versions | {p.module: p.version() for p in PEERS}}
 
 
 def now() -> str:
@@ -57,68 +131,67 @@ def now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def versions() -> dict[str, str | None]:
-    """Of JAX and of every contender's package; None for what is not installed."""
-    found: dict[str, str | None] = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "optax")}
-    return found | {peer.module: peer.version() for peer in PEERS}
+def session(
+    tag: str, path: Path, argv: Sequence[str] | None, rounds: int, seconds: float | None,
+    measure: Callable[[Writer], str | None], *, quick: bool = False,
+) -> int:  # fmt: skip
+    """The record of the run, those that `measure` writes, and the end; exit status 0, or 130 where interrupted.
+
+    Args:
+      measure: returns a reason if it left something out.
+      quick: whether it is a short run, which the tables mention.
+    """
+    writer, interrupted, reason = Writer(path), False, None
+    with terminable():
+        try:
+            where = machine()
+            writer(
+                "run", argv=asked(argv), started=now(), machine=where, commit=where["commit"], tag=tag, quick=quick,
+                rounds=rounds, seconds=seconds,
+            )  # fmt: skip
+            reason = measure(writer)
+        except KeyboardInterrupt as stop:
+            interrupted, reason = True, str(stop) or "Ctrl-C"
+        writer("end", finished=now(), interrupted=interrupted, reason=reason)
+    writer.close()
+    print(f"{'interrupted; what was done is' if interrupted else 'all'} in {os.path.relpath(path)}", file=sys.stderr)
+    return 130 if interrupted else 0
 
 
-def machine() -> dict[str, Any]:
-    """What ran; dtype and the like stand in every record."""
-    told = {k: v for k, v in timing.machine().items() if k not in ("dtype", "input_product")}
-    return told | {"platform": jax.default_backend(), "versions": versions()}
+@contextlib.contextmanager
+def terminable(grace: float = 10.0) -> Iterator[None]:
+    """Inside, SIGTERM is a KeyboardInterrupt; a process that has not handled it, or Ctrl-C, after `grace` s is ended.
 
+    Python handles a signal between two of its own operations, and a process that waits for a hung kernel never reaches
+    one: a second thread sees the signal too.
+    """
 
-def folder(record: bool) -> Path:
-    """Where a file of no name goes: where the command was called, or with --record among the project's own results."""
-    return RESULTS if record else Path.cwd()
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt("SIGTERM")
 
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread may set a handler.
+        return
+    done = threading.Event()
+    listen, tell = socket.socketpair()
+    tell.setblocking(False)
+    before, before_wakeup = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(tell.fileno())
 
-def default_path(tag: str, record: bool) -> Path:
-    """<tag>_<device>_jax<major.minor>.jsonl"""
-    kind = jax.devices()[0].device_kind
-    # A CPU calls itself "cpu"; the processor's name is in brackets in what the machine is called.
-    name = timing.machine()["device"].partition("(")[2].rstrip(")") if kind.lower() == "cpu" else kind
-    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)", "", name.lower()))
-    slug = "-".join(word for word in words[:6] if word not in ("cpu", "processor")) or "cpu"
-    return folder(record) / f"{tag}_{slug}_jax{'.'.join(jax.__version__.split('.')[:2])}.jsonl"
+    def watch() -> None:
+        while (heard := listen.recv(1)) and heard[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        if heard and not done.wait(grace):
+            print(f"still running {grace:g} s after a signal: killed; the records are complete", file=sys.stderr)
+            os._exit(130)
 
-
-def case_fields(case: Case) -> dict[str, Any]:
-    """What of a record says which case it belongs to."""
-    w = case.workload
-    return {
-        "workload": w.name, "cell": w.cell, "recurrence": w.recurrence, "B": w.batch, "T": w.steps, "D": w.features,
-        "H": w.hidden, "heads": w.heads, "layers": w.layers, "dtype": case.dtype, "matmul_precision": case.precision,
-        "input_product": case.input_product,
-    }  # fmt: skip
-
-
-def wrong_answer(error: float, case: Case) -> str | None:
-    """Why a time may not be quoted, or None: its answer is too far from the reference."""
-    kind = case.dtype if case.dtype in LARGEST_ERROR and case.dtype != "float32" else case.precision
-    if math.isfinite(error) and error <= LARGEST_ERROR[kind]:
-        return None
-    return f"a wrong answer: relative error {error:.1e} against float64, at most {LARGEST_ERROR[kind]:.0e} is rounding"
-
-
-def summary(times: Iterable[dict[str, Any]], bounds: Iterable[dict[str, Any]]) -> str:
-    """Contenders and bounds of a case, for the terminal."""
-    lines = [f"{'':28} {'':13} {'median ms':>10} {'us/step':>9} {'of best peer':>12} {'error':>8}"]
-    times = list(times)
-    for measurement in dict.fromkeys(r["measurement"] for r in times):
-        rows = sorted((r for r in times if r["measurement"] == measurement), key=lambda r: r["median_ms"])
-        best = min((r["median_ms"] for r in rows if r["library"] != "rnncore"), default=None)
-        for r in rows:
-            speed = f"{best / r['median_ms']:.2f} x" if best else "-"
-            lines.append(
-                f"{r['contender']:28} {measurement:13} {r['median_ms']:10.4g} {r['us_per_step']:9.4g} {speed:>12} "
-                f"{r['relative_error']:8.1e}"
-            )
-        for r in bounds:
-            if r["measurement"] == measurement:
-                rate = f"{r['gigaflops']:.4g} GF/s" if r.get("gigaflops") else ""
-                step = r["median_ms"] * 1e3 / rows[0]["T"]
-                name = f"({r['bound']})"
-                lines.append(f"{name:28} {measurement:13} {r['median_ms']:10.4g} {step:9.4g} {rate:>12}")
-    return "\n".join(lines)
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(before_wakeup)
+        signal.signal(signal.SIGTERM, before)
+        tell.close()  # ends the watcher
+        watcher.join()
+        listen.close()

@@ -43,7 +43,7 @@ def spread(text: str) -> float:
 
 
 def torch(kind: str, forget: float | None = None) -> Build:
-    """All of torch.nn.RNN or LSTM from U(-1/sqrt H, 1/sqrt H), with two biases, of which rnncore holds the sum.
+    """All of torch.nn.RNN or LSTM from U(-1/sqrt H, 1/sqrt H), with two biases, of which rnncore keeps the sum.
 
     Args:
       forget: sets the sum of the two forget biases instead; 2 is what setting both to 1 gives.
@@ -149,7 +149,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
 
 
 def exponent(log10: float | None) -> str:
-    """A power of ten in words, or 0 where nothing is left."""
+    """A power of ten in words, or 0."""
     if log10 is None or not math.isfinite(log10):
         return "0"
     return f"10^{round(log10, 1) + 0.0:.1f}"

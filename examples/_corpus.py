@@ -112,7 +112,7 @@ def split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def check_size(
     corpus: Corpus, batch: int, length: int, window: int, options: str = "--batch, --length, --lags or --burn-in"
 ) -> None:
-    """Refuses a text too short to train on and to measure on; `options` are those that would ask for less.
+    """Rejects a text too short to train on and to measure on; `options` are those that would need less.
 
     Raises:
       ValueError: with the number of characters or words that would do.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the JSON file, the table and the verdict.
+"""The output of a run: the JSON file, the table and the verdict.
 
 The results are one plain dictionary, the content of the JSON file.  A retention is kept as log10,
 because 10^-60 is an honest result and float32 has no such number; a retention of exactly 0 has no

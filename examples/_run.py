@@ -1,4 +1,4 @@
-"""What the shorter examples share: the command line, the loop with its bar, and what a run leaves behind."""
+"""Shared by the shorter examples: the command line, the training loop with its progress bar, and the output."""
 
 from __future__ import annotations
 
@@ -115,10 +115,10 @@ def main(
     work: Callable[[argparse.Namespace, Any, dict[str, Any]], None], words: Callable[[dict[str, Any]], str],
     draw: Callable[[dict[str, Any]], Any],
 ) -> int:  # fmt: skip
-    """Does the work and writes what came of it, also when it is interrupted or fails on the way.
+    """Does the work and writes the results, also when it is interrupted or fails.
 
     Args:
-      load: options to data; a ValueError or OSError here is the user's, and is told without a traceback.
+      load: options to data; a ValueError or OSError here is a user error, and is shown without a traceback.
       work: (options, data, results); it adds what it measures to results["runs"].
       words, draw: results to the sentences for the terminal, and to the figure.
 

@@ -1,4 +1,4 @@
-"""A character language model in nnx, trained by truncated backpropagation, which then writes.
+"""A character language model in nnx, trained by truncated backpropagation, and text sampled from it.
 
 Embedding, LSTM, readout: an nnx model as one writes it for Flax, with the recurrent classes of
 `rnncore.nnx`.  The text is cut into --batch streams; windows of --length characters follow each other in
@@ -83,7 +83,7 @@ def zero_carry(model: CharacterModel, batch: int) -> Any:
 
 
 def windows(corpus: _corpus.Corpus, args: argparse.Namespace) -> Iterator[tuple[np.ndarray, bool]]:
-    """(window, whether a pass over the text begins with it), for ever."""
+    """(window, whether a pass over the text begins with it), endlessly."""
     source = _corpus.Windows(corpus.train, args.batch, args.length, args.seed)
     while True:
         yield next(source)

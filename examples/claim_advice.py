@@ -1,4 +1,4 @@
-"""The usual advice against vanishing gradients, audited: what does each piece do to what is kept over 100 steps?
+"""The usual advice against vanishing gradients, tested: how does each piece change the gradient kept over 100 steps?
 
   forget bias     "initialise the forget bias to 1": in torch.nn.LSTM there are two biases, and the effective one is
                   their sum; in neither does the name of a parameter hold "forget"

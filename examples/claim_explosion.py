@@ -1,4 +1,4 @@
-"""Forget gates are at most 1, so the gradient of an LSTM cannot explode: is that so?
+"""Forget gates are at most 1, so the gradient of an LSTM cannot explode: is that true?
 
 The argument takes d c_t / d c_{t-1} for the forget gate f_t.  The gradient also goes through h_{t-1} into the
 gates and the candidate.  At the origin (no input, c = h = 0) with an orthogonal U_g the Jacobian of a step has

@@ -44,7 +44,7 @@ CHOICES = ((0.1, 0.7, 0.1, 0.1), (0.0, 0.7, 0.0, 0.0))  # A, B, C, D
 
 
 def chosen(a: float, b: float, c: float, d: float, lags: int) -> np.ndarray:
-    """log10 of d c_T / d c_(T-k), k = 0 .. lags, where the four terms of every step are numbers of one's own choice."""
+    """log10 of d c_T / d c_(T-k), k = 0 .. lags, where the four terms of every step are chosen numbers."""
     cell, params, carry = with_terms(a, b, c, d)
     run = analysis.trajectory(cell, params, jnp.zeros((lags + 1, 1), _claims.FLOAT), carry)
     return np.asarray(analysis.retention_curve(run, path="cell", lags=lags).log10)
@@ -85,7 +85,7 @@ def draw_batch(random: np.random.Generator, count: int, steps: int) -> Batch:
 
 
 def batches(count: int, steps: int, seed: int) -> Iterator[Batch]:
-    """New sequences for ever."""
+    """New sequences endlessly."""
     random = np.random.default_rng(seed)
     while True:
         yield draw_batch(random, count, steps)

@@ -132,7 +132,7 @@ def work(args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, An
 
 
 def windows(text: np.ndarray, args: argparse.Namespace) -> Iterator[Any]:
-    """Windows of the text in order, for ever."""
+    """Windows of the text in order, endlessly."""
     stream = _corpus.Windows(text, args.batch, args.length, args.seed)
     while True:
         yield next(stream)

@@ -1,4 +1,4 @@
-"""Handwritten digits read as sequences of their own lengths, with garbage in the padding.
+"""Handwritten digits read as sequences of different lengths, with garbage in the padding.
 
 Three ways to read the 1797 images of 8 x 8 pixels that come with scikit-learn:
 
@@ -6,7 +6,7 @@ Three ways to read the 1797 images of 8 x 8 pixels that come with scikit-learn:
   columns   8 features a step, left to right; blank columns on the right are cut off: 5 to 8 steps
   pixels    1 feature a step, row by row; blank pixels at the end are cut off: 59 to 64 steps
 
-Sequences are put into one array, padded with NaN: nothing of it reaches the loss or a gradient, because
+Sequences are put into one array, padded with NaN: the padding reaches neither the loss nor a gradient, because
 `seq_lengths` says where each sequence ends.  The class is read off the last state: of a GRU in both
 directions for rows and columns, of an LSTM that reads once for pixels.
 
@@ -179,7 +179,7 @@ def draw(results: dict[str, Any]) -> Any:
     left.set_yticks([1, 2, 5, 10, 20, 50, 100], ["1", "2", "5", "10", "20", "50", "100"])
     left.minorticks_off()
     left.set_xlabel("training step")
-    left.set_ylabel(f"held-out images read wrongly, % of {HELD_OUT}")
+    left.set_ylabel(f"misclassified held-out images, % of {HELD_OUT}")
     left.legend(frameon=False, title="read by, error at the end")
     done = [name for name, run in results["runs"].items() if run.get("examples")]
     right.set_axis_off()

@@ -1,13 +1,13 @@
-"""A recurrent filter over many episodes in one row, told by `resets` where each begins.
+"""A recurrent filter over many episodes in one row, with `resets` where each begins.
 
-A swinging mass is seen through noise: its state is s = (position, velocity),
+A swinging mass is observed through noise: its state is s = (position, velocity),
 
   s' = A s + w,  w ~ N(0, Q),   z = position + v,  v ~ N(0, r),   s_1 ~ N(0, P) in every episode,
 
 and only z is measured.  Episodes of 5 to 60 steps stand end to end in rows of 240 steps, as a replay
 buffer packs them.  A GRU learns to estimate position and velocity, once with `resets` at the first step
 of every episode, once without.  For such a system the Kalman filter, which is given A, Q, r and P, has
-the least mean squared error that any filter can have; the networks are given nothing but examples.
+the least mean squared error that any filter can have; the networks are given only examples.
 
   python examples/filter_with_resets.py
   python examples/filter_with_resets.py --hidden 16 --steps 300
@@ -119,7 +119,7 @@ def squared_error(estimates: np.ndarray, rows: Rows) -> np.ndarray:
 
 
 def batches(size: int, seed: int) -> Iterator[Rows]:
-    """New episodes for ever."""
+    """New episodes endlessly."""
     random = np.random.default_rng(seed)
     while True:
         yield simulate(random, size)

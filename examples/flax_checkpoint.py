@@ -1,4 +1,4 @@
-"""A model changes hands twice: trained by flax.linen, read and trained on by rnncore.linen, read by flax.linen.
+"""A checkpoint of flax.linen, loaded and trained further by rnncore.linen, and loaded by flax.linen again.
 
 The model is written once, as a function of the module namespace, and learns to put the spaces back into
 text: it reads a line without them, in both directions, and says of every character whether a space
@@ -37,7 +37,7 @@ TEST_WINDOWS = 64
 
 
 def model(nn: Any, vocabulary: int, embed: int, hidden: int) -> Any:
-    """The same lines for both libraries: tokens (B, T) to logits (B, T, 1)."""
+    """The same model for both libraries: tokens (B, T) to logits (B, T, 1)."""
     forward, backward = (nn.RNN(nn.OptimizedLSTMCell(hidden)) for _ in range(2))
     return nn.Sequential([nn.Embed(vocabulary, embed), nn.Bidirectional(forward, backward), nn.Dense(1)])
 
@@ -89,7 +89,7 @@ def load(args: argparse.Namespace) -> Data:
 
 
 def batches(text: Tagged, size: int, length: int, seed: int) -> Iterator[Tagged]:
-    """Random windows for ever."""
+    """Random windows endlessly."""
     random = np.random.default_rng(seed)
     while True:
         index = random.integers(len(text.tokens) - length, size=(size, 1)) + np.arange(length)

@@ -3,8 +3,8 @@
     python examples/flip_flop.py                    # some minutes on two CPU cores
     python examples/flip_flop.py --peer ~/fixed-point-finder    # also times that library; needs PyTorch
 
-Every now and then one of three inputs gives a pulse of +1 or -1; output i is the sign of the last pulse of input i.
-Eight memories want eight stable fixed points; between them lie saddles, over which a pulse carries the state.
+From time to time one of three inputs gives a pulse of +1 or -1; output i is the sign of the last pulse of input i.
+Eight memories need eight stable fixed points; between them lie saddles, over which a pulse carries the state.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def beside(folder: str, cell: rnncore.GRU, wide: rnncore.CellParams, starts: np.
 def main() -> None:
     options = parser.parse_args()
     cell, params, readout, loss = train(options)
-    print(f"loss {loss:.5f}: mean square of what is remembered wrongly, signs are +1 and -1")
+    print(f"loss {loss:.5f}: mean squared error of the remembered signs, which are +1 and -1")
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), params)
         rng = np.random.default_rng(1)

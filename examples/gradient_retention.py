@@ -56,7 +56,7 @@ CURVES: dict[str, dict[str, tuple[str, str]]] = {
         "bound": ("state", "bound"),
     },
 }  # fmt: skip
-BOUND_POSITIONS = 4  # the norms of whole Jacobians are dear, and hardly differ between positions
+BOUND_POSITIONS = 4  # the norms of whole Jacobians are expensive, and hardly differ between positions
 LOGITS = 2**24  # of the held-out text that are there at one time
 SHOW_OVER = 20  # windows that the loss in the progress bar is averaged over, roughly
 

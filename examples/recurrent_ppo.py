@@ -2,7 +2,7 @@
 
 A T-maze: the first place of a corridor shows a sign, left or right; at its far end, where the corridor
 looks the same whatever the sign was, the agent has to turn that way.  A policy without memory reaches
-the right place half of the time, however long it learns.
+the right place half of the time, however long it is trained.
 
 What a recurrent network adds to PPO, and where it goes wrong by hand:
 

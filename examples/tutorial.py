@@ -1,4 +1,4 @@
-"""Where does my model's gradient go?  From `pip install` to a page, on a model trained in front of you.
+"""Where does my model's gradient go?  From `pip install` to a report, on a model trained here.
 
     pip install "rnncore[examples]"
     python examples/tutorial.py                     # a few minutes on two CPU cores; writes tutorial.html
@@ -11,8 +11,8 @@ jupytext) run them one by one and show what they print.
 # %% [markdown]
 # ## 1. A model and a task
 # An ordinary Flax model: a recurrent layer reads scikit-learn's handwritten digits pixel by pixel, 64 steps, a second
-# one reads what the first says, and a dense layer names the digit after the last step.  What stood in the first pixel
-# has to survive 64 steps.
+# one reads its outputs, and a dense layer names the digit after the last step.  The first pixel
+# has to be remembered for 64 steps.
 
 # %%
 import argparse
@@ -57,7 +57,7 @@ variables = model.init(jax.random.key(0), train_x[:1])
 # %% [markdown]
 # ## 2. The gradient of the untrained model
 # One call: the model, its variables, a batch and the loss.  `report` finds the recurrent layers, runs the model once
-# and once back, and says what it found; `print` shows the same sentences as the page.
+# and once back, and lists its findings; `print` shows the same sentences as the page.
 
 # %%
 held_out = (test_x[:16], test_y[:16])
@@ -93,7 +93,7 @@ with tqdm(range(options.steps + 1), desc="training", dynamic_ncols=True) as bar:
             if step % 20 == 0:
                 bar.set_postfix(loss=f"{value:.3f}")
 right = jnp.mean(jnp.argmax(jnp.asarray(model.apply(variables, test_x)), -1) == test_y)
-print(f"{100 * right:.1f} % of {len(test_x)} held-out digits read rightly")
+print(f"{100 * right:.1f} % of {len(test_x)} held-out digits classified correctly")
 for record in monitor.records:
     (layer,) = record["layers"]
     kept = "  ".join(f"10^{log:6.2f} at {lag}" for lag, log in layer["log10_retention"].items())
@@ -101,7 +101,7 @@ for record in monitor.records:
 
 # %% [markdown]
 # ## 4. The gradient of the trained model, beside the untrained one
-# Learning the task was learning to keep the gradient.  The page holds both, layer by layer.
+# To learn the task is to learn to keep the gradient.  The page holds both, layer by layer.
 
 # %%
 after = analysis.report(model, variables, held_out, loss, title="Two layers that read digits pixel by pixel")

@@ -32,7 +32,7 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "go_backwards": ("reverse",),
     "axis": ("time_major",),
 }
-"""What PyTorch, Keras and Flax call what is here called by the first of these names that there is."""
+"""Names of PyTorch, Keras and Flax, and what they are called here: the first of these that the class has."""
 
 ADVICE: Mapping[str, str] = {
     "batch_first": "inputs are (batch, T, D), or (T, batch, D) with time_major=True; leave it out",
@@ -46,23 +46,30 @@ ADVICE: Mapping[str, str] = {
     "recurrent_dropout": "it is an option of rnncore.Stack, linen.LSTM and nnx.LSTM",
     "stateful": "give the carry that a call returned to the next one as initial_carry",
     "hx": "the state before the first step is initial_carry",
-    "proj_size": "there is no projection of h; apply a dense layer to the outputs",
+    "proj_size": "rnncore.LSTMP(hidden_size, projection_size=...) is an LSTM with a projection",
     "bias": "there always is one; parameters of a functional cell may have bias=None",
     "use_bias": "there always is one; parameters of a functional cell may have bias=None",
     "differentiation": "it is no longer needed: every run has every mode and order of differentiation; leave it out",
 }
-"""What to do in place of options that are not here by any name."""
+"""What to do instead of options of other libraries that rnncore does not have."""
+
+
+def refuse_renamed(cls: type, names: Mapping[str, str]) -> None:
+    """TypeError where a class defines a method by the name that it had before, which nothing would call."""
+    for old, new in names.items():
+        if old in vars(cls):
+            raise TypeError(f"`class {cls.__name__}`: defines `{old}`, which is called `{new}` now; rename it.")
 
 
 def known_as(option: str, known: Iterable[str]) -> str | None:
-    """What to say or do here in place of another library's option, or None where the option is not known at all."""
+    """Advice for an option of another library, or None for an unknown option."""
     names = set(known)
     ours = next((name for name in OTHER_WORDS.get(option, ()) if name in names), None)
     return f"it is called {ours} here" if ours else ADVICE.get(option)
 
 
 def refuse_foreign(cls: type, given: Mapping[str, Any]) -> None:
-    """TypeError for an argument of a class that PyTorch, Keras or Flax has, and that is called something else here."""
+    """TypeError for an argument that has another name here than in PyTorch, Keras or Flax."""
     known: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):

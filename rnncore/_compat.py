@@ -27,7 +27,7 @@ def _varying(aval: Any) -> frozenset:
 
 
 def is_of_one_device(aval: Any) -> bool:
-    """Whether a type says nothing of devices: of no explicit mesh, and the same everywhere inside shard_map."""
+    """Whether a type has no explicit mesh and does not vary over the axes of shard_map."""
     return aval.sharding.mesh.empty and not _varying(aval)
 
 
@@ -43,7 +43,7 @@ def matmul_precision() -> str | None:
 
 
 def platform_version() -> str:
-    """What the device's runtime says of itself, such as "cuda 13000", in small letters."""
+    """The version string of the device's runtime in lower case, such as "cuda 13000"."""
     return str(jex_backend.get_backend().platform_version).lower()
 
 
@@ -63,16 +63,8 @@ def command_buffer_commands() -> list[str]:
     return _xla_option("xla_gpu_enable_command_buffer")
 
 
-def kernels_side_by_side() -> str | None:
-    """The option under which XLA may run two kernels of a device at the same time, or None; not set by default."""
-    if "CONCURRENT" in _xla_option("xla_gpu_command_buffer_scheduling_mode"):
-        return "xla_gpu_command_buffer_scheduling_mode=CONCURRENT"
-    streams = _xla_option("xla_gpu_executable_num_compute_streams")
-    return f"xla_gpu_executable_num_compute_streams={streams[0]}" if streams and int(streams[0]) > 1 else None
-
-
 def cuda_folder() -> str | None:
-    """What JAX takes for the folder of the CUDA toolkit."""
+    """The directory that JAX uses as the CUDA toolkit."""
     try:
         from jax._src.lib import cuda_path  # no public route exists
     except ImportError:
@@ -91,7 +83,7 @@ def in_32_bits() -> Any:
 
 
 def source_line(eqn: Any) -> str:
-    """Where in the user's code an equation of a jaxpr comes from; empty where that is not known."""
+    """The line of user code that an equation of a jaxpr comes from; empty if unknown."""
     try:
         from jax._src import source_info_util  # no public route exists
 
@@ -134,6 +126,6 @@ def _by_name(function: Any) -> Any:
     return function.__reduce_ex__(4)
 
 
-# `jax.nn.sigmoid` and its like are compiled functions, which pickle looks for by what they wrap and does not find.
+# Jitted functions such as `jax.nn.sigmoid`: pickle looks up the function that they wrap and does not find it.
 for _kind in (type(jax.nn.sigmoid), jax.custom_jvp, jax.custom_vjp):
     copyreg.pickle(_kind, _by_name)

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 _SINCE_0_11 = tuple(map(int, jax.__version__.split(".")[:2])) >= (0, 11)
@@ -50,32 +49,3 @@ def gpu_kernel(body: Callable, out: Any, scratch: Any, interpret: bool, approxim
 def can_interpret_gpu() -> bool:
     """Whether this JAX can run a Mosaic GPU kernel on a CPU."""
     return hasattr(plgpu, "InterpretGPUParams")
-
-
-def fence(scope: str | None = None) -> None:
-    """Orders what this thread has seen and done in global memory before the copies that follow; over a scope too."""
-    text = "fence.proxy.async.global;" if scope is None else f"fence.acq_rel.{scope}; fence.proxy.async.global;"
-
-    @plgpu.inline_mgpu()
-    def emit(ctx: Any) -> None:
-        from jax._src.lib.mlir import ir  # no public route exists
-        from jax._src.lib.mlir.dialects import llvm
-
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [], text, "", has_side_effects=True)
-
-    emit()
-
-
-def counters(count: int) -> Any:
-    """Zero counters in global memory that all blocks of a grid see."""
-    return pl.get_global(plgpu.SemaphoreType.REGULAR((count,)))
-
-
-def count_up(counter: Any) -> None:
-    """Adds one to a counter, after all that this warpgroup has written."""
-    plgpu.semaphore_signal(counter, 1, memory_scope="gpu")
-
-
-def wait_for(counter: Any, value: Any) -> None:
-    """Waits until a counter has reached a value, which it keeps."""
-    plgpu.semaphore_wait(counter, value, decrement=False, memory_scope="gpu")

@@ -1,4 +1,4 @@
-"""What the RNN modules of both Flax flavours share.  No Flax in here."""
+"""What the RNN modules of both Flax flavours share.  This file does not import Flax."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rnncore import _arguments, _lengths, sequence
 from rnncore._types import Array, PyTree
-from rnncore.cells import CellParams, PointwiseCell, pointwise
+from rnncore.cells import Cell, PointwiseCell, pointwise
 from rnncore.cells.recurrent_kernels import Dense, Heads, Recurrence
 from rnncore.layers.compose import unroll_stack
 from rnncore.layers.stack import Stack, StackParams
@@ -22,7 +22,7 @@ from rnncore.sequence import choices
 from rnncore.sequence.call import States
 
 
-def to_core(cell: PointwiseCell, carry: Any) -> Any:
+def to_core(cell: Any, carry: Any) -> Any:
     """Flax's carry, (c, h) or h, as the functional cell's named tuple."""
     fields = cell.Carry._fields
     if len(fields) == 1:
@@ -40,19 +40,39 @@ def from_core(carry: Any) -> Any:
     return carry[0] if len(carry) == 1 else tuple(carry)
 
 
-def time_axis(inputs: Any, feature_axes: int, time_major: bool) -> int:
-    """Where time lies in the inputs of an RNN module, or ValueError."""
+class Call(NamedTuple):
+    """What the arguments of a call, and where they are None the fields of the module, say of a run.
+
+    Fields:
+      return_carry, time_major, reverse, keep_order: as there.
+      time_axis: of the inputs.
+      step_shape: the inputs' shape without time.
+    """
+
+    return_carry: bool
+    time_major: bool
+    reverse: bool
+    keep_order: bool
+    time_axis: int
+    step_shape: tuple[int, ...]
+
+
+def call_of(rnn: Any, inputs: Any, **arguments: bool | None) -> Call:
+    """`Call` of an RNN module on these inputs, or ValueError."""
+    said = {name: getattr(rnn, name) if value is None else value for name, value in arguments.items()}
+    features = rnn.cell.num_feature_axes
     if not hasattr(inputs, "ndim"):
         raise ValueError(
             f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
             "give episode boundaries as `resets`."
         )
-    if inputs.ndim < feature_axes + 1:
+    if inputs.ndim < features + 1:
         raise ValueError(
-            f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {feature_axes + 1} axes, time and "
+            f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {features + 1} axes, time and "
             "features."
         )
-    return 0 if time_major else inputs.ndim - feature_axes - 1
+    axis = 0 if said["time_major"] else inputs.ndim - features - 1
+    return Call(**said, time_axis=axis, step_shape=inputs.shape[:axis] + inputs.shape[axis + 1 :])
 
 
 def check_is_cell(cell: Any, example: str) -> None:
@@ -66,7 +86,7 @@ def check_is_cell(cell: Any, example: str) -> None:
 
 
 def check_are_rnns(layer: Any) -> None:
-    """ValueError where a Bidirectional is given something else than two RNN modules."""
+    """ValueError unless a Bidirectional is given two RNN modules."""
     for name in ("forward_rnn", "backward_rnn"):
         rnn = getattr(layer, name)
         if isinstance(rnn, type) or hasattr(type(rnn), "initialize_carry") or not callable(rnn):
@@ -77,13 +97,13 @@ def check_are_rnns(layer: Any) -> None:
 
 
 def check_dtypes(layer: Any) -> None:
-    """ValueError for dtypes of a module that are none."""
+    """ValueError for invalid dtypes of a module."""
     names = ("dtype", "param_dtype", "carry_dtype", "output_dtype")
     _arguments.check_dtypes(type(layer).__name__, {n: getattr(layer, n) for n in names if hasattr(layer, n)})
 
 
 def cast(tree: PyTree, dtype: Any) -> PyTree:
-    """The floating point arrays of a tree in this dtype, where there is one."""
+    """The floating point arrays of a tree cast to this dtype, if it is not None."""
     if dtype is None:
         return tree
 
@@ -91,6 +111,21 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
         return jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a
 
     return jax.tree.map(one, tree)
+
+
+def checked_reset_carry(reset_carry: Any, carry: Any, resets: Any) -> Any:
+    """The carry that resets return to, in the dtypes of the first one; ValueError where it makes no sense."""
+    if reset_carry is None:
+        return None
+    got = "`RNN(cell)(reset_carry=...)`"
+    if resets is None:
+        raise ValueError(f"{got}: means something with resets only.")
+    if not pointwise.same_structure(reset_carry, carry) or any(
+        jnp.shape(a) != jnp.shape(b) for a, b in zip(jax.tree.leaves(reset_carry), jax.tree.leaves(carry), strict=True)
+    ):
+        shapes = jax.tree.map(jnp.shape, (reset_carry, carry))
+        raise ValueError(f"{got}: has arrays of shapes {shapes[0]}, expected those of the initial carry, {shapes[1]}.")
+    return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), reset_carry, carry)
 
 
 def result_of(rnn: Any, result: tuple[Any, ...], return_carry: bool) -> Any:
@@ -104,13 +139,13 @@ def result_of(rnn: Any, result: tuple[Any, ...], return_carry: bool) -> Any:
 class SlowPathWarning(UserWarning):
     """A cell runs under Flax's scan in an `RNN` of rnncore, and the message says what would be faster.
 
-    It comes once for each class of cells and reason; `warnings.simplefilter("ignore", rnncore.SlowPathWarning)`
+    It is issued once for each class of cells and reason; `warnings.simplefilter("ignore", rnncore.SlowPathWarning)`
     silences it.
     """
 
 
 class SlowPath(NamedTuple):
-    """Why a cell runs under Flax's scan, and what to do about it; None where there is nothing to do."""
+    """Why a cell runs under Flax's scan, and what to do about it; None if nothing can be done."""
 
     reason: str
     remedy: str | None = None
@@ -122,7 +157,7 @@ AS_POINTWISE = "write its update as an `rnncore.PointwiseCell` and run that by `
 
 
 def unknown_cell(cell: Any, known: Iterable[type], flavour: str) -> SlowPath:
-    """Of a cell whose class is not one of those whose equations are known."""
+    """For a cell whose equations are not known."""
     reason = f"{type(cell).__name__} is not exactly one of the pointwise cells of rnncore.{flavour} or flax.{flavour}"
     base = next((kind for kind in type(cell).__mro__ if kind in set(known)), None)
     if base is not None:
@@ -139,9 +174,7 @@ def complex_numbers(cell: Any, inputs: Array, carry: Any) -> SlowPath | None:
     return None
 
 
-def unfit_functions(
-    make: Callable[[], PointwiseCell], size: int, functions: Sequence[Any], module: type
-) -> SlowPath | None:
+def unfit_functions(make: Callable[[], Cell], size: int, functions: Sequence[Any], module: type) -> SlowPath | None:
     """Of functions of units that no loop can apply, or None; `make` gives the functional cell with them."""
     for function in functions:
         if isinstance(function, module):
@@ -149,12 +182,13 @@ def unfit_functions(
             return SlowPath(reason, f"give a plain function, or {AS_POINTWISE}")
     if why := pointwise.why_not_static(functions, size):
         return SlowPath(why, "give a function that is made outside of the transformed one, such as jnp.tanh")
-    why = pointwise.why_not_elementwise(make())
+    core = make()
+    why = pointwise.why_not_elementwise(core) if isinstance(core, PointwiseCell) else None
     return SlowPath(why) if why else None
 
 
 def before_scan(rnn: Any, scan: str, slow: SlowPath) -> None:
-    """Before a module runs under Flax's scan: refuses options, and says so where something can be done about it."""
+    """Called before a module runs under Flax's scan: rejects options, and warns if there is a remedy."""
     cell = type(rnn.cell)
     _refuse_options(rnn, scan, slow.reason)
     if choices.is_recording():
@@ -173,7 +207,7 @@ def before_scan(rnn: Any, scan: str, slow: SlowPath) -> None:
 
 @contextlib.contextmanager
 def without_warning() -> Iterator[None]:
-    """Inside, cells run under Flax's scan without a warning, because it is not the user's doing."""
+    """A context in which cells run under Flax's scan without a warning, because the user did not ask for it."""
     token = _silent.set(True)
     try:
         yield
@@ -192,38 +226,40 @@ def _refuse_options(rnn: Any, scan: str, why: str) -> None:
 
 
 def unroll(
-    rnn: Any, core: PointwiseCell, params: CellParams, inputs: Array, carry: Any, step_shape: tuple[int, ...], *,
-    return_states: bool, recompute: str | None = None, **options: Any,
+    rnn: Any, core: Cell, params: Any, inputs: Array, carry: Any, call: Call, *, seq_lengths: Any, resets: Any,
+    return_states: bool, reset_carry: Any = None, recompute: str | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """(carry, outputs[, States]) of an RNN module through `rnncore.unroll`, in Flax's carries and dtypes.
 
-    `recompute`: in place of the module's own.
+    `recompute` overrides the module's own.
     """
     xs = jnp.asarray(inputs, params.input_kernel.dtype)
     start = to_core(core, carry)
+    back = None if reset_carry is None else to_core(core, reset_carry)
     with choices.layer(rnn):
         last, outputs, *states = sequence.unroll(
-            core, params, xs, initial_carry=start, return_states=return_states,
-            checkpoint_every=rnn.checkpoint_every, recompute=recompute or rnn.recompute, backend=rnn.backend, **options,
+            core, params, xs, initial_carry=start, reset_carry=back, seq_lengths=seq_lengths, resets=resets,
+            reverse=call.reverse, keep_order=call.keep_order, time_major=call.time_major, return_states=return_states,
+            checkpoint_every=rnn.checkpoint_every, recompute=recompute or rnn.recompute, backend=rnn.backend,
         )  # fmt: skip
     # The outputs have the dtype of a step's output, also where the carry has another one.
-    step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(step_shape, xs.dtype)))
+    step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(call.step_shape, xs.dtype)))
     states = [s._replace(carries=from_core(s.carries)) for s in states]
     return (from_core(last), outputs.astype(step[1].dtype), *states)
 
 
 def scan_cell(
-    scan: Callable[..., Any], rnn: Any, inputs: Array, carry: Any, time_axis: int, *, seq_lengths: Any, resets: Any,
-    reverse: bool, keep_order: bool, return_carry: bool, return_states: bool,
+    scan: Callable[..., Any], rnn: Any, inputs: Array, carry: Any, call: Call, *, seq_lengths: Any, resets: Any,
+    reset_carry: Any, return_states: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
-    """(carry, outputs[, States]) of an RNN module whose cell need not be known: Flax's scan, with lengths done right.
+    """(carry, outputs[, States]) of an RNN module with any cell: Flax's scan, with correct lengths.
 
     Args:
       scan: Flax's scan over the cell: (step, carry, xs) -> (carry, ys), where step is
         (cell, carry, x) -> (carry, y) and all is time-major.
       rnn: the module; all others: see its call.
     """
-    features = rnn.cell.num_feature_axes
+    features, time_axis = rnn.cell.num_feature_axes, call.time_axis
     xs = jnp.moveaxis(inputs, time_axis, 0)
     steps, batch_shape = xs.shape[0], xs.shape[1 : xs.ndim - features]
     lengths = None if seq_lengths is None else _lengths.check_lengths(seq_lengths, batch_shape, steps)
@@ -236,17 +272,18 @@ def scan_cell(
         if resets.dtype != jnp.bool_ or resets.shape != expected:
             raise ValueError(f"`RNN(cell)(resets=<{resets.dtype} {resets.shape}>)`: expected bool {expected}.")
         resets = jnp.moveaxis(resets, time_axis, 0)
-    if reverse:
+    if call.reverse:
         xs, resets = _lengths.reverse_time((xs, resets), lengths)
-    # The last valid carry travels along, so that no history of carries is stacked for it.
-    last = carry if lengths is not None and return_carry else None
+    back = carry if reset_carry is None else reset_carry
+    # The last valid carry is part of the loop's carry, so that the carries need not be stacked.
+    last = carry if lengths is not None and call.return_carry else None
     if last is not None or resets is not None:
         _check_batch(rnn.cell, carry, batch_shape)
 
     def step(cell: Any, state: Any, now: Any) -> Any:
         (before, last), (x, reset, t) = state, now
         if reset is not None:
-            before = jax.tree.map(lambda a, b: jnp.where(_expand(reset, a), a, b), carry, before)
+            before = jax.tree.map(lambda a, b: jnp.where(_expand(reset, a), a, b), back, before)
         new, y = cell(before, x)
         new = _in_dtypes_of(before, new)
         if last is not None:
@@ -254,10 +291,10 @@ def scan_cell(
             last = _lengths.last_valid(last, jax.tree.map(lambda a: a[None], new), lengths, t)
         return (new, last), (y, new if return_states else None)
 
-    # While a backend is explained nothing is compiled, and this scan would become a loop of Python's.
+    # While a backend is explained nothing is compiled, and this scan would become a Python loop.
     with jax.disable_jit(False) if choices.is_recording() else contextlib.nullcontext():
         (end, last), ys = scan(step, (carry, last), (xs, resets, jnp.arange(steps)))
-    if reverse and keep_order:
+    if call.reverse and call.keep_order:
         ys = _lengths.reverse_time(ys, lengths)
     outputs, carries = jax.tree.map(lambda a: jnp.moveaxis(a, 0, time_axis), ys)
     states = (States(carries, None),) if return_states else ()
@@ -269,7 +306,7 @@ def _expand(mask: Array, like: Array) -> Array:
 
 
 def _in_dtypes_of(before: PyTree, new: PyTree) -> PyTree:
-    """The new carry in the dtypes of the old one, where both are floating; other faults are for the scan to tell."""
+    """The new carry in the dtypes of the old one, where both are floating; the scan reports other mismatches."""
     if not pointwise.same_structure(before, new):
         return new
 
@@ -293,7 +330,7 @@ def _check_batch(cell: Any, carry: Any, batch_shape: tuple[int, ...]) -> None:
 
 
 def recurrence(heads: int) -> Recurrence:
-    """The structure of a recurrent kernel with so many heads."""
+    """The structure of a recurrent kernel with this number of heads."""
     return Dense() if heads == 1 else Heads(heads)
 
 
@@ -301,7 +338,7 @@ def run_layers(
     layers: Any, stack: Stack, params: StackParams, xs: Array, *, initial_carry: Any, return_carry: bool | None,
     **options: Any,
 ) -> Any:  # fmt: skip
-    """What a module of several layers returns: its fields and the options of a call through `unroll_stack`."""
+    """The result of a module of several layers, by `unroll_stack` with its fields and the options of the call."""
     with choices.layer(layers, [name for row in stack.names for name in row]):
         last, outputs, *states = unroll_stack(
             stack, params, xs, initial_carry=initial_carry, dtype=layers.dtype,
@@ -315,7 +352,7 @@ def run_layers(
 
 
 def carry_dtype(layers: Any) -> Any:
-    """The dtype of the layers' own initial carry: that of the parameters where no other is asked for."""
+    """The dtype of the layers' own initial carry; that of the parameters by default."""
     return layers.param_dtype if layers.carry_dtype is None else layers.carry_dtype
 
 
@@ -328,7 +365,7 @@ def concatenate(a: Array, b: Array) -> Array:
 
 
 def refuse_reverse(reverse: bool | None) -> None:
-    """NotImplementedError for a Bidirectional that is asked to read backwards."""
+    """NotImplementedError for `reverse=True` on a Bidirectional."""
     if reverse:
         raise NotImplementedError(
             "`Bidirectional(...)(inputs, reverse=True)`: both directions are read already; flip the inputs, or swap "
@@ -337,10 +374,10 @@ def refuse_reverse(reverse: bool | None) -> None:
 
 
 def check_children(layer: Any, time_major: bool) -> None:
-    """ValueError where a Bidirectional would hand its batch to a child as time."""
+    """ValueError where a Bidirectional would pass its batch axis to a child as time."""
     for name in ("forward_rnn", "backward_rnn"):
         if getattr(getattr(layer, name), "time_major", False) and not time_major:
             raise ValueError(
-                f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would hand its batch "
+                f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would pass its batch "
                 "axis to this child as time; give Bidirectional time_major=True as well."
             )

@@ -13,15 +13,15 @@ DEFAULT = ("CONDITIONAL", "CUBLAS", "CUBLASLT", "CUDNN", "CUSTOM_CALL", "DYNAMIC
 def loop_as_graph_options(platform: str | None = None) -> dict[str, str | int]:
     """Options for `jax.jit` under which XLA may put a whole time loop into one CUDA graph.
 
-    Left to itself XLA launches the two to five kernels of every step from the host, and launches are what
-    short steps wait for.  As a graph the loop is one launch, and its condition is looked at on the device.
-    That holds for loops of which every operation can stand in a graph, on NVIDIA GPUs with CUDA and driver 12.3 or
-    newer.  While a profiler runs XLA takes graphs apart.  A graph costs time when it is made, at the first call, and
-    again where buffers have moved since the call before.  What it gains has not been measured yet: measure yours with
+    By default XLA launches the two to five kernels of every step from the host, and short steps are bound by these
+    launches.  As a graph the loop is one launch, and its condition is evaluated on the device.
+    This holds for loops all of whose operations can be captured in a graph, on NVIDIA GPUs with CUDA and driver 12.3 or
+    newer.  While a profiler runs, XLA does not use graphs.  A graph takes time to create, at the first call and again
+    whenever buffers have moved since the last one.  The gain has not been measured yet: measure your program with
     and without.
 
-    To what this jaxlib and XLA_FLAGS put into graphs anyway this adds loops, and small graphs.  An option given
-    to jit holds for the outermost jit only: it is the step as a whole that needs it.
+    This adds loops and small graphs to what this jaxlib and XLA_FLAGS put into graphs by default.  An option given
+    to jit holds for the outermost jit only: give it to the jit of the whole step.
 
     Args:
       platform: "gpu" or another one; that which JAX runs on by default.

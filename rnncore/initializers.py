@@ -1,4 +1,4 @@
-"""Initial values with a meaning for recurrent networks.
+"""Initialisers for recurrent networks.
 
 Every function returns an initialiser of the jax.nn.initializers kind, `(key, shape, dtype) -> Array`.
 Bias initialisers draw the (G, H) bias of a cell and are told the order of its gates.
@@ -67,7 +67,7 @@ def per_gate(block: Initializer = orthogonal) -> Initializer:
 
     An orthogonal matrix drawn over (H, G*H) has gate blocks of spectral norm about 0.86 and
     Frobenius norm sqrt(H/G): none of them is orthogonal.  Drawn gate by gate each block U_g has
-    U_g U_g^T = I, so the network starts with the retention that the initialiser is known for.
+    U_g U_g^T = I, so the network starts with the gradient retention of an orthogonal matrix.
 
     Args:
       block: initialiser of one (rows, columns) block.

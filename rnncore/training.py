@@ -14,7 +14,13 @@ from rnncore._types import PyTree
 
 
 class StreamState(NamedTuple):
-    """What goes from one update to the next: the parameters, the optimiser's state, the carry of the stream."""
+    """The state between updates.
+
+    Fields:
+      params: the parameters.
+      optimizer: the optimiser's state.
+      carry: the carry of the stream.
+    """
 
     params: PyTree
     optimizer: PyTree
@@ -29,7 +35,7 @@ def truncated_bptt(
     loss, s' = loss_fn(params, s, segment);  params' = params + optimizer(d loss / d params at constant s)
 
     The carry s' that a segment ends with starts the next one, as a constant: gradients reach back to
-    the segment's first step and no further, the state remembers all of the stream.
+    the segment's first step and no further, while the state remembers the whole stream.
 
     Args:
       loss_fn: (params, carry, segment) -> (loss, carry), or (loss, (carry, aux)) with `has_aux`; the
@@ -99,11 +105,11 @@ def segments(tree: PyTree, steps: int, *, time_axis: int = 1, drop_remainder: bo
       >>> segments({"x": jnp.ones((2, 60, 3)), "y": jnp.ones((2, 60))}, 20)["x"].shape
       (3, 2, 20, 3)
 
-    Source: plain reshaping; no peer offers it.
+    Source: plain reshaping.
     """
     steps = operator.index(steps)  # what `analysis.choose_truncation` found is one too
     if steps < 1:
-        raise ValueError(f"`segments(tree, steps={steps})`: expected at least one step to a segment.")
+        raise ValueError(f"`segments(tree, steps={steps})`: expected at least one step per segment.")
 
     def cut(a: Any) -> Any:
         a = jnp.asarray(a)

@@ -3,7 +3,7 @@
 import os
 
 # The interpreter of GPU kernels holds a thread of XLA's pool for every thread that waits at a barrier:
-# with a pool of two, one waits for the other for ever.
+# with a pool of two, one waits for the other endlessly.
 os.environ.setdefault("NPROC", "16")
 
 # The matrices are small, and the tests run in as many processes as there are cores.
@@ -23,10 +23,8 @@ import rnncore.sequence  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 
 
-SCRIPTS = (
-    "test_benchmark_", "test_example_", "test_front_door", "test_gpu_check", "test_migration",
-    "test_analysis_long_runs", "test_analysis_published",
-)  # fmt: skip
+SCRIPTS = ("benchmarks", "examples")
+"""Folders of tests of the scripts around the library."""
 MAPS = 20_000
 """Memory maps of a process from which on compiled programs are let go; Linux has 65,530 for it, a program takes up to
 thirty."""
@@ -57,15 +55,37 @@ def unrolled(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="the examples, benchmarks and guides too, as CI does")
+    parser.addoption("--all", action="store_true", help="every case, and the examples and benchmarks, as CI does")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Tests of the scripts around the library, and the longest studies, wait for `--all` or for being named."""
-    named = any(collection_path.name in argument for argument in config.invocation_params.args)
-    return not (config.getoption("--all") or named) and collection_path.name.startswith(SCRIPTS) or None
+    """Tests of the scripts wait for `--all` or for being named."""
+    return (collection_path.parent.name in SCRIPTS and not config.getoption("--all") and not names(config)) or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Without `--all`, of the tests that compile much: none that is marked `slow`, `n` cases of a `sample(n)`."""
+    if config.getoption("--all") or names(config):
+        return
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    left = set()
+    for same in cases.values():
+        slow, sample = (same[0].get_closest_marker(name) for name in ("slow", "sample"))
+        count = 0 if slow else min(sample.args[0], len(same)) if sample else len(same)
+        left |= {same[len(same) * n // count] for n in range(count)}
+    config.hook.pytest_deselected(items=[item for item in items if item not in left])
+    items[:] = [item for item in items if item in left]
+
+
+def names(config: pytest.Config) -> bool:
+    """Whether files are named: then all of their tests run."""
+    return any(argument.partition("::")[0].endswith(".py") for argument in config.invocation_params.args)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Many tests are about cells under Flax's scan; test_explain_modules.py is about the warning."""
     config.addinivalue_line("filterwarnings", "ignore::rnncore.SlowPathWarning")
+    config.addinivalue_line("markers", "slow: runs with --all, or where its file is named")
+    config.addinivalue_line("markers", "sample(n): n of its cases, spread over all, unless --all or its file is named")

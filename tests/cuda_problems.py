@@ -14,7 +14,7 @@ from rnncore.kernels.cuda import kernels
 
 def problem(
     cell: Any, rows: int, steps: int, dtype: str, *, lengths: bool = False, resets: bool = False, mask: bool = False,
-    stay: tuple[int, ...] | None = None, seed: int = 0,
+    zoneout: tuple[int, ...] | None = None, seed: int = 0,
 ) -> tuple[kernels.Run, Any]:  # fmt: skip
     """(run, z), drawn."""
     draw = np.random.default_rng(seed)
@@ -37,11 +37,11 @@ def problem(
         rest_bias=normal(rest, hidden) if rest else None,
         units=tuple(normal(hidden, scale=0.5) for _ in cell.units),
         start=carry(),
-        target=carry() if resets else None,
+        reset_carry=carry() if resets else None,
         mask=jnp.asarray(2.0 * (draw.random((rows, hidden)) < 0.6), "float32") if mask else None,
         lengths=jnp.asarray(draw.integers(0, steps + 1, rows), "int32") if lengths else None,
         resets=jnp.asarray(draw.random((steps, rows)) < 0.3) if resets else None,
-        stay=tuple(map(staying, stay)) if stay else None,
+        zoneout=tuple(map(staying, zoneout)) if zoneout else None,
     )
     return run, normal(steps, rows, count * hidden, of=dtype)
 
@@ -57,7 +57,7 @@ def plain(cell: Any, run: kernels.Run, z: Any, rounded: Any = None) -> tuple[Any
     p = type("p", (), dict(zip(cell.units, run.units, strict=True))) if cell.units else None
     for t in range(z.shape[0]):
         if run.resets is not None:
-            carry = tuple(jnp.where(run.resets[t][:, None], b, a) for a, b in zip(carry, run.target, strict=True))
+            carry = tuple(jnp.where(run.resets[t][:, None], b, a) for a, b in zip(carry, run.reset_carry, strict=True))
         entering = carry[h] if run.mask is None else carry[h] * run.mask
         entering = entering if rounded is None else rounded(entering)
         r = jnp.einsum("bnd,ndge->gbne", entering.reshape(rows, heads, size), run.kernel).reshape(count, rows, hidden)
@@ -67,12 +67,12 @@ def plain(cell: Any, run: kernels.Run, z: Any, rounded: Any = None) -> tuple[Any
         new, emitted = cell.pointwise(
             p, cell.Gates(*(zs[:, g] for g in range(count))), cell.Gates(*r), cell.Carry(*carry)
         )
-        if run.stay is not None:
+        if run.zoneout is not None:
 
             def blend(k: Any, old: Any, new: Any) -> Any:
                 return new if k is None else jnp.where(k, old, new) if k.dtype == bool else k * old + (1 - k) * new
 
-            now = [k if k is None or k.ndim == 0 else k[t] for k in run.stay]
+            now = [k if k is None or k.ndim == 0 else k[t] for k in run.zoneout]
             new = tuple(map(blend, now, carry, new))
         carry = tuple(new)
         hs.append(carry[h])
@@ -120,7 +120,7 @@ def check(
     found = kernels.backward(settings, cell, run, kept.residuals, dhs, dlast, *extra, states=states)
 
     wide, z64 = in_float64(run), in_float64(z)
-    names = ("rest_bias", "units", "start", "target")
+    names = ("rest_bias", "units", "start", "reset_carry")
 
     def fun(z: Any, moving: Any) -> Any:
         return plain(cell, wide._replace(**dict(zip(names, moving, strict=True))), z)
@@ -128,7 +128,7 @@ def check(
     (hs, last, others, gates), back = jax.vjp(fun, z64, tuple(getattr(wide, n) for n in names))
     pairs = zip(extra, (others, gates), strict=True)
     given = [jax.tree.map(jnp.zeros_like, b) if a is None else _apart(in_float64(a), hidden) for a, b in pairs]
-    dz, (drest_bias, dunits, dstart, dtarget) = back((in_float64(dhs), in_float64(dlast), *given))
+    dz, (drest_bias, dunits, dstart, dreset_carry) = back((in_float64(dhs), in_float64(dlast), *given))
     if run.lengths is not None:  # which the kernel leaves to its caller
         never = (run.lengths == 0)[:, None]
         dstart = tuple(a - jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
@@ -136,7 +136,7 @@ def check(
     return {
         "hs": relative(kept.hs, hs), "last": relative(kept.last, last), "dz": relative(found.z, dz),
         "drest": relative(got_rest, drest_bias), "dstart": relative(found.start, dstart),
-        "dtarget": relative(found.target, dtarget),
+        "dreset_carry": relative(found.reset_carry, dreset_carry),
         "dunits": relative([a.astype("float64").sum(0) for a in found.units], list(dunits)),
         "states": relative([_apart(a, hidden) for a in states_given], [others, gates]) if states else 0.0,
     }  # fmt: skip

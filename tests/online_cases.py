@@ -54,10 +54,10 @@ def by_bptt(case: cases.Case, problem: cases.Problem, d_carry: Any, d_outputs: A
 def numeric_jacobians(cell: Any, params: Any, carry: Any, x: Any, constant_r: bool = False) -> tuple[Any, Any, Any]:
     """(new carry, d s / d s_before (FH, FH), d s / d params by leaf (FH, ...)), by autodiff of the step as a whole."""
     z = cell.project(params, x)
-    r_of = cell.mix(params, carry.h)
+    r_of = cell.recurrent_matmul(params, carry.h)
 
     def step(carry: Any) -> Any:
-        r = r_of if constant_r else cell.mix(params, carry.h)
+        r = r_of if constant_r else cell.recurrent_matmul(params, carry.h)
         return jnp.concatenate(cell.pointwise(params.units, cell.split(z), cell.split(r), carry)[0])
 
     def of_params(params: Any) -> Any:

@@ -21,17 +21,17 @@ def gates_of(slab: jax.Array, count: int) -> list[jax.Array]:
     return [a.astype(WIDE) for a in jnp.split(slab, count, -1)]
 
 
-def forward(cell: Any, loop: host.Loop, z: jax.Array, keep: str | None) -> host.Kept:
+def forward(cell: Any, loop: host.Loop, z: jax.Array, keep: str | None) -> host.Outputs:
     rows, hidden, count = z.shape[1], cell.hidden_size, len(cell.gates)
     part = kernel_body.of(cell, (rows, hidden))
     units = tuple(jnp.broadcast_to(u, (rows, hidden)) for u in loop.units)
-    start, target = wide(loop.start), wide(loop.target or ())
+    start, target = wide(loop.start), wide(loop.reset_carry or ())
 
     def step(state: Any, now: Any) -> Any:
         (carry, last), (t, z, resets) = state, now
         if resets is not None:
             carry = tuple(jnp.where(resets[:, None], a, b) for a, b in zip(target, carry, strict=True))
-        rs = gates_of(host.mix(cell, loop.kernel, carry[part.hidden].astype(z.dtype)[None])[0], count)
+        rs = gates_of(host.recurrent_matmul(cell, loop.kernel, carry[part.hidden].astype(z.dtype)[None])[0], count)
         for n, gate in enumerate(part.rest):
             rs[gate] = rs[gate] + loop.rest_bias[n]
         carry = part.forward(units, tuple(gates_of(z, count)), tuple(rs), carry)
@@ -41,7 +41,7 @@ def forward(cell: Any, loop: host.Loop, z: jax.Array, keep: str | None) -> host.
         return (carry, last), (carry[part.hidden].astype(z.dtype), tuple(others))
 
     (_, last), (hs, others) = lax.scan(step, (start, start), (jnp.arange(z.shape[0]), z, loop.resets))
-    return host.Kept(hs, others, last)
+    return host.Outputs(hs, others, last)
 
 
 def backward(cell: Any, loop: host.Loop, residuals: Any, dhs: jax.Array, dlast: Any) -> host.Cotangents:
@@ -51,7 +51,7 @@ def backward(cell: Any, loop: host.Loop, residuals: Any, dhs: jax.Array, dlast: 
     zeros = jnp.zeros_like(dhs[0], WIDE)
 
     def step(state: Any, now: Any) -> Any:
-        (ds, dtarget, dunits), (t, residuals, dh, resets) = state, now
+        (ds, dreset_carry, dunits), (t, residuals, dh, resets) = state, now
         if loop.lengths is not None:
             ends = (t == loop.lengths - 1)[:, None]
             ds = tuple(a + jnp.where(ends, b, 0) for a, b in zip(ds, dlast, strict=True))
@@ -65,16 +65,16 @@ def backward(cell: Any, loop: host.Loop, residuals: Any, dhs: jax.Array, dlast: 
         ds = tuple(a + back if n == part.hidden else a for n, a in enumerate(ds))
         if resets is not None:
             here = resets[:, None]
-            dtarget = tuple(a + jnp.where(here, b, 0) for a, b in zip(dtarget, ds, strict=True))
+            dreset_carry = tuple(a + jnp.where(here, b, 0) for a, b in zip(dreset_carry, ds, strict=True))
             ds = tuple(jnp.where(here, 0, a) for a in ds)
         rest = jnp.concatenate(drest, -1).astype(dhs.dtype) if drest else None
-        return (ds, dtarget, dunits), (jnp.concatenate(dzs, -1).astype(dhs.dtype), rest)
+        return (ds, dreset_carry, dunits), (jnp.concatenate(dzs, -1).astype(dhs.dtype), rest)
 
     none = tuple(zeros for _ in dlast)
     begin = (dlast if loop.lengths is None else none, none if loop.resets is not None else None, (zeros,) * len(units))
     inputs = (jnp.arange(steps), residuals, dhs, loop.resets)
-    (ds, dtarget, dunits), (dz, rest) = lax.scan(step, begin, inputs, reverse=True)
-    return host.Cotangents(dz, rest, ds, dtarget, dunits)
+    (ds, dreset_carry, dunits), (dz, rest) = lax.scan(step, begin, inputs, reverse=True)
+    return host.Cotangents(dz, rest, ds, dreset_carry, dunits)
 
 
 class Plain(host.KernelBackend):

@@ -80,7 +80,7 @@ def cpp(rng: Rng) -> tuple[Any, Callable[[], None]]:
 
 
 def mosaic_gpu(rng: Rng) -> tuple[Any, Callable[[], None]]:
-    size, dtype = int(rng.choice([16, 32, 48, 64, 80, 96, 128, 192])), [jnp.bfloat16, jnp.float16][rng.integers(2)]
+    size, dtype = int(rng.choice([16, 32, 48, 64, 128])), [jnp.bfloat16, jnp.float16][rng.integers(2)]
     heads = int(rng.integers(1, 4)) if size < 65 else 1
     case, drawn, options = problem(rng, size, heads, int(rng.integers(1, 7)), 16, 9, dtype)
 

@@ -22,7 +22,8 @@ import cases
 import jax
 
 import rnncore
-from rnncore.kernels.cpp import compiler, emit
+from rnncore.kernels import compiler
+from rnncore.kernels.cpp import emit, handlers
 
 WIDE = emit.Variant("float32", "float32", "float32", states=True)
 NARROW = emit.Variant("float32", "bfloat16", "bfloat16")
@@ -31,7 +32,7 @@ CELLS = {
     "a cell with all that one may have, in bfloat16": (cases.FastSlow(8), NARROW),
 }
 SANITIZERS = {"addresses and undefined behaviour": "address,undefined", "threads": "thread"}
-FLAGS = ("-std=c++17", "-O1", "-g", compiler.NATIVE, "-fno-sanitize-recover=all", "-pthread", "-w", "-DRNN_ROWS=3")
+FLAGS = ("-std=c++17", "-O1", "-g", handlers.NATIVE, "-fno-sanitize-recover=all", "-pthread", "-w", "-DRNN_ROWS=3")
 RUNS = 40
 
 
@@ -47,7 +48,7 @@ def main() -> int:
             text.write_text(emit.source(cell, variant).replace("handlers.h", "runs.h") + driver)
             for name, sanitizer in SANITIZERS.items():
                 begin, program = time.monotonic(), Path(work) / "program"
-                flags = (*FLAGS, f"-fsanitize={sanitizer}", f"-I{compiler.HEADERS}", f"-I{jax.ffi.include_dir()}")
+                flags = (*FLAGS, f"-fsanitize={sanitizer}", f"-I{handlers.HEADERS}", f"-I{jax.ffi.include_dir()}")
                 subprocess.run([*command, *flags, str(text), "-o", str(program)], check=True)
                 compiled = time.monotonic() - begin
                 done = subprocess.run([str(program), str(RUNS)], capture_output=True, text=True)

@@ -23,7 +23,7 @@ from flax import nnx as flax_nnx
 
 import rnncore
 from rnncore import analysis, linen, nnx
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 from rnncore.training import StreamState, segments, truncated_bptt
 
 B, T, D, H = 4, 12, 3, 8

@@ -11,6 +11,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from cases import Problem
 from hypothesis import strategies as st
 
@@ -102,6 +103,7 @@ def first_steps(run: Run) -> Run:
     return one
 
 
+@pytest.mark.slow
 @law
 @hypothesis.given(row=rows, seed=seeds, lengths=lengths_of_all)
 def test_two_stretches_with_the_carry_handed_over_equal_one_run(row: Row, seed: int, lengths: list[int]):
@@ -114,6 +116,7 @@ def test_two_stretches_with_the_carry_handed_over_equal_one_run(row: Row, seed: 
     cases.assert_close(cut_gradients, whole_gradients, TOLERANCE)
 
 
+@pytest.mark.slow
 @law
 @hypothesis.given(row=rows, seed=seeds)
 def test_a_reset_of_all_equals_two_runs_from_the_initial_carry(row: Row, seed: int):
@@ -124,6 +127,7 @@ def test_a_reset_of_all_equals_two_runs_from_the_initial_carry(row: Row, seed: i
     cases.assert_close(got, puller(row, started_again)(problem, d_results), TOLERANCE)
 
 
+@pytest.mark.slow
 @law
 @hypothesis.given(row=rows, seed=seeds, here=anywhere)
 def test_later_inputs_do_not_move_earlier_outputs(row: Row, seed: int, here: int):
@@ -160,6 +164,7 @@ def each_on_its_own(row: Row) -> Run:
     return jax.jit(jax.vmap(one, in_axes=(None, 0, 0)))
 
 
+@pytest.mark.slow
 @law
 @hypothesis.given(row=rows, seed=seeds, lengths=lengths_of_all)
 def test_examples_do_not_see_each_other(row: Row, seed: int, lengths: list[int]):
@@ -183,6 +188,7 @@ def test_an_example_alone_gives_its_row(row: Row, seed: int, which: int):
 # -------------------------------------------------------------------------------------- padding
 
 
+@pytest.mark.slow
 @law
 @hypothesis.given(row=rows, seed=seeds)
 def test_a_length_equals_a_shorter_sequence(row: Row, seed: int):
@@ -218,6 +224,7 @@ def flipped(array: Any, lengths: Any) -> jax.Array:
     return jnp.asarray(np.stack(pieces))
 
 
+@pytest.mark.slow
 @law
 @hypothesis.given(row=rows, seed=seeds, lengths=lengths_of_all, keep_order=st.booleans())
 def test_reversing_twice_is_the_identity(row: Row, seed: int, lengths: list[int], keep_order: bool):

@@ -36,6 +36,7 @@ def test_is_the_definition_by_torchs_layer_norm():
     cases.assert_close(got, rnncore.LSTMCarry(c.numpy(), h.numpy()), cases.FLOAT64)
 
 
+@pytest.mark.slow
 def test_second_order():
     case = cases.BY_ID["layer_norm_gru"]
     drawn = cases.draw(case, (2,), 2)
@@ -51,6 +52,7 @@ def test_second_order():
     cases.assert_close(twice("scan"), twice("autodiff"), 1e-11)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("recompute", ["gates", "chunk"])
 def test_memory_policies(recompute: str):
     case = cases.BY_ID["layer_norm_lstm_heads"]
@@ -69,6 +71,7 @@ class Competing(rnncore.GatedCell):
         return self.Carry(h), self.Gates(share)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch", [(), (3,)])
 def test_a_cell_of_a_user(batch: tuple[int, ...]):
     case = cases.Case("competing", Competing(cases.HIDDEN), None)

@@ -13,7 +13,7 @@ import plain_kernels
 import pytest
 
 import rnncore
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 from rnncore.sequence.backends import BACKENDS
 
 BATCH, STEPS, FEATURES, HIDDEN = 2, 3, 2, 3
@@ -208,6 +208,7 @@ def expected(name: str, order: str) -> dict[str, Any]:
     return results(loss_of(name, None), name, order, jnp.float64)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("order", ["first", "higher"])
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("loop", LOOPS)
@@ -228,6 +229,7 @@ def test_every_transformation(loop: str, name: str, order: str):
 # -------------------------------------------------------------------------------------- what is not computed
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("loop", ["scan", "plain"])
 def test_a_gradient_is_one_loop_forward_and_one_backward(loop: str):
     """Read off the program: a plain run is one loop, of which nothing is kept, a gradient and a tangent are two."""

@@ -17,6 +17,7 @@ B, T, D, H, P = 3, 5, 4, 6, 2
 CELL = rnncore.LSTMP(H, projection_size=P)
 
 
+@pytest.mark.slow
 def test_is_torchs_with_lengths_both_directions_and_layers():
     """Outputs, last states, and gradients of weights, inputs, h_0 and c_0; there and back."""
     torch = pytest.importorskip("torch")
@@ -65,6 +66,7 @@ def problem(**options: Any) -> tuple[cases.Case, cases.Problem]:
     return case, cases.draw(case, (3,), **options)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("reverse", [{}, {"reverse": True}, {"reverse": True, "keep_order": True}], ids=str)
 def test_states_start_with_the_projected_h(reverse: Any):
     case, drawn = problem(resets=True)

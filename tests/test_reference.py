@@ -20,6 +20,7 @@ HELD = [
 """All rows of the loops; of plain autodiff one for each cell that has a reference."""
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("case", "backend"), HELD)
 def test_with_lengths_and_resets(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
@@ -39,6 +40,7 @@ DRAWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("lstm_both-dense", "reset_before_gru")))
 def test_batch_axes_and_options(case: Case, backend: str, draw: str):
@@ -51,6 +53,7 @@ def test_batch_axes_and_options(case: Case, backend: str, draw: str):
 STATES = ("elman-heads", "lstm-diagonal", "lstm_both-dense", "gru-dense", "mgu-heads", "reset_before_gru")
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("case", [cases.BY_ID[i] for i in STATES], ids=STATES)
 def test_carries_and_gates(case: Case):
     problem = cases.draw(case, lengths=True, resets=True)
@@ -64,6 +67,7 @@ def test_carries_and_gates(case: Case):
     cases.assert_close(states, (want.carries, want.gates), cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16], ids=lambda d: d.__name__)
 @pytest.mark.parametrize(
     ("case", "backend"), cases.rows(ids=("elman_silu", "lstm_both-dense", "gru-heads", "reset_before_gru"))

@@ -218,6 +218,7 @@ STEP_BY_STEP = ("unroll, chunks", "linen.RNN", "nnx.RNN", "online.RTRL", "retent
 """One of each package: without jit every operation is compiled for itself."""
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("switch", [strict, narrow])
 @pytest.mark.parametrize("name", ENTRIES)
 def test_traced_under(name: str, switch: Callable[[], Any]) -> None:
@@ -228,6 +229,7 @@ def test_traced_under(name: str, switch: Callable[[], Any]) -> None:
             jax.jit(ENTRIES[name]).trace(jax.ShapeDtypeStruct(XS.shape, f32))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", ENTRIES)
 def test_run_under(name: str) -> None:
     """Checks of NaN and inf; nothing moved to a device that is not asked for; every operation by itself."""

@@ -56,6 +56,9 @@ params = cell.init(jax.random.key(0), 4)
 assert_type(params, rnncore.CellParams)
 carry, ys = rnncore.unroll(cell, params, jnp.ones((2, 5, 4)))
 assert_type(ys, jax.Array)
+rnncore.unroll(cell, params, ys, chunk=3)  # type: ignore[call-overload]
+rnncore.unroll(cell, params, ys, reverse="yes")  # type: ignore[call-overload]
+assert_type(rnncore.explain_backend(cell, params, ys, time_major=True).name, str)
 
 run = rnncore.analysis.trajectory(cell, params, jnp.ones((5, 4)))
 curve = analysis.retention_curve(run, kind="rms", path="cell", lags=range(1, 4))

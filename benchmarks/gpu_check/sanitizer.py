@@ -32,7 +32,7 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("mosaic_gpu", 0, "mosaic_gpu"), Case("mosaic_gpu", 1, "mosaic_gpu"),
+    Case("mosaic_gpu", 0, "mosaic_gpu"),
     Case("cuda", 0, "rnn_"), Case("cuda", 13, "rnn_"), Case("cudnn", 0, None),
 )  # fmt: skip
 

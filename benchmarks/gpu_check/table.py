@@ -21,7 +21,7 @@ def failures(records: list[Record]) -> list[str]:
     """What is here, and the parts that failed."""
     lines = []
     for r in records:
-        if r["part"] in ("environment", "versions", "graph", "programs") or (r["part"] == "ran" and r.get("failed")):
+        if r["part"] in ("environment", "versions", "graph") or (r["part"] == "ran" and r.get("failed")):
             lines.append(" ".join(f"{k}={v}" for k, v in r.items() if k not in ("at", "options"))[:300])
     return lines
 
@@ -96,8 +96,6 @@ def verdicts(records: list[Record]) -> list[str]:
         )
         lines.append(f"  {r['name']} on {r['platform']} in {r['precision']}: {told}")
     lines += [_sanitized(r) for r in records if r["part"] == "sanitizer"]
-    pairs = {r["name"]: r["state"].replace("begun", "HANGS") for r in records if r["part"] == "pair"}
-    lines += [f"  two grid kernels in one program, {name}: {state}" for name, state in pairs.items()]
     return lines
 
 

@@ -18,66 +18,70 @@ from benchmarks.gpu_check.processes import TIMES, Runner, folder, tell, work
 
 PLAIN = ("rnncore scan", "rnncore scan, CUDA graph")
 FLAX = ("flax.linen OptimizedLSTMCell", "flax.linen GRUCell")
-OWN = ("rnncore mosaic_gpu", "rnncore cudnn", "rnncore cuda")
+OWN = ("rnncore cudnn", "rnncore cuda")
 KERNELS = ("rnncore mosaic_gpu", "rnncore cuda")
 OWN_CELLS = ("rnncore cuda, own cell", "rnncore mosaic_gpu, own cell")
 
 
 class Group(NamedTuple):
-    """One or more workloads in one call of `benchmarks.run`.
+    """One or more workloads in one run of `benchmarks.run`.
 
     Fields:
-      workloads, dtypes, contenders: as there; contenders in the order in which they are built.
+      workloads, dtypes, contenders: their names.
       product: "inside" or "given": where x W is.
-      extra: further options.
+      precision: of float32 products.
     """
 
     workloads: tuple[str, ...]
     dtypes: tuple[str, ...]
     contenders: tuple[str, ...]
     product: str = "inside"
-    extra: tuple[str, ...] = ()
+    precision: str = "tf32"
 
     @property
     def name(self) -> str:
         return f"{' '.join(self.workloads)} {' '.join(self.dtypes)} x W {self.product}"
 
 
-TF32 = ("--precision", "tf32")
 GROUPS = (
     Group(("W1-768x1",), ("bfloat16",), (*OWN, "torch", PLAIN[0], FLAX[0])),
-    Group(("W1-64x12",), ("bfloat16",), (*KERNELS, OWN_CELLS[0], "FlashRNN triton_fused"), "given"),
-    Group(("W4-lstm768",), ("float32",), (*OWN, "torch", PLAIN[0], FLAX[0]), extra=TF32),
+    Group(("W1-64x12",), ("bfloat16",), (*KERNELS, OWN_CELLS[0]), "given"),
+    Group(("W4-lstm768",), ("float32",), (*OWN, "torch", PLAIN[0], FLAX[0])),
     Group(("W4-lstm768",), ("float16",), (*OWN, "torch")),
-    Group(("W12-H256", "W12-H512"), ("float32",), ("rnncore cuda", "rnncore cudnn", "torch"), extra=TF32),
+    Group(("W12-H256", "W12-H512"), ("float32",), ("rnncore cuda", "rnncore cudnn", "torch")),
     Group(("W4-gru768",), ("bfloat16",), (*OWN, "torch", PLAIN[0], FLAX[1])),
-    Group(("W1-128x6", "W1-256x3"), ("bfloat16",), KERNELS, "given"),
-    Group(("W5-H40", "W5-H128"), ("float32",), ("rnncore cuda", "rnncore cudnn", "torch"), extra=TF32),
-    Group(("W1-768x1", "W1-32x24"), ("bfloat16",), KERNELS, "given"),
-    Group(("W4-gru768",), ("float32",), (*OWN, "torch"), extra=TF32),
-    Group(("W4-lstm768",), ("float32",), (PLAIN[1],), extra=TF32),
+    Group(("W1-128x6",), ("bfloat16",), KERNELS, "given"),
+    Group(("W1-256x3",), ("bfloat16",), (KERNELS[1],), "given"),
+    Group(("W5-H40", "W5-H128"), ("float32",), ("rnncore cuda", "rnncore cudnn", "torch")),
+    Group(("W1-768x1",), ("bfloat16",), (KERNELS[1],), "given"),
+    Group(("W1-32x24",), ("bfloat16",), KERNELS, "given"),
+    Group(("W4-gru768",), ("float32",), (*OWN, "torch")),
+    Group(("W4-lstm768",), ("float32",), (PLAIN[1],)),
     Group(("W1-64x12",), ("bfloat16",), (OWN_CELLS[1],), "given"),
 )
 DRY = (
-    Group(("tiny-lstm",), ("float32",), (*OWN, "torch", *PLAIN, *FLAX, "FlashRNN triton_fused")),
-    Group(("tiny-gru",), ("float32",), PLAIN, "given"),
+    Group(("tiny-lstm",), ("float32",), (*OWN, "torch", *PLAIN, *FLAX), precision="float32"),
+    Group(("tiny-gru",), ("float32",), PLAIN, "given", "float32"),
 )
 
 
 def groups(dry: bool) -> tuple[Group, ...]:
-    """All, with the contenders that this rnncore knows."""
-    from benchmarks.peers import CONTENDERS
-
-    return tuple(
-        group._replace(contenders=tuple(c for c in group.contenders if c in CONTENDERS))
-        for group in (DRY if dry else GROUPS)
-    )
+    """All, in their order."""
+    return DRY if dry else GROUPS
 
 
-def reference_path(work: Path, workload: str, dtype: str, input_product: bool, form: str) -> Path:
-    """Where the answers to a case lie once they are there."""
-    words = "_".join((workload, dtype, "inside" if input_product else "given", form.replace(" ", "-")))
-    return work / f"{words}.npz"
+def cases(group: Group, platform: str) -> list[Any]:
+    """The cases of a group."""
+    from benchmarks import run
+    from benchmarks.workloads import WORKLOADS
+
+    every = run.cases([WORKLOADS[name] for name in group.workloads], (group.precision,), platform)
+    return [c for c in every if c.dtype in group.dtypes and c.input_product == (group.product == "inside")]
+
+
+def reference_path(work: Path, workload: str, dtype: str, input_product: bool) -> Path:
+    """Where the answers to a case lie once they are computed."""
+    return work / f"{workload}_{dtype}_{'inside' if input_product else 'given'}.npz"
 
 
 def references(dry: bool) -> None:
@@ -86,36 +90,23 @@ def references(dry: bool) -> None:
 
     from benchmarks.peers.problem import make_problem
     from benchmarks.peers.reference import reference
-    from benchmarks.workloads import WORKLOADS
 
-    for group in groups(dry):
-        for name in group.workloads:
-            for dtype in group.dtypes:
-                path = reference_path(work(), name, dtype, group.product == "inside", "same")
-                if path.exists():
-                    continue
-                product = group.product == "inside"
-                problem = make_problem(WORKLOADS[name], dtype, product)
-                found = reference(WORKLOADS[name], problem, product, "same")
-                save(path, [np.asarray(a) for a in jax.tree.leaves(_kept(found))])
-                print("reference", path.name, flush=True)
+    for case in (case for group in groups(dry) for case in cases(group, "cpu")):
+        path = reference_path(work(), case.workload.name, case.dtype, case.input_product)
+        if path.exists():
+            continue
+        problem = make_problem(case.workload, case.dtype, case.input_product)
+        found = reference(case.workload, problem, case.input_product)
+        save(path, [np.asarray(a) for a in jax.tree.leaves((found["forward"], found["gradient"]))])
+        print("reference", path.name, flush=True)
 
 
-def _kept(found: dict[str, Any]) -> Any:
-    return found["forward"], found["gradient"]
-
-
-def stored(patience: float, workload: Any, problem: Any, input_product: bool, form: str) -> dict[str, Any]:
+def stored(workload: Any, problem: Any, input_product: bool) -> dict[str, Any]:
     """What `benchmarks.peers.reference.reference` gives, from the background."""
     import jax
 
-    from benchmarks.peers.reference import reference
-
-    if form != "same":
-        return reference(workload, problem, input_product, form)
-    arrays = load(reference_path(work(), workload.name, str(problem.xs.dtype), input_product, form), patience)
-    shapes = (0, (problem.params, problem.xs))
-    tree = jax.tree.structure(shapes)
+    arrays = load(reference_path(work(), workload.name, str(problem.xs.dtype), input_product), patience=60)
+    tree = jax.tree.structure((0, (problem.params, problem.xs)))
     forward, gradient = jax.tree.unflatten(tree, arrays)
     return {"forward": forward, "gradient": gradient}
 
@@ -124,55 +115,38 @@ def worker(dry: bool, first: str, seconds: str, right: str, dropped: str) -> Non
     """A part: the groups from number `first` on, within a time.
 
     Args:
-      right: kinds of Mosaic's layouts that have just been checked; one that has not is not timed.
-        Parted by commas.
+      right: "yes" if Mosaic's kernels have just been checked; otherwise they are not timed.
       dropped: contenders to leave out, parted by semicolons.
     """
-    from benchmarks import run
-    from benchmarks.peers import rnncore_peer
+    from benchmarks import measure, records, run
+    from rnncore._command import timing
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")  # what the driver sees that it goes on by
-    rnncore_peer.CHECKED = frozenset(right.split(",")) - {""}
+    logging.basicConfig(level=logging.INFO, format="%(message)s")  # the driver kills a process that is silent
+    tag, rounds, turn = ("cpu", 2, 0.001) if dry else ("gpu", 5, 0.05)
     deadline = time.monotonic() + float(seconds)
     for number, group in list(enumerate(groups(dry)))[int(first) :]:
-        left = deadline - time.monotonic()
-        if left < 5:
+        if deadline - time.monotonic() < 5:
             break
         names = [c for c in group.contenders if c not in dropped.split(";")]
-        if not _layouts(group) <= rnncore_peer.CHECKED:
+        if right != "yes":
             names = [c for c in names if "mosaic_gpu" not in c]
         if not names:
             continue
         tell("group", number=number, name=group.name)
-        status = run.main(
-            [
-                "--tag", "cpu" if dry else "gpu", "--quick", "--no-bounds", "--input-product", group.product,
-                "--workloads", *group.workloads, "--dtypes", *group.dtypes, "--contenders", *names, *group.extra,
-                "--measurements", "forward", "gradient", "--budget", f"{left:.0f}", "--out", str(folder() / TIMES),
-                *(["--rounds", "2", "--seconds", "0.001"] if dry else []),
-            ],
-            functools.partial(stored, 60.0),
-        )  # fmt: skip
+        threads = 1 if dry else min(12, timing.cores())
+        settings = measure.Settings(rounds, turn, deadline, threads, with_products=False, reference=stored)
+        measure_group = functools.partial(run.run_all, cases(group, tag), names, settings)
+        status = records.session(tag, folder() / TIMES, [], rounds, turn, measure_group, quick=True)
         tell("group", number=number, name=group.name, status=status)
 
 
-def _layouts(group: Group) -> set[str]:
-    """Kinds of Mosaic's layouts that a group would run."""
-    from benchmarks.peers.problem import make_cell
-    from benchmarks.workloads import WORKLOADS
-    from rnncore.kernels.mosaic_gpu.plan import plan_of
-
-    plans = (plan_of(make_cell(w), w.batch, False, False) for w in map(WORKLOADS.__getitem__, group.workloads))
-    return {plan if isinstance(plan, str) else plan.kind for plan in plans}
-
-
-def drive(runner: Runner, limit: float, right: set[str], dropped: set[str], stall: float = 75) -> None:
+def drive(runner: Runner, limit: float, right: bool, dropped: set[str], stall: float = 75) -> None:
     """Runs the groups in as few processes as hang; a group that hangs is tried again without kernels of our own."""
     first, deadline = 0, runner.passed() + limit
     while runner.passed() < deadline and runner.left() > 10:
         seconds = min(deadline - runner.passed(), runner.left()) - 3
         before = len(runner.found("group"))
-        arguments = (str(first), f"{seconds:.0f}", ",".join(sorted(right)), ";".join(sorted(dropped)))
+        arguments = (str(first), f"{seconds:.0f}", "yes" if right else "no", ";".join(sorted(dropped)))
         if runner.run("times", *arguments, limit=deadline - runner.passed(), stall=stall):
             return
         begun = runner.found("group")

@@ -20,7 +20,7 @@ import jax
 
 from benchmarks.gpu_code import compiler
 from benchmarks.gpu_code.compiler import Figures
-from benchmarks.gpu_code.lowering import KERNELS, kind_of, modules
+from benchmarks.gpu_code.lowering import KERNELS, modules
 
 RECORDED = Path(__file__).with_name("recorded.json")
 WAYS = ("forward", "backward")
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     for kernel in KERNELS[: args.first]:
         for way, figures in zip(WAYS, compiler.compiled(found, modules(kernel)), strict=True):
             everything[f"{kernel.name}, {way}"] = list(figures)
-            print(f"{kernel.name:48} {kind_of(kernel):12} {way:8} {' '.join(f'{n:7}' for n in figures)}", flush=True)
+            print(f"{kernel.name:48} {way:8} {' '.join(f'{n:7}' for n in figures)}", flush=True)
     recorded: dict[str, Found] = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     if args.record:
         recorded[versions] = recorded.get(versions, {}) | everything

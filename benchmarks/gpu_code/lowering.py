@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 import rnncore
 from rnncore.kernels import mosaic_gpu
-from rnncore.kernels.mosaic_gpu.plan import plan_of
 
 
 class Kernel(NamedTuple):
@@ -37,9 +36,7 @@ class Kernel(NamedTuple):
 
 KERNELS = (
     Kernel("LSTM", 64, 12), Kernel("LSTM", 64, 12, masked=True), Kernel("LSTM", 128, 6), Kernel("LSTM", 32, 24),
-    Kernel("GRU", 64, 12, dtype="float16"), Kernel("LSTM", 256, 3), Kernel("GRU", 512, 1, masked=True),
-    Kernel("LSTM", 768, 1), Kernel("LSTM", 768, 1, masked=True), Kernel("GRU", 768, 1, batch=64),
-    Kernel("LSTM", 1024, 1, batch=64), Kernel("Elman", 1024, 1),
+    Kernel("GRU", 64, 12, dtype="float16"),
 )  # fmt: skip
 TARGET = "mosaic_gpu"
 
@@ -49,12 +46,6 @@ def cell_of(kernel: Kernel) -> rnncore.PointwiseCell:
     recurrence = rnncore.Heads(kernel.heads) if kernel.heads > 1 else rnncore.Dense()
     cell: rnncore.PointwiseCell = getattr(rnncore, kernel.cell)(kernel.size * kernel.heads, recurrence=recurrence)
     return cell
-
-
-def kind_of(kernel: Kernel) -> str:
-    """Its kind of layout."""
-    plan = plan_of(cell_of(kernel), kernel.batch, kernel.masked, kernel.masked)
-    return plan if isinstance(plan, str) else plan.kind
 
 
 def modules(kernel: Kernel, steps: int = 64) -> list[bytes]:

@@ -59,6 +59,4 @@ class EquinoxPeer(Peer):
 
             return jax.vmap(one)(xs)
 
-        back = lambda cells: tuple(map(to_core, cells))  # noqa: E731
-        params = tuple(map(to_equinox, problem.params))
-        return jax_programs.build(jax_programs.layer_by_layer(layer), params, back, case, problem, measurement)
+        return jax_programs.build(layer, to_equinox(problem.params), to_core, case, problem, measurement)

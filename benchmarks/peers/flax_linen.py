@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ GATES = {"lstm": ("ifgo", "h"), "gru": ("rzn", "i"), "elman": ("", "i")}
 
 
 def to_flax(params: rnncore.CellParams, cell: str) -> dict[str, Any]:
-    """A layer's parameters in the cell's tree: {"ii": {"kernel": ...}, "hi": {"kernel": ..., "bias": ...}, ...}."""
+    """Parameters in the cell's tree: {"ii": {"kernel": ...}, "hi": {"kernel": ..., "bias": ...}, ...}."""
     gates, biased = GATES[cell]
     tree: dict[str, dict[str, Any]] = {}
     for n, gate in enumerate(gates or [""]):
@@ -42,7 +43,7 @@ def to_core(tree: dict[str, Any], cell: str) -> rnncore.CellParams:
 
 
 class LinenPeer(Peer):
-    """`flax.linen.RNN(cell)`, one for each layer."""
+    """`flax.linen.RNN(cell)`."""
 
     library, package, module = "flax.linen", "flax", "flax"
 
@@ -57,7 +58,5 @@ class LinenPeer(Peer):
         # Only the shapes of what this would draw are looked at, and the orthogonal default has none in half types.
         zeros = nn.initializers.zeros_init()
         layer = nn.RNN(make(case.workload.hidden, dtype=dtype, param_dtype=dtype, recurrent_kernel_init=zeros))
-        params = tuple(to_flax(own, cell) for own in problem.params)
-        forward = jax_programs.layer_by_layer(layer.apply)
-        back = lambda trees: tuple(to_core(tree, cell) for tree in trees)  # noqa: E731
-        return jax_programs.build(forward, params, back, case, problem, measurement)
+        back = functools.partial(to_core, cell=cell)
+        return jax_programs.build(layer.apply, to_flax(problem.params, cell), back, case, problem, measurement)

@@ -9,9 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
-from benchmarks.peers.base import LEARNING_RATE, MOMENTUM, PRECISIONS, Built, Case, jax_peak
+from benchmarks.peers.base import PRECISIONS, Built, Case
 from benchmarks.peers.problem import Problem
 from benchmarks.peers.reference import wide
 from rnncore._command import timing
@@ -30,13 +29,13 @@ def build(
 ) -> Built:
     """Jits, lowers and compiles one measurement.
 
-    Trees of parameters are taken apart outside the program: what it costs to flatten a library's own
-    containers in Python at every call is not measured.
+    Trees of parameters are flattened outside the program: the time that Python takes to flatten a library's own
+    containers at every call is not measured.
 
     Args:
       forward: (parameters, inputs (B, T, .)) -> outputs (B, T, H).
       params: the library's own tree of parameters.
-      to_core: a tree of that kind (of gradients, in NumPy) -> what `reference.py` has for every layer.
+      to_core: a tree of that kind (of gradients, in NumPy) -> `rnncore.CellParams`.
       compiler_options: for XLA.
     """
     precision = PRECISIONS[case.precision]
@@ -45,61 +44,21 @@ def build(
     with jax.enable_x64(False), pinned:
         leaves, tree = jax.tree.flatten(jax.tree.map(jnp.asarray, params))
         xs, cotangent = jnp.asarray(problem.xs), jnp.asarray(problem.cotangent)
-        make = {"forward": _forward, "gradient": _gradient, "training_step": _training_step}[measurement]
-        step, arguments, to_gradients = make(forward, tree, leaves, xs, cotangent)
+
+        def outputs(leaves: list, xs: Any) -> Any:
+            return forward(jax.tree.unflatten(tree, leaves), xs)
+
+        def loss(leaves: list, xs: Any, cotangent: Any) -> Any:
+            return jnp.vdot(outputs(leaves, xs), cotangent, preferred_element_type=jnp.float32)
+
+        is_forward = measurement == "forward"
+        step = outputs if is_forward else jax.value_and_grad(loss, (0, 1))
+        arguments = (leaves, xs) if is_forward else (leaves, xs, cotangent)
         compiled, figures = timing.compile_step(jax.jit(step), arguments, compiler_options)
-    figures |= timing.argument_and_output_bytes(compiled)
     call = functools.partial(compiled, *arguments)
 
     def result() -> Any:
         out = wide(call())
-        if measurement == "forward":
-            return out
-        grads, dxs = to_gradients(out)
-        return to_core(jax.tree.unflatten(tree, grads)), dxs
+        return out if is_forward else (to_core(jax.tree.unflatten(tree, out[1][0])), out[1][1])
 
-    return Built(call, jax.block_until_ready, result, jax_peak, figures, algorithm)
-
-
-Step = tuple[Callable[..., Any], tuple[Any, ...], Callable[[Any], Any]]
-
-
-def _forward(forward: Any, tree: Any, leaves: list, xs: Any, cotangent: Any) -> Step:
-    del cotangent
-    return lambda leaves, xs: forward(tree.unflatten(leaves), xs), (leaves, xs), lambda out: out
-
-
-def _gradient(forward: Any, tree: Any, leaves: list, xs: Any, cotangent: Any) -> Step:
-    def loss(leaves: list, xs: Any, cotangent: Any) -> Any:
-        return jnp.vdot(forward(tree.unflatten(leaves), xs), cotangent, preferred_element_type=jnp.float32)
-
-    return jax.value_and_grad(loss, (0, 1)), (leaves, xs, cotangent), lambda out: out[1]
-
-
-def _training_step(forward: Any, tree: Any, leaves: list, xs: Any, target: Any) -> Step:
-    optimizer = optax.adam(LEARNING_RATE, b1=MOMENTUM)
-
-    def loss(leaves: list, xs: Any, target: Any) -> Any:
-        distance = (forward(tree.unflatten(leaves), xs) - target).astype(jnp.float32)
-        return jnp.mean(jnp.square(distance))
-
-    def step(leaves: list, state: Any, xs: Any, target: Any) -> Any:
-        value, grads = jax.value_and_grad(loss)(leaves, xs, target)
-        updates, state = optimizer.update(grads, state, leaves)
-        return optax.apply_updates(leaves, updates), state, value
-
-    def to_gradients(out: Any) -> Any:
-        return [moment / (1 - MOMENTUM) for moment in out[1][0].mu], None
-
-    return step, (leaves, optimizer.init(leaves), xs, target), to_gradients
-
-
-def layer_by_layer(layer: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-    """forward(params of every layer, xs) from the run of one layer."""
-
-    def forward(params: Any, xs: Any) -> Any:
-        for own in params:
-            xs = layer(own, xs)
-        return xs
-
-    return forward
+    return Built(call, jax.block_until_ready, result, figures, algorithm)

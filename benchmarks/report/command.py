@@ -1,11 +1,10 @@
-"""Writes every table and plot of the documents from the results of the benchmarks: no number is typed by hand.
+"""Writes every table and the chart of the documents from the results of the benchmarks: no number is typed by hand.
 
   python -m benchmarks.report                            all, from benchmarks/results/
   python -m benchmarks.report --check                    exit 1 where a document is not what the results give
-  python -m benchmarks.report --results mine.jsonl       prints the tables of these files, with plots beside the first
-  python -m benchmarks.report --results new.jsonl --documents    writes them into the project's documents
+  python -m benchmarks.report --results mine.jsonl       prints the tables of these files
 
-A table stands between the lines <!-- table: NAME --> and <!-- end of table -->, a plot too.
+A table stands between the lines <!-- table: NAME --> and <!-- end of table -->, the chart too.
 """
 
 from __future__ import annotations
@@ -19,12 +18,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.report import compact, earlier, front_door, gpu, others, plots, whole
+from benchmarks.report import compact, contenders, earlier, front_door, others
 from benchmarks.report.results import Results, read
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 END = "<!-- end of table -->"
 BEGIN = re.compile(r"^<!-- table: (\S+) -->$", re.MULTILINE)
+CHART = "docs/front_door.png"
 
 Table = Callable[[Results], str | None]
 
@@ -34,19 +34,22 @@ def of_object(name: str, table: Callable[[dict[str, Any]], str]) -> Table:
     return lambda results: table(results.objects[name]) if name in results.objects else None
 
 
-def cpu(table: Callable[..., str | None], measurement: str) -> tuple[Table, str]:
-    """A table of the CPU, and what measures it."""
-    return functools.partial(table, measurement=measurement), "python -m benchmarks.run --tag cpu"
+def chart(results: Results) -> str | None:
+    """The line that shows the chart."""
+    words = "Speed of a training step of Flax, PyTorch and rnncore, by shape, in terms of Flax's"
+    return f"![{words}]({CHART})" if front_door.steps(results) is not None else None
 
 
+CPU, FRONT_DOOR = "python -m benchmarks.run --tag cpu", "python -m benchmarks.front_door --out FILE"
 # By document: the tables that it has to have, by marker, and the command that measures what they show.
 TABLES: dict[str, dict[str, tuple[Table, str]]] = {
     "README.md": {
-        "front-door": (of_object("front door", front_door.table), "python -m benchmarks.front_door --out FILE"),
+        "plot-front-door": (chart, FRONT_DOOR),
+        "front-door": (of_object("front door", front_door.table), FRONT_DOOR),
     },
     "docs/performance.md": {
-        "cpu-gradient": cpu(compact.cpu, "gradient"),
-        "cpu-forward": cpu(compact.cpu, "forward"),
+        "cpu-gradient": (functools.partial(compact.cpu, measurement="gradient"), CPU),
+        "cpu-forward": (functools.partial(compact.cpu, measurement="forward"), CPU),
         "memory": (others.memory, "python -m benchmarks.memory"),
         "analysis": (of_object("analysis", earlier.analysis), "python -m benchmarks.analysis --out FILE"),
     },
@@ -54,21 +57,10 @@ TABLES: dict[str, dict[str, tuple[Table, str]]] = {
         "migration": (of_object("migration", earlier.migration), "python -m benchmarks.migration --out FILE")
     },
     "benchmarks/README.md": {
-        "cpu-gradient": cpu(whole.cpu, "gradient"),
-        "cpu-forward": cpu(whole.cpu, "forward"),
-        "cpu-training_step": cpu(whole.cpu, "training_step"),
-        "gpu": (gpu.gpu, "python -m benchmarks.run --tag gpu --quick"),
-        "memory": (others.memory, "python -m benchmarks.memory"),
+        "cpu": (functools.partial(contenders.table, tag="cpu"), CPU),
+        "gpu": (functools.partial(contenders.table, tag="gpu"), "python -m benchmarks.gpu_check"),
         "compile": (others.compiling, "python -m benchmarks.compile"),
-        "retention": (others.retention, "python -m benchmarks.retention"),
     },
-}  # fmt: skip
-# The same of the plots.
-PICTURES: dict[str, dict[str, str]] = {
-    "README.md": {"plot-front-door": "python -m benchmarks.front_door --out FILE"},
-    "benchmarks/README.md": {
-        "plot-speed": "python -m benchmarks.run --tag cpu", "plot-retention": "python -m benchmarks.retention",
-    }
 }  # fmt: skip
 
 
@@ -76,7 +68,7 @@ def put(text: str, marker: str, table: str) -> str:
     """The text with the table in place of what stands between its markers.
 
     Raises:
-      ValueError: the markers are not there.
+      ValueError: the markers are missing.
     """
     begin = f"<!-- table: {marker} -->"
     before, found, rest = text.partition(begin)
@@ -86,100 +78,62 @@ def put(text: str, marker: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{END}{after}"
 
 
-def written(document: str, text: str, results: Results, partly: bool) -> str:
-    """A document with all of its tables and plots.
-
-    Args:
-      partly: tables that the results have nothing for stay as they are; else they say how to measure it.
+def written(document: str, text: str, results: Results) -> str:
+    """A document with all of its tables; one without results says how to measure it.
 
     Raises:
-      ValueError: a marker is missing, or is there and names no table.
+      ValueError: a marker is missing, or names no table.
     """
-    tables: dict[str, tuple[Table, str]] = dict(TABLES[document])
-    for name, command in PICTURES.get(document, {}).items():
-        tables[name] = (functools.partial(picture, document, name), command)
+    tables = TABLES[document]
     unknown = [name for name in BEGIN.findall(text) if name not in tables]
     if unknown:
         raise ValueError(f"<!-- table: {unknown[0]} --> names no table; expected one of {', '.join(tables)}")
     for name, (table, command) in tables.items():
-        found = table(results)
-        if found is None and partly:
-            put(text, name, "")  # the marker has to be there all the same
-            continue
-        text = put(text, name, f"Not yet measured. `{command}` measures it." if found is None else found)
+        text = put(text, name, table(results) or f"Not yet measured. `{command}` measures it.")
     return text
 
 
-def picture(document: str, name: str, results: Results) -> str | None:
-    """The line that shows a plot in a document; None where there is nothing to plot."""
-    data, _, path, words = plots.PLOTS[name]
-    return f"![{words}]({os.path.relpath(path, Path(document).parent)})" if data(results) is not None else None
-
-
-def shown(results: Results, beside: Path) -> int:
-    """Prints the tables of these results and writes their plots beside a file; touches nothing of the project's."""
-    found = 0
-    for document, tables in TABLES.items():
-        for name, (table, _) in tables.items():
-            text = table(results)
-            if text is not None:
-                found += 1
-                print(f"{name}, as {document} has it:\n\n{text}\n")
-    for name, (data_of, _, path, _) in plots.PLOTS.items():
-        data = data_of(results)
-        if data is not None:
-            target = beside.with_name(f"{beside.stem}_{Path(path).name}")
-            target.write_bytes(plots.png(name, data))
-            print(f"wrote {target}")
-    if not found:
-        print("these results belong to no table", file=sys.stderr)
-    return 0 if found else 1
+def shown(results: Results) -> int:
+    """Prints the tables of these results."""
+    found = {name: table(results) for tables in TABLES.values() for name, (table, _) in tables.items()}
+    told = [f"{name}:\n\n{text}\n" for name, text in found.items() if text is not None and "plot" not in name]
+    print("\n".join(told) or "these results belong to no table")
+    return 0 if told else 1
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Writes the documents and the plots, or says which are not what the results give."""
+    """Writes the documents and the chart, or says which are not what the results give."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report", description=summary, epilog=details,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something would change")
-    parser.add_argument("--results", type=Path, nargs="+", metavar="FILE",
-                        help="these instead of all *.jsonl and *.json of benchmarks/results/")  # fmt: skip
-    parser.add_argument("--documents", action="store_true", help="with --results: write the project's documents")
+    parser.add_argument("--results", type=Path, nargs="+", metavar="FILE", help="print the tables of these files")
     args = parser.parse_args(argv)
     folder = ROOT / "benchmarks" / "results"
     try:
         results = read(args.results or sorted([*folder.glob("*.jsonl"), *folder.glob("*.json")]))
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    if args.results and not args.documents and not args.check:
-        return shown(results, args.results[0])
-    stale, texts = [], {}
+    if args.results:
+        return shown(results)
+    new: dict[str, bytes] = {}
     for document in TABLES:
         try:
             text = (ROOT / document).read_text()
-            new = written(document, text, results, partly=args.results is not None)
+            made = written(document, text, results)
         except (OSError, ValueError) as error:
             parser.error(f"{document}: {error}")
-        if new != text:
-            stale.append(document)
-            texts[ROOT / document] = new
-    drawn = {}
-    for name, (data_of, _, path, _) in plots.PLOTS.items():
-        data = data_of(results)
-        if data is not None and not plots.shows(ROOT / path, data):
-            stale.append(path)
-            drawn[ROOT / path] = (name, data)
-    if args.check:
-        for path in stale:
+        if made != text:
+            new[document] = made.encode()
+    data = front_door.steps(results)
+    if data is not None and not front_door.shows(ROOT / CHART, data):
+        new[CHART] = b"" if args.check else front_door.png(data)
+    for path, content in new.items():
+        if args.check:
             print(f"{path}: not what the results give; run `python -m benchmarks.report`", file=sys.stderr)
-        return 1 if stale else 0
-    # All was read and found in order: only now is anything written.
-    for target, text in texts.items():
-        target.write_text(text)
-    for target, (name, data) in drawn.items():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(plots.png(name, data))
-    print("\n".join(f"wrote {path}" for path in stale) or "all as the results give it")
-    return 0
+        else:
+            (ROOT / path).write_bytes(content)
+            print(f"wrote {os.path.relpath(ROOT / path)}")
+    return int(bool(new) and args.check)

@@ -71,5 +71,5 @@ def run_of(result: dict[str, Any]) -> str:
     machine = result["machine"]
     return (
         f"Medians of one interleaved run on {machine['cores']} cores of {machine['device'].split('(')[1].rstrip(')')}, "
-        f"JAX {machine['jax']}, Flax {machine['flax']}"
+        f"JAX {machine['jax']}, Flax {machine['flax']}; commit {machine['commit']}, {result['started'][:10]}"
     )

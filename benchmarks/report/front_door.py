@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
+from pathlib import Path
 from typing import Any
 
 from benchmarks.report import words
@@ -32,7 +36,7 @@ def table(benchmark: dict[str, Any]) -> str:
     caption = (
         "Times as fast: the geometric mean over five shapes of an LSTM layer and the least of them; float32, the "
         f"import changed and no option set. Medians of {benchmark['rounds']} interleaved rounds; {machine['device']}, "
-        f"{machine['cores']} cores, JAX {machine['jax']}. {words.NOISE}"
+        f"{machine['cores']} cores, JAX {machine['jax']}; {benchmark['started'][:10]}. {words.NOISE}"
     )
     return words.table(("whole models", "against Flax", "against PyTorch"), rows) + "\n\n" + caption
 
@@ -77,20 +81,38 @@ def steps(results: Results) -> Data | None:
     return {"title": title, "groups": [*groups, "geometric\nmean"], "bars": bars}
 
 
-def draw_steps(data: Data, axes_of: Any) -> Any:
-    """The chart."""
-    figure, ((axis,),) = axes_of(1, 1, (9.0, 3.4))
-    width = 0.27
-    for n, (name, found) in enumerate(data["bars"].items()):
-        at = [g + (n - 1) * width for g in range(len(found))]
-        drawn = axis.bar(at, found, width, label=name, color=("#b8bcc4", "#E69F00", "#0072B2")[n])
-        if name == "rnncore":
-            axis.bar_label(drawn, [f"{x:.1f}x" for x in found], padding=2, fontsize=9)
-    axis.set_xticks(range(len(data["groups"])), data["groups"], fontsize=9)
-    axis.set_ylabel("speed, Flax = 1")
-    title = f"A training step of an LSTM model with the import changed; {data['title']}"
-    axis.set_title(title, loc="left", fontsize=11)
-    axis.legend(frameon=False, ncols=3, fontsize=9)
-    axis.set_ylim(0, 1.2 * max(max(found) for found in data["bars"].values()))
-    axis.spines[["top", "right"]].set_visible(False)
-    return figure
+def png(data: Data) -> bytes:
+    """The chart; the same bytes for the same data and matplotlib."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(matplotlib.rcParamsDefault):
+        figure = Figure(figsize=(9.0, 3.4), dpi=95, layout="constrained")
+        FigureCanvasAgg(figure)
+        axis = figure.subplots()
+        for n, (name, found) in enumerate(data["bars"].items()):
+            at = [g + (n - 1) * 0.27 for g in range(len(found))]
+            drawn = axis.bar(at, found, 0.27, label=name, color=("#b8bcc4", "#E69F00", "#0072B2")[n])
+            if name == "rnncore":
+                axis.bar_label(drawn, [f"{x:.1f}x" for x in found], padding=2, fontsize=9)
+        axis.set_xticks(range(len(data["groups"])), data["groups"], fontsize=9)
+        axis.set_ylabel("speed, Flax = 1")
+        title = f"A training step of an LSTM model with the import changed; {data['title']}"
+        axis.set_title(title, loc="left", fontsize=11)
+        axis.legend(frameon=False, ncols=3, fontsize=9)
+        axis.set_ylim(0, 1.2 * max(max(found) for found in data["bars"].values()))
+        axis.spines[["top", "right"]].set_visible(False)
+        out = io.BytesIO()
+        figure.savefig(out, format="png", metadata={"Software": None, "Data": _digest(data)})
+    return out.getvalue()
+
+
+def _digest(data: Data) -> str:
+    """A name for what is shown; it is written into the picture, whose bytes depend on the version of matplotlib."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def shows(path: Path, data: Data) -> bool:
+    """Whether a picture exists and was drawn from this data."""
+    return path.exists() and b"tEXtData\0" + _digest(data).encode() in path.read_bytes()

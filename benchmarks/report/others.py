@@ -1,4 +1,4 @@
-"""The tables beside throughput: gradient retention, memory of the policies, compile time by length."""
+"""The tables of memory by policy and of compile time by length."""
 
 from __future__ import annotations
 
@@ -6,51 +6,6 @@ import statistics
 
 from benchmarks.report import words
 from benchmarks.report.results import Record, Results, groups
-
-
-def retention(results: Results) -> str | None:
-    """One row for each cell, initialisation and path: log10 of what is left, and the decay rate."""
-    runs = results.chosen("retention")
-    if not runs:
-        return None
-    run = runs[0]  # what a gradient keeps is no matter of the machine
-    records = run.of("retention")
-    lags = list(records[0]["retention_log10"])
-    rows = []
-    for r in records:
-        if list(r["retention_log10"]) != lags:
-            raise ValueError(f"{run.path}: lags {list(r['retention_log10'])} and {lags} in one run")
-        powers = [with_quartiles(r["retention_log10"][k], r.get("retention_log10_quartiles", {}).get(k)) for k in lags]
-        rate = words.NONE if r["decay_rate"] is None else f"{r['decay_rate']:.4f}"
-        rows.append([r["cell"], r["initialisation"], r.get("path", "state"), *powers, rate])
-    head = ["cell", "initialisation", "path", *(f"k = {k}" for k in lags), "decay rate per step"]
-    first = records[0]
-    told = [
-        words.table(head, rows),
-        f"log10 of the retention over k steps, its median over {first['seeds']} seeds and in brackets the quartiles: "
-        "the Frobenius norm of d s_T / d s_(T-k) over the root of the size of s, of untrained float32 networks over "
-        "normal inputs, the mean over a batch of its logarithm. State: all of the carry, (c, h) of an LSTM; cell: "
-        "d c_T / d c_(T-k). Decay rate: minus the slope of ln retention over the last four fifths of the lags; "
-        f"negative where the gradient grows. B={first['B']}, T={first['T']}, D={first['D']}, H={first['H']}. "
-        f"{words.place(run)}.",
-        words.state(run),
-    ]
-    return "\n\n".join(filter(None, told))
-
-
-def with_quartiles(median: float | None, quartiles: list[float | None] | None) -> str:
-    """-4.5 (-4.7, -4.4); a retention of exactly 0 has no logarithm."""
-    if quartiles is None:
-        return power(median)
-    return f"{power(median)} ({', '.join(map(power, quartiles))})"
-
-
-def power(value: float | None) -> str:
-    """A log10 to one digit; two where it is near 0."""
-    if value is None:
-        return "exactly 0"
-    digits = 2 if abs(value) < 1 else 1
-    return f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def memory(results: Results) -> str | None:

@@ -17,13 +17,12 @@ _TIMES = {"ms", "median_ms", "min_ms", "max_ms"}
 FIELDS: dict[str, set[str]] = {
     "run": {"run", "started", "machine", "commit", "tag", "quick", "rounds"},
     "time": {
-        "workload", "cell", "heads", "layers", "contender", "library", "dtype", "matmul_precision", "input_product",
+        "workload", "cell", "heads", "contender", "library", "dtype", "matmul_precision", "input_product",
         "measurement", "us_per_step", "compile_seconds", "temporary_bytes", "relative_error", "algorithm",
     } | _SHAPE | _TIMES,
     "round": {"workload", "contender", "dtype", "measurement"},  # the first, in case that no other comes: no table's
     "missing": {"workload", "contender", "dtype", "reason"},
     "bound": {"workload", "bound", "dtype", "measurement"} | _TIMES,
-    "retention": {"cell", "initialisation", "seeds", "retention_log10", "decay_rate"} | _SHAPE,
     "memory": {"policy", "shape_BTDH", "ms", "median_ms", "temporary_bytes", "times_flax_time", "times_flax_memory"},
     "compile": {"contender", "T", "compile_seconds"},
     "end": {"finished", "interrupted", "reason"},
@@ -109,7 +108,7 @@ def read(paths: Sequence[Path]) -> Results:
             text = path.read_text()
             found = _parse(text, str(path))
             name = found.get("benchmark")
-            if name not in OBJECTS or "records" not in found:
+            if name not in OBJECTS or not {"records", "started"} <= found.keys():
                 raise ValueError(f"{path}: a result of the benchmark {name!r}; expected one of {', '.join(OBJECTS)}")
             results.objects.setdefault(name, found)  # of several, the first by name
     return results

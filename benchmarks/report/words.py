@@ -6,7 +6,6 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.peers.reference import FORMS
 from benchmarks.report.results import Record, Run
 from benchmarks.workloads import WORKLOADS
 
@@ -71,18 +70,15 @@ def spread(record: Record) -> str:
 
 
 def shape(record: Record) -> str:
-    """(B, T, D, H), and what makes it more than one dense layer."""
+    """(B, T, D, H), and the heads where there are several."""
     text = f"({record['B']}, {record['T']}, {record['D']}, {record['H']})"
-    text += f", {record['heads']} heads" if record["heads"] > 1 else ""
-    return text + (f", {record['layers']} layers" if record["layers"] > 1 else "")
+    return text + (f", {record['heads']} heads" if record["heads"] > 1 else "")
 
 
 def title(record: Record) -> str:
     """The workload of a record: name, cell, shape, and whose it is."""
     known = WORKLOADS.get(record["workload"])
-    kind = "diagonal " if "diagonal" in (record.get("recurrence"), known and known.recurrence) else ""
-    origin = f"; {known.origin}" if known else ""
-    return f"`{record['workload']}`: {kind}{record['cell']} {shape(record)}{origin}"
+    return f"`{record['workload']}`: {record['cell']} {shape(record)}" + (f"; {known.origin}" if known else "")
 
 
 def row(cells: Iterable[str]) -> str:
@@ -140,17 +136,6 @@ def conditions(run: Run, records: Sequence[Record]) -> str:
         f"Medians of {told} interleaved rounds of one run; dtype {of_all(records, 'dtype')}; matmul precision "
         f"{of_all(records, 'matmul_precision')}; product of inputs and weights {of_all(records, 'input_product')}"
     )
-
-
-def equations(records: Iterable[Record]) -> str:
-    """Which contenders compute another equation than the others, and are compared with that; empty for none."""
-    found: dict[str, list[str]] = {}
-    for record in records:
-        names = found.setdefault(record.get("reference") or "", [])
-        if record["contender"] not in names:
-            names.append(record["contender"])
-    told = [f"{', '.join(names)}: {note}" for note, names in found.items() if note not in ("", FORMS["same"].note)]
-    return f"Other equations, each compared with its own in float64: {'; '.join(told)}." if told else ""
 
 
 def missing(run: Run, records: Sequence[Record]) -> str:

@@ -1,1 +1,1 @@
-"""What `python -m rnncore` does: doctor, explain, bench."""
+"""The commands of `python -m rnncore`: doctor, explain, bench."""

@@ -1,10 +1,10 @@
-"""Times a recurrent layer here: Flax, PyTorch where it is installed, and every backend of rnncore, in turns.
+"""Times a recurrent layer on this machine: Flax, PyTorch if installed, and every backend of rnncore, in turns.
 
   python -m rnncore bench
   python -m rnncore bench --shapes 32,128,128,256 8,256,64,64 --cell gru --json bench.json --plot bench.png
 
 A time is that of one compiled call; a gradient is of all parameters and the inputs.  All start from the same
-parameters, and one whose result differs from Flax's gets no time.  Ratios are medians over rounds.
+parameters, and a contender whose result differs from Flax's is left out.  Ratios are medians over rounds.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def shape(text: str) -> Shape:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of this command."""
+    """The options of this command."""
     add = parser.add_argument
     add("--shapes", nargs="+", type=shape, default=SHAPES, metavar="B,T,D,H", help="batch, steps, features, units")
     add("--cell", choices=tuple(CELLS), default="lstm", help="default: lstm")
@@ -151,13 +151,13 @@ def _torch(sizes: Shape, cell: str, forward: bool) -> Callable[[], Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """What is printed of a shape, the fastest first."""
+    """The table of a shape, the fastest first."""
     rows = sorted(found["contenders"].items(), key=lambda row: row[1]["median_ms"])
     lines = [f"\n(B, T, D, H) = {found['shape']}", f"{'':24}{'ms':>10}{'least':>10}{'of Flax':>10}"]
     for name, row in rows:
-        mark = "  chosen by itself" if name == found["chosen"] else ""
+        mark = "  the default" if name == found["chosen"] else ""
         lines.append(f"{name:24}{row['median_ms']:10.3g}{row['min_ms']:10.3g}{row['speed_against_flax']:9.2f}x{mark}")
-    return "\n".join([*lines, *(f"{name}: not here: {why}" for name, why in found["left_out"].items())])
+    return "\n".join([*lines, *(f"{name}: left out: {why}" for name, why in found["left_out"].items())])
 
 
 def plot(found: dict[str, Any], to: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shows versions, devices, compiler and cache, what each backend says, and what is slow here and how to fix it."""
+"""Shows versions, devices, compiler, cache and backends, and what is slow on this machine and how to fix it."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import jax.numpy as jnp
 
 import rnncore
 from rnncore._command import timing
-from rnncore.kernels.cpp import cache, compiler
+from rnncore.kernels import cache, compiler
+from rnncore.kernels.cpp import handlers
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of this command."""
+    """The options of this command."""
     parser.add_argument("--json", action="store_true", help="the same as a JSON object")
 
 
@@ -59,7 +60,7 @@ def advice(choice: rnncore.BackendChoice, command: tuple[str, ...] | None, kept:
     on = jax.default_backend()
     if on == "cpu" and (shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists()):
         found.append('there is an NVIDIA GPU, and JAX runs on the CPU: pip install -U "jax[cuda13]"')
-    if on == "cpu" and compiler.turned_off():
+    if on == "cpu" and handlers.turned_off():
         found.append("RNNCORE_CPP is set to 0, so the scan runs: unset it for the C++ loop")
     elif on == "cpu" and command is None:
         found.append("no C++ compiler is found, so the scan runs: install g++ or clang++, or name one in CXX")

@@ -1,4 +1,4 @@
-"""Says which backend runs a shape or the layers of a model, why, and why not the others.  Nothing is run.
+"""Shows which backend runs a shape or the layers of a model, why, and why not the others.  Nothing is run.
 
   python -m rnncore explain 32 128 128 256 --cell gru --dtype bfloat16
   python -m rnncore explain model.py:make_model --inputs 8 100 64
@@ -27,7 +27,7 @@ CELLS: dict[str, type[rnncore.Cell]] = {
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    """Of this command."""
+    """The options of this command."""
     add = parser.add_argument
     add("what", nargs="+", metavar="B T D H | FILE[:NAME]", help="batch, steps, features and units; or a model's file")
     add("--cell", choices=tuple(CELLS), default="lstm", help="of a shape (default: lstm)")

@@ -1,4 +1,4 @@
-"""What every benchmark does alike: compile, take turns, compare with a float64 run, describe the machine."""
+"""Shared by all benchmarks: compile, take turns, compare with a float64 run, describe the machine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def argument_and_output_bytes(compiled: Any) -> dict[str, int | None]:
 
 
 Wait = Callable[[Any], Any]
-"""Returns when the result of a call is there."""
+"""Returns when the result of a call is computed."""
 
 
 def repetitions(call: Callable[[], Any], seconds: float, wait: Wait = jax.block_until_ready) -> int:
@@ -128,7 +128,7 @@ def cores() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What ran."""
+    """The machine and the versions."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
     model = names[0] if names else platform.processor()
@@ -146,7 +146,7 @@ def _lines(path: str) -> list[str]:
 
 
 def write(path: Path | None, result: dict[str, Any]) -> None:
-    """The JSON file, where one is asked for."""
+    """Writes the JSON file, if there is a path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Recurrent cells, one a file: each is its pointwise update, everything else is derived."""
+"""Recurrent cells, one per file: each defines its pointwise update, and the rest is derived from it."""
 
 from rnncore.cells.base import Cell as Cell
 from rnncore.cells.base import CellParams as CellParams
@@ -21,10 +21,12 @@ from rnncore.cells.minimal import MinGRU as MinGRU
 from rnncore.cells.minimal import MinLSTM as MinLSTM
 from rnncore.cells.projected_lstm import LSTMP as LSTMP
 from rnncore.cells.projected_lstm import LSTMPParams as LSTMPParams
+from rnncore.cells.qrnn import QRNN as QRNN
+from rnncore.cells.qrnn import windows as windows
 from rnncore.cells.slstm import SLSTM as SLSTM
 from rnncore.cells.slstm import SLSTMCarry as SLSTMCarry
 
 _LSTMS = [LSTM(1, peepholes=p, coupled=c) for p in (False, True) for c in (False, True)]
 for _cell in (*_LSTMS, GRU(1), MGU(1), Elman(1), IndRNN(1)):
-    # Made now, so that a process that has no such cell yet can read what `jax.export` wrote down of one.
+    # Created at import, so that a process without such a cell can deserialize what `jax.export` wrote.
     _made = _cell.Gates, named("Units", tuple(_cell.units))

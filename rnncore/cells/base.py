@@ -1,4 +1,4 @@
-"""The contract of a cell, and all that follows from its pointwise update."""
+"""The interface of a cell, and what is derived from its pointwise update."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rnncore.cells.recurrent_kernels import Dense, Recurrence
 
 
 def not_in_carry(carry: Any, name: str) -> str:
-    """What to say of an attribute that a carry does not have."""
+    """The message for an attribute that a carry does not have."""
     said = f"'{type(carry).__name__}' object has no attribute '{name}'"
     if hasattr(jax.Array, name):
         said += ": it is a carry, not an array. A run returns the carry first: carry, ys = unroll(...)"
@@ -27,7 +27,7 @@ def not_in_carry(carry: Any, name: str) -> str:
 
 @exportable
 class HiddenCarry(NamedTuple):
-    """Carry of a cell whose only state is its output h (..., H); or something for it, such as a rate."""
+    """Carry of a cell whose only state is its output h (..., H); or one value for that field, such as a rate."""
 
     h: Any
 
@@ -56,9 +56,9 @@ class CellParams(NamedTuple):
 
 @functools.cache
 def named(kind: str, names: tuple[str, ...]) -> type:
-    """The one named-tuple class for these names, so that pytrees made apart compare equal.
+    """The one named-tuple class for these names, so that pytrees created separately compare equal.
 
-    It is made where it is needed, also where something pickled is read.
+    It is created on demand, also when unpickling.
     """
     make: Any = collections.namedtuple  # the fields are known at run time only
     made = make(kind, names)
@@ -72,12 +72,12 @@ def _named_of(kind: str, names: tuple[str, ...], *values: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Cell(abc.ABC):
-    """A recurrent cell: a frozen, hashable description without any parameter in it.
+    """A recurrent cell: a frozen, hashable description that holds no parameters.
 
     s_t, gates_t = update(params, s_{t-1}, z_t),   z_t = project(params, x_t),   y_t = output(s_t)
 
-    A cell of this general kind runs through plain autodiff of a scan.  One that can be written as
-    a `PointwiseCell` should be: it then gets the fast backward pass, kernels and analysis.
+    A cell of this general kind runs through plain autodiff of a scan.  Write it as a `PointwiseCell`
+    where possible: it then gets the fast backward pass, the kernels and the analysis.
     """
 
     hidden_size: int
@@ -99,7 +99,7 @@ class Cell(abc.ABC):
 
     @abc.abstractmethod
     def project(self, params: PyTree, xs: Array) -> PyTree:
-        """z = x W + b for any number of leading axes: what of the step needs no carry."""
+        """z = x W + b for any number of leading axes: the part of the step that needs no carry."""
 
     @abc.abstractmethod
     def update(self, params: PyTree, carry: Any, z: PyTree) -> tuple[Any, PyTree]:
@@ -107,26 +107,41 @@ class Cell(abc.ABC):
 
     @property
     def output_size(self) -> int:
-        """Features of the output y; H but for a cell that projects it."""
+        """Features of the output y; H unless the cell projects it."""
         return self.hidden_size
+
+    @property
+    def projected_size(self) -> int | None:
+        """Features of a projected input that is one array, None where it is something else."""
+        return None
 
     def output(self, carry: Any) -> Array:
         """The output y (..., H) that belongs to a carry."""
         return carry.h
 
     def step(self, params: PyTree, carry: Any, z: PyTree) -> tuple[Any, Array]:
-        """One step in the order of `jax.lax.scan`: (params, carry, z) to (carry, y)."""
+        """One step in the order of `jax.lax.scan`: (params, carry, z) to (carry, y).
+
+        z is a projected input, `cell.project(params, x)`, not x: of x itself a step makes an error, but where x has as
+        many features as z, which cannot be seen.
+        """
+        size = self.projected_size
+        if size is not None and jnp.shape(z)[-1:] != (size,):
+            raise ValueError(
+                f"`{type(self).__name__}.step(params, carry, z=<{jnp.shape(z)}>)`: expected (*batch, {size}), a "
+                "projected input: `cell.step(params, carry, cell.project(params, x))`."
+            )
         carry, _ = self.update(params, carry, z)
         return carry, self.output(carry)
 
 
 @dataclasses.dataclass(frozen=True)
 class TranslatedCell(Cell):
-    """A cell that runs as a pointwise one over another state, whose loops and derivatives it so has.
+    """A cell that runs as a pointwise cell over another state, and so uses its loops and derivatives.
 
     s_t = leave(params, u_t),   u_t = update of the pointwise cell,   u_0 = enter(params, s_0)
 
-    Its own `update` is the reference, and what runs where the options say something of a state that u does not have.
+    Its own `update` is the reference, and runs where an option concerns a state that u does not have.
     """
 
     @abc.abstractmethod
@@ -139,7 +154,7 @@ class TranslatedCell(Cell):
 
     @abc.abstractmethod
     def enter(self, params: Any, carry: Any) -> Any:
-        """Its carry that stands for one of this cell; linear in the carry."""
+        """Its carry that corresponds to one of this cell; linear in the carry."""
 
     @abc.abstractmethod
     def leave(self, params: Any, carry: Any) -> Any:
@@ -151,7 +166,7 @@ class TranslatedCell(Cell):
 
     @abc.abstractmethod
     def zoneout(self, zoneout: Any) -> Any:
-        """Zoneout of the pointwise cell that does what this does, or None where there is none."""
+        """The equivalent zoneout of the pointwise cell, or None if there is no equivalent."""
 
 
 def check_init(what: Any, key: Any, input_size: Any, dtype: Any) -> None:
@@ -172,7 +187,7 @@ def check_init(what: Any, key: Any, input_size: Any, dtype: Any) -> None:
 class GatedCell(Cell):
     """A cell with one recurrent product a step: its parameters, and the step around it.
 
-    z_t = project(x_t),   r_t = mix(U, h_{t-1}),   s_t, gates_t = combine(p, z_t, r_t, s_{t-1})
+    z_t = project(x_t),   r_t = matmul(U, h_{t-1}),   s_t, gates_t = combine(p, z_t, r_t, s_{t-1})
 
     `combine` may reduce over the units of a sequence, as layer normalization does; the scan derives its derivatives
     from it.  Where it is elementwise the cell is a `PointwiseCell`, which all loops run.
@@ -187,6 +202,10 @@ class GatedCell(Cell):
     bias_init: Initializer = dataclasses.field(default=initializers.zeros, kw_only=True)
 
     Carry: ClassVar[Any] = HiddenCarry
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _arguments.refuse_renamed(cls, {"mix": "recurrent_matmul"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -203,7 +222,7 @@ class GatedCell(Cell):
 
     @property
     def recurrent_bias(self) -> tuple[str, ...]:
-        """Gates whose r has a bias of its own because r is not simply added to z."""
+        """Gates whose r has its own bias because r is not simply added to z."""
         return ()
 
     @property
@@ -246,20 +265,26 @@ class GatedCell(Cell):
         zs = _products.times(xs, kernel.reshape(kernel.shape[0], -1))
         if params.bias is None:
             return zs
-        # In float32 where there is less: the same sum, but its transpose adds up over T and the batch.
+        # At least float32: the same sum, but its transpose accumulates over T and the batch.
         wide = jnp.promote_types(zs.dtype, jnp.float32)
         bias = jnp.broadcast_to(params.bias.reshape(-1).astype(wide), zs.shape)
         return (zs.astype(wide) + bias).astype(jnp.promote_types(zs.dtype, params.bias.dtype))
 
-    def mix(self, params: CellParams, h: Array) -> Array:
-        """r = mix(U, h) + its bias as a slab: (..., H) to (..., G*H); linear in the parameters."""
+    def recurrent_matmul(self, params: CellParams, h: Array) -> Array:
+        """r = matmul(U, h) + its bias as a slab: (..., H) to (..., G*H); linear in the parameters."""
         kernel = params.recurrent_kernel
-        r = self.recurrence.mix(kernel, h.astype(kernel.dtype))
+        r = self.recurrence.matmul(kernel, h.astype(kernel.dtype))
         if params.recurrent_bias is None:
             return r
         rows = dict(zip(self.recurrent_bias, params.recurrent_bias, strict=True))
         none = jnp.zeros_like(params.recurrent_bias[0])
         return r + jnp.broadcast_to(jnp.concatenate([rows.get(gate, none) for gate in self.gates]), r.shape)
+
+    @property
+    def projected_size(self) -> int | None:
+        """G*H; None where the cell projects or splits in its own way."""
+        usual = type(self).project is GatedCell.project and type(self).split is GatedCell.split
+        return len(self.gates) * self.hidden_size if usual else None
 
     def split(self, slab: Array) -> Any:
         """A slab (..., G*H) as a named tuple of G arrays (..., H)."""
@@ -272,18 +297,18 @@ class GatedCell(Cell):
         h = carry.h if mask is None else carry.h * mask.astype(carry.h.dtype)
         own = type(self).split is not GatedCell.split
         split = self.split if own else lambda slab: self.Gates(*_compat.parts(slab, len(self.gates)))
-        return self.combine(p, split(z), split(self.mix(params, h)), carry)
+        return self.combine(p, split(z), split(self.recurrent_matmul(params, h)), carry)
 
 
 @dataclasses.dataclass(frozen=True)
 class PointwiseCell(GatedCell):
-    """A cell that mixes units only through r = mix(U, h); the rest is elementwise.
+    """A cell that mixes units only through r = matmul(U, h); the rest is elementwise.
 
-    z_t = x_t W + b,   r_t = mix(U, h_{t-1}),   s_t, gates_t = pointwise(p, z_t, r_t, s_{t-1})
+    z_t = x_t W + b,   r_t = matmul(U, h_{t-1}),   s_t, gates_t = pointwise(p, z_t, r_t, s_{t-1})
 
     A subclass names its `gates` and writes `pointwise`.  The scan, its derivatives, the kernels and
-    the analysis are derived from that function, so it may hold elementwise operations only: no
-    axes, indexing, reductions or products over units; `rnncore.unroll` refuses anything else.
+    the analysis are derived from that function, so it may use elementwise operations only: no
+    axes, indexing, reductions or products over units; `rnncore.unroll` rejects anything else.
 
     Args:
       hidden_size: H.

@@ -1,4 +1,4 @@
-"""A recurrent kernel as N blocks of S units that see each other and nobody else.
+"""A recurrent kernel as N blocks of S units that see only each other.
 
 Dense is one block of H units, `Heads(N)` is N of H/N, `Diagonal` is H of one.
 """

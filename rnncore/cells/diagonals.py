@@ -1,4 +1,4 @@
-"""The elementwise derivatives of a pointwise update, from which every Jacobian of a step is put together."""
+"""The elementwise derivatives of a pointwise update, from which the Jacobian of a step is assembled."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def diagonals(cell: PointwiseCell, params: CellParams, carry: Any, z: Any, r: An
         return tuple(n.astype(c.dtype) for n, c in zip(new, carry, strict=True))
 
     rows = []
-    # Of an elementwise function one pull of ones is a whole diagonal, of every input at once.
+    # For an elementwise function one vjp with ones gives the diagonals for all inputs at once.
     for n in range(len(carry)):
         y, pull = jax.vjp(lambda *inputs, n=n: every_field(*inputs)[n], p, z, r, carry)
         rows.append((y, *pull(jnp.ones_like(y))))

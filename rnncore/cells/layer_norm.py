@@ -19,7 +19,7 @@ from rnncore.cells.lstm import LSTMCarry
 
 
 def normalized(parts: Sequence[Array], groups: int, epsilon: float) -> list[Array]:
-    """Arrays (..., H) less their mean, over their standard deviation: of all of them together, by groups of units."""
+    """Arrays (..., H) minus their mean, divided by their standard deviation, over all of them by groups of units."""
     wide = jnp.promote_types(parts[0].dtype, jnp.float32)
     grouped = [a.astype(wide).reshape(*a.shape[:-1], groups, a.shape[-1] // groups) for a in parts]
     count = len(grouped) * grouped[0].shape[-1]
@@ -32,7 +32,7 @@ def normalized(parts: Sequence[Array], groups: int, epsilon: float) -> list[Arra
 
 @dataclasses.dataclass(frozen=True)
 class _LayerNormCell(GatedCell):
-    """What both share: gains by gate and unit, `units.input_g` and `units.recurrent_g`, and which gates go together."""
+    """What both share: gains by gate and unit, `units.input_g` and `units.recurrent_g`, and groups of gates."""
 
     epsilon: float = dataclasses.field(default=1e-5, kw_only=True)
     forget_bias: float = dataclasses.field(default=0.0, kw_only=True)
@@ -44,7 +44,7 @@ class _LayerNormCell(GatedCell):
     forgets: ClassVar[str]
     """The gate that keeps the old state."""
     more: ClassVar[tuple[str, ...]]
-    """The units besides the gains."""
+    """Per-unit parameters other than the gains."""
 
     @property
     def units(self) -> tuple[str, ...]:
@@ -67,6 +67,11 @@ class _LayerNormCell(GatedCell):
         if params.bias is not None:
             zs = [z + b for z, b in zip(zs, params.bias, strict=True)]
         return jnp.concatenate(zs, -1)
+
+    @property
+    def projected_size(self) -> int | None:
+        """G*H."""
+        return len(self.gates) * self.hidden_size
 
     def _groups(self) -> int:
         return getattr(self.recurrence, "num_heads", 1)

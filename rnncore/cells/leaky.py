@@ -13,19 +13,19 @@ from rnncore.cells.base import CellParams, PointwiseCell
 
 @dataclasses.dataclass(frozen=True)
 class Leaky(PointwiseCell):
-    """Leaky network: units that decay towards what drives them, each with its time constant.
+    """Leaky network: units that decay towards their input, each with its own time constant.
 
     tau dh/dt = -h + phi(W x + U h + b)
     h_t = (1 - alpha) h_{t-1} + alpha phi(W x_t + U h_{t-1} + b),   alpha = dt / tau
 
-    Noise is an input like others: columns of x, with rows of W of their own.
+    Feed noise as additional columns of x.
 
     Args:
       hidden_size: H.
       dt: length of a step, in the unit of tau.
       tau: time constant, at least dt; or a tuple of H, one for each unit.
-      learn_tau: the logarithms of tau are per-unit parameters, `units.log_tau`, and tau their initial value.  They are
-        also where tau is a tuple; who wants those fixed masks their updates.
+      learn_tau: the logarithms of tau are per-unit parameters, `units.log_tau`, and tau is their initial value.  This
+        also holds where tau is a tuple; to keep those fixed, mask their updates.
       activation_fn: phi, any elementwise function; tanh by default.
       recurrence, kernel_init, recurrent_init, bias_init: as in `PointwiseCell`.
 

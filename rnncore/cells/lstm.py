@@ -14,7 +14,7 @@ from rnncore.cells.base import CellParams, PointwiseCell, not_in_carry
 
 @exportable
 class LSTMCarry(NamedTuple):
-    """Carry of an LSTM: cell state c and output h, both (..., H), in Flax's order; or something for each."""
+    """Carry of an LSTM: cell state c and output h, both (..., H), in Flax's order; or one value for each."""
 
     c: Any
     h: Any

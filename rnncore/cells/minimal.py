@@ -1,4 +1,4 @@
-"""Cells whose gates see the inputs alone, so that the state runs through elementwise linear updates."""
+"""Cells whose gates see only the inputs, so that the state follows elementwise linear updates."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MinGRU(PointwiseCell):
       >>> rnncore.unroll(cell, cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3)))[1].shape
       (2, 5, 4)
 
-    Source: Feng et al. (2024), arXiv:2410.01201.  Its z lets the new value in, that of `GRU` keeps the old one.
+    Source: Feng et al. (2024), arXiv:2410.01201.  Its z admits the new value; the z of `GRU` keeps the old one.
     """
 
     positive: bool = dataclasses.field(default=True, kw_only=True)
@@ -93,7 +93,7 @@ class MinLSTM(PointwiseCell):
 
 @dataclasses.dataclass(frozen=True)
 class RGLRU(PointwiseCell):
-    """Real-gated linear recurrent unit: each unit decays at a rate of its own, which a gate slows down.
+    """Real-gated linear recurrent unit: each unit decays at its own rate, which a gate slows down.
 
     r_t = sigmoid(W_r x_t + b_r),   i_t = sigmoid(W_i x_t + b_i),   v_t = W_v x_t + b_v
     a_t = exp(-c softplus(lambda) r_t)

@@ -1,9 +1,9 @@
-"""What can be read off a pointwise update: that it is one, how r enters it, and its linearisation.
+"""Analysis of a pointwise update: whether it is elementwise, how r enters it, and its linearisation.
 
-A pointwise function is traced to a jaxpr, nested jit calls are opened, and from there
-  * `check_elementwise` refuses whatever mixes units,
+A pointwise function is traced to a jaxpr, nested jit calls are inlined, and then
+  * `check_elementwise` rejects operations that mix units,
   * `additive_gates` finds the gates that see z and r only as z + r,
-  * `linearize` splits the derivative into values worth saving and a cheap linear rest.
+  * `linearize` splits the derivative into values worth saving and cheap linear operations.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _inner_jaxpr(eqn: Any) -> Any:
 
 
 def _rounds_nothing(eqn: Any) -> bool:
-    """Whether the operation is a rounding to the precision that the value has, as `jax.checkpoint` puts in."""
+    """Whether the operation rounds to the precision that the value already has, as `jax.checkpoint` inserts."""
     if eqn.primitive.name != "reduce_precision":
         return False
     info = jnp.finfo(eqn.invars[0].aval.dtype)
@@ -47,7 +47,7 @@ def _rounds_nothing(eqn: Any) -> bool:
 
 
 def opened_calls(closed: Any, calls: Collection[str]) -> Callable:
-    """The jaxpr as a function in which calls of these names are opened: what they do is seen, their rules are lost."""
+    """The jaxpr as a function in which calls of these names are inlined; their custom rules are lost."""
 
     def evaluate(jaxpr: Any, consts: Any, args: Any) -> list:
         env = dict(zip(jaxpr.constvars, consts, strict=True)) | dict(zip(jaxpr.invars, args, strict=True))
@@ -72,12 +72,12 @@ def opened_calls(closed: Any, calls: Collection[str]) -> Callable:
 
 
 def _open_jits(closed: Any) -> Callable:
-    """The jaxpr as a function in which nested jit calls are opened, so that policies see inside."""
+    """The jaxpr as a function in which nested jit calls are inlined, so that policies see inside."""
     return opened_calls(closed, ("jit", "pjit"))
 
 
 def opened(fun: Callable, *args: PyTree) -> tuple[Any, Any]:
-    """(jaxpr with nested jits opened, output tree) of a function at these arguments."""
+    """(jaxpr with nested jits inlined, output tree) of a function at these arguments."""
     flat, tree = jax.tree.flatten(args)
 
     def on_leaves(*leaves: Any) -> Any:
@@ -88,7 +88,7 @@ def opened(fun: Callable, *args: PyTree) -> tuple[Any, Any]:
 
 
 def same_structure(a: PyTree, b: PyTree) -> bool:
-    """Whether two pytrees are built alike."""
+    """Whether two pytrees have the same structure."""
     structures: list[Any] = [jax.tree.structure(a), jax.tree.structure(b)]
     return structures[0] == structures[1]
 
@@ -127,7 +127,7 @@ def check_elementwise(cell: PointwiseCell) -> None:
 
 
 def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
-    """Reason why functions of units cannot be part of a static description of a cell, or None."""
+    """Why functions of units cannot be part of a static description of a cell, or None."""
     for fun in functions:
         try:
             hash(fun)
@@ -135,7 +135,7 @@ def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
             return f"its function {fun!r} cannot be hashed"
         consts = jax.make_jaxpr(fun)(jax.ShapeDtypeStruct((1, size), jnp.float32)).consts
         if any(isinstance(const, jax.core.Tracer) for const in consts):
-            return f"its function {fun!r} has caught a value that is being differentiated or compiled"
+            return f"its function {fun!r} closes over a value that is being differentiated or compiled"
     return None
 
 
@@ -170,10 +170,11 @@ def why_not_as_declared(cell: GatedCell, *methods: str) -> str | None:
 def why_not_a_product(cell: GatedCell) -> str | None:
     """Reason why the recurrent product cannot be differentiated once for all steps, or None: see `Recurrence`."""
     kind = type(cell.recurrence)
-    own = {name: next(n for n, c in enumerate(kind.__mro__) if name in vars(c)) for name in ("mix", "mix_transposed")}
-    if own["mix"] < own["mix_transposed"]:
+    pair = ("matmul", "matmul_transposed")
+    own = {name: next(n for n, c in enumerate(kind.__mro__) if name in vars(c)) for name in pair}
+    if own["matmul"] < own["matmul_transposed"]:
         return (
-            f"{kind.__name__} has a `mix` of its own and not the `mix_transposed` that belongs to it; backend "
+            f"{kind.__name__} has a `matmul` of its own and not the `matmul_transposed` that belongs to it; backend "
             "'autodiff' takes it"
         )
     size, gates = cell.hidden_size, len(cell.gates)
@@ -181,13 +182,14 @@ def why_not_a_product(cell: GatedCell) -> str | None:
     h, r = jax.ShapeDtypeStruct((size,), jnp.float32), jax.ShapeDtypeStruct((gates * size,), jnp.float32)
 
     def transpose(kernel: Any, h: Any, r: Any) -> Any:
-        return jax.linear_transpose(lambda h: cell.recurrence.mix(kernel, h), h)(r)
+        return jax.linear_transpose(lambda h: cell.recurrence.matmul(kernel, h), h)(r)
 
     try:
         jax.eval_shape(transpose, kernel, h, r)
-    except Exception:  # JAX says in many ways that something is not linear, an AssertionError among them.
+    except Exception:  # JAX reports that something is not linear by several exceptions, among them AssertionError.
         return (
-            f"{kind.__name__}.mix is not linear in h, so the step has no recurrent product; backend 'autodiff' takes it"
+            f"{kind.__name__}.matmul is not linear in h, so the step has no recurrent product; "
+            "backend 'autodiff' takes it"
         )
     return None
 
@@ -206,7 +208,7 @@ def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> N
             )
     for eqn in jaxpr.eqns:
         primitive = eqn.primitive.name
-        here = _compat.source_line(eqn) or line  # what JAX's own jitted functions do has no line of the user's
+        here = _compat.source_line(eqn) or line  # JAX's own jitted functions have none
         inner = _inner_jaxpr(eqn)
         if inner is not None and primitive in CALLS:
             _check_jaxpr(inner, shape, name, here)
@@ -235,8 +237,8 @@ def additive_gates(cell: GatedCell, p: Any, z: Any, r: Any, carry: Any) -> tuple
     return tuple(only_summed(inputs[g], inputs[count + g]) for g in range(count))
 
 
-def save_dear(primitive: Any, *_: Any, **__: Any) -> bool:
-    """Checkpoint policy: keep what is dear to recompute; products and sums are formed again."""
+def save_transcendentals(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Checkpoint policy: keep what is expensive to recompute; products and sums are recomputed."""
     return primitive.name in TRANSCENDENTAL
 
 
@@ -270,8 +272,8 @@ def linearize(
     jaxpr, width = closed.jaxpr, len(out)
     position = {id(v): i for i, v in enumerate(jaxpr.invars)}
     leaves = jaxpr.outvars[width:]
-    again = _formed_again(closed, leaves)
-    known = [n for n in range(len(leaves)) if n not in again]
+    recomputed = _recomputed(closed, leaves)
+    known = [n for n in range(len(leaves)) if n not in recomputed]
     needed = tuple(position.get(id(leaves[n])) for n in known)
     run = runner(closed)
 
@@ -281,7 +283,7 @@ def linearize(
 
     def tangent(residuals: Any, tangents: Any) -> tuple:
         env = {id(leaves[n]): value for n, value in zip(known, residuals, strict=True)}
-        for eqns in again.values():
+        for eqns in recomputed.values():
             for eqn in eqns:
                 values = [v.val if isinstance(v, _compat.Literal) else env[id(v)] for v in eqn.invars]
                 env[id(eqn.outvars[0])] = eqn.primitive.bind(*values, **eqn.params)
@@ -290,18 +292,18 @@ def linearize(
     return Linearized(forward, tangent, needed)
 
 
-def _formed_again(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
-    """The residuals that one transcendental function of the others gives, and the equations that do.
+def _recomputed(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
+    """The residuals that are one transcendental function of the others, and the equations that compute them.
 
     An LSTM's tanh(c_t) is one: c_t is a sum of products of gates and c_{t-1}, which are kept.  Reading a
     stack from memory costs as much as that function.
     """
     maker = {id(v): eqn for eqn in closed.jaxpr.eqns for v in eqn.outvars}
     order = {id(eqn): n for n, eqn in enumerate(closed.jaxpr.eqns)}
-    again: dict[int, list[Any]] = {}
+    recomputed: dict[int, list[Any]] = {}
     sources: set[int] = set()
     for n, leaf in enumerate(leaves):
-        others = {id(v) for m, v in enumerate(leaves) if m != n and m not in again}
+        others = {id(v) for m, v in enumerate(leaves) if m != n and m not in recomputed}
         made = maker.get(id(leaf))
         if id(leaf) in others | sources or made is None or made.primitive.name not in ELEMENTWISE:
             continue
@@ -324,5 +326,5 @@ def _formed_again(closed: Any, leaves: Sequence[Any]) -> dict[int, list[Any]]:
                     todo.append(source)
         if possible:
             sources |= uses
-            again[n] = sorted(path.values(), key=lambda eqn: order[id(eqn)])
-    return again
+            recomputed[n] = sorted(path.values(), key=lambda eqn: order[id(eqn)])
+    return recomputed

@@ -100,6 +100,8 @@ class LSTMP(TranslatedCell):
     recurrent_init: Initializer = dataclasses.field(default=initializers.per_gate(), kw_only=True)
     bias_init: Initializer = dataclasses.field(default=initializers.zeros, kw_only=True)
 
+    Carry: ClassVar[Any] = LSTMCarry
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _arguments.check_size("LSTMP", "projection_size", self.projection_size)
@@ -117,6 +119,11 @@ class LSTMP(TranslatedCell):
     def output_size(self) -> int:
         """P."""
         return self.projection_size
+
+    @property
+    def projected_size(self) -> int | None:
+        """4*H."""
+        return 4 * self.hidden_size
 
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> LSTMPParams:
         """Draws parameters in `dtype` for inputs of `input_size` features; `forget_bias` is added to b_f."""
@@ -141,10 +148,10 @@ class LSTMP(TranslatedCell):
     def update(self, params: LSTMPParams, carry: LSTMCarry, z: Array) -> tuple[LSTMCarry, Any]:
         """One step: (carry, z slab) to (new carry, gates)."""
         cell = self._lstm
-        new, gates = cell.pointwise((), cell.split(z), cell.split(self._mix(params, carry.h)), carry)
+        new, gates = cell.pointwise((), cell.split(z), cell.split(self._recurrent_matmul(params, carry.h)), carry)
         return LSTMCarry(new.c, self.leave_output(params, new.h)), gates
 
-    def _mix(self, params: LSTMPParams, h: Array) -> Array:
+    def _recurrent_matmul(self, params: LSTMPParams, h: Array) -> Array:
         """U h of all gates as a slab: (..., P) to (..., 4*H)."""
         kernel = params.recurrent_kernel
         return _products.times(h.astype(kernel.dtype), kernel.reshape(kernel.shape[0], -1))
@@ -165,7 +172,7 @@ class LSTMP(TranslatedCell):
         return CellParams(params.input_kernel, kernel, params.bias, None, named("Units", ())())
 
     def enter(self, params: LSTMPParams, carry: LSTMCarry) -> _Carry:
-        start = self._cell.split(self._mix(params, carry.h))
+        start = self._cell.split(self._recurrent_matmul(params, carry.h))
         start = jax.tree.map(lambda a: a.astype(carry.h.dtype), start)
         return _Carry(c=carry.c, **start._asdict(), h=jnp.zeros_like(carry.c, carry.h.dtype))
 

@@ -7,39 +7,44 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 
-from rnncore import _products, initializers
+from rnncore import _arguments, _products, initializers
 from rnncore._types import Array, Initializer
 
 
 class Recurrence(abc.ABC):
-    """What a recurrent kernel structure has to say.
+    """The interface of a recurrent kernel structure.
 
-    `mix` is linear in h and differentiable in the kernel, not necessarily linear: a run forms the kernel's gradient
-    from products over all steps, by the derivative of `mix` in the kernel.  `mix_transposed` of the transposed kernel
-    is the same function of h.  Both take any number of leading axes and return a slab (..., G*H).  The scan takes
-    whatever holds to this; a kernel that other loops are to take too derives from `structured_kernels.Structured`.
+    `matmul` is linear in h and differentiable in the kernel, not necessarily linear: a run forms the kernel's gradient
+    from products over all steps, by the derivative of `matmul` in the kernel.  `matmul_transposed` of the transposed
+    kernel is the same function of h.  Both take any number of leading axes and return a slab (..., G*H).  The scan
+    takes whatever holds to this; a kernel for the other loops too derives from `structured_kernels.Structured`.
     """
 
     default_init: Initializer
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        _arguments.refuse_renamed(cls, {"mix": "matmul", "mix_transposed": "matmul_transposed"})
 
     @abc.abstractmethod
     def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
         """Shape of the kernel, or ValueError where the hidden size does not fit."""
 
     @abc.abstractmethod
-    def mix(self, kernel: Array, h: Array) -> Array:
-        """r = mix(U, h): (..., H) to a slab (..., G*H)."""
+    def matmul(self, kernel: Array, h: Array) -> Array:
+        """r = matmul(U, h): (..., H) to a slab (..., G*H)."""
 
     @abc.abstractmethod
     def transposed(self, kernel: Array) -> Array:
-        """The kernel laid out for `mix_transposed`."""
+        """The kernel laid out for `matmul_transposed`."""
 
     @abc.abstractmethod
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
-        """mix(U, h) from the transposed kernel: slower itself, its own transpose (dr to dh) faster."""
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
+        """matmul(U, h) from the transposed kernel: slower itself, its own transpose (dr to dh) faster."""
 
     @abc.abstractmethod
     def gate_matrices(self, kernel: Array) -> Array:
@@ -55,13 +60,13 @@ class Dense(Recurrence):
     def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
         return (hidden_size, gates, hidden_size)
 
-    def mix(self, kernel: Array, h: Array) -> Array:
+    def matmul(self, kernel: Array, h: Array) -> Array:
         return _products.times(h, kernel.reshape(kernel.shape[0], -1))
 
     def transposed(self, kernel: Array) -> Array:
         return kernel.reshape(kernel.shape[0], -1).T
 
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
         return _products.times_transposed(h, kernel)
 
     def gate_matrices(self, kernel: Array) -> Array:
@@ -87,7 +92,7 @@ class Heads(Recurrence):
         size = hidden_size // self.num_heads
         return (self.num_heads, size, gates, size)
 
-    def mix(self, kernel: Array, h: Array) -> Array:
+    def matmul(self, kernel: Array, h: Array) -> Array:
         heads, size, gates, _ = kernel.shape
         r = jnp.einsum("...nd,ndge->...gne", h.reshape(*h.shape[:-1], heads, size), kernel)
         return r.reshape(*h.shape[:-1], gates * heads * size)
@@ -95,7 +100,7 @@ class Heads(Recurrence):
     def transposed(self, kernel: Array) -> Array:
         return jnp.transpose(kernel, (0, 2, 3, 1))
 
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
         heads, gates, size, _ = kernel.shape
         r = jnp.einsum("...nd,nged->...gne", h.reshape(*h.shape[:-1], heads, size), kernel)
         return r.reshape(*h.shape[:-1], gates * heads * size)
@@ -119,7 +124,7 @@ class Diagonal(Recurrence):
     def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
         return (gates, hidden_size)
 
-    def mix(self, kernel: Array, h: Array) -> Array:
+    def matmul(self, kernel: Array, h: Array) -> Array:
         gates, size = kernel.shape
         r = h[..., None, :] * kernel.reshape((1,) * (h.ndim - 1) + kernel.shape)
         return r.reshape(*h.shape[:-1], gates * size)
@@ -127,8 +132,8 @@ class Diagonal(Recurrence):
     def transposed(self, kernel: Array) -> Array:
         return kernel
 
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
-        return self.mix(kernel, h)
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
+        return self.matmul(kernel, h)
 
     def gate_matrices(self, kernel: Array) -> Array:
         return kernel[:, :, None] * jnp.eye(kernel.shape[1], dtype=kernel.dtype)

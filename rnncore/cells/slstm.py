@@ -14,7 +14,7 @@ from rnncore.cells.base import PointwiseCell, not_in_carry
 
 @exportable
 class SLSTMCarry(NamedTuple):
-    """Carry of an sLSTM: cell state c, normaliser n, stabiliser m, output h, all (..., H); or something for each."""
+    """Carry of an sLSTM: cell state c, normaliser n, stabiliser m, output h, all (..., H); or one value for each."""
 
     c: Any
     n: Any

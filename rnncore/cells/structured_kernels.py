@@ -1,4 +1,4 @@
-"""Recurrent kernels made of parameters: of low rank, sparse, of one sign for each unit, none at all.
+"""Recurrent kernels computed from parameters: low-rank, sparse, sign-constrained, or absent.
 
 Each names the plain structure that it runs as and forms that kernel of its parameters, `effective`.  A run then forms
 its products over all steps for the effective kernel, on every backend, and their gradient is pulled back once; so a
@@ -23,14 +23,14 @@ from rnncore.cells.recurrent_kernels import Dense, Diagonal, Recurrence
 
 @dataclasses.dataclass(frozen=True)
 class Structured(Recurrence):
-    """A structure that is another one over a kernel formed of its parameters: write `shape` and `effective`."""
+    """A structure that runs as another one over a kernel computed from its parameters: define `shape`, `effective`."""
 
     @abc.abstractmethod
     def effective(self, kernel: Array) -> tuple[Recurrence, Array]:
         """The plain structure and its kernel; differentiable in the parameters, not necessarily linear."""
 
     def prefers_own_product(self, gates: int, hidden_size: int) -> bool:
-        """Whether `mix` on the scan is faster than the loop that is fastest over the effective kernel."""
+        """Whether `matmul` on the scan is faster than the loop that is fastest over the effective kernel."""
         del gates, hidden_size
         return False
 
@@ -39,16 +39,16 @@ class Structured(Recurrence):
         """Normal, so that U h has about the size of h."""
         return lambda key, shape, dtype=jnp.float32: jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
 
-    def mix(self, kernel: Array, h: Array) -> Array:
+    def matmul(self, kernel: Array, h: Array) -> Array:
         plain, own = self.effective(kernel)
-        return plain.mix(own, h)
+        return plain.matmul(own, h)
 
     def transposed(self, kernel: Array) -> Array:
         plain, own = self.effective(kernel)
         return plain.transposed(own)
 
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
-        return Dense().mix_transposed(kernel, h)
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
+        return Dense().matmul_transposed(kernel, h)
 
     def gate_matrices(self, kernel: Array) -> Array:
         plain, own = self.effective(kernel)
@@ -57,7 +57,7 @@ class Structured(Recurrence):
 
 @dataclasses.dataclass(frozen=True)
 class LowRank(Structured):
-    """Low rank: all gates read the same r numbers of h: kernel (r, 1 + G, H), the readings first.
+    """Low rank: all gates read the same r projections of h: kernel (r, 1 + G, H), the readouts first.
 
     U_g = sum_k a_k b_kg^T,   a_k = kernel[k, 0] (H,),   b_kg = kernel[k, 1 + g] (H,)
 
@@ -96,23 +96,23 @@ class LowRank(Structured):
         return Dense(), jnp.einsum("kj,kgi->jgi", kernel[:, 0], kernel[:, 1:])
 
     def prefers_own_product(self, gates: int, hidden_size: int) -> bool:
-        """Whether it has at most an eighth of the products of a dense kernel."""
+        """Whether it needs at most an eighth of the multiplications of a dense kernel."""
         return 8 * self.rank * (1 + gates) <= hidden_size * gates
 
-    def mix(self, kernel: Array, h: Array) -> Array:
+    def matmul(self, kernel: Array, h: Array) -> Array:
         read = _products.times_transposed(h, kernel[:, 0])
         return _products.times(read, kernel[:, 1:].reshape(kernel.shape[0], -1))
 
     def transposed(self, kernel: Array) -> Array:
         return kernel
 
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
-        return self.mix(kernel, h)
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
+        return self.matmul(kernel, h)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sparse(Structured):
-    """Only some connections, the same for all gates: kernel (H, G, H), of which the others are not read.
+    """Sparse connections, the same for all gates: kernel (H, G, H), whose masked entries are ignored.
 
     r_g = h (mask * kernel[:, g])
 
@@ -144,7 +144,7 @@ class Sparse(Structured):
 
     @classmethod
     def random(cls, hidden_size: int, density: float, seed: int = 0) -> Sparse:
-        """Each connection there with probability `density`."""
+        """Each connection is present with probability `density`."""
         if not 0 <= density <= 1:
             raise ValueError(f"`Sparse.random({hidden_size}, density={density})`: expected a share from 0 to 1.")
         return cls.of(np.random.default_rng(seed).random((hidden_size, hidden_size)) < density)
@@ -172,7 +172,7 @@ class Sparse(Structured):
 
 @dataclasses.dataclass(frozen=True)
 class Dale(Structured):
-    """Dale's law: all that a unit sends out has the unit's sign: kernel as the structure within has it, (H, G, H).
+    """Dale's law: all outgoing weights of a unit have its sign: kernel as in the structure `within`, (H, G, H).
 
     U_g[j, i] = sign_j |kernel[j, g, i]|
 
@@ -187,8 +187,8 @@ class Dale(Structured):
       >>> bool((u[:, :4] >= 0).all()), bool((u[:, 4] <= 0).all())
       (True, True)
 
-    Source: Song, Yang and Wang (2016), doi:10.1371/journal.pcbi.1004792, who rectify where this takes the absolute
-    value, so that a weight at 0 goes on learning.
+    Source: Song, Yang and Wang (2016), doi:10.1371/journal.pcbi.1004792, who rectify; this takes the absolute
+    value, so that a weight at 0 keeps learning.
     """
 
     signs: tuple[int, ...]
@@ -217,10 +217,10 @@ class Dale(Structured):
 
 @dataclasses.dataclass(frozen=True)
 class Unconnected(Structured):
-    """No recurrent product at all: r is 0, and a unit's past reaches it through its own carry only; kernel (0, G, H).
+    """No recurrent product: r is 0, and a unit's past reaches it through its own carry only; kernel (0, G, H).
 
-    The structure of cells whose gates see the inputs alone.  It runs as a diagonal kernel of zeros, so that what is
-    exact and cheap over `Diagonal` is so over it.
+    The structure of cells whose gates see only the inputs.  It runs as a diagonal kernel of zeros, so what is
+    exact and cheap over `Diagonal` is exact and cheap here too.
 
     Example:
       >>> import jax, rnncore
@@ -241,8 +241,8 @@ class Unconnected(Structured):
     def effective(self, kernel: Array) -> tuple[Recurrence, Array]:
         return Diagonal(), jnp.zeros(kernel.shape[1:], kernel.dtype)
 
-    def mix_transposed(self, kernel: Array, h: Array) -> Array:
-        return Diagonal().mix_transposed(kernel, h)
+    def matmul_transposed(self, kernel: Array, h: Array) -> Array:
+        return Diagonal().matmul_transposed(kernel, h)
 
 
 def prefers_own_product(cell: Any) -> bool:

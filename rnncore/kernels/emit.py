@@ -61,7 +61,7 @@ def struct(part: kernel_body.Body, language: Language) -> list[str]:
     arguments = [("p", units), ("z", gates), ("r", rest), ("s", fields)]
     results = [("out", fields), ("gates", part.emitted)]
     functions = (
-        ("forward", part.folded, arguments, results),
+        ("forward", part.with_sums, arguments, results),
         ("keep", part.keeping, arguments, [*results, ("kept", part.width)]),
         (
             "backward", part.transposed,

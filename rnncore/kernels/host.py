@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.base import Cell, CellParams, PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Heads
 from rnncore.kernels import kernel_body
 from rnncore.recurrence import mesh, primitives
@@ -40,7 +40,7 @@ class Loop(NamedTuple):
       kernel: (N, H/N, G, H/N), N = 1 for a dense one.
       rest_bias: (n, H) float32, added to r of the gates in `Body.rest`; None where there are none.
       units: per-unit parameters, each (H,) float32.
-      start, target: (B, H) per field of the carry: the carry before the first step, and the one that
+      start, reset_carry: (B, H) per field of the carry: the carry before the first step, and the one that
         resets return to, None without resets.
       lengths: (B,) int32 from 0 to T, or None.
       resets: (T, B) booleans, or None.
@@ -50,12 +50,12 @@ class Loop(NamedTuple):
     rest_bias: Array | None
     units: tuple[Array, ...]
     start: tuple[Array, ...]
-    target: tuple[Array, ...] | None
+    reset_carry: tuple[Array, ...] | None
     lengths: Array | None
     resets: Array | None
 
 
-class Kept(NamedTuple):
+class Outputs(NamedTuple):
     """What the forward kernel gives.
 
     Fields:
@@ -77,14 +77,14 @@ class Cotangents(NamedTuple):
       z: (T, B, G*H), in the residuals' dtype: of z, and of r of the gates that see their sum alone.
       rest: (T, B, n*H), of r of the other gates; None where there are none.
       start: (B, H) float32 per field of the carry: of what came before step 0, for a reset there nothing.
-      target: (B, H) float32 per field, summed over the resets; None without resets.
+      reset_carry: (B, H) float32 per field, summed over the resets; None without resets.
       units: (B, H) float32 per unit parameter, summed over the steps.
     """
 
     z: Array
     rest: Array | None
     start: tuple[Array, ...]
-    target: tuple[Array, ...] | None
+    reset_carry: tuple[Array, ...] | None
     units: tuple[Array, ...]
 
 
@@ -92,12 +92,12 @@ class Kernels(NamedTuple):
     """The two kernels of a backend.
 
     Fields:
-      forward: (cell, loop, z (T, B, G*H), dtype of `Kept.others` or None) -> Kept.
+      forward: (cell, loop, z (T, B, G*H), dtype of `Outputs.others` or None) -> Outputs.
       backward: (cell, loop, residuals (each (T, B, H)), dhs (T, B, H), dlast (each (B, H) float32; enters after
         step length - 1, nowhere for length 0)) -> Cotangents.
     """
 
-    forward: Callable[..., Kept]
+    forward: Callable[..., Outputs]
     backward: Callable[..., Cotangents]
 
 
@@ -111,20 +111,14 @@ class KernelBackend(LoopBackend):
         """The kernels; imported late, because Pallas takes a while to import."""
 
     def unsupported(self, request: Request) -> str | None:
-        cell = request.cell
-        if not isinstance(cell, PointwiseCell):
-            return f"{type(cell).__name__} is not a PointwiseCell, so no kernel can be made of its pointwise update"
-        if type(cell.recurrence) not in (Dense, Heads):
-            name = type(cell.recurrence).__name__
-            return f"{name} recurrences have no matrix to keep on the chip; it has kernels for Dense and Heads"
-        refused = without(
+        refused = why_no_kernel(request.cell) or without(
             request,
             ("recurrent_mask", "zoneout", "return_states", "checkpoint_every", "recompute"),
             "its kernel runs all steps at once, with lengths and resets only, and keeps the carries",
         )
         if refused is None and 0 in request.batch_shape:
             refused = f"it takes no empty batch, and this one is {request.batch_shape}"
-        return refused or pointwise.why_not_as_declared(cell, "mix", "output", "split")
+        return refused
 
     def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         return mesh.by_device(functools.partial(primitives.run, self), request, differentiable, constants)
@@ -140,12 +134,12 @@ class KernelBackend(LoopBackend):
     def _run(self, arrays: _Arrays, keep: str | None) -> tuple[Result, PyTree]:
         forward, cell, request = self.kernels().forward, arrays.cell, arrays.request
         differentiable = arrays.differentiable
-        kept = _call(lambda loop, z: forward(cell, loop, z, keep), arrays.loop, arrays.z)
+        found = _call(lambda loop, z: forward(cell, loop, z, keep), arrays.loop, arrays.z)
         last = jax.tree.map(
-            lambda a, b: a.reshape(b.shape).astype(b.dtype), cell.Carry(*kept.last), differentiable.initial_carry
+            lambda a, b: a.reshape(b.shape).astype(b.dtype), cell.Carry(*found.last), differentiable.initial_carry
         )
-        hs = kept.hs.reshape(request.steps, *request.batch_shape, cell.hidden_size)
-        batched = jax.tree.map(lambda a: a.reshape(request.steps, *request.batch_shape, -1), (arrays.z, kept.others))
+        hs = found.hs.reshape(request.steps, *request.batch_shape, cell.hidden_size)
+        batched = jax.tree.map(lambda a: a.reshape(request.steps, *request.batch_shape, -1), (arrays.z, found.others))
         return Result(last, hs, None, None), batched
 
     def backward(
@@ -160,10 +154,11 @@ class KernelBackend(LoopBackend):
         count, stored = len(cell.gates), request.residual_dtype or request.dtype
         dhs = arrays.flat(cotangents.outputs, 1)
         dlast = tuple(arrays.flat(a, 0).astype(jnp.float32) for a in cotangents.carry)
-        before = _before(part.hidden, loop, arrays.flat(result.outputs, 1), others)
+        stacks = (*others[: part.hidden], arrays.flat(result.outputs, 1), *others[part.hidden :])
+        before = tuple(previous(loop, n, a) for n, a in enumerate(stacks))
         kernel = differentiable.params.recurrent_kernel
         h = before[part.hidden].astype(kernel.dtype)
-        r = _gates(mix(cell, kernel, h), count)
+        r = _gates(recurrent_matmul(cell, kernel, h), count)
         zs = [zg.astype(jnp.float32) for zg in _gates(z, count)]
         sums = tuple(zg + rg if a else zg for zg, rg, a in zip(zs, r, part.additive, strict=True))
         bias = () if loop.rest_bias is None else loop.rest_bias
@@ -171,23 +166,11 @@ class KernelBackend(LoopBackend):
         needed = tuple(a.astype(stored) for a in part.residuals(loop.units, sums, rest, before))
         found = _call(lambda *a: self.kernels().backward(cell, *a), loop, needed, dhs, dlast)
 
-        dr = found.z
-        if found.rest is not None:
-            apart = iter(_gates(found.rest, len(part.rest)))
-            pairs = zip(_gates(found.z, count), part.additive, strict=True)
-            dr = jnp.concatenate([piece if a else next(apart) for piece, a in pairs], -1)
-        dstart = found.start
-        if loop.lengths is not None:
-            never = (loop.lengths == 0)[:, None]
-            dstart = tuple(a + jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
-        drest = None
-        if found.rest is not None:
-            drest = jnp.sum(found.rest.astype(jnp.float32), (0, 1)).reshape(len(part.rest), -1)
+        dr, drest, dunits, dstart = summed(part, found, loop.lengths, dlast)
         through: Any = jax.vjp(arrays.prepared, differentiable.params, differentiable.xs)[1]
-        dunits = tuple(jnp.sum(a, 0) for a in found.units)
         shared = jax.tree.map(lambda a, b: a.astype(b.dtype), (drest, dunits), tuple(arrays.shared))
         dparams, dxs = through((found.z.astype(z.dtype), *shared))
-        dkernel = _mix_gradient(cell, kernel, h, dr.astype(h.dtype)).astype(kernel.dtype)
+        dkernel = kernel_cotangent(loop.kernel, h, dr.astype(h.dtype)).reshape(kernel.shape).astype(kernel.dtype)
         dparams = dparams._replace(recurrent_kernel=dkernel)
 
         def carry(found: Any, like: Any) -> Any:
@@ -196,7 +179,7 @@ class KernelBackend(LoopBackend):
             return jax.tree.map(lambda a, b: a.reshape(b.shape).astype(b.dtype), type(like)(*found), like)
 
         _, _, start, reset_carry = differentiable
-        return Differentiable(dparams, dxs, carry(dstart, start), carry(found.target, reset_carry))
+        return Differentiable(dparams, dxs, carry(dstart, start), carry(found.reset_carry, reset_carry))
 
 
 class _Arrays:
@@ -233,45 +216,68 @@ class _Arrays:
         return z, jnp.stack(rest_bias) if rest_bias else None, tuple(params.units)
 
 
+def why_no_kernel(cell: Cell) -> str | None:
+    """Reason why a kernel that keeps the recurrent matrix on the chip cannot be made of a cell, or None."""
+    if not isinstance(cell, PointwiseCell):
+        return f"{type(cell).__name__} is not a PointwiseCell, so no kernel can be made of its pointwise update"
+    if type(cell.recurrence) not in (Dense, Heads):
+        name = type(cell.recurrence).__name__
+        return f"{name} recurrences have no matrix to keep on the chip; it has kernels for Dense and Heads"
+    return pointwise.why_not_as_declared(cell, "recurrent_matmul", "output", "split")
+
+
+def head_count(cell: PointwiseCell) -> int:
+    """N: 1 of a dense recurrence."""
+    return cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
+
+
 def head_size(cell: PointwiseCell) -> int:
     """d: how many units a recurrent product mixes."""
-    heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
-    return cell.hidden_size // heads
+    return cell.hidden_size // head_count(cell)
 
 
 def _gates(slab: Array, count: int) -> list[Array]:
     return jnp.split(slab, count, -1)
 
 
-def _before(hidden: int, loop: Loop, hs: Array, others: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The carry that each step began with, after resets."""
-    stacks = list(others)
-    stacks.insert(hidden, hs)
-    before = []
-    for n, stack in enumerate(stacks):
-        a = jnp.concatenate([loop.start[n].astype(stack.dtype)[None], stack[:-1]])
-        if loop.resets is not None:
-            assert loop.target is not None
-            a = jnp.where(loop.resets[..., None], loop.target[n].astype(a.dtype), a)
-        before.append(a)
-    return tuple(before)
+def previous(loop: Any, field: int, stack: Array) -> Array:
+    """A field of the carry, (T, B, H) after every step, as each step began with it: after resets."""
+    before = jnp.concatenate([loop.start[field].astype(stack.dtype)[None], stack[:-1]])
+    if loop.resets is None:
+        return before
+    return jnp.where(loop.resets[..., None], loop.reset_carry[field].astype(stack.dtype), before)
 
 
-def mix(cell: PointwiseCell, kernel: Array, h: Array) -> Array:
+def summed(
+    part: kernel_body.Body, found: Cotangents, lengths: Array | None, dlast: tuple[Array, ...]
+) -> tuple[Array, Array | None, tuple[Array, ...], tuple[Array, ...]]:
+    """The cotangents of r (T, B, G*H), of biases and per-unit parameters, and of the carry before step 0."""
+    dr, drest, dstart = found.z, None, found.start
+    if found.rest is not None:
+        apart = iter(_gates(found.rest, len(part.rest)))
+        pairs = zip(_gates(found.z, len(part.additive)), part.additive, strict=True)
+        dr = jnp.concatenate([dz if additive else next(apart) for dz, additive in pairs], -1)
+        drest = jnp.sum(found.rest.astype(jnp.float32), (0, 1)).reshape(len(part.rest), -1)
+    if lengths is not None:
+        never = (lengths == 0)[:, None]
+        dstart = tuple(a + jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
+    return dr, drest, tuple(jnp.sum(a, 0) for a in found.units), dstart
+
+
+def kernel_cotangent(kernel: Array, h: Array, dr: Array) -> Array:
+    """dU (N, d, G, d), summed over steps and sequences in float32."""
+    heads, size, count, _ = kernel.shape
+    h, slab = h.reshape(*h.shape[:-1], heads, size), dr.reshape(*h.shape[:-1], count, heads, size)
+    return jnp.einsum("tbnd,tbgne->ndge", h, slab, preferred_element_type=jnp.float32)
+
+
+def recurrent_matmul(cell: PointwiseCell, kernel: Array, h: Array) -> Array:
     """r for all steps, (T, B, H) to (T, B, G*H) in float32."""
     size, count = head_size(cell), len(cell.gates)
     heads = h.reshape(*h.shape[:-1], -1, size)
     blocks = kernel.reshape(-1, size, count, size)
     r = jnp.einsum("tbnd,ndge->tbgne", heads, blocks, preferred_element_type=jnp.float32)
     return r.reshape(*h.shape[:-1], -1)
-
-
-def _mix_gradient(cell: PointwiseCell, kernel: Array, h: Array, dr: Array) -> Array:
-    """dU, summed in float32."""
-    size, count = head_size(cell), len(cell.gates)
-    heads = h.reshape(*h.shape[:-1], -1, size)
-    slab = dr.reshape(*h.shape[:-1], count, -1, size)
-    return jnp.einsum("tbnd,tbgne->ndge", heads, slab, preferred_element_type=jnp.float32).reshape(kernel.shape)
 
 
 # Where the batch lies in each field of a loop; None: the sequences share it.

@@ -2,7 +2,7 @@
 
 Both are traced outside the kernel at the shape of one of its tiles, nested calls and custom rules are
 opened, and the operations are then evaluated inside, where a kernel language may lack some of them:
-what can be said by others is said by them (`REWRITTEN`), the rest is a reason not to run there.  The vjp
+what can be said by others is said by them (`LOWERINGS`), the rest is a reason not to run there.  The vjp
 transposes the linearised step of `pointwise.linearize`, so that it is arithmetic on values that are formed
 for all steps at once outside the kernel.
 """
@@ -22,7 +22,7 @@ from rnncore import _compat
 from rnncore._types import Array
 from rnncore.cells import pointwise
 from rnncore.cells.base import CellParams, PointwiseCell, named
-from rnncore.kernels.op_lowerings import REWRITTEN
+from rnncore.kernels.op_lowerings import LOWERINGS
 
 Tiles = tuple[Array, ...]
 
@@ -77,7 +77,7 @@ class Body:
     def why_not(self, known: Collection[str]) -> str | None:
         """Reason why a kernel language with these operations cannot say the body, or None."""
         for what, closed in (("update", self._forward), ("derivative", self._backward)):
-            lacking = {e.primitive.name for e in closed.jaxpr.eqns} - set(known) - set(REWRITTEN)
+            lacking = {e.primitive.name for e in closed.jaxpr.eqns} - set(known) - set(LOWERINGS)
             lacking |= {why for why in map(_unusual, closed.jaxpr.eqns) if why}
             if lacking:
                 names = ", ".join(f"`{name}`" for name in sorted(lacking))
@@ -113,7 +113,7 @@ class Body:
     def _is_unit(self, index: int | None) -> bool:
         return index is not None and index < self._sizes[0]
 
-    def _folded(self, *flat: Array) -> Tiles:
+    def _with_sums(self, *flat: Array) -> Tiles:
         """`pointwise` on sums z + r where these are all that it sees."""
         units, zs, rest, carry = _parted(flat, self._sizes)
         apart = iter(rest)
@@ -151,9 +151,9 @@ class Body:
         return inlined(forward, *[self.tile] * (units + 2 * count + fields))
 
     @functools.cached_property
-    def folded(self) -> Any:
+    def with_sums(self) -> Any:
         """The update as a jaxpr of (units, zs, rest, carry), zs z + r of the gates that see it alone: the new carry."""
-        return inlined(self._folded, *[self.tile] * sum(self._sizes))
+        return inlined(self._with_sums, *[self.tile] * sum(self._sizes))
 
     @functools.cached_property
     def keeping(self) -> Any:
@@ -169,9 +169,10 @@ class Body:
     def _linearized(self, shape: tuple[int, ...]) -> pointwise.Linearized:
         tiles = [jax.ShapeDtypeStruct(shape, self.dtype)] * sum(self._sizes)
         with _alone(self.dtype):
-            closed, _ = pointwise.opened(self._folded, *tiles)
+            closed, _ = pointwise.opened(self._with_sums, *tiles)
             opened = _compat.jaxpr_as_fun(closed)
-            return pointwise.linearize(lambda *a: tuple(opened(*a)), pointwise.save_dear, *tiles, runner=_plainly)
+            keep = pointwise.save_transcendentals
+            return pointwise.linearize(lambda *a: tuple(opened(*a)), keep, *tiles, runner=_plainly)
 
     @functools.cached_property
     def _split(self) -> pointwise.Linearized:
@@ -213,9 +214,9 @@ def inlined(fun: Callable, *shapes: Any) -> Any:
         return jax.make_jaxpr(pointwise.opened_calls(closed, pointwise.CALLS))(*shapes)
 
 
-def evaluate(closed: Any, args: tuple, rewritten: dict[str, Callable] | None = None) -> Tiles:
-    """A flat jaxpr on values, traced outside of any mesh, with some of its operations rewritten: for kernels these."""
-    rewritten = REWRITTEN if rewritten is None else rewritten
+def evaluate(closed: Any, args: tuple, lowerings: dict[str, Callable] | None = None) -> Tiles:
+    """A flat jaxpr on values, traced outside of any mesh, with some of its operations by others: those of kernels."""
+    lowerings = LOWERINGS if lowerings is None else lowerings
     axes = frozenset().union(*map(_compat.varying_axes, args))
 
     def number(value: Any) -> Any:
@@ -232,7 +233,7 @@ def evaluate(closed: Any, args: tuple, rewritten: dict[str, Callable] | None = N
 
     for eqn in closed.jaxpr.eqns:
         values = [read(v) for v in eqn.invars]
-        apply = rewritten.get(eqn.primitive.name)
+        apply = lowerings.get(eqn.primitive.name)
         if apply is not None:
             out = apply(*values, **{name: eqn.params[name] for name in ("y",) if name in eqn.params})
         else:

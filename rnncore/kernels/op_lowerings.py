@@ -52,7 +52,7 @@ def _polynomial(x: Array, *coefficients: Any) -> Array:
     return functools.reduce(lambda total, c: total * x + c, reversed(coefficients))
 
 
-REWRITTEN: dict[str, Callable] = {
+LOWERINGS: dict[str, Callable] = {
     "add_any": lambda x, y: x + y,
     "copy": lambda x: x,
     "copy_p": lambda x: x,

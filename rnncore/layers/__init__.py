@@ -1,1 +1,1 @@
-"""Layers and directions of a cell, and the weights of other libraries."""
+"""Layers and directions of a cell, and conversion of the weights of other libraries."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +16,43 @@ from rnncore.sequence.call import Options, unroll
 from rnncore.sequence.layers import unroll_layers
 
 
+class StackOptions(TypedDict, total=False):
+    """The options of `unroll_stack` but `return_states`, which says what is returned."""
+
+    key: Array | None
+    initial_carry: Any
+    dtype: Any
+    carry_dtype: Any
+    output_dtype: Any
+    seq_lengths: Any
+    resets: Any
+    time_major: bool
+    checkpoint_every: int | None
+    recompute: str
+    residual_dtype: Any
+    backend: str | None
+
+
 @overload
 def unroll_stack(
-    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[False] = False, **options: Any
+    stack: Stack,
+    params: StackParams,
+    xs: Array,
+    *,
+    return_states: Literal[False] = False,
+    **options: Unpack[StackOptions],
 ) -> tuple[Any, Array]: ...
 
 
 @overload
 def unroll_stack(
-    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[True], **options: Any
+    stack: Stack, params: StackParams, xs: Array, *, return_states: Literal[True], **options: Unpack[StackOptions]
 ) -> tuple[Any, Array, Any]: ...
 
 
 @overload
 def unroll_stack(
-    stack: Stack, params: StackParams, xs: Array, *, return_states: bool, **options: Any
+    stack: Stack, params: StackParams, xs: Array, *, return_states: bool, **options: Unpack[StackOptions]
 ) -> tuple[Any, Array] | tuple[Any, Array, Any]: ...
 
 
@@ -56,8 +78,8 @@ def unroll_stack(
 ) -> tuple[Any, Array] | tuple[Any, Array, Any]:
     """Runs a stack over time.
 
-    Feeding a stream in pieces, each with the carry that the one before returned, equals feeding it
-    whole, if it is unidirectional and no key is given.
+    Feeding a stream in pieces, each with the carry that the previous call returned, equals feeding it
+    whole, if the stack is unidirectional and no key is given.
 
     Args:
       stack: the description.
@@ -72,8 +94,8 @@ def unroll_stack(
       output_dtype: dtype of the outputs of the last layer; None takes that of the products.
       seq_lengths, time_major, return_states: as in `rnncore.unroll`.
       checkpoint_every, recompute, residual_dtype, backend: likewise, for every layer.  A backend that can (as
-        "cudnn") runs all layers and directions in one call, unless something stands between them: dropout that is
-        drawn, zoneout, or a `merge` other than "concat".
+        "cudnn") runs all layers and directions in one call, unless something is between them: active
+        dropout, zoneout, or a `merge` other than "concat".
       resets: booleans of xs's shape without D: True at the first step of an episode.  The carry then
         returns to the stack's own initial carry, also where `initial_carry` is another one.  The
         backward direction returns there after that step, on its way into the episode before.
@@ -161,7 +183,7 @@ def unroll_stack(
 
 
 def _is_one_call(stack: Stack, key: Array | None) -> bool:
-    """Whether nothing stands between layers and directions, so that a backend may run them all in one call."""
+    """Whether nothing is between layers and directions, so that a backend may run them all in one call."""
     plain = not any(stack.zoneout or ()) and (key is None or not stack.is_random)
     return plain and (stack.directions == 1 or stack.merge == "concat")
 

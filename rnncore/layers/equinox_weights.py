@@ -29,15 +29,15 @@ def from_equinox(stack: Stack, cells: Sequence[Any]) -> StackParams:
 
     Args:
       stack: the description: LSTM or GRU over a dense kernel.
-      cells: the Equinox cells, one for each layer and direction, forward before backward; or whatever has their
+      cells: the Equinox cells, one for each layer and direction, forward before backward; or any objects with their
         attributes weight_ih (G*H, D), weight_hh (G*H, H), bias (G*H,) or None, and bias_n (H,) of a GRU.
 
     Returns:
       `StackParams`, in the dtype of the weights.
 
     Raises:
-      ValueError: another number of cells, other shapes.
-      NotImplementedError: a stack that Equinox has no like of.
+      ValueError: a wrong number of cells, or wrong shapes.
+      NotImplementedError: a stack that Equinox has no equivalent of.
 
     Example:
       >>> import types, numpy as np, rnncore
@@ -84,7 +84,7 @@ def to_equinox(stack: Stack, params: StackParams) -> list[dict[str, np.ndarray |
 
     Raises:
       ValueError: a b_hn without the other biases.
-      NotImplementedError: a stack that Equinox has no like of.
+      NotImplementedError: a stack that Equinox has no equivalent of.
 
     Example:
       >>> import jax, rnncore

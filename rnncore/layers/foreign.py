@@ -1,4 +1,4 @@
-"""Cells of other libraries, and one's own, as cells of this one: from a function that does one step."""
+"""Cells of other libraries, and your own, from a function that computes one step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell, named
 
 NAMES: dict[int, tuple[str, ...]] = {1: ("h",), 2: ("c", "h")}
-"""What the arrays of a carry are called where nobody says."""
+"""Default names of the arrays of a carry."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ForeignCell(Cell):
                 )
             gates = {} if self.gates_fn is None else dict(self.gates_fn(params, given, x))
             leaves = tuple(jax.tree.leaves(new))
-            # Where it is part of the state, whoever moves the state moves it too.
+            # Where it is part of the state, a change of the state changes it too.
             return leaves, gates if y is leaves[self.place] else gates | {"output": y}
 
         new, gates = (step if self.batched else jax.vmap(step))(flat, x)
@@ -108,7 +108,7 @@ def foreign_cell(
 
     s_t, y_t = step(params, s_{t-1}, x_t)
 
-    Its Jacobians come from `jax.vjp` of the step.  It runs through plain autodiff of a scan.
+    Its Jacobians come from `jax.vjp` of the step, and it runs through plain autodiff of a scan.
 
     Args:
       step: (params, carry, x) to (new carry, y), pure.

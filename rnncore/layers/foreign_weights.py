@@ -1,4 +1,4 @@
-"""What the converters of weights share: other orders of gates, and which stacks another library has a like of."""
+"""What the converters of weights share: orders of gates, and which stacks another library supports."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def of_stack(stack: Stack, one: Callable[[int, int], Any]) -> StackParams:
 
 
 def check(call: str, stack: Stack, cells: dict[type, Callable[[Any], bool]], library: str, expected: str) -> None:
-    """NotImplementedError unless the library has a like of the stack's cell: of that type, plain, and as it says."""
+    """NotImplementedError unless the library has an equivalent of the stack's cell."""
     cell: Any = stack.cell
     options = [o for o in ("peepholes", "coupled", "residual") if getattr(cell, o, False)]
     dense = isinstance(getattr(cell, "recurrence", Dense()), Dense)

@@ -39,7 +39,7 @@ def from_haiku(
     """Parameters of a stack from those of hk.LSTM, hk.GRU or hk.VanillaRNN.
 
     LSTM: [W; U] = linear/w, b = linear/b, with 1 more for b_f, which Haiku adds when it runs
-    GRU: W = w_i, U = w_h, with the signs of z's turned, as Haiku's z is 1 - z here
+    GRU: W = w_i, U = w_h, with the sign of z's part flipped, because Haiku's z is 1 - z here
 
     Args:
       stack: the description: LSTM, ResetBeforeGRU or Elman with relu over a dense kernel.
@@ -51,8 +51,8 @@ def from_haiku(
       `StackParams`, in the dtype of the weights.
 
     Raises:
-      ValueError: modules that are missing, another number of names, other shapes.
-      NotImplementedError: a stack that Haiku has no like of, GRU among them.
+      ValueError: missing modules, a wrong number of names, or wrong shapes.
+      NotImplementedError: a stack that Haiku has no equivalent of, GRU among them.
 
     Example:
       >>> import numpy as np, rnncore
@@ -107,8 +107,8 @@ def to_haiku(stack: Stack, params: StackParams, names: Sequence[str] | None = No
       {module: {name: array}}; of an hk.VanillaRNN the second bias is zero.
 
     Raises:
-      ValueError: another number of names.
-      NotImplementedError: a stack that Haiku has no like of.
+      ValueError: a wrong number of names.
+      NotImplementedError: a stack that Haiku has no equivalent of.
 
     Example:
       >>> import jax, rnncore
@@ -142,7 +142,7 @@ def to_haiku(stack: Stack, params: StackParams, names: Sequence[str] | None = No
 
 
 def _turned(array: Any) -> Any:
-    """(..., 3, H), gates r, z, n, with the sign of z's turned: sigmoid(-a) = 1 - sigmoid(a)."""
+    """(..., 3, H), gates r, z, n, with the sign of z's part flipped: sigmoid(-a) = 1 - sigmoid(a)."""
     return array * np.array([1, -1, 1], array.dtype)[:, None]
 
 

@@ -35,8 +35,8 @@ def from_keras(stack: Stack, weights: Sequence[Sequence[Any]]) -> StackParams:
       `StackParams`, in the dtype of the weights.
 
     Raises:
-      ValueError: another number of layers or arrays, or other shapes.
-      NotImplementedError: a stack that Keras has no like of; a GRU of the other reset_after.
+      ValueError: a wrong number of layers or arrays, or wrong shapes.
+      NotImplementedError: a stack that Keras has no equivalent of; a GRU of the other reset_after.
 
     Example:
       >>> import numpy as np, rnncore
@@ -98,7 +98,7 @@ def to_keras(stack: Stack, params: StackParams) -> list[list[np.ndarray]]:
 
     Raises:
       ValueError: a b_hn without the other biases.
-      NotImplementedError: a stack that Keras has no like of.
+      NotImplementedError: a stack that Keras has no equivalent of.
 
     Example:
       >>> import jax, rnncore

@@ -1,4 +1,4 @@
-"""Recurrent layers that tell what ran in them, and take zeros in terms of which a loss can be differentiated.
+"""Recurrent layers that record their runs, and add zeros with respect to which a loss can be differentiated.
 
 A layer of a model is run here in the model's place, with something added to its inputs and to every state.  No Flax
 in here: `rnncore.linen.recording` and `rnncore.nnx.recording` find the layers of a model.

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rnncore import _arguments
 from rnncore._types import Array, exportable
 from rnncore.cells.base import Cell, check_init
+from rnncore.layers.entries import from_entries, to_entries
 
 Merge = Literal["concat", "sum", "mean", "mul"]
 
@@ -32,7 +33,7 @@ class StackParams(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stack:
-    """Layers of one cell, each over the outputs of the one below: a frozen description.
+    """Layers of one cell, each over the outputs of the layer below: a frozen description.
 
     ys^l = merge(cell(xs^l) forward, cell(xs^l) backward),   xs^{l+1} = dropout(ys^l),   xs^1 = xs
 
@@ -50,7 +51,7 @@ class Stack:
       learned_carry: the initial carry is a parameter; else zeros.
 
     Raises:
-      ValueError: no layers, a rate outside [0, 1), an unknown merge.
+      ValueError: no layers, a rate outside [0, 1), or an unknown merge.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -63,7 +64,7 @@ class Stack:
     Source: Schuster and Paliwal (1997) for both directions; Zaremba, Sutskever and Vinyals (2014),
     arXiv:1409.2329, for dropout between layers; Gal and Ghahramani (2016), arXiv:1512.05287, for
     variational dropout; Krueger et al. (2017), arXiv:1606.01305, for zoneout.  As torch.nn.LSTM with
-    num_layers, bidirectional and dropout; the rest it has not.
+    num_layers, bidirectional and dropout; it has no equivalent of the rest.
     """
 
     cell: Cell
@@ -128,20 +129,16 @@ class Stack:
         """The parameters from what `to_tree` makes of them.
 
         Raises:
-          ValueError: entries that are not those of this stack.
+          ValueError: the entries are not those of this stack.
         """
         expected = [name for row in self.names for name in row]
         if sorted(tree) != sorted(expected):
             raise ValueError(f"`Stack.from_tree(tree=<{sorted(tree)}>)`: expected an entry for each of {expected}.")
-        like, carry = jax.eval_shape(lambda: (self.cell.init(jax.random.key(0), 1), self.cell.initial_carry()))
+        carry = jax.eval_shape(self.cell.initial_carry)
 
         def weights(name: str) -> Any:
-            entries = dict(tree[name])
-            optional = dict.fromkeys(("bias", "recurrent_bias"))
-            units = getattr(like.units, "_fields", ())
             try:
-                own = {n: entries[n] if n not in optional else entries.get(n) for n in like._fields if n != "units"}
-                return type(like)(**own, units=type(like.units)(*(entries[f"units_{n}"] for n in units)))
+                return from_entries(self.cell, tree[name])
             except KeyError as missing:
                 raise ValueError(f"`Stack.from_tree(tree)`: tree[{name!r}] has no {missing}.") from None
 
@@ -160,10 +157,7 @@ class Stack:
         return {n: self.output_size if level else input_size for level, row in enumerate(self.names) for n in row}
 
     def _entries(self, own: Any, carry: Any) -> dict[str, Array]:
-        entries = {n: a for n, a in own._asdict().items() if n != "units" and a is not None}
-        units = getattr(own, "units", ())
-        entries |= {f"units_{n}": a for n, a in units._asdict().items()} if units else {}
-        return entries | ({f"initial_{n}": a for n, a in carry._asdict().items()} if self.learned_carry else {})
+        return to_entries(own) | ({f"initial_{n}": a for n, a in carry._asdict().items()} if self.learned_carry else {})
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:

@@ -33,8 +33,8 @@ def from_torch(stack: Stack, state: Mapping[str, Any]) -> StackParams:
       linen layer, of the nnx layer, and `.layers[0][0]` are those of the first cell.
 
     Raises:
-      ValueError: entries that are missing, left over or of another shape.
-      NotImplementedError: a stack that PyTorch has no like of.
+      ValueError: entries that are missing, left over or of the wrong shape.
+      NotImplementedError: a stack that PyTorch has no equivalent of.
 
     Example:
       >>> import jax, numpy as np, rnncore
@@ -99,8 +99,8 @@ def to_torch(stack: Stack, params: StackParams) -> dict[str, np.ndarray]:
       NumPy arrays by PyTorch's names: `module.load_state_dict({k: torch.tensor(v) for k, v in ...})`.
 
     Raises:
-      ValueError: a bias in one place and none in another, of which PyTorch has no like.
-      NotImplementedError: a stack that PyTorch has no like of, or a learned initial carry.
+      ValueError: a bias in one place and none in another, which PyTorch cannot represent.
+      NotImplementedError: a stack that PyTorch has no equivalent of, or a learned initial carry.
 
     Example:
       >>> import jax, rnncore

@@ -2,7 +2,8 @@
 
 The recurrent classes here have the fields, parameter trees, initial values, call signatures and
 results of their flax.linen namesakes, so a model and its checkpoints carry over.  Every other name
-is flax.linen's own.  `LSTM`, `GRU` and `Elman` are layers that Flax has not.  `functional` turns a
+is flax.linen's own.  `LSTM`, `GRU` and `Elman` are layers that Flax does not have; `SLSTMCell`,
+`MinGRUCell` and the rest of `own_cells` are cells that it does not have.  `functional` turns a
 trained Flax cell into the functional cell and its parameters, for `rnncore.unroll` and the analysis.
 """
 
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import flax.linen as _flax
 
 if TYPE_CHECKING:
-    # To editors and type checkers every name that is not replaced below is flax.linen's, with its types.
+    # For editors and type checkers, every name that is not replaced below is flax.linen's, with its types.
     from rnncore.linen._names import *  # noqa: F403
 
 from rnncore.linen import explain as _explain  # noqa: F401
@@ -29,6 +30,15 @@ from rnncore.linen.convert import functional as functional
 from rnncore.linen.layers import GRU as GRU
 from rnncore.linen.layers import LSTM as LSTM
 from rnncore.linen.layers import Elman as Elman
+from rnncore.linen.own_cells import LayerNormGRUCell as LayerNormGRUCell
+from rnncore.linen.own_cells import LayerNormLSTMCell as LayerNormLSTMCell
+from rnncore.linen.own_cells import LeakyCell as LeakyCell
+from rnncore.linen.own_cells import LSTMPCell as LSTMPCell
+from rnncore.linen.own_cells import MinGRUCell as MinGRUCell
+from rnncore.linen.own_cells import MinLSTMCell as MinLSTMCell
+from rnncore.linen.own_cells import QRNNCell as QRNNCell
+from rnncore.linen.own_cells import RGLRUCell as RGLRUCell
+from rnncore.linen.own_cells import SLSTMCell as SLSTMCell
 from rnncore.linen.rnn import RNN as RNN
 
 _OWN = (
@@ -39,9 +49,18 @@ _OWN = (
     "GRUCell",
     "LSTM",
     "LSTMCell",
+    "LSTMPCell",
+    "LayerNormGRUCell",
+    "LayerNormLSTMCell",
+    "LeakyCell",
     "MGUCell",
+    "MinGRUCell",
+    "MinLSTMCell",
     "OptimizedLSTMCell",
+    "QRNNCell",
+    "RGLRUCell",
     "RNN",
+    "SLSTMCell",
     "SimpleCell",
     "from_functional",
     "functional",
@@ -51,7 +70,7 @@ if not TYPE_CHECKING:
     __all__ = sorted({*_OWN, *(name for name in dir(_flax) if not name.startswith("_"))})
 
     def __getattr__(name: str) -> object:
-        """What is not recurrent comes from flax.linen."""
+        """All other names come from flax.linen."""
         if name.startswith("__") or not hasattr(_flax, name):
             raise AttributeError(f"module 'rnncore.linen' has no attribute {name!r}, and flax.linen has none either")
         return getattr(_flax, name)

@@ -19,8 +19,8 @@ class Bidirectional(nn.Module):
     y_t = merge_fn(forward_rnn(x)_t, backward_rnn(x)_t), both in the order of the inputs
 
     The layout of time is that of this module: its `time_major`, or that of the call, goes to both
-    children.  A child with `time_major=True` in a layer that is not would read the batch as time, so
-    that is refused.  A child's own `reverse` and `keep_order` do not matter: its place decides.
+    children.  A child with `time_major=True` in a layer without it would read the batch as time, and
+    is an error.  A child's own `reverse` and `keep_order` are ignored.
 
     Args:
       forward_rnn, backward_rnn: an `RNN` each, of rnncore, of Flax, or anything with its call.
@@ -36,7 +36,7 @@ class Bidirectional(nn.Module):
       (2, 5, 8)
 
     Source: Schuster and Paliwal (1997); fields, tree and results of flax.linen.Bidirectional, which
-    overrides a child's `time_major` and ignores `reverse` and `keep_order` without a word.
+    silently overrides a child's `time_major` and ignores `reverse` and `keep_order`.
     """
 
     forward_rnn: Any
@@ -66,7 +66,7 @@ class Bidirectional(nn.Module):
           seq_lengths: integers (*batch); the backward direction starts at the last valid step.
           return_carry, time_major: in place of the fields.
           reverse: False or None; to read backwards swap the children.
-          keep_order: outputs are always in the order of the inputs, so either value says the same.
+          keep_order: outputs are always in the order of the inputs, so it has no effect.
 
         Returns:
           outputs, or ((forward carry, backward carry), outputs).

@@ -23,7 +23,7 @@ _ORTHOGONAL = inspect.unwrap(nn.initializers.orthogonal()).__code__
 
 
 def _drawable(init: Initializer, dtype: Any) -> Initializer:
-    """The initialiser, or where it is orthogonal and `dtype` half precision, one that draws float32 and rounds.
+    """The initialiser; an orthogonal one in half precision draws float32 and rounds.
 
     There is no QR in half precision, so Flax's cells fail there.  Wrappers as of `nn.with_partitioning` stay.
     """
@@ -56,7 +56,7 @@ class _Gate(nn.Module):
 
 
 class Cell(nn.RNNCellBase):
-    """What all cells share: one step through the functional cell that `tree` describes."""
+    """Base class: one step through the functional cell that `tree` describes."""
 
     tree: ClassVar[trees.Tree]
 
@@ -87,7 +87,7 @@ class Cell(nn.RNNCellBase):
                 h.shape[-1], name in biased, self.param_dtype, _drawable(init, self.param_dtype),
                 self._bias_init(name), name=name,
             )(seen)  # fmt: skip
-        core, params = trees.assemble(self.tree, self, weights, inputs, h)
+        core, params = self.tree.assemble(self, weights, inputs, h)
         zs = core.project(params, jnp.asarray(inputs, params.input_kernel.dtype))
         new, y = core.step(params, modules.to_core(core, carry), zs)
         return modules.from_core(new), y
@@ -110,7 +110,7 @@ class Cell(nn.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
-        """How many of the last axes of an input are not batch: 1."""
+        """Number of trailing axes of an input that are not batch axes: 1."""
         return 1
 
 
@@ -172,10 +172,13 @@ class LSTMCell(_GatedCell):
 
 
 class OptimizedLSTMCell(LSTMCell):
-    """The same cell as `LSTMCell` under Flax's other name, which is part of a checkpoint's paths.
+    """The same cell as `LSTMCell` under Flax's other name, which appears in the paths of a checkpoint.
 
-    In Flax this one multiplies all gates at once; here both do.  Equation, Args and Source: see
-    `LSTMCell`.
+    In Flax this one multiplies all gates at once; here both do.  Equation and Source: see `LSTMCell`.
+
+    Args:
+      features, gate_fn, activation_fn, kernel_init, recurrent_kernel_init, bias_init, dtype, param_dtype, carry_init:
+        as in `LSTMCell`.
 
     Example:
       >>> import jax, jax.numpy as jnp

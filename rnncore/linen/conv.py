@@ -1,4 +1,4 @@
-"""The convolutional LSTM cell, whose strides and padding work."""
+"""The convolutional LSTM cell, with working strides and padding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from rnncore._types import Array, Initializer
 
 NAMED = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
-"""The paddings that `nn.Conv` knows by name."""
+"""The padding names of `nn.Conv`."""
 
 
 class ConvLSTMCell(nn.RNNCellBase):
@@ -109,7 +109,7 @@ class ConvLSTMCell(nn.RNNCellBase):
 
     @property
     def num_feature_axes(self) -> int:
-        """How many of the last axes of an input are not batch: the spatial ones and the channels."""
+        """Number of trailing axes of an input that are not batch axes: spatial axes and channels."""
         return len(self.kernel_size) + 1
 
     @nn.nowrap

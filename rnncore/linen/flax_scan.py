@@ -1,4 +1,4 @@
-"""nn.scan over the cell of an RNN module, as its fields say."""
+"""nn.scan over the cell of an RNN module, configured by its fields."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def scan_over(rnn: Any, step: Callable[..., Any], carry: Any, xs: Any) -> Any:
     """(carry, ys) of (cell, carry, x) -> (carry, y) over time-major xs, whose first leaf is the cell's input."""
     simple = has_plain_parameters(rnn) and set(rnn.variable_axes) <= {"intermediates"}
     if rnn.is_initializing() and rnn.variable_carry and simple:
-        # nn.scan cannot create what it carries; one step outside of it can.
+        # nn.scan cannot create the variables that it carries; one step outside it can.
         rnn.cell(carry[0], jnp.zeros(xs[0].shape[1:], xs[0].dtype))
     scan = nn.scan(
         step,
@@ -28,7 +28,7 @@ def scan_over(rnn: Any, step: Callable[..., Any], carry: Any, xs: Any) -> Any:
 
 
 def has_plain_parameters(rnn: Any) -> bool:
-    """Whether the scan fields of an RNN module say that its parameters are the same at every step."""
+    """Whether the scan fields of an RNN module make its parameters the same at every step."""
     return (
         in_filter(rnn.variable_broadcast, "params")
         and not in_filter(rnn.variable_carry, "params")

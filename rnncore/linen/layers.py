@@ -22,7 +22,7 @@ class Layers(nn.Module):
     make: ClassVar[Callable[..., cells.PointwiseCell]]
     """The functional cell."""
     own: ClassVar[tuple[str, ...]] = ()
-    """Fields that this kind of cell has and not every other."""
+    """Fields that only this kind of cell has."""
 
     features: int
     num_layers: int = 1
@@ -74,15 +74,15 @@ class Layers(nn.Module):
           initial_carry: what an earlier call returned; by default the layers' own.
           return_carry: in place of the field.
           return_states: also return every carry and gate of every layer and direction.
-          deterministic: no dropout, zoneout by its expectation; in place of the field.  Needed, here
-            or there, where a rate is not zero; masks are drawn from the `dropout` stream.
+          deterministic: no dropout, zoneout by its expectation; in place of the field.  Required, here
+            or in the field, where a rate is not zero; masks are drawn from the `dropout` stream.
 
         Returns:
           outputs, (carry, outputs), (outputs, states) or (carry, outputs, states).  The carry is a
           tuple for each layer, in it one carry for each direction; so are the states.
 
         Raises:
-          ValueError: shapes, lengths, rates that make no sense; `deterministic` nowhere said.
+          ValueError: invalid shapes, lengths or rates; `deterministic` given nowhere.
         """
         modules.check_dtypes(self)
         stack = self.stack
@@ -138,7 +138,7 @@ class Layers(nn.Module):
 
 
 class LSTM(Layers):
-    """LSTM layers: `rnncore.LSTM` in a `rnncore.Stack`, with everything that training them takes.
+    """LSTM layers: `rnncore.LSTM` in a `rnncore.Stack`, with dropout, zoneout and learned carries.
 
     i, f, o = sigmoid(W x + U h + b),  g = tanh(W x + U h + b),  c' = f c + i g,  h' = o tanh(c')
 
@@ -156,7 +156,7 @@ class LSTM(Layers):
         gate and head) and b.
       dtype: dtype of the products and outputs; None promotes inputs and parameters.
       param_dtype, carry_dtype, output_dtype: of the parameters; of the carries (None: param_dtype); of
-        the outputs where it is to be another.
+        the outputs, where it differs.
       time_major, return_carry, deterministic: see the call.
       checkpoint_every, recompute, backend: as in `rnncore.unroll`.
 

@@ -17,28 +17,27 @@ from flax.linen import module as flax_module
 from rnncore import _arguments
 from rnncore import flax_modules as modules
 from rnncore._types import Array
-from rnncore.cells import CellParams, PointwiseCell
-from rnncore.linen import trees
+from rnncore.cells import Cell
 from rnncore.linen.convert import TREES, class_of, is_rematerialized
 from rnncore.linen.flax_scan import has_plain_parameters, scan_over
 
 
 class RNN(nn.Module):
-    """Applies a cell over a sequence: flax.linen.RNN, faster, with lengths done right.
+    """Applies a cell over a sequence: flax.linen.RNN, faster, with correct lengths.
 
     carry_t, y_t = cell(carry_{t-1}, x_t)
 
     A cell of `rnncore.linen` or flax.linen with elementwise functions runs through `rnncore.unroll`, one
     under nn.remat with `recompute="gates"`, which keeps what nn.remat keeps: inputs and carries.
-    Every other one, a ConvLSTMCell, a subclass, runs under nn.scan as in Flax, and so does a cell whose
-    parameters differ from step to step by `variable_axes` or the like.  Where something can be done about
-    that, a `rnncore.SlowPathWarning` says what, once; `rnncore.explain_backend` says which way is taken.
+    Any other cell, such as a ConvLSTMCell or a subclass, runs under nn.scan as in Flax, and so does a cell whose
+    parameters differ from step to step, by `variable_axes` for instance.  Where there is a remedy,
+    a `rnncore.SlowPathWarning` names it, once; `rnncore.explain_backend` says which path is taken.
 
     Dtypes: the carry keeps the dtype it starts with, `carry_dtype` or else that of `initial_carry` or of
     `cell.initialize_carry`.  The outputs have the dtype of the cell's output for that carry, or
     `output_dtype`.  A step computes in the cell's `dtype` as in Flax; a carry of less precision rounds
     it, and through `rnncore.unroll` the outputs with it.  Flax has neither field, and fails where a step
-    gives back another dtype than the carry's.
+    returns a carry of another dtype.
 
     Args:
       cell: the cell.
@@ -47,8 +46,7 @@ class RNN(nn.Module):
       reverse: run from the last step, with lengths the last valid one, to the first.
       keep_order: with `reverse`, outputs in the order of the inputs.
       unroll, variable_axes, variable_broadcast, variable_carry, split_rngs: for nn.scan.
-      checkpoint_every, recompute, backend: as in `rnncore.unroll`; they mean nothing under nn.scan and are
-        refused there.
+      checkpoint_every, recompute, backend: as in `rnncore.unroll`; not available under nn.scan.
       carry_dtype, output_dtype: floating dtypes of the carry and the outputs; None as above.
 
     Example:
@@ -60,7 +58,7 @@ class RNN(nn.Module):
       >>> ys.shape, h.shape, float(jnp.abs(h[1]).max())
       ((2, 5, 4), (2, 4), 0.0)
 
-    Source: fields, tree, initial values and results of flax.linen.RNN.  Mended: any number of batch
+    Source: fields, tree, initial values and results of flax.linen.RNN.  Fixed: any number of batch
     axes with lengths; length 0 gives the initial carry; lengths of a wrong shape or out of range are
     an error; NaN and inf in the padding count as 0; `init` makes the collections of `variable_carry`.
     """
@@ -101,13 +99,14 @@ class RNN(nn.Module):
         reverse: bool | None = None,
         keep_order: bool | None = None,
         resets: Any = None,
+        reset_carry: Any = None,
         return_states: bool = False,
     ) -> Any:
         """Runs the cell over the inputs; None takes the field of that name.
 
         Args:
           inputs: (*batch, T, D), or (T, *batch, D) with `time_major`; any number of batch axes.  A
-            cell with more feature axes has more of them in D's place.
+            cell with several feature axes has them in place of D.
           initial_carry: the carry before the first step, as `cell.initialize_carry` makes it, which
             is called where there is none.
           init_key: key for that; `jax.random.key(0)` by default, so a random carry is the same in
@@ -115,7 +114,9 @@ class RNN(nn.Module):
           seq_lengths: integers (*batch).  The carry returned is the one after the last valid step;
             outputs past it go on from the padding.
           resets: booleans of the inputs' shape without features.  Where True the carry returns to
-            the initial one before that step.
+            `reset_carry` before that step.
+          reset_carry: what resets return to, of the structure of `initial_carry`, which it is by
+            default.  Give `cell.initialize_carry(...)` where the initial carry is a stored one.
           return_states: return `rnncore.States` as the last element: every carry, in the structure
             of the cell's, and every gate (None under nn.scan, where a cell shows none).
 
@@ -123,50 +124,46 @@ class RNN(nn.Module):
           outputs, (carry, outputs), (outputs, states) or (carry, outputs, states).
 
         Raises:
-          ValueError: shapes, lengths or options that make no sense.
+          ValueError: invalid shapes, lengths or options.
           NotImplementedError: an option that this cell cannot take; the message says why.
         """
-        return_carry = self.return_carry if return_carry is None else return_carry
-        time_major = self.time_major if time_major is None else time_major
-        reverse = self.reverse if reverse is None else reverse
-        keep_order = self.keep_order if keep_order is None else keep_order
         modules.check_dtypes(self)
-        time_axis = modules.time_axis(inputs, self.cell.num_feature_axes, time_major)
-        step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
+        call = modules.call_of(
+            self, inputs, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+        )  # fmt: skip
         carry = initial_carry
         if carry is None:
-            carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, step_shape)
+            carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, call.step_shape)
         carry = modules.cast(carry, self.carry_dtype)
+        reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
 
         slow = self._slow_path(inputs, carry)
         if slow is None:
-            core, params = self._functional(inputs, carry, step_shape)
-            # A step under nn.remat keeps its carry, and forms projections and gates again.
+            core, params = self._functional(inputs, carry, call.step_shape)
+            # A step under nn.remat keeps its carry, and recomputes projections and gates.
             rematerialized = is_rematerialized(self.cell) and self.recompute == "nothing"
             result = modules.unroll(
-                self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
-                keep_order=keep_order, time_major=time_major, return_states=return_states,
-                recompute="gates" if rematerialized else None,
+                self, core, params, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
+                reset_carry=reset_carry, return_states=return_states, recompute="gates" if rematerialized else None,
             )  # fmt: skip
         else:
             modules.before_scan(self, "nn.scan", slow)
             result = modules.scan_cell(
-                functools.partial(scan_over, self), self, inputs, carry, time_axis, seq_lengths=seq_lengths,
-                resets=resets, reverse=reverse, keep_order=keep_order, return_carry=return_carry,
-                return_states=return_states,
+                functools.partial(scan_over, self), self, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
+                reset_carry=reset_carry, return_states=return_states,
             )  # fmt: skip
-        return modules.result_of(self, result, return_carry)
+        return modules.result_of(self, result, call.return_carry)
 
     @nn.nowrap
-    def _functional(self, inputs: Array, carry: Any, step_shape: tuple[int, ...]) -> tuple[PointwiseCell, CellParams]:
+    def _functional(self, inputs: Array, carry: Any, step_shape: tuple[int, ...]) -> tuple[Cell, Any]:
         """The cell and its parameters as `rnncore.unroll` takes them."""
         cell: Any = self.cell
         tree = TREES[class_of(cell)]
-        if not trees.is_complete(tree, cell, cell.variables.get("params", {})):
-            # One step makes the parameters; where it may not, it raises Flax's own error.
+        if not tree.is_complete(cell, cell.variables.get("params", {})):
+            # One step creates the parameters; where that is not allowed, it raises Flax's own error.
             cell(carry, jnp.zeros(step_shape, inputs.dtype))
         weights = nn.meta.unbox(cell.variables["params"])
-        return trees.assemble(tree, cell, weights, inputs, jax.tree.leaves(carry)[-1])
+        return tree.assemble(cell, weights, inputs, jax.tree.leaves(carry)[-1])
 
     @nn.nowrap
     def _slow_path(self, inputs: Array, carry: Any) -> modules.SlowPath | None:
@@ -180,11 +177,11 @@ class RNN(nn.Module):
         if not has_plain_parameters(self):
             return modules.SlowPath("its parameters are not simply the same at every step")
         if getattr(flax_module, "_global_interceptor_stack", ()):
-            reason = "an interceptor (nn.intercept_methods) wants to see its calls"
+            reason = "an interceptor (nn.intercept_methods) must see its calls"
             return modules.SlowPath(reason, "call the model outside of nn.intercept_methods")
         kept = (self.variable_broadcast, self.variable_carry, *self.variable_axes)
         if any(flax_module._context.capture_stack[-1:]) and any(in_filter(name, "intermediates") for name in kept):
-            reason = "`capture_intermediates` wants what it returns at every step"
+            reason = "`capture_intermediates` needs its result at every step"
             remedy = "leave 'intermediates' out of the RNN's scan fields; return_states=True gives every carry"
             return modules.SlowPath(reason, remedy)
         size = jnp.shape(jax.tree.leaves(carry)[-1])[-1]

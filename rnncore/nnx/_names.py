@@ -1,6 +1,6 @@
-"""The names of flax.nnx that `rnncore.nnx` passes on, for editors and type checkers, which read no `__getattr__`.
+"""The names of flax.nnx that `rnncore.nnx` re-exports, for editors and type checkers.
 
-Each is named because a star would bring Flax's recurrent classes too; nothing is imported when a program runs.
+They are listed because a star import would include Flax's recurrent classes; nothing is imported at run time.
 """
 
 from typing import TYPE_CHECKING

@@ -21,8 +21,8 @@ class Bidirectional(nnx.Bidirectional):
     y_t = merge_fn(forward_rnn(x)_t, backward_rnn(x)_t), both in the order of the inputs
 
     The layout of time is that of this module: its `time_major`, or that of the call, goes to both
-    children.  A child with `time_major=True` in a layer that is not would read the batch as time, so
-    that is refused.  A child's own `reverse` and `keep_order` do not matter: its place decides.
+    children.  A child with `time_major=True` in a layer without it would read the batch as time, and
+    is an error.  A child's own `reverse` and `keep_order` are ignored.
 
     Args:
       forward_rnn, backward_rnn: an `RNN` each, of rnncore, of Flax, or anything with its call.  Give
@@ -43,7 +43,7 @@ class Bidirectional(nnx.Bidirectional):
       (2, 5, 8)
 
     Source: Schuster and Paliwal (1997); arguments, tree and results of flax.nnx.Bidirectional, which
-    holds rng state always and overrides a child's `time_major` without a word.
+    always holds rng state and silently overrides a child's `time_major`.
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Bidirectional(nnx.Bidirectional):
           seq_lengths: integers (*batch); the backward direction starts at the last valid step.
           return_carry, time_major: in place of the constructor's.
           reverse: False or None; to read backwards swap the children.
-          keep_order: outputs are always in the order of the inputs, so either value says the same.
+          keep_order: outputs are always in the order of the inputs, so it has no effect.
 
         Returns:
           outputs, or ((forward carry, backward carry), outputs).
@@ -129,6 +129,6 @@ class Bidirectional(nnx.Bidirectional):
 def _is_random(rnn: Any) -> bool:
     """Whether a child may ask this layer for random numbers."""
     if isinstance(rnn, nnx.RNN) and not initial.is_random(rnn.cell):
-        # Flax's own RNN wants a key for zeros too, and has one unless it was told not to.
+        # Flax's own RNN requires a key even for zeros, and keeps one by default.
         return rnn.rngs is None and not isinstance(rnn, RNN)
     return True

@@ -15,7 +15,7 @@ def functional(cell: nnx.Module) -> Any:
 
     (rnncore.LSTM | GRU | MGU | Elman | IndRNN)(H), CellParams((D, G, H), (H, G, H), (G, H), ...)
 
-    With the pair, whatever takes a functional cell takes a trained Flax model: `rnncore.unroll` with
+    With this pair a trained Flax model works wherever a functional cell does: `rnncore.unroll` with
     its states, gates, resets and checkpoints, and every function of the analysis.  The result is
     differentiable in the cell's parameters: call it inside the function that `nnx.grad` takes.
 
@@ -32,7 +32,7 @@ def functional(cell: nnx.Module) -> Any:
       others the named tuple (h,).
 
     Raises:
-      NotImplementedError: another cell, also a subclass, or one with a part exchanged (a LoRA layer,
+      NotImplementedError: another cell, such as a subclass, or one with a replaced part (a LoRA layer,
         say), whose equations cannot be known; a function that is not elementwise.
 
     Example:
@@ -57,13 +57,14 @@ def functional(cell: nnx.Module) -> Any:
     if why is not None:
         raise NotImplementedError(
             f"`functional({type(cell).__name__})`: {why}; it may compute something else. If it does not, copy its "
-            "parameters into the plain cell: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell, SimpleCell or IndRNNCell."
+            "parameters into the plain cell: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell, SimpleCell, IndRNNCell or "
+            "another cell of rnncore.nnx."
         )
     return trees.assemble(cell)
 
 
 def from_functional(cell: nnx.Module, params: CellParams) -> nnx.Module:
-    """Gives an nnx cell the parameters with which it computes what a functional cell does: `functional` backwards.
+    """Gives an nnx cell the parameters of a functional cell: the inverse of `functional`.
 
     With `functional` of either Flax flavour it takes a trained cell from one to the other.
 

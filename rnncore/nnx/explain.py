@@ -17,7 +17,7 @@ def explain(module: nnx.Module, *inputs: Any, **options: Any) -> choices.Backend
     names: dict[int, str] = {}
 
     def call(state: Any, inputs: Any, options: Any) -> Any:
-        # What is drawn or counted in here happens to a copy.
+        # Random draws and counters change a copy only.
         copy = nnx.merge(graph, state)
         names.update((id(part), "/".join(map(str, path))) for path, part in nnx.iter_graph(copy))
         return copy(*inputs, **options)

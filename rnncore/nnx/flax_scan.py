@@ -1,4 +1,4 @@
-"""nnx.scan over the cell of an RNN module, as its arguments say."""
+"""nnx.scan over the cell of an RNN module, configured by its arguments."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ class GRUCell(initial.Cell, nnx.GRUCell):
         orthogonal matrix is drawn over (H, 3H) as in Flax, and no gate's block is orthogonal: their
         singular values have a root mean square of 0.58.  Measured as for `OptimizedLSTMCell`, a
         gradient keeps 10^-9.1 of its size over 50 steps with it, 10^-11.3 without.
-      recurrent_bias: have b_hn, an `nnx.Param` (H,) drawn last by `bias_init`.  flax.nnx lacks it,
+      recurrent_bias: have b_hn, an `nnx.Param` (H,) drawn last by `bias_init`.  flax.nnx does not have it,
         though its docstring shows it; parameters of PyTorch and flax.linen need it.
       bias_init: initialiser of all b.
       recurrent_kernel_init: initialiser of dense_h.kernel; orthogonal by default, in half precision

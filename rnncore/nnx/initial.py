@@ -1,4 +1,4 @@
-"""Initial values of kernels and carries, and who needs randomness for them."""
+"""Initial values of kernels and carries, and which of them need random keys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def gate_blocks(block: Initializer, gates: int) -> Initializer:
 
 
 def check_rngs(cls: type, given: Mapping[str, Any]) -> None:
-    """ValueError for something else where random numbers for the parameters are to come from."""
+    """ValueError unless `rngs` is a source of random numbers for the parameters."""
     if "rngs" in given and not hasattr(given["rngs"], "params"):
         raise ValueError(
             f"`{cls.__name__}(rngs={given['rngs']!r})`: expected streams of random numbers, such as nnx.Rngs(0)."
@@ -47,7 +47,7 @@ def check_rngs(cls: type, given: Mapping[str, Any]) -> None:
 
 
 class Cell(nnx.RNNCellBase):
-    """What all cells share: a carry that asks for randomness only where it needs some."""
+    """Base class: a carry that needs a random key only if it is random."""
 
     hidden_features: int
     param_dtype: Any
@@ -55,7 +55,7 @@ class Cell(nnx.RNNCellBase):
     rngs: nnx.RngStream | None
 
     carries: ClassVar[int] = 1
-    """How many arrays the carry has; one stands by itself, more are a tuple."""
+    """Number of arrays in the carry; one is returned by itself, several as a tuple."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
@@ -75,7 +75,7 @@ class Cell(nnx.RNNCellBase):
 
         Args:
           input_shape: (*batch, D), the shape of one step's input.
-          rngs: one key is drawn from it for each array; not needed, and nothing drawn, where the
+          rngs: one key is drawn from it for each array; not needed, and not used, where the
             carry is zeros or ones.
           carry_init: in place of the cell's own.
 
@@ -85,9 +85,9 @@ class Cell(nnx.RNNCellBase):
         Raises:
           ValueError: a random carry without `rngs`.
         """
-        init = self.carry_init if carry_init is None else carry_init
+        init, sizes = self.carry_init if carry_init is None else carry_init, self.carry_sizes()
         if init in CONSTANT:
-            keys: list[Any] = [None] * self.carries
+            keys: list[Any] = [None] * len(sizes)
         else:
             stream = self.rngs if rngs is None else rngs
             stream = stream.carry if isinstance(stream, nnx.Rngs) else stream
@@ -96,14 +96,19 @@ class Cell(nnx.RNNCellBase):
                     f"`{type(self).__name__}(...).initialize_carry({input_shape})`: this carry is random and needs "
                     "`rngs`; RNN takes them at construction and at each call."
                 )
-            keys = [stream() for _ in range(self.carries)]
+            keys = [stream() for _ in sizes]
         draw = nnx.initializers.zeros if init is None else init
-        arrays = tuple(draw(key, (*input_shape[:-1], self.hidden_features), self.param_dtype) for key in keys)
+        shapes = ((*input_shape[:-1], size) for size in sizes)
+        arrays = tuple(draw(key, shape, self.param_dtype) for key, shape in zip(keys, shapes, strict=True))
         return arrays if len(arrays) > 1 else arrays[0]
+
+    def carry_sizes(self) -> tuple[int, ...]:
+        """The features of every array of the carry."""
+        return (self.hidden_features,) * self.carries
 
     @property
     def num_feature_axes(self) -> int:
-        """How many of the last axes of an input are not batch: 1."""
+        """Number of trailing axes of an input that are not batch axes: 1."""
         return 1
 
 
@@ -136,3 +141,13 @@ def carry_stream(rngs: Any, random: bool, call: str) -> nnx.RngStream | None:
     if not isinstance(rngs, nnx.RngStream):
         raise ValueError(f"`{call}(rngs=<{type(rngs).__name__}>)`: expected nnx.Rngs, an nnx.RngStream, True or False.")
     return rngs.fork()
+
+
+def carry(cell: Any, step_shape: tuple[int, ...], rngs: Any) -> Any:
+    """The initial carry that a cell makes for inputs of a step."""
+    if not is_random(cell):
+        # Flax's cells require a key even for zeros: they get one that is not kept.
+        spare = None if isinstance(cell, Cell) else nnx.RngStream(0, tag="carry")
+        return cell.initialize_carry(step_shape, spare)
+    # Flax forks an Rngs and draws from a stream.
+    return cell.initialize_carry(step_shape, rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs)

@@ -80,7 +80,7 @@ class Layers(nnx.Module):
         self.checkpoint_every = checkpoint_every
         self.recompute = recompute
         self.backend = backend
-        # State that nothing draws from would stand in the way of nnx.split(model, nnx.Param).
+        # Unused random state would make nnx.split(model, nnx.Param) fail.
         self.rngs = rngs.dropout.fork() if stack.is_random else nnx.data(None)
 
     def __call__(
@@ -114,7 +114,7 @@ class Layers(nnx.Module):
           tuple for each layer, in it one carry for each direction; so are the states.
 
         Raises:
-          ValueError: shapes or lengths that make no sense.
+          ValueError: invalid shapes or lengths.
         """
         stack, params = self.functional()
         key = None
@@ -143,7 +143,7 @@ class Layers(nnx.Module):
 
 
 class LSTM(Layers):
-    """LSTM layers: `rnncore.LSTM` in a `rnncore.Stack`, with everything that training them takes.
+    """LSTM layers: `rnncore.LSTM` in a `rnncore.Stack`, with dropout, zoneout and learned carries.
 
     i, f, o = sigmoid(W x + U h + b),  g = tanh(W x + U h + b),  c' = f c + i g,  h' = o tanh(c')
 
@@ -161,7 +161,7 @@ class LSTM(Layers):
         gate and head) and b.
       dtype: dtype of the products and outputs; None promotes inputs and parameters.
       param_dtype, carry_dtype, output_dtype: of the parameters; of the carries (None: param_dtype); of
-        the outputs where it is to be another.
+        the outputs, where it differs.
       time_major, return_carry, deterministic: see the call.
       checkpoint_every, recompute, backend: as in `rnncore.unroll`.
       rngs: the stream `params`, and `dropout` where a rate is not zero; kept only there.

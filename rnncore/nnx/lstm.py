@@ -28,8 +28,8 @@ class LSTMCell(initial.Cell, nnx.LSTMCell):
       promote_dtype: in place of Flax's function; with another one an RNN runs under nnx.scan.
       keep_rngs: keep a stream for random carries; Flax calls this deprecated.
       rngs: for the parameters.
-      kernel_metadata, recurrent_kernel_metadata, bias_metadata: what the `nnx.Param`s of W_i*,
-        W_h* and b_h* are to say of themselves, their sharding for instance.
+      kernel_metadata, recurrent_kernel_metadata, bias_metadata: metadata of the `nnx.Param`s of
+        W_i*, W_h* and b_h*, such as their sharding.
 
     Example:
       >>> import jax.numpy as jnp
@@ -40,7 +40,7 @@ class LSTMCell(initial.Cell, nnx.LSTMCell):
       ((2, 4), (3, 4))
 
     Source: see `rnncore.LSTM`.  State tree, initial values and steps are flax.nnx's own; its
-    `initialize_carry` wants `rngs` for zeros too.
+    `initialize_carry` requires `rngs` even for zeros.
     """
 
     carries: ClassVar[int] = 2

@@ -1,7 +1,7 @@
-"""The recurrent layers of an nnx model while it runs: found, recorded, and run with something added.
+"""Finds the recurrent layers of an nnx model while it runs, records them, and runs them with added terms.
 
-In a copy of the model every recurrent layer is of a class of this file, whose call tells what ran.  What it needs and
-what it keeps are variables of the layer, so that `nnx.jit` and `nnx.remat` inside the model see to them.
+In a copy of the model every recurrent layer is replaced by a class of this file, whose call records its run.  Its
+inputs and records are variables of the layer, so that `nnx.jit` and `nnx.remat` inside the model handle them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Recorder:
 
     Attributes:
       layers: by name, what is static about every layer that the last call went through.
-      left_out: by name, why a layer could not be recorded; it then ran as it always does.
+      left_out: by name, why a layer could not be recorded; it then ran normally.
     """
 
     def __init__(self, model: nnx.Module, call: Callable[[nnx.Module], Any]):
@@ -132,34 +132,26 @@ RECORDED: dict[type, type] = {rnn.RNN: _RecordedRNN, nnx.RNN: _RecordedFlaxRNN} 
 def _run_rnn(
     node: Any, inputs: Array, *, initial_carry: Any = None, seq_lengths: Any = None, return_carry: bool | None = None,
     time_major: bool | None = None, reverse: bool | None = None, keep_order: bool | None = None, rngs: Any = None,
-    resets: Any = None, return_states: bool = False,
+    resets: Any = None, reset_carry: Any = None, return_states: bool = False,
 ) -> Any:  # fmt: skip
     """What the call of an `RNN` returns."""
     if return_states:
         raise NotImplementedError("it is called with return_states=True")
     if node.state_axes != nnx.StateAxes(rnn._AXES) or node.broadcast_rngs is not None:
         raise NotImplementedError("state_axes or broadcast_rngs say how its state goes through the steps")
-    chosen = {
-        name: getattr(node, name) if value is None else value
-        for name, value in (
-            ("return_carry", return_carry), ("time_major", time_major), ("reverse", reverse), ("keep_order", keep_order)
-        )
-    }  # fmt: skip
-    cell = node.cell
+    call = modules.call_of(
+        node, inputs, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+    )  # fmt: skip
+    cell, step_shape = node.cell, call.step_shape
     features = cell.num_feature_axes
-    time_axis = modules.time_axis(inputs, features, chosen["time_major"])
-    step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
     carry = initial_carry
     if carry is None:
-        if initial.is_random(cell):
-            stream = node.rngs if rngs is None else rngs
-            if stream is None:
-                raise NotImplementedError("its initial carry is random; give initial_carry")
-            carry = cell.initialize_carry(step_shape, stream.carry.fork() if isinstance(stream, nnx.Rngs) else stream)
-        else:
-            spare = None if isinstance(cell, initial.Cell) else nnx.RngStream(0, tag="carry")
-            carry = cell.initialize_carry(step_shape, spare)
+        stream = node.rngs if rngs is None else rngs
+        if stream is None and initial.is_random(cell):
+            raise NotImplementedError("its initial carry is random; give initial_carry")
+        carry = initial.carry(cell, step_shape, stream)
     carry = modules.cast(carry, getattr(node, "carry_dtype", None))
+    reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
     known = trees.why_unknown(cell) is None
     core: Any
     if known:
@@ -171,13 +163,14 @@ def _run_rnn(
         start = core.named_carry(jax.tree.leaves(carry))
         xs = inputs.reshape(*inputs.shape[: inputs.ndim - features], -1)
         y = jax.eval_shape(core.step_fn, params, carry, jnp.zeros(step_shape, inputs.dtype))[1]
+    again = None if reset_carry is None else type(start)(*jax.tree.leaves(reset_carry))
     last, outputs, _, _ = run_layer(
-        lambda name, layer, run: _visit(node, name, layer, run), "", core, params, xs, start, time_axis=time_axis,
-        seq_lengths=seq_lengths, resets=resets, reverse=chosen["reverse"], keep_order=chosen["keep_order"],
+        lambda name, layer, run: _visit(node, name, layer, run), "", core, params, xs, start, time_axis=call.time_axis,
+        seq_lengths=seq_lengths, resets=resets, reset_carry=again, reverse=call.reverse, keep_order=call.keep_order,
     )  # fmt: skip
     outputs = modules.cast(outputs.astype(y.dtype), getattr(node, "output_dtype", None))
     back = modules.from_core(last) if known else jax.tree.unflatten(jax.tree.structure(carry), list(last))
-    return (back, outputs) if chosen["return_carry"] else outputs
+    return (back, outputs) if call.return_carry else outputs
 
 
 def _foreign(cell: Any, carry: Any, step_shape: tuple[int, ...]) -> tuple[Any, PyTree]:

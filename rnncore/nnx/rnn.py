@@ -16,19 +16,19 @@ from rnncore.nnx import initial, trees
 from rnncore.nnx.flax_scan import scan_over
 
 _AXES: Any = {...: nnx.Carry}
-"""All state goes from step to step: what Flax takes where the user says nothing."""
+"""All state is carried from step to step: Flax's default."""
 
 
 class RNN(nnx.RNN):
-    """Applies a cell over a sequence: flax.nnx.RNN, faster, with lengths done right.
+    """Applies a cell over a sequence: flax.nnx.RNN, faster, with correct lengths.
 
     carry_t, y_t = cell(carry_{t-1}, x_t)
 
     A cell of `rnncore.nnx` or flax.nnx with elementwise functions runs through `rnncore.unroll`.
-    Every other one, a subclass, a cell with a layer exchanged or of your own, runs under nnx.scan as
+    Any other cell, such as a subclass or a cell with a replaced layer, runs under nnx.scan as
     in Flax, and so does a cell whose state differs from step to step by `state_axes`.  There, as in
-    Flax, a module that `jax.jit` or `jax.vmap` has closed over is an error; `nnx.jit`, and modules
-    merged inside, are fine.
+    Flax, `jax.jit` or `jax.vmap` of a function that closes over the module is an error; use `nnx.jit`, or merge
+    the module inside.
 
     Dtypes: the carry keeps the dtype it starts with, `carry_dtype` or else that of `initial_carry` or of
     `cell.initialize_carry`.  The outputs have the dtype of the cell's output for that carry, or
@@ -45,8 +45,7 @@ class RNN(nnx.RNN):
       rngs: for a random initial carry.  True keeps a stream where the cell's carry is random (its
         `carry_init` is neither zeros nor ones) or made by a method that is not known, and no state at
         all elsewhere.  False keeps none; `nnx.Rngs` and `nnx.RngStream` are forked and kept.
-      checkpoint_every, recompute, backend: as in `rnncore.unroll`; they mean nothing under nnx.scan and are
-        refused there.
+      checkpoint_every, recompute, backend: as in `rnncore.unroll`; not available under nnx.scan.
       carry_dtype, output_dtype: floating dtypes of the carry and the outputs; None as above.
 
     Example:
@@ -56,9 +55,9 @@ class RNN(nnx.RNN):
       >>> (c, h), ys = jax.jit(layer)(xs, seq_lengths=jnp.array([5, 0]))
       >>> ys.shape, h.shape, float(jnp.abs(h[1]).max())
       ((2, 5, 4), (2, 4), 0.0)
-      >>> graph, params = nnx.split(layer, nnx.Param)  # there is nothing but parameters
+      >>> graph, params = nnx.split(layer, nnx.Param)  # there are only parameters
 
-    Source: arguments, state tree and results of flax.nnx.RNN.  Mended: no rng state where nothing is
+    Source: arguments, state tree and results of flax.nnx.RNN.  Fixed: no rng state where nothing is
     random (Flax's makes `nnx.split(rnn, nnx.Param)`, `jax.jit` and `jax.vmap` fail); any number of
     batch axes with lengths; length 0 gives the initial carry; lengths of a wrong shape or out of range
     are an error; NaN and inf in the padding count as 0; a step whose carry comes out in another dtype
@@ -116,20 +115,23 @@ class RNN(nnx.RNN):
         keep_order: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         resets: Any = None,
+        reset_carry: Any = None,
         return_states: bool = False,
     ) -> Any:
         """Runs the cell over the inputs; None takes the argument of the constructor.
 
         Args:
           inputs: (*batch, T, D), or (T, *batch, D) with `time_major`; any number of batch axes.  A
-            cell with more feature axes has more of them in D's place.
+            cell with several feature axes has them in place of D.
           initial_carry: the carry before the first step, as `cell.initialize_carry` makes it, which
             is called where there is none.
           seq_lengths: integers (*batch).  The carry returned is the one after the last valid step;
             outputs past it go on from the padding.
           rngs: for a random initial carry, in place of the layer's own stream.
           resets: booleans of the inputs' shape without features.  Where True the carry returns to
-            the initial one before that step.
+            `reset_carry` before that step.
+          reset_carry: what resets return to, of the structure of `initial_carry`, which it is by
+            default.  Give `cell.initialize_carry(...)` where the initial carry is a stored one.
           return_states: return `rnncore.States` as the last element: every carry, in the structure
             of the cell's, and every gate (None under nnx.scan, where a cell shows none).
 
@@ -137,43 +139,33 @@ class RNN(nnx.RNN):
           outputs, (carry, outputs), (outputs, states) or (carry, outputs, states).
 
         Raises:
-          ValueError: shapes, lengths or options that make no sense; a random carry without rngs.
+          ValueError: invalid shapes, lengths or options; a random carry without rngs.
           NotImplementedError: an option that this cell cannot take; the message says why.
         """
-        return_carry = self.return_carry if return_carry is None else return_carry
-        time_major = self.time_major if time_major is None else time_major
-        reverse = self.reverse if reverse is None else reverse
-        keep_order = self.keep_order if keep_order is None else keep_order
-        time_axis = modules.time_axis(inputs, self.cell.num_feature_axes, time_major)
-        step_shape = inputs.shape[:time_axis] + inputs.shape[time_axis + 1 :]
-        carry = self._initial_carry(step_shape, rngs) if initial_carry is None else initial_carry
+        call = modules.call_of(
+            self, inputs, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+        )  # fmt: skip
+        carry = initial_carry
+        if carry is None:
+            carry = initial.carry(self.cell, call.step_shape, self.rngs if rngs is None else rngs)
         carry = modules.cast(carry, self.carry_dtype)
+        reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
 
         slow = self._slow_path(inputs, carry)
         if slow is None:
             core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
             result = modules.unroll(
-                self, core, params, inputs, carry, step_shape, seq_lengths=seq_lengths, resets=resets, reverse=reverse,
-                keep_order=keep_order, time_major=time_major, return_states=return_states,
+                self, core, params, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
+                reset_carry=reset_carry,
+                return_states=return_states,
             )  # fmt: skip
         else:
             modules.before_scan(self, "nnx.scan", slow)
             result = modules.scan_cell(
-                functools.partial(scan_over, self), self, inputs, carry, time_axis, seq_lengths=seq_lengths,
-                resets=resets, reverse=reverse, keep_order=keep_order, return_carry=return_carry,
-                return_states=return_states,
+                functools.partial(scan_over, self), self, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
+                reset_carry=reset_carry, return_states=return_states,
             )  # fmt: skip
-        return modules.result_of(self, result, return_carry)
-
-    def _initial_carry(self, step_shape: tuple[int, ...], rngs: Any) -> Any:
-        """The cell's own initial carry."""
-        if not initial.is_random(self.cell):
-            # A cell of Flax asks for a key for its zeros too: it gets one that nobody keeps.
-            spare = None if isinstance(self.cell, initial.Cell) else nnx.RngStream(0, tag="carry")
-            return self.cell.initialize_carry(step_shape, spare)
-        rngs = self.rngs if rngs is None else rngs
-        # Flax forks what is given as Rngs and draws from what is given as a stream.
-        return self.cell.initialize_carry(step_shape, rngs.carry.fork() if isinstance(rngs, nnx.Rngs) else rngs)
+        return modules.result_of(self, result, call.return_carry)
 
     def _slow_path(self, inputs: Array, carry: Any) -> modules.SlowPath | None:
         """Why the cell has to run under nnx.scan, or None."""

@@ -1,4 +1,4 @@
-"""Online learning: gradients at every step, forward in time, without keeping the past."""
+"""Online learning: gradients at every step, forward in time, without storing the past."""
 
 from rnncore.online.exact import RTRL as RTRL
 from rnncore.online.exact import SnAp as SnAp

@@ -118,7 +118,7 @@ class RTRL(Rule):
         return blocks_of(self.cell.recurrence, self.cell.hidden_size)
 
     def _kept(self, influence: Array) -> Array:
-        """What of the influence (*batch, N, S, R, C, S) is followed further: all."""
+        """The part of the influence (*batch, N, S, R, C, S) that is kept: all of it."""
         return influence
 
 
@@ -131,11 +131,12 @@ class SnAp(RTRL):
     The pattern has the entries that n steps over the connections can make.
 
     Over a dense kernel or heads all units are reached in two steps, and n = 2 is `RTRL`; over `Sparse` connections it
-    is less, and for n as long as the longest path between two units it is exact.
+    is less, and once n reaches the longest path between two units it is exact.
 
     Args:
       cell: a `PointwiseCell`, over `Sparse`, or `Dale` within it, where the pattern is to be one.
       order: n; 1 is `SnAp1`, which keeps less.
+      connections: the pattern of one step; that of the cell's recurrence by default.
 
     Raises:
       ValueError: an order below 1.

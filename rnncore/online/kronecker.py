@@ -24,15 +24,15 @@ class KFRTRL(Rule):
     d s_t / d params ~ u_t (x) A_t,   v_t = [x_t, 1, h_{t-1}],   D_t = d s_t / d (pre-activations)
     u_t = c_1 p_1 u_{t-1} + c_2 p_2 v_t,   A_t = (c_1 / p_1) J_t A_{t-1} + (c_2 / p_2) D_t,   c_1, c_2 random signs
 
-    p_1 and p_2 balance the norms.  What one step adds is exactly of this form, so only sums of steps are estimated, and
-    the variance is that much below UORO's.  Every block of units of every sequence has factors and signs of its own.
+    p_1 and p_2 balance the norms.  One step's contribution has exactly this form, so only sums of steps are estimated,
+    which lowers the variance below UORO's.  Every block of units of every sequence has its own factors and signs.
 
     Args:
       cell: a `PointwiseCell` over Dense(), Heads(N) or Diagonal() all of whose gates see z and r as their sum alone,
         without per-unit parameters: Elman, Leaky, LSTM without peepholes.
 
     Raises:
-      NotImplementedError: another cell, such as a GRU, where a step's influence is no such product.
+      NotImplementedError: a cell such as a GRU, whose influence is not such a product.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -54,7 +54,7 @@ class KFRTRL(Rule):
         if not all_additive(self.cell) or self.cell.units:
             raise NotImplementedError(
                 f"`KFRTRL(cell={type(self.cell).__name__})`: expected gates that see W x + U h + b as a sum and no "
-                "per-unit parameters, as those of Elman, Leaky and LSTM; of others a step's part is no Kronecker "
+                "per-unit parameters, as in Elman, Leaky and LSTM; in other cells a step's part is no Kronecker "
                 "product. Use RTRL, SnAp1 or UORO."
             )
 

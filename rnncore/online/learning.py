@@ -1,4 +1,4 @@
-"""The update of online learning, and readouts whose error goes back by other weights."""
+"""The update of online learning, and readouts with feedback alignment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rnncore.online.rule import Memory, Rule
 
 
 class OnlineState(NamedTuple):
-    """What goes from one step to the next.
+    """The state between steps.
 
     Fields:
       params: {"cell": the cell's parameters, "readout": those of the loss function}.
@@ -98,7 +98,7 @@ def online_update(
 
 
 def feedback(y: Array, kernel: Array, weights: Array) -> Array:
-    """A readout y W whose error goes back to y by other weights: feedback alignment.
+    """A readout y W whose error is fed back to y through other weights: feedback alignment.
 
     out = y W,   d L / d y := (d L / d out) B^T in place of (d L / d out) W^T
 
@@ -108,10 +108,10 @@ def feedback(y: Array, kernel: Array, weights: Array) -> Array:
       weights: B (H, K), random and fixed in the papers.
 
     Returns:
-      y W (*batch, K); its gradient by W is the right one.
+      y W (*batch, K); its gradient with respect to W is exact.
 
     Raises:
-      ValueError: weights of another shape than the kernel.
+      ValueError: the weights and the kernel differ in shape.
 
     Example:
       >>> import jax, jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""One step of a pointwise cell as online learning needs it: what each parameter does to the unit that it belongs to.
+"""One step of a pointwise cell for online learning: the effect of each parameter on its own unit.
 
 Every parameter belongs to one unit: W[:, :, i], U[:, :, i], b[:, i] and p[i] reach unit i first, and the others through
 its output.  A `Piece` holds parameters of one kind, for each unit R rows of C columns, with
@@ -20,7 +20,7 @@ from rnncore.cells.diagonals import Diagonals, diagonals
 
 
 class Piece(NamedTuple):
-    """What one kind of parameter does within a step.
+    """The effect of one kind of parameter within a step.
 
     Fields:
       values: (*batch, R, H), or (*batch, R, 1) where all units read the same.
@@ -55,7 +55,7 @@ def all_additive(cell: PointwiseCell) -> bool:
 
 def local_step(cell: PointwiseCell, params: CellParams, carry: Any, x: Array) -> Local:
     """One step from carry (*batch, H) and inputs x (*batch, D)."""
-    z, r = cell.split(cell.project(params, x)), cell.split(cell.mix(params, carry.h))
+    z, r = cell.split(cell.project(params, x)), cell.split(cell.recurrent_matmul(params, carry.h))
     new, parts = diagonals(cell, params, carry, z, r)
 
     def stacked(by_field: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Rules that follow each parameter within the unit that it belongs to: SnAp-1, e-prop and RFLO.
+"""Rules that follow each parameter within its own unit: SnAp-1, e-prop and RFLO.
 
   P_t = gain_t P_{t-1} + d s_t / d params,   P (F, parameters of unit i, unit i)
 
@@ -29,7 +29,7 @@ class OwnUnit(Rule):
 
     @abc.abstractmethod
     def _gain(self, params: CellParams, parts: Diagonals) -> Any:
-        """What of d s_t / d s_{t-1} the rule follows: gain.a.b (*batch, H) for fields a, b of the carry."""
+        """The part of d s_t / d s_{t-1} that the rule keeps: gain.a.b (*batch, H) for fields a, b of the carry."""
 
     def _start(self, params: CellParams, carry: Any) -> Any:
         batch, hidden = carry.h.shape[:-1], carry.h.shape[-1]
@@ -118,7 +118,7 @@ class RFLO(EProp):
 
     P_t = (1 - alpha) P_{t-1} + alpha phi'(a_t) [x_t, h_{t-1}, 1],   dL_t / dh_t = B (d L_t / d output)
 
-    The eligibility is that of e-prop; the random feedback B stands in the readout, `online.feedback`.
+    The eligibility is that of e-prop; the random feedback B belongs to the readout, `online.feedback`.
 
     Args:
       cell: `Leaky`, or `Elman`, which is one with alpha = 1; the rule is defined for no other.

@@ -1,4 +1,4 @@
-"""What every rule of online learning is: a memory that goes forward with the carry, and a gradient read off it."""
+"""The interface of a rule of online learning: a memory that moves forward with the carry, and a gradient from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rnncore.cells.base import CellParams, PointwiseCell
 
 
 class Memory(NamedTuple):
-    """What goes from one step to the next, of a size that does not depend on how many there were.
+    """The state between steps; its size does not depend on their number.
 
     Fields:
       carry: the cell's carry, arrays (*batch, H).
@@ -47,7 +47,7 @@ class Rule(abc.ABC):
         pointwise.check_elementwise(self.cell)
 
     def init(self, params: CellParams, carry: Any) -> Memory:
-        """The memory before the first step, from a carry that no parameter has influenced."""
+        """The memory before the first step, from a carry that does not depend on the parameters."""
         rule, params = self._plain(params)
         return Memory(carry, rule._start(params, carry))
 
@@ -74,15 +74,15 @@ class Rule(abc.ABC):
           memory: of the step before, or of `init`.
           x: (*batch, D).
           reset: booleans (*batch): where True the step begins with `reset_carry` and no influence.
-          reset_carry: what resets return to, a constant; zeros by default.
-          valid: booleans (*batch): where False, past the length of a sequence, the memory stays as it is.
+          reset_carry: the carry after a reset, a constant; zeros by default.
+          valid: booleans (*batch): where False, past the length of a sequence, the memory does not change.
           key: for rules that draw random numbers.
 
         Returns:
           (memory, y), the output y (*batch, H).
 
         Raises:
-          ValueError: a rule that needs a key and has none; shapes that do not fit.
+          ValueError: a missing key, for rules that need one; shapes that do not fit.
         """
         name = type(self).__name__
         if self.needs_key and key is None:
@@ -122,7 +122,7 @@ class Rule(abc.ABC):
           `CellParams`; the sum over all steps is the gradient of the sum of the L_t.
 
         Raises:
-          ValueError: a cotangent of another shape.
+          ValueError: a cotangent of the wrong shape.
         """
         carry = memory.carry
         if not isinstance(cotangent, type(carry)):

@@ -22,8 +22,8 @@ class UORO(Rule):
     s~_t = rho_0 J_t s~_{t-1} + rho_1 nu_t,   theta~_t = theta~_{t-1} / rho_0 + (nu_t d s_t / d params) / rho_1
     d L_t / d params ~ (d L_t / d s_t . s~_t) theta~_t,   nu_t random signs
 
-    rho_0 and rho_1 balance the norms of both factors, which makes the variance small.  Every sequence has signs and
-    factors of its own.
+    rho_0 and rho_1 balance the norms of both factors, which makes the variance small.  Every sequence has its own
+    signs and factors.
 
     Args:
       cell: any `PointwiseCell`, over any recurrence.
@@ -79,5 +79,5 @@ class UORO(Rule):
 
 
 def norm(tree: PyTree) -> Array:
-    """Euclidean norm of all numbers of a tree."""
+    """Euclidean norm of a tree."""
     return jnp.sqrt(sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(tree)))

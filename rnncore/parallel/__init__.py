@@ -1,4 +1,4 @@
-"""Parallel in time: a run as one system of equations for all its states, solved by Newton's method."""
+"""Parallel in time: a run as one system of equations for all states, solved by Newton's method."""
 
 from rnncore.parallel.forecast import Forecast as Forecast
 from rnncore.parallel.forecast import forecast as forecast

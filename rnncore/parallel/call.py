@@ -1,4 +1,4 @@
-"""The arguments of a run in parallel: checked once, brought to time-major."""
+"""The arguments of a parallel run: checked once, converted to time-major."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
-from rnncore.cells import pointwise, structured_kernels
+from rnncore.cells import linear_state, pointwise, structured_kernels
 from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.cells.blocks import blocks_of
 from rnncore.parallel.newton import Newton
@@ -34,7 +34,7 @@ class Options(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is static about a call."""
+    """What is static about a call; `linear` as in `cells.linear_state`."""
 
     cell: PointwiseCell
     method: str
@@ -42,6 +42,7 @@ class Settings:
     max_iterations: int
     sweeps: int
     time_major: bool
+    linear: tuple[str, ...] | None
 
     @property
     def newton(self) -> Newton:
@@ -90,20 +91,21 @@ def prepare(cell: Cell, params: PyTree, xs: Array, options: Options) -> tuple[Se
     steps, *batch = xs.shape[:-1]
     if not steps:
         raise ValueError(f"`parallel.unroll(xs=<{xs.dtype} {xs.shape}>)`: expected at least one step.")
+    linear = linear_state.linear_fields(cell)
     cell, params = structured_kernels.plain(cell, params)
     assert isinstance(cell, PointwiseCell)
     blocks_of(cell.recurrence, cell.hidden_size)  # refuses a structure of which it is not known
     dtype = jnp.result_type(*jax.tree.leaves(params), xs)
     if jnp.finfo(dtype).bits < 32:
         raise NotImplementedError(
-            f"`parallel.unroll(xs=<{xs.dtype}>)`: in {dtype} the iteration has nothing to converge to; expected "
+            f"`parallel.unroll(xs=<{xs.dtype}>)`: in {dtype} the iteration cannot converge; expected "
             "float32 or float64 parameters and inputs."
         )
     for what, carry in (("initial_carry", initial_carry), ("reset_carry", reset_carry)):
         if carry is not None:
             checks.check_carry(what, cell, carry, tuple(batch), dtype)
     if reset_carry is not None and resets is None:
-        raise ValueError("`parallel.unroll(reset_carry=...)`: means something with resets only.")
+        raise ValueError("`parallel.unroll(reset_carry=...)`: has an effect only with resets.")
     if resets is not None:
         resets = checks.check_resets(resets, (*batch, steps) if not time_major else (steps, *batch))
         resets = resets if time_major else jnp.moveaxis(resets, -1, 0)
@@ -115,5 +117,5 @@ def prepare(cell: Cell, params: PyTree, xs: Array, options: Options) -> tuple[Se
         reset_carry = jax.tree.map(lambda a: jnp.asarray(a, dtype), back)
     if tolerance is None:
         tolerance = 128 * float(jnp.finfo(dtype).eps)
-    settings = Settings(cell, method, float(tolerance), max_iterations, sweeps, time_major)
+    settings = Settings(cell, method, float(tolerance), max_iterations, sweeps, time_major, linear)
     return settings, Arrays(params, xs, start, reset_carry, resets)

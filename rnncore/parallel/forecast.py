@@ -1,4 +1,4 @@
-"""How many iterations a run will take, from a pilot of its first steps and the growth of errors within it."""
+"""Predicts the iterations of a run from a pilot run over its first steps and the growth of errors in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Forecast(NamedTuple):
     """What `parallel.forecast` expects of a run.
 
     Fields:
-      iterations: how many it will take; of about as many as there are steps nothing is gained.
+      iterations: how many it will take; with about as many as steps there is no gain.
       converges: whether that is at most half of `max_iterations`.
       growth: the largest sum_j |J_t ... J_{j+1}| over the first steps, how much a unit error at every step adds up to;
         nan where the pilot did not converge.
@@ -79,7 +79,7 @@ def forecast_of(settings: Settings, arrays: Arrays) -> Forecast:
     """The forecast of a call that has been checked.
 
     A run is a prefix of a longer one, and so are its iterations k(w).  A stable cell's grow as the largest error of w
-    steps does, slowly; where information of the past stays for ever they grow as w.  Between the last quarter of the
+    steps does, slowly; where information about the past is kept they grow as w.  Between the last quarter of the
     pilot and the end of the run they are taken to follow one power of w.
     """
     steps = arrays.xs.shape[0]

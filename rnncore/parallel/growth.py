@@ -1,4 +1,4 @@
-"""How much of an error in a state is left in later ones: the transient growth of products of Jacobians."""
+"""How errors in a state persist in later ones: the transient growth of products of Jacobians."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def transient_growth(jacobian: Any) -> tuple[Array, Array]:
     largest = jnp.asarray(1e30, blocks.dtype)
 
     def sizes_of(products: Array) -> Array:
-        # In two steps: the squares may leave the range.
+        # In two steps: the squares may overflow.
         most = jnp.max(jnp.abs(products), (-2, -1), keepdims=True)
         most = jnp.where(most > 0, most, 1)
         return most[..., 0, 0] * jnp.sqrt(jnp.sum((products / most) ** 2, (-2, -1)) / probes)

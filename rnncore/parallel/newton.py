@@ -2,8 +2,8 @@
 
   F_t(s) = f(s_{t-1}, x_t) - s_t = 0,   s' = s + u,   u_t = J_t u_{t-1} + F_t,   J_t = d f / d s_{t-1}
 
-After k iterations the first k states are exact whatever the guess, so that an iteration may put aside what has gone
-astray: where the whole update makes the residual no smaller, every state is held within the values that the steps have
+After k iterations the first k states are exact for any initial guess, so an update may be modified safely: where the
+full update does not reduce the residual, every state is clipped to the range of the values that the steps have
 given.
 """
 
@@ -22,7 +22,7 @@ from rnncore.parallel.sweep import Operands, Sweep
 
 
 class Found(NamedTuple):
-    """What the iteration came to.
+    """The result of the iteration.
 
     Fields:
       states: carry of (T, *batch, H) arrays.
@@ -44,8 +44,8 @@ class Newton:
       sweep: the steps.
       tolerance: of the residual.
       max_iterations: how many at most.
-      sweeps: plain steps s_t = f(s_{t-1}, x_t) of all t that follow every update; they undo what the update made of
-        places where f is far from linear, as the steps of a stable cell forget where they came from.
+      sweeps: plain steps s_t = f(s_{t-1}, x_t) of all t that follow every update; they correct the update
+        where f is far from linear, because the steps of a stable cell forget their initial state.
     """
 
     sweep: Sweep
@@ -86,9 +86,14 @@ class Newton:
         states, _, _, worst, last_above, count = jax.lax.while_loop(proceed, iterate, state)
         return Found(states, jnp.minimum(last_above + 1, count), worst[-1])
 
+    def check(self, operands: Operands, resets: Array | None, states: Any) -> Found:
+        """What is to be said of states that were found at once."""
+        worst = residuals(self.sweep.after(operands, self.sweep.before(operands, resets, states))[0], states)
+        return Found(states, jnp.ones(worst.shape, jnp.int32), worst[-1])
+
 
 def within_reach(states: Array, after: Array) -> Array:
-    """The states, each unit held within the values that the steps have given; those where it is no number."""
+    """The states, each unit clipped to the range of the values that the steps have given; NaN is replaced by these."""
     low, high = jnp.min(after, 0), jnp.max(after, 0)
     return jnp.where(jnp.isfinite(states), jnp.clip(states, low, high), after)
 

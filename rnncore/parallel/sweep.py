@@ -1,4 +1,4 @@
-"""All steps of a run at once, from a guess of every state: what each step makes of it, and how it depends on it."""
+"""All steps of a run at once, from a guess of every state: their results and derivatives."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rnncore._types import Array
 from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.cells.blocks import blocks_of, own_gain, to_blocks
 from rnncore.cells.diagonals import Diagonals, diagonals
-from rnncore.parallel import linear
+from rnncore.recurrence import linear
 from rnncore.recurrence import step as steps
 
 
@@ -52,7 +52,7 @@ class Sweep:
     def after(self, operands: Operands, before: Any) -> tuple[Any, Diagonals]:
         """(f(s_{t-1}, x_t), its elementwise derivatives) for all t."""
         cell = self.cell
-        r = cell.split(cell.mix(operands.params, before.h))
+        r = cell.split(cell.recurrent_matmul(operands.params, before.h))
         return diagonals(cell, operands.params, before, cell.split(operands.zs), r)
 
     def guess(self, operands: Operands) -> Any:
@@ -105,7 +105,7 @@ class Sweep:
 
         def advance(now: Any, u: Any) -> Any:
             state, recurrent = now
-            dr = self.cell.split(self.cell.mix(product, u.h))
+            dr = self.cell.split(self.cell.recurrent_matmul(product, u.h))
             rows = zip(state, recurrent, strict=True)
             return type(u)(*(
                 sum(a * b for a, b in zip((*direct, *through), (*u, *dr), strict=True)) for direct, through in rows

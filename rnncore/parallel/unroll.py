@@ -1,4 +1,4 @@
-"""A cell over a sequence by Newton's method: all steps at once, a few times over, in place of one after the other."""
+"""Runs a cell over a sequence by Newton's method: all steps at once, a few times, instead of one after the other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from rnncore.parallel.call import Arrays, Options, Settings, prepare
 from rnncore.parallel.forecast import forecast_of
 from rnncore.parallel.newton import solution
 from rnncore.parallel.sweep import Operands
+from rnncore.recurrence import associative
 
 
 class Solution(NamedTuple):
-    """What `parallel.unroll` gives.
+    """The result of `parallel.unroll`.
 
     Fields:
       carry: after the last step; NaN where the iteration did not converge, and so are outputs and carries.
@@ -57,6 +58,7 @@ def unroll(
 
     An iteration is the run's product over all steps at once and a linear recurrence, in about log2(T) rounds; it has no
     loop over T.  Over `Diagonal()` the recurrence is elementwise, over `Heads(N)` one of (F H/N)^2 blocks.
+    A cell whose state is linear in its past, such as `MinGRU`, is solved by that recurrence at once, without a guess.
 
     Args:
       cell: a `PointwiseCell` over Dense(), Heads(N) or Diagonal(), or a structure that runs as one of these.
@@ -71,14 +73,14 @@ def unroll(
       tolerance: of the residual; 128 times the machine epsilon by default.
       max_iterations: how many at most.
       sweeps: evaluations of f for all t after every iteration.
-      check: make a `forecast` first and refuse what will not converge.  Inside jit, grad or vmap nothing is known of
-        the numbers, so there is none.
+      check: make a `forecast` first and reject runs that will not converge.  Inside jit, grad or vmap values are
+        unknown, so no forecast is made.
 
     Returns:
-      `Solution`.  What did not converge is NaN; `converged`, `iterations` and `residual` say how it went.
+      `Solution`.  Sequences that did not converge are NaN; see `converged`, `iterations` and `residual`.
 
     Raises:
-      ValueError: shapes, dtypes or options that make no sense.
+      ValueError: invalid shapes, dtypes or options.
       NotImplementedError: a cell that has no elementwise coefficients; a run that the forecast says will not converge.
 
     Example:
@@ -91,11 +93,11 @@ def unroll(
       (True, True)
 
     Source: Lim et al. (2024), DEER, arXiv:2309.12252; Gonzalez et al. (2024), quasi-DEER, arXiv:2407.19115.  The
-    sweeps and the bounds on what an iteration may do are this library's.
+    sweeps and the bounds on an update are this library's.
     """
     options = Options(initial_carry, resets, reset_carry, time_major, method, tolerance, max_iterations, sweeps)
     settings, arrays = prepare(cell, params, xs, options)
-    if check and not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arrays)):
+    if check and settings.linear is None and not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arrays)):
         expected = forecast_of(settings, arrays)
         if not expected.converges:
             raise NotImplementedError(
@@ -107,13 +109,18 @@ def unroll(
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(settings: Settings, arrays: Arrays) -> Solution:
-    """The iteration, and the derivatives of what it finds."""
+    """The iteration, and the derivatives of its solution."""
     cell, newton = settings.cell, settings.newton
     with jax.default_matmul_precision("highest"):
         zs = cell.project(arrays.params, arrays.xs)
         operands = Operands(arrays.params, zs, arrays.start, arrays.reset_carry)
-        found = newton.find(jax.lax.stop_gradient(operands), arrays.resets)
-        states = solution(newton.sweep, operands, arrays.resets, jax.lax.stop_gradient(found.states))
+        if settings.linear is None:
+            found = newton.find(jax.lax.stop_gradient(operands), arrays.resets)
+            states = solution(newton.sweep, operands, arrays.resets, jax.lax.stop_gradient(found.states))
+        else:
+            start, back = arrays.start, arrays.reset_carry
+            states, _ = associative.states(cell, settings.linear, arrays.params, zs, start, back, arrays.resets)
+            found = newton.check(*jax.lax.stop_gradient((operands, arrays.resets, states)))
     converged = found.residual <= settings.tolerance
     states = jax.tree.map(lambda a: jnp.where(converged[..., None], a, jnp.nan), states)
     last = jax.tree.map(lambda a: a[-1], states)

@@ -1,1 +1,1 @@
-"""The run of a cell over time: what is asked for, the step, its derivatives, and the scan."""
+"""The run of a cell over time: its description, the step, its derivatives, and the scan."""

@@ -55,7 +55,7 @@ class Autodiff(Backend):
             return (carry, last), (outputs, carries if request.return_states else None, gates)
 
         stacks = (jnp.moveaxis(xs, request.time_axis, 0), *steps.per_step(request, constants))
-        again = request.recompute != "nothing"
-        size = chunk_size(request) if again else request.checkpoint_every or request.steps
-        (_, last), ys = scan_chunks(chunk, (start, start), stacks, request.steps, size, again)
+        rematerialize = request.recompute != "nothing"
+        size = chunk_size(request) if rematerialize else request.checkpoint_every or request.steps
+        (_, last), ys = scan_chunks(chunk, (start, start), stacks, request.steps, size, rematerialize)
         return Result(last, *ys)

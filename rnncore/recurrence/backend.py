@@ -1,4 +1,4 @@
-"""What a way to run a cell over time has to say."""
+"""The interface of a backend: a way to run a cell over time."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class Backend(abc.ABC):
 
     Attributes:
       name: as `unroll(backend=...)` has it.
-      opaque: whether XLA can neither part its calls among devices nor take them to another machine: on an explicit mesh
+      opaque: whether XLA can neither partition its calls over devices nor export them: on an explicit mesh
         it then runs in `jax.shard_map`, and `jax.export`, or another platform than JAX's default, takes `plain`.
-      must_be_named: reason why it runs only where it is named; None where it may be chosen, see `unchosen`.
-      keeps_time_axis: whether it takes xs and gives outputs with time where the caller has it.
-      takes_any_product: whether it multiplies by the recurrence's own `mix`, and need not know its structure.
-      takes_symbolic: whether steps and batch may be numbers that `jax.export` does not know yet.
+      must_be_named: why it runs only where it is named; None if it may be chosen, see `why_not_by_default`.
+      keeps_time_axis: whether it takes xs and returns outputs with the caller's time axis.
+      takes_any_product: whether it multiplies by the recurrence's own `matmul`, and need not know its structure.
+      takes_symbolic: whether steps and batch may be symbolic, as under `jax.export`.
     """
 
     name: ClassVar[str]
@@ -36,29 +36,29 @@ class Backend(abc.ABC):
     def unsupported(self, request: Request) -> str | None:
         """Reason why this backend cannot serve the request, or None."""
 
-    def unchosen(self, request: Request) -> str | None:
+    def why_not_by_default(self, request: Request) -> str | None:
         """Reason why a request that it can serve runs here only where the backend is named, or None."""
         del request
         return self.must_be_named
 
     def prepare(self, request: Request) -> str | None:
-        """Called once it is chosen, before it runs: reason why another has to be chosen after all, or None."""
+        """Called once it is chosen, before it runs: why another backend has to be chosen after all, or None."""
         del request
         return None
 
     def describe(self, request: Request) -> str | None:
-        """How it would run a request that it can serve, for `explain_backend`; None where there is nothing to say."""
+        """How it would run a request that it can serve, for `explain_backend`, or None."""
         del request
         return None
 
     def remedy(self, request: Request) -> str | None:
-        """How to have a request run here for which another is chosen, for `explain_backend`; None for no way."""
+        """How to make a request run on this backend where another is chosen, for `explain_backend`, or None."""
         if self.must_be_named is None or self.unsupported(request):
             return None
         return f"backend={self.name!r} can serve this call and may be faster: measure it. It runs {self.must_be_named}"
 
     def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
-        """Whether `run` takes so many layers and directions at once, and had better.
+        """Whether `run` takes this many layers and directions at once, and is faster that way.
 
         Parameters, initial carries and the last ones are then, for each layer, a tuple of those of its directions, and
         the request is that of the first of them.
@@ -72,7 +72,7 @@ class Backend(abc.ABC):
 
 
 class LoopBackend(Backend):
-    """A backend of loops of its own, from which `primitives.py` makes every mode and order of differentiation.
+    """A backend with its own loops, from which `primitives.py` derives every mode and order of differentiation.
 
     Its functions are traced with the matmul precision of the request, and under vmap: opaque calls in them say by
     `batching.over_batch` where their batch lies.  They are never differentiated themselves.
@@ -105,19 +105,19 @@ class LoopBackend(Backend):
           request, differentiable, constants: of the run.
           result, residuals: what `forward_with_residuals` gave.
           cotangents: of the result; None for every array of it whose cotangent is zero, see `run.dense`.
-          wanted: a boolean for each array of `differentiable`; what is returned elsewhere is not looked at, None too.
+          wanted: a boolean for each array of `differentiable`; other entries are ignored and may be None.
         """
 
     def tangent(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
         tangents: Differentiable,
     ) -> Result:  # fmt: skip
-        """The tangent of the result, linear in `tangents`, which has None for every array that does not move.
+        """The tangent of the result, linear in `tangents`, which has None for every array without a tangent.
 
-        This one differentiates `plain` and so runs forward again; a backend whose residuals are all that the linearised
-        step depends on calls `plain.tangent` with them.
+        This one forms what the linearised step depends on from the outputs; a backend whose residuals are all of that
+        calls `plain.tangent` with them.
         """
-        return plain.jvp(self.plain, request, differentiable, constants, tangents)
+        return self.plain_tangent(request, differentiable, constants, result, tangents)
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         """The run by operations that JAX differentiates to every order: for second and higher ones."""

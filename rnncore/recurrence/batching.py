@@ -1,10 +1,10 @@
-"""What vmap does to a run and to an opaque call: mapped sequences become more of the batch that it has."""
+"""vmap of a run and of an opaque call: mapped sequences are added to the batch."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,44 @@ from rnncore.recurrence.run import Constants, Differentiable, Result
 Axes = Sequence[int | None] | Callable[[Array], int | None]
 
 
-def over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes) -> Callable[..., PyTree]:
-    """`call(groups, *arrays)`, which gives a pytree of arrays, as a function of arrays that vmap takes into the batch.
+class Units(NamedTuple):
+    """How cells of other parameters become more heads of one: what vmap over parameters can give a call.
+
+    Fields:
+      hidden: H, the units of the cell.
+      inputs: for each array HEADS where its first axis is that of the heads, LAST where its last one is that of the
+        units (H, or a multiple of it), None where it has neither.  All results are of LAST.
+      worthwhile: (size, arrays of all heads, arrays of one cell) -> whether one call is better than `size` calls.
+    """
+
+    hidden: int
+    inputs: Sequence[int | None]
+    worthwhile: Callable[[int, Sequence[Any], Sequence[Any]], bool]
+
+    def merged(self, a: Array, is_mapped: bool, size: int, axis: int) -> Array:
+        """Of `size` cells one array, of whose `axis` theirs are parts."""
+        a = a if is_mapped else jnp.broadcast_to(a, (size, *a.shape))
+        if axis == HEADS:
+            return a.reshape(-1, *a.shape[2:])
+        apart = a.reshape(*a.shape[:-1], a.shape[-1] // self.hidden, self.hidden)
+        return jnp.moveaxis(apart, 0, -2).reshape(*a.shape[1:-1], size * a.shape[-1])
+
+    def parted(self, a: Array, size: int) -> Array:
+        """The inverse, for a result."""
+        apart = a.reshape(*a.shape[:-1], a.shape[-1] // (size * self.hidden), size, self.hidden)
+        return jnp.moveaxis(apart, -2, 0).reshape(size, *a.shape[:-1], a.shape[-1] // size)
+
+
+HEADS, LAST = 0, -1
+
+
+def over_batch(
+    call: Callable[..., PyTree], inputs: Axes, outputs: Axes, units: Units | None = None
+) -> Callable[..., PyTree]:
+    """`call(groups, *arrays)`, which returns a pytree of arrays, as a function whose vmap extends the batch.
 
     Sequences lie in `groups` of equal size, one group after the other; outside of vmap there is one.  A vmap over an
-    array that all sequences share, such as a parameter, runs one call after the other.
+    array that all sequences share, such as a parameter, runs one call after the other, or one of more heads.
 
     Args:
       call: the opaque call, such as an FFI call or a kernel.
@@ -30,6 +63,7 @@ def over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes) -> Call
         share the array.  An array of shape (0,) stands for none.
       outputs: the same for each leaf of the result; None for a sum over the sequences of each group, which then has the
         groups as its first axis, also where there is one.  Only a call with such results need look at `groups`.
+      units: for a call that takes arrays of more heads as they are; None for others.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -38,14 +72,16 @@ def over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes) -> Call
       >>> jax.vmap(products, (0, None))(jnp.ones((3, 2, 4)), jnp.ones((4, 5))).shape
       (3, 2, 5)
     """
-    return _over_batch(call, inputs, outputs, 1)
+    return _over_batch(call, inputs, outputs, 1, units)
 
 
-def _over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups: int) -> Callable[..., PyTree]:
+def _over_batch(
+    call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups: int, units: Units | None
+) -> Callable[..., PyTree]:
     @custom_vmap
     def run(*arrays: Array) -> PyTree:
         out = call(groups, *arrays)
-        # Not every call says itself that inside shard_map its results differ over the devices.
+        # Not every call declares that its results vary over the devices inside shard_map.
         axes = frozenset().union(*map(_compat.varying_axes, arrays))
         return jax.tree.map(lambda a: _compat.vary_over(a, axes), out)
 
@@ -54,10 +90,19 @@ def _over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups
             one = [jax.ShapeDtypeStruct(a.shape[m:], a.dtype) for a, m in zip(arrays, mapped, strict=True)]
             out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(run, *one))
             return out, jax.tree.map(lambda _: True, out)
-        # Of a mapped array the axes of one example count.
+        # For a mapped array, count the axes of one example.
         examples = [jax.ShapeDtypeStruct(a.shape[m:], a.dtype) for a, m in zip(arrays, mapped, strict=True)]
         axes = _axes(inputs, examples)
         if any(m and axis is None and a.shape != (0,) for m, axis, a in zip(mapped, axes, examples, strict=True)):
+            if units is not None and all(axis is not None for axis, m in zip(units.inputs, mapped, strict=True) if m):
+                together = [
+                    a if axis is None else units.merged(a, m, size, axis)
+                    for a, m, axis in zip(arrays, mapped, units.inputs, strict=True)
+                ]
+                if units.worthwhile(size, together, examples):
+                    wider = units._replace(hidden=size * units.hidden)
+                    out = _over_batch(call, inputs, outputs, groups, wider)(*together)
+                    return jax.tree.map(lambda a: units.parted(a, size), out), jax.tree.map(lambda _: True, out)
 
             def of_mapped(some: list[Array]) -> PyTree:
                 rest = iter(some)
@@ -74,8 +119,8 @@ def _over_batch(call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups
             a = jnp.moveaxis(a, 0, axis) if is_mapped else jnp.repeat(jnp.expand_dims(a, axis), size, axis)
             return a.reshape(*a.shape[:axis], size * a.shape[axis + 1], *a.shape[axis + 2 :])
 
-        together = map(merged, arrays, mapped, axes, examples)
-        out = _over_batch(call, inputs, outputs, groups * size)(*together)
+        more = map(merged, arrays, mapped, axes, examples)
+        out = _over_batch(call, inputs, outputs, groups * size, units)(*more)
         tree: Any
         leaves, tree = jax.tree.flatten(out)
 
@@ -144,7 +189,7 @@ def tangent_roles(loop: Loop, which: tuple[int, ...], ndims: Sequence[int]) -> A
 def backward_roles(loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], ndims: Sequence[int]) -> Any:
     operands, results, residuals = _axes_of_run(loop, ndims)
     arriving, wanted = ([results[n] for n in which[0]], [operands[n] for n in which[1]])
-    # Of each map's own gradient of the parameters a sum over all of them would be no use.
+    # Each map needs its own gradient of the parameters, so a sum over all maps is no use.
     return operands + results + residuals + arriving, None if None in wanted else wanted
 
 

@@ -15,10 +15,10 @@ from rnncore.recurrence.run import Request
 
 
 def chunk_size(request: Request) -> int:
-    """K: what the caller names, or else for a pointwise cell a good one.
+    """K: the caller's, or a default for a pointwise cell.
 
-    With `recompute` about sqrt(T), which keeps least of a run that is formed again chunk by chunk.
-    Else T, except on one CPU, for known sizes.  There a slab of all steps that outgrows the caches costs page
+    With `recompute` about sqrt(T), which needs the least memory for a run that is recomputed chunk by chunk.
+    Otherwise T, except on one CPU, for known sizes.  There a slab of all steps that outgrows the caches costs page
     faults and memory traffic: above 4 MiB it is cut into chunks of about 2 MiB, at least 8 steps.  Either way
     a divisor of T, if one is near.
     """
@@ -68,7 +68,7 @@ def scan_chunks(
       carry: the carry before the first step.
       xs: pytree of (T, ...) inputs.
       steps, chunk_size: T and K.
-      rematerialize: form the inside of a chunk again in reverse mode instead of keeping it.
+      rematerialize: recompute the inside of a chunk in reverse mode instead of keeping it.
 
     Returns:
       (carry, ys stacked to (T, ...)).

@@ -1,4 +1,4 @@
-"""What the primitives of a run are of: a backend, a request, and the structures of the trees."""
+"""The static parameters of the primitives of a run: a backend, a request, and the structures of the trees."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
 
 class Functions(Protocol):
-    """What the primitives call: see `backend.LoopBackend`."""
+    """The backend as the primitives use it: see `backend.LoopBackend`."""
 
     def __hash__(self) -> int: ...
 
@@ -59,7 +59,7 @@ class Functions(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """What the primitives are of: a backend, a request, and the structures of the trees.
+    """The static parameters of the primitives: a backend, a request, and the structures of the trees.
 
     Fields:
       inexact: the leaves of the result that have tangents; a cell may call a boolean a gate.
@@ -76,7 +76,7 @@ class Loop:
 
     @property
     def held(self) -> tuple[Any, ...]:
-        """The structures of what a derivative is handed."""
+        """The structures of the operands of a derivative."""
         return self.differentiable, self.constants, self.result, self.residuals
 
     @property

@@ -1,4 +1,4 @@
-"""A run whose batch an explicit mesh parts, for loops that XLA cannot part: each device runs its own sequences."""
+"""Runs whose batch is sharded by an explicit mesh, for loops that XLA cannot partition."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Run = Callable[[Request, Differentiable, Constants], Result]
 
 
 def by_device(run: Run, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-    """`run`, inside `jax.shard_map` over the axes of an explicit mesh that part the batch of xs."""
+    """`run`, inside `jax.shard_map` over the axes of an explicit mesh that shard the batch of xs."""
     sharding = jax.typeof(differentiable.xs).sharding
     mesh = sharding.mesh
     if mesh.empty or AxisType.Explicit not in mesh.axis_types:
@@ -31,12 +31,12 @@ def by_device(run: Run, request: Request, differentiable: Differentiable, consta
         _all(P(*batch, None), differentiable.initial_carry), _all(P(*batch, None), differentiable.reset_carry),
     )  # fmt: skip
     in_time = P(None, *batch, None)
-    given = Constants(
+    fixed = Constants(
         _all(P(*batch), constants.lengths), _all(P(None, *batch), constants.resets),
         _all(P(*batch, None), constants.recurrent_mask),
         jax.tree.map(lambda a: in_time if a.ndim else P(), constants.zoneout),
     )  # fmt: skip
-    differentiable, constants = jax.tree.map(jax.sharding.reshard, (differentiable, constants), (parted, given))
+    differentiable, constants = jax.tree.map(jax.sharding.reshard, (differentiable, constants), (parted, fixed))
     names = frozenset(name for part in batch if part is not None for name in _names(part))
     if not names:
         return run(request, differentiable, constants)
@@ -45,14 +45,14 @@ def by_device(run: Run, request: Request, differentiable: Differentiable, consta
     one = dataclasses.replace(request, batch_shape=sizes)
 
     def local(differentiable: Differentiable, constants: Constants) -> Result:
-        # Parameters differ over the devices as the data does: their gradients are then summed once, outside of the run.
+        # Parameters vary over the devices as the data does: their gradients are then summed once, outside the run.
         return run(one, *jax.tree.map(lambda a: _compat.vary_over(a, names), (differentiable, constants)))
 
-    shapes = jax.eval_shape(lambda *given: run(request, *given), differentiable, constants)
+    shapes = jax.eval_shape(lambda *arrays: run(request, *arrays), differentiable, constants)
     out = Result(
         _all(P(*batch, None), shapes.carry), parted.xs, _all(in_time, shapes.carries), _all(in_time, shapes.gates)
     )
-    return jax.shard_map(local, mesh=mesh, in_specs=(parted, given), out_specs=out)(differentiable, constants)
+    return jax.shard_map(local, mesh=mesh, in_specs=(parted, fixed), out_specs=out)(differentiable, constants)
 
 
 def _all(spec: P, tree: Any) -> Any:

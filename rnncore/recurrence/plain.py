@@ -4,8 +4,8 @@ The derivative of a recurrence is a recurrence.  With L_t the linearised step,
 
   ds_t = L_t(dunits, dx_t, dU h_{t-1} + U dh_{t-1}, ds_{t-1})
 
-and dU h_{t-1}, the derivative of the product in its parameters, needs no loop: it is a product over all steps.  What is
-left is the same kind of recurrence with L in the step's place, so that every further order comes out the same way, and
+and dU h_{t-1}, the derivative of the product in its parameters, needs no loop: it is a product over all steps.  What
+remains is the same kind of recurrence with L in place of the step, so that higher orders follow in the same way, and
 JAX transposes it.  No weight gradient travels through the loop.  L_t is arithmetic on the results of the step's
 transcendental functions (`pointwise.linearize`).
 
@@ -80,7 +80,7 @@ def step_cell(request: Request) -> GatedCell:
 
 
 def _run(request: Request, differentiable: Differentiable, constants: Constants, step: Step) -> Result:
-    cell, again = step_cell(request), request.recompute
+    cell, recompute = step_cell(request), request.recompute
     params, xs, start, reset_carry = differentiable
     xs = jnp.moveaxis(xs, request.time_axis, 0)
     product = steps.recurrent_product(cell)
@@ -91,19 +91,19 @@ def _run(request: Request, differentiable: Differentiable, constants: Constants,
         (carry, last), (xs, resets, zoneout) = carry, now
         zs = cell.split(cell.project(projection, xs))
         inputs = Inputs(recurrent, units, zs, carry, reset_carry, resets, constants.recurrent_mask, zoneout)
-        carry, outputs, (carries, gates) = recurrence(step, product, inputs, again == "gates")
+        carry, outputs, (carries, gates) = recurrence(step, product, inputs, recompute == "gates")
         last = carry if constants.lengths is None else _lengths.last_valid(last, carries, constants.lengths, first)
         return (carry, last), (outputs, carries if request.return_states else None, gates)
 
     size = chunk_size(request)
-    if again == "gates":
-        # The projected inputs are formed again too: they are four times the carries.
+    if recompute == "gates":
+        # The projected inputs are recomputed too: they are four times the size of the carries.
         policy = jax.checkpoint_policies.save_only_these_names(CARRIES)
-        # Inside a scan XLA cannot merge both forms; of a single chunk it would.
+        # Inside a scan XLA cannot merge both computations; for a single chunk it would.
         chunk = jax.checkpoint(chunk, policy=policy, prevent_cse=size >= request.steps)
     stacks = (xs, *steps.per_step(request, constants))
     (_, last), (outputs, carries, gates) = scan_chunks(
-        chunk, (start, start), stacks, request.steps, size, again == "chunk"
+        chunk, (start, start), stacks, request.steps, size, recompute == "chunk"
     )
     return Result(last, jnp.moveaxis(outputs, 0, request.time_axis), carries, gates)
 
@@ -117,10 +117,10 @@ def jvp(
     leaves, tree = jax.tree.flatten(differentiable)
     moves = {n: t for n, t in enumerate(tree.flatten_up_to(tangents)) if t is not None}
 
-    def of_moving(moving: dict[int, Array]) -> Result:
-        return run(request, tree.unflatten([moving.get(n, a) for n, a in enumerate(leaves)]), constants)
+    def of_active(active: dict[int, Array]) -> Result:
+        return run(request, tree.unflatten([active.get(n, a) for n, a in enumerate(leaves)]), constants)
 
-    return jax.jvp(of_moving, ({n: leaves[n] for n in moves},), (moves,))[1]
+    return jax.jvp(of_active, ({n: leaves[n] for n in moves},), (moves,))[1]
 
 
 def tangent(
@@ -176,7 +176,7 @@ def tangent(
 def residuals_from_outputs(
     request: Request, differentiable: Differentiable, constants: Constants, outputs: Array
 ) -> tuple[Array, ...]:
-    """The residuals of `tangent` as a function of the outputs too: no product with U is left in a loop."""
+    """The residuals of `tangent` as a function of the outputs too: no product with U remains in a loop."""
     cell, axis = step_cell(request), request.time_axis
     params, xs, start, reset_carry = differentiable
     linear, inputs = linearized(request, differentiable), _first(request, differentiable)
@@ -195,8 +195,8 @@ def residuals_from_outputs(
     def chunk(carry: Any, first: Any, now: Any) -> Any:
         xs, before, resets, zoneout = now
         zs = cell.split(cell.project(projection, xs))
-        entering = steps.masked(constants.recurrent_mask, before)
-        x, rest = step.add_recurrent(zs, product.product(recurrent, entering))
+        masked_h = steps.masked(constants.recurrent_mask, before)
+        x, rest = step.add_recurrent(zs, product.product(recurrent, masked_h))
         if len(start) > 1:
             return lax.scan(body, carry, (x, rest, before, resets, zoneout))
         return carry, jax.vmap(linear.forward.update, (None, 0, 0, 0))(units, x, rest, start._replace(h=before))[1][1]
@@ -212,13 +212,13 @@ def _moved_projection(cell: GatedCell, params: CellParams, xs: Array, dparams: C
     flat, tree = jax.tree.flatten((params, xs))
     at = {n: t for n, t in enumerate(tree.flatten_up_to((dparams, dxs))) if t is not None}
 
-    def of_moving(moving: dict[int, Array]) -> Array:
-        return cell.project(*tree.unflatten([moving.get(n, a) for n, a in enumerate(flat)]))
+    def of_active(active: dict[int, Array]) -> Array:
+        return cell.project(*tree.unflatten([active.get(n, a) for n, a in enumerate(flat)]))
 
     if not at:
         shape = jax.eval_shape(cell.project, params, xs)
         return jnp.zeros(shape.shape, shape.dtype)
-    return jax.jvp(of_moving, ({n: flat[n] for n in at},), (at,))[1]
+    return jax.jvp(of_active, ({n: flat[n] for n in at},), (at,))[1]
 
 
 def previous(initial_carry: Any, reset_carry: Any, resets: Array | None, hs: Array) -> Array:
@@ -263,8 +263,8 @@ def recurrence(step: Step, product: RecurrentProduct, inputs: Inputs, rematerial
         def tangent(inputs: Any, hs: Any, kept: Any, dparams: Any, dxs: Any, dunits: Any, *dcarries: Any) -> Any:
             before = previous(inputs.initial_carry, inputs.reset_carry, inputs.resets, hs)
             residuals = linear.residuals(inputs, before, kept)
-            entering = steps.masked(inputs.recurrent_mask, before)
-            xs = (residuals, *linear.prepare(entering, inputs.recurrent_params, dparams, dxs, dunits))
+            masked_h = steps.masked(inputs.recurrent_mask, before)
+            xs = (residuals, *linear.prepare(masked_h, inputs.recurrent_params, dparams, dxs, dunits))
             tangent_params = product.tangent_params(inputs.recurrent_params)
             dstart, dreset = dcarries
             moved = inputs._replace(recurrent_params=tangent_params, xs=xs, initial_carry=dstart, reset_carry=dreset)

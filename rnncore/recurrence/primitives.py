@@ -95,7 +95,7 @@ def _inexact(loop: Loop, result: Any) -> list[Array]:
 
 
 def _plain_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
-    """`_tangent` as a function of all it is handed but the residuals."""
+    """`_tangent` as a function of all its operands but the residuals."""
     (differentiable, constants, result, _), moved = parted(loop.held, flat)
     tangents = loop.differentiable_at(which, moved)
     with jax.default_matmul_precision(loop.request.precision):
@@ -103,7 +103,7 @@ def _plain_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Arr
 
 
 def _higher_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
-    """`_tangent` as a function of all it is handed, as JAX differentiates it."""
+    """`_tangent` as a function of all its operands, differentiated by JAX."""
     held, moved = parted(loop.held, flat)
     with jax.default_matmul_precision(loop.request.precision):
         found = loop.backend.plain_tangent_from_residuals(*(loop.request, *held, loop.differentiable_at(which, moved)))
@@ -239,11 +239,11 @@ def _keeping(loop: Loop, maps: tuple, primals: Any) -> Loop:
 def _jvp_of(function: Callable, at: Sequence[int], primals: Any, tangents: Any) -> Any:
     """(values, tangents) of a function of all primals, of which those `at` these positions move."""
 
-    def of_moving(*some: Array) -> list[Array]:
+    def of_active(*some: Array) -> list[Array]:
         changed = dict(zip(at, some, strict=True))
         return function(*(changed.get(n, a) for n, a in enumerate(primals)))
 
-    return jax.jvp(of_moving, [primals[n] for n in at], [tangents[n] for n in at])
+    return jax.jvp(of_active, [primals[n] for n in at], [tangents[n] for n in at])
 
 
 def _run_jvp(primals: Any, tangents: Any, loop: Loop, maps: tuple, which: tuple) -> Any:
@@ -279,7 +279,7 @@ def _linear_jvp(primitive: Primitive, higher: Callable) -> Callable:
         moves = _moving(tangents[: loop.count])
         linear = tuple(loop.count + n for n in _moving(tangents[loop.count :]))
         if moves:
-            # What is differentiated runs too, so that its value is had from it and nothing runs twice.
+            # The derivative also computes the value, so nothing runs twice.
             return _jvp_of(_mapped(higher, loop, maps, which), moves + linear, primals, tangents)
         out = primitive.bind(*primals, loop=loop, maps=maps, which=which)
         if not linear:
@@ -336,8 +336,8 @@ def _backward_transpose(cts: Any, *operands: Any, loop: Loop, maps: tuple, which
 
 
 def _run_dce(used: list[bool], *last: Any) -> Any:
-    """Nothing is kept for nobody."""
-    eqn = last[-1]  # JAX 0.12 says before it which inputs are live
+    """Residuals that are not used are not kept."""
+    eqn = last[-1]  # JAX 0.12 passes which inputs are live first
     loop = eqn.params["loop"]
     shown = loop.result.num_leaves
     if not any(used):
@@ -349,7 +349,7 @@ def _run_dce(used: list[bool], *last: Any) -> Any:
 
 
 def _backward_dce(used: list[bool], *last: Any) -> Any:
-    """Cotangents that nobody uses are not formed."""
+    """Unused cotangents are not computed."""
     eqn = last[-1]
     if not any(used):
         return [False] * len(eqn.invars), None

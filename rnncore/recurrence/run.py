@@ -5,7 +5,7 @@ s_t = update(params, s_{t-1}, x_t),   with, at every step and in this order,
   s_{t-1} -> reset_carry where resets_t,   h_{t-1} -> recurrent_mask h_{t-1} in the product,
   s_t -> zoneout_t s_{t-1} + (1 - zoneout_t) s_t;   the last carry is s_{length}, the initial one for length 0.
 
-`step.py` says these once for all loops that are written in JAX.
+`step.py` implements these once for all loops that are written in JAX.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ class Request:
       residual_dtype: name of the dtype in which what reverse mode keeps is stored; None for its own.
       time_axis: where time lies in xs and in the outputs: 0, or `len(batch_shape)` where the caller has it there and
         the backend takes it (`Backend.keeps_time_axis`).
+      linear: the fields of the carry that the update reads where the state is elementwise linear in its past, see
+        `cells.linear_state`; None where it is not.
     """
 
     cell: Cell
@@ -59,10 +61,11 @@ class Request:
     recompute: str
     residual_dtype: str | None = None
     time_axis: int = 0
+    linear: tuple[str, ...] | None = None
 
     @property
     def symbolic(self) -> bool:
-        """Whether steps or batch are not numbers yet, as inside `jax.export` with symbolic shapes."""
+        """Whether steps or batch are symbolic, as inside `jax.export`."""
         return any(map(is_symbolic_dim, (self.steps, *self.batch_shape, self.input_size)))
 
 
@@ -83,7 +86,7 @@ class Differentiable(NamedTuple):
 
 
 class Constants(NamedTuple):
-    """The arrays that it depends on besides, time-major, each None where the run has no such thing.
+    """The other arrays that it depends on, time-major; None for those that the run does not have.
 
     Fields:
       lengths: (*batch) int32 from 0 to T.

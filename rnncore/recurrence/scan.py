@@ -46,7 +46,7 @@ class Scan(LoopBackend):
     def unsupported(self, request: Request) -> str | None:
         if not isinstance(request.cell, GatedCell):
             return f"{type(request.cell).__name__} is not a PointwiseCell, so its derivative rules cannot be derived"
-        changed = pointwise.why_not_as_declared(request.cell, "mix", "output", "split", "update")
+        changed = pointwise.why_not_as_declared(request.cell, "recurrent_matmul", "output", "split", "update")
         return changed or pointwise.why_not_a_product(request.cell)
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
@@ -196,22 +196,22 @@ class _Run:
         return Rows(outputs, *(put(a, b, t, 0) for a, b in zip(rows[1:], row[1:], strict=True)))
 
     def _packed(self, row: Rows) -> Rows:
-        """With what is kept in the dtype that it is kept in."""
+        """The rows with residuals in the dtype in which they are stored."""
         dtype = self.request.residual_dtype
         if dtype is None or self.request.recompute == "chunk":
             return row
         return row._replace(residuals=jax.tree.map(lambda a: packed(a, dtype), row.residuals))
 
     def restored(self, residuals: PyTree) -> PyTree:
-        """Rows of residuals as the step gave them."""
+        """Rows of residuals in the dtypes of the step."""
         dtype = self.request.residual_dtype
         if dtype is None:
             return residuals
         types = jax.eval_shape(lambda: self.one(self.keeping, True, self.inputs(0, 1), 0, self.start)[1].residuals)
         return jax.tree.map(lambda a, b: unpacked(a, dtype).astype(b.dtype), residuals, types)
 
-    def again(self, first: Any, size: int, carry: Any) -> tuple[Array, PyTree]:
-        """(h, residuals) of every step of a stretch that is run again from a carry."""
+    def rerun(self, first: Any, size: int, carry: Any) -> tuple[Array, PyTree]:
+        """(h, residuals) of every step of a stretch that is recomputed from a carry."""
         inputs, step = self.inputs(first, size), self.linear.forward
 
         def advance(k: Any, state: Any) -> Any:
@@ -228,7 +228,7 @@ class _Backward:
     """The transpose of a run."""
 
     def __init__(self, run: _Run, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable):
-        self.run, self.outputs, self.kept = run, result.outputs, residuals
+        self.run, self.outputs, self.residuals = run, result.outputs, residuals
         self.dlast, self.doutputs = dense(cotangents.carry, result.carry), cotangents.outputs
         self.dcarries: list = [None] * len(result.carry) if cotangents.carries is None else [*cotangents.carries]
         structure: Any = jax.tree.structure(result.gates)
@@ -252,7 +252,7 @@ class _Backward:
         state = (
             dlast if lengths is None else zeros(dlast),
             zeros(reset_carry),
-            # Summed over chunks and steps in float32 where the parameters have less.
+            # Summed over chunks and steps in at least float32.
             jax.tree.map(lambda a: jnp.zeros_like(a, jnp.promote_types(a.dtype, jnp.float32)), weights),
             jnp.zeros_like(xs) if self.want_xs else None,
         )
@@ -275,14 +275,14 @@ class _Backward:
     def _chunk(self, first: Any, size: int, state: Any) -> Any:
         run, linear = self.run, self.run.linear
         ds, dreset, (dinput, drecurrent, dunits), dxs = state
-        before, kept, offset, restore = self._residuals(first, size)
+        before, residuals, offset, restore = self._residuals(first, size)
         inputs = run.inputs_without_xs(first, size)._replace(recurrent_params=self.tangent_params)
         xs = stretch(run.differentiable.xs, first, size, run.axis)
         slab = jax.eval_shape(run.cell.project, run.input_params, xs)
 
         def weights(dparams: Any, slab: Array) -> Any:
-            entering = steps.masked(inputs.recurrent_mask, before)
-            change = run.product.of_change(run.recurrent_params, dparams, entering)
+            masked_h = steps.masked(inputs.recurrent_mask, before)
+            change = run.product.of_change(run.recurrent_params, dparams, masked_h)
             return run.step.add_to_tangent(slab, change)
 
         # From values, not from shapes: inside shard_map the rows differ over the devices as these do.
@@ -291,7 +291,7 @@ class _Backward:
         def back(n: Any, state: Any) -> Any:
             ds, dreset, dunits, rows = state
             k = size - 1 - n
-            residual = linear.residuals(inputs, at(before, k, 0), restore(at(kept, k + offset, 0)))
+            residual = linear.residuals(inputs, at(before, k, 0), restore(at(residuals, k + offset, 0)))
             ds, dgates = self._arriving(ds, first + k)
             now = inputs._replace(resets=at(inputs.resets, k, 0), zoneout=at(inputs.zoneout, k, 0))
 
@@ -340,18 +340,18 @@ class _Backward:
         run, recompute, reset_carry = self.run, self.run.request.recompute, self.run.differentiable.reset_carry
         resets = stretch(run.resets, first, size, 0)
         if recompute == "chunk":
-            begin = at(self.kept, first // run.chunk_size, 0)
-            hs, kept = run.again(first, size, begin)
-            return plain.previous(begin, reset_carry, resets, hs), kept, 0, lambda row: row
+            begin = at(self.residuals, first // run.chunk_size, 0)
+            hs, residuals = run.rerun(first, size, begin)
+            return plain.previous(begin, reset_carry, resets, hs), residuals, 0, lambda row: row
         hs = stretch(self.outputs, first, size, run.axis)
         begin = jnp.where(first > 0, at(self.outputs, jnp.maximum(first - 1, 0), run.axis), run.start.h)
         before = plain.previous(run.start._replace(h=begin), reset_carry, resets, hs)
         if recompute == "nothing":
-            return before, self.kept, first, run.restored
+            return before, self.residuals, first, run.restored
         inputs = run.inputs(first, size)
-        entering = steps.masked(inputs.recurrent_mask, before)
-        x, rest = run.step.add_recurrent(inputs.xs, run.product.product(run.recurrent_params, entering))
-        carries = _with_h(run.start, run.restored(stretch(self.kept, first, size, 0)), before)
+        masked_h = steps.masked(inputs.recurrent_mask, before)
+        x, rest = run.step.add_recurrent(inputs.xs, run.product.product(run.recurrent_params, masked_h))
+        carries = _with_h(run.start, run.restored(stretch(self.residuals, first, size, 0)), before)
         emitted = jax.vmap(run.linear.forward.update, (None, 0, 0, 0))(run.units, x, rest, carries)[1]
         return before, emitted[1], 0, lambda row: row
 

@@ -1,9 +1,9 @@
-"""One step of a recurrence, with all that a run may do to it, and its linearisation.
+"""One step of a recurrence, with all options of a run, and its linearisation.
 
   s_{t-1} = reset_carry where resets_t,   r_t = U (recurrent_mask h_{t-1}),
   s_t = zoneout_t s_{t-1} + (1 - zoneout_t) update(p, x_t, r_t, s_{t-1})
 
-`advance` is the one place where this is said for loops that are written in JAX; the tangent and the transposed step are
+`advance` is the one implementation of this for loops that are written in JAX; the tangent and the transposed step are
 derived from it.
 """
 
@@ -179,8 +179,8 @@ def spread_units(params: CellParams, like: Array) -> Any:
 
 def recurrent_product(cell: GatedCell) -> RecurrentProduct:
     return RecurrentProduct(
-        cell.mix,
-        lambda kernel, h: cell.recurrence.mix_transposed(kernel, h.astype(kernel.dtype)),
+        cell.recurrent_matmul,
+        lambda kernel, h: cell.recurrence.matmul_transposed(kernel, h.astype(kernel.dtype)),
         lambda params: cell.recurrence.transposed(params.recurrent_kernel),
     )
 
@@ -191,7 +191,7 @@ def of(request: Request, differentiable: Differentiable, carries: bool) -> Step:
     assert isinstance(cell, GatedCell)
     params, carry = differentiable.params, differentiable.initial_carry
     z = cell.project(params, jnp.take(differentiable.xs, 0, request.time_axis))
-    r, units = cell.mix(params, carry.h), spread_units(params, carry.h)
+    r, units = cell.recurrent_matmul(params, carry.h), spread_units(params, carry.h)
     additive = pointwise.additive_gates(cell, units, cell.split(z), cell.split(r), carry)
 
     def update(units: Any, zs: Any, rest: Any, carry: Any) -> Any:
@@ -233,7 +233,7 @@ class LinearizedStep:
     Args:
       keep: the roles of those inputs of a step that are kept where L_t depends on them: "state" (the carry's fields but
         h), "sum" (x after the product), "input" (x as the caller has it).
-      rematerialize: keep nothing that the step can form again.
+      rematerialize: keep nothing that the step can recompute.
 
     Attributes:
       forward: the step that also emits, as (emitted, kept), what L_t needs of it.
@@ -254,7 +254,7 @@ class LinearizedStep:
 
         closed, self._out_tree = pointwise.opened(stable, *example)
         opened = _compat.jaxpr_as_fun(closed)
-        policy = jax.checkpoint_policies.nothing_saveable if rematerialize else pointwise.save_dear
+        policy = jax.checkpoint_policies.nothing_saveable if rematerialize else pointwise.save_transcendentals
         self._split = pointwise.linearize(lambda *a: tuple(opened(*a)), policy, *jax.tree.leaves(example))
 
         self._numbers = [v.ndim == 0 for v in jax.eval_shape(self._split.forward, *jax.tree.leaves(example))[1]]
@@ -271,7 +271,7 @@ class LinearizedStep:
     def _update(self, units: Any, x: Any, rest: Any, s: Any) -> Any:
         args = jax.tree.leaves((units, x, rest, s))
         out, saved = self._split.forward(*args)
-        # What depends on nothing but a number that the cell has caught is one too; rows have a value for every unit.
+        # Values that depend only on a captured number are scalars too; rows have a value for every unit.
         saved = tuple(v if v.ndim else jnp.broadcast_to(v, s.h.shape) for v in saved)
         new, emitted = jax.tree.unflatten(self._out_tree, out)
         return new, (emitted, (saved, tuple(args[n] for n in self._kept_inputs)))
@@ -298,13 +298,13 @@ class LinearizedStep:
                 residuals.append(stacks[n])
         return tuple(residuals)
 
-    def prepare(self, entering: Array, params: Any, dparams: Any, dxs: Any, dunits: Any) -> tuple[Any, Any, Any]:
-        """What of the tangent needs no loop: (dx with the sums of dU h in it, their rest, dunits per step)."""
+    def prepare(self, masked_h: Array, params: Any, dparams: Any, dxs: Any, dunits: Any) -> tuple[Any, Any, Any]:
+        """The part of the tangent that needs no loop: (dx with the sums of dU h in it, their rest, dunits per step)."""
         rest, dxs = None, self.step.join(dxs)
         if dparams is not None:
-            dxs, rest = self.step.add_to_tangent(dxs, self.product.of_change(params, dparams, entering))
+            dxs, rest = self.step.add_to_tangent(dxs, self.product.of_change(params, dparams, masked_h))
         # A per-unit tangent enters once a step, so that its gradient is summed outside the loop.
-        return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (entering.shape[0], *a.shape)), dunits)
+        return dxs, rest, jax.tree.map(lambda a: jnp.broadcast_to(a, (masked_h.shape[0], *a.shape)), dunits)
 
     @property
     def tangent(self) -> Step:

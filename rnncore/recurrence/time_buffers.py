@@ -27,7 +27,7 @@ def put(tree: PyTree, rows: PyTree, t: Any, axis: int) -> PyTree:
 
 
 def packed(a: Array, dtype: Any) -> Array:
-    """The bits of the values in a dtype, as integers: on a CPU XLA turns whole stacks of bfloat16 to float32."""
+    """The bits of the values in a dtype, as integers: on a CPU XLA converts whole stacks of bfloat16 to float32."""
     return lax.bitcast_convert_type(a.astype(dtype), f"uint{8 * jnp.dtype(dtype).itemsize}")
 
 
@@ -40,7 +40,7 @@ def blank(shapes: PyTree, like: Array, steps: int, axis: int) -> PyTree:
     """Stacks of zeros for rows of these shapes, on the devices of `like`, which is (*batch, H)."""
 
     def one(row: Any) -> Array:
-        # From the data, not from nothing: inside shard_map and on explicit meshes it is spread as they are.
+        # Made from the data, so that inside shard_map and on explicit meshes they are sharded like it.
         zero = jnp.zeros_like(like[..., :1]).astype(row.dtype)
         batch, more = zero.ndim - 1, len(row.shape) - zero.ndim
         if more:

@@ -1,4 +1,4 @@
-"""A cell over a sequence: the call, its checks, and the choice of a backend."""
+"""Running a cell over a sequence: the call, its checks, and the choice of a backend."""
 
 from rnncore.sequence.call import States as States
 from rnncore.sequence.call import explain_backend as explain_backend

@@ -1,11 +1,11 @@
-"""unroll: a cell over a sequence.  Checks once, brings to time-major, chooses a backend, calls it."""
+"""unroll: run a cell over a sequence.  Checks once, converts to time-major, chooses a backend, calls it."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import itertools
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, NamedTuple, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import numpy as np
 
 from rnncore import _compat, _lengths
 from rnncore._types import Array, PyTree, exportable
-from rnncore.cells import pointwise, structured_kernels
+from rnncore.cells import linear_state, pointwise, structured_kernels
 from rnncore.cells.base import Cell, GatedCell, PointwiseCell
 from rnncore.recurrence.backend import Backend, LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
@@ -28,7 +28,7 @@ RECOMPUTE = ("nothing", "gates", "chunk")
 
 @exportable
 class States(NamedTuple):
-    """What happened inside, with the time axis where the input has it.
+    """The inner states of a run, with the time axis where the input has it.
 
     Fields:
       carries: the carry after every step; with `include_initial` T + 1 of them, the initial one first.
@@ -69,21 +69,40 @@ class Options(NamedTuple):
     backend: str | None = None
 
 
+class OptionsDict(TypedDict, total=False):
+    """`Options` as keyword arguments, but for `return_states`, which says what is returned."""
+
+    initial_carry: Any
+    seq_lengths: Any
+    resets: Any
+    reset_carry: Any
+    recurrent_mask: Any
+    zoneout: Any
+    reverse: bool
+    keep_order: bool
+    time_major: bool
+    include_initial: bool
+    checkpoint_every: int | None
+    recompute: str
+    residual_dtype: Any
+    backend: str | None
+
+
 @overload
 def unroll(
-    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[False] = False, **options: Any
+    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[False] = False, **options: Unpack[OptionsDict]
 ) -> tuple[Any, Array]: ...
 
 
 @overload
 def unroll(
-    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[True], **options: Any
+    cell: Cell, params: PyTree, xs: Array, *, return_states: Literal[True], **options: Unpack[OptionsDict]
 ) -> tuple[Any, Array, States]: ...
 
 
 @overload
 def unroll(
-    cell: Cell, params: PyTree, xs: Array, *, return_states: bool, **options: Any
+    cell: Cell, params: PyTree, xs: Array, *, return_states: bool, **options: Unpack[OptionsDict]
 ) -> tuple[Any, Array] | tuple[Any, Array, States]: ...
 
 
@@ -132,8 +151,8 @@ def unroll(
         initial carry is what an earlier piece of the same stream ended with.
       recurrent_mask: (*batch, H), multiplies h_{t-1} where it enters the recurrent product, the same at
         every step: a scaled dropout mask gives variational dropout.  A constant to derivatives.
-      zoneout: what of the old carry stays: the carry's named tuple with, for each field, None, a number
-        (the share that stays, s = share s_{t-1} + (1 - share) update), or an array of xs's shape with H
+      zoneout: how much of the old carry is kept: the carry's named tuple with, for each field, None, a number
+        (the share that is kept, s = share s_{t-1} + (1 - share) update), or an array of xs's shape with H
         in D's place, of shares or of booleans (where True the unit keeps its value).  A constant to
         derivatives.  For an LSTM h is formed from the new c before zoneout, as in its paper.
       reverse: run from the last step to the first; with lengths, from the last valid one.
@@ -144,7 +163,7 @@ def unroll(
       checkpoint_every: K, steps to a chunk of the outer of two levels of loops.  A chunk projects its
         inputs, runs, and sums its weight gradients.  None: the backend chooses, with `recompute` about
         sqrt(T).
-      recompute: what reverse mode forms again: "nothing", all carries and gates are kept; "gates",
+      recompute: what reverse mode recomputes: "nothing", all carries and gates are kept; "gates",
         the carries are kept, the projected inputs and gates are two products more; "chunk", only the
         carry of every K-th step is kept and the chunk runs again.  On the scan the temporary memory of a
         gradient step is, in arrays of T x B x H and besides gradients of inputs and outputs, at most
@@ -153,11 +172,11 @@ def unroll(
           "gates"    F + (5 G + R) K/T           F: fields of the carry; LSTM 2, the others 1
           "chunk"    1 + F/K + (5 G + R) K/T     G: gates
 
-        and what does not grow with T: at B = 64, T = 1024, D = H = 256 an LSTM takes 6.1, 2.6 and 1.3 arrays, and
+        plus terms that do not grow with T: at B = 64, T = 1024, D = H = 256 an LSTM takes 6.1, 2.6 and 1.3 arrays, and
         flax.linen's 16.  "cpp" keeps less, see docs/cpp.md.
       residual_dtype: dtype in which what the derivative needs is stored, bfloat16 for half of R; None stores it
-        as it is.  A GPU's memory traffic is the reason for it; gradients are then as exact as that dtype.
-      backend: name of a backend, which then runs or raises; None chooses, see `explain_backend`.  "scan"
+        as it is.  It saves memory traffic on GPUs; gradients are then as accurate as that dtype.
+      backend: name of a backend, which then runs or raises; None chooses one, see `explain_backend`.  "scan"
         and "autodiff" run everywhere.  "cpp" compiles any pointwise cell for this machine's CPU and is fastest there;
         "cuda" compiles it for an NVIDIA GPU, as one kernel; "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" are
         kernels by Pallas; "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks.
@@ -167,7 +186,7 @@ def unroll(
       outputs are (*batch, T, H), or (T, *batch, H) with `time_major`.
 
     Raises:
-      ValueError: shapes, dtypes, lengths or options that make no sense.
+      ValueError: invalid shapes, dtypes, lengths or options.
       NotImplementedError: the named backend cannot do this; the message says why.
 
     Example:
@@ -203,7 +222,9 @@ def unroll(
 
 
 @overload
-def explain_backend(cell: Cell, params: PyTree, xs: Any = None, **options: Any) -> BackendChoice: ...
+def explain_backend(
+    cell: Cell, params: PyTree, xs: Any = None, *, return_states: bool = False, **options: Unpack[OptionsDict]
+) -> BackendChoice: ...
 
 
 @overload
@@ -213,23 +234,23 @@ def explain_backend(cell: Any, params: PyTree, xs: Any = None, *inputs: Any, **o
 def explain_backend(
     cell: Any, params: PyTree, xs: Any = None, *inputs: Any, **options: Any
 ) -> BackendChoice | BackendChoices:
-    """Which backend a call takes, why, why not the others, and what would be faster here.
+    """Which backend a call uses, why, why not the others, and what would be faster on this machine.
 
-    Three calls, of which nothing is run:
+    In one of three forms; nothing is run:
 
       explain_backend(cell, params, xs, **options)            as `unroll`
       explain_backend(module, variables, inputs, **options)   as `module.apply` of a linen model
       explain_backend(module, inputs, **options)              as the call of an nnx model
 
     Args:
-      cell, params, xs, options: as in the call that is asked about; arrays may be `jax.ShapeDtypeStruct`s.  A module
+      cell, params, xs, options: as in the call to explain; arrays may be `jax.ShapeDtypeStruct`s.  A module
         is an `RNN`, `Bidirectional` or layer of `rnncore.linen` or `rnncore.nnx`, or a model of such.
       inputs: more arguments of a module.
 
     Returns:
       `BackendChoice`, which prints as a report; of a module `BackendChoices`, one by the name of each recurrent layer.
-      A layer whose cell runs under Flax's scan has that for a backend, with the reason and, where there is one, a
-      remedy.
+      A layer whose cell runs under Flax's scan reports that as its backend, with the reason and, if there is one,
+      a remedy.
 
     Raises:
       As the call itself does.  ValueError for a module without a recurrent layer of rnncore.
@@ -243,6 +264,7 @@ def explain_backend(
       not 'cuda': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
+      not 'associative_scan': the state of ResetBeforeGRU is not linear in its past
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
       >>> from rnncore import nnx
@@ -282,7 +304,7 @@ def choose(request: Request, backend: str | None, prepare: bool = False) -> Back
         others = {name: why or "another one was named" for name, why in reasons.items() if name != backend}
         about = None if prepare else BACKENDS[backend].describe(request)
         return BackendChoice(backend, f"named by the caller; {about}" if about else "named by the caller", others)
-    reasons = {name: why or BACKENDS[name].unchosen(request) for name, why in reasons.items()}
+    reasons = {name: why or BACKENDS[name].why_not_by_default(request) for name, why in reasons.items()}
     for name in reasons:
         if prepare and reasons[name] is None:
             reasons[name] = BACKENDS[name].prepare(request)
@@ -310,7 +332,7 @@ def _why_not(backend: Backend, request: Request) -> str | None:
 
 
 def _takes_any_product(backend: str | None) -> bool:
-    """Whether what runs multiplies by the recurrence's own `mix`; a GPU's own loops are faster than any such."""
+    """Whether what runs multiplies by the recurrence's own `matmul`; a GPU's own loops are faster than any such."""
     if backend is None:
         return jax.default_backend() == "cpu"
     return backend in BACKENDS and BACKENDS[backend].takes_any_product
@@ -337,7 +359,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     if residual_dtype is not None:
         _checks.check_residual_dtype(residual_dtype)
     if layout.include_initial and not options.return_states:
-        raise ValueError("`unroll(include_initial=True)`: means something with return_states=True only.")
+        raise ValueError("`unroll(include_initial=True)`: has an effect only with return_states=True.")
     if layout.keep_order and layout.include_initial and layout.reverse and seq_lengths is not None:
         raise ValueError(
             "`unroll(include_initial=True, keep_order=True, reverse=True, seq_lengths=...)`: the initial carry has no "
@@ -347,6 +369,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
     _checks.check_params(cell, params, xs)
+    linear = linear_state.linear_fields(cell)
     if not (structured_kernels.prefers_own_product(cell) and _takes_any_product(options.backend)):
         cell, params = structured_kernels.plain(cell, params)
     z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
@@ -355,7 +378,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
         if carry is not None:
             _checks.check_carry(name, cell, carry, batch_shape, dtype)
     if reset_carry is not None and resets is None:
-        raise ValueError("`unroll(reset_carry=...)`: means something with resets only.")
+        raise ValueError("`unroll(reset_carry=...)`: has an effect only with resets.")
     if seq_lengths is not None:
         seq_lengths = _lengths.check_lengths(seq_lengths, batch_shape, steps)
     if resets is not None:
@@ -371,6 +394,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
         lengths=seq_lengths is not None, resets=resets is not None, recurrent_mask=recurrent_mask is not None,
         zoneout=zoneout is not None, return_states=options.return_states, checkpoint_every=checkpoint_every,
         recompute=recompute, residual_dtype=None if residual_dtype is None else jnp.dtype(residual_dtype).name,
+        linear=linear,
     )  # fmt: skip
     differentiable = Differentiable(params, xs, initial_carry, reset_carry)
     return request, layout, (differentiable, Constants(seq_lengths, resets, recurrent_mask, zoneout))
@@ -380,7 +404,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
 def _run(
     request: Request, layout: Layout, backend: Backend, differentiable: Differentiable, constants: Constants
 ) -> tuple[Any, Array, States | None]:
-    """The run itself, in processing order and, where the backend wants it, time-major inside."""
+    """The run, in processing order and, where the backend requires it, time-major."""
     cell = request.cell
     params, xs, carry, reset_carry = differentiable
     lengths, resets, mask, zoneout = constants
@@ -425,7 +449,7 @@ def _run(
 
 
 def _follow(differentiable: Differentiable, constants: Constants, axis: int) -> tuple[Differentiable, Constants]:
-    """Parameters and carries made to differ over the devices that the data differs over.
+    """Parameters and carries marked as varying over the devices that the data varies over.
 
     Inside shard_map this puts the sum of the parameters' gradients over devices outside the loop.
     """
@@ -443,7 +467,7 @@ def _follow(differentiable: Differentiable, constants: Constants, axis: int) -> 
 
 
 def _empty(cell: Cell, differentiable: Differentiable) -> Result:
-    """The result of no steps at all."""
+    """The result of a run without steps."""
     params, xs, carry, _ = differentiable
     x = jnp.zeros(xs.shape[1:], xs.dtype)
     new, gates = jax.eval_shape(lambda: cell.update(params, carry, cell.project(params, x)))

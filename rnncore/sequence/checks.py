@@ -1,4 +1,4 @@
-"""Checks of what `unroll` is given, each with its error."""
+"""Checks of the arguments of `unroll`, each with its error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_params(cell: Cell, params: PyTree, xs: Any) -> None:
     want = _expected_params(cell, xs.shape[-1])
     if isinstance(cell, GatedCell) and isinstance(params, CellParams):
         want = want._replace(**{name: None for name in ("bias", "recurrent_bias") if getattr(params, name) is None})
-        # Without per-unit parameters any empty tuple will do.
+        # Without per-unit parameters any empty tuple is accepted.
         want = want if cell.units or params.units else want._replace(units=params.units)
     advice = f"make them by `cell.init(key, {xs.shape[-1]})`"
     if not pointwise.same_structure(params, want):
@@ -96,15 +96,15 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
             f"`unroll(zoneout=<{type(zoneout).__name__}>)`: expected {expected.__name__}{expected._fields} with None, "
             "a share or an array for each."
         )
-    for name, stay in zip(zoneout._fields, zoneout, strict=True):
-        if stay is None:
+    for name, value in zip(zoneout._fields, zoneout, strict=True):
+        if value is None:
             continue
         want = (*shape, *getattr(carry, name).shape)
-        number = jnp.ndim(stay) == 0
-        got = f"`unroll(zoneout={expected.__name__}({name}={stay if number else jnp.shape(stay)}))`"
-        if not number and jnp.shape(stay) != want:
+        number = jnp.ndim(value) == 0
+        got = f"`unroll(zoneout={expected.__name__}({name}={value if number else jnp.shape(value)}))`"
+        if not number and jnp.shape(value) != want:
             raise ValueError(f"{got}: expected a number or an array {want}, the axes of xs with H for features.")
-        if number and not isinstance(stay, jax.core.Tracer) and not 0 <= stay <= 1:
+        if number and not isinstance(value, jax.core.Tracer) and not 0 <= value <= 1:
             raise ValueError(f"{got}: expected a share from 0 to 1.")
     # A number is a share, True too; an array of booleans says which units keep their value.
     shares = (None if z is None else jnp.asarray(z) if jnp.ndim(z) else jnp.asarray(z, float) for z in zoneout)
@@ -112,7 +112,7 @@ def check_zoneout(cell: Cell, zoneout: Any, shape: tuple[int, ...]) -> Any:
 
 
 def check_symbolic(xs: Any, steps: Any, **chunks: Any) -> None:
-    """Of shapes that are not numbers yet, as `jax.export` may have them, some cannot be served."""
+    """Rejects the symbolic shapes of `jax.export` that cannot be served."""
     if is_symbolic_dim(xs.shape[-1]):
         raise ValueError(
             f"`unroll(xs=<{xs.dtype} {xs.shape}>)`: the features are symbolic, expected the number that the parameters "
@@ -167,7 +167,7 @@ def _shown(value: Any) -> str:
 
 
 def refuse_removed(name: str, options: Mapping[str, Any], known: Collection[str]) -> None:
-    """TypeError for options that a function does not have: earlier ones, and those of other libraries."""
+    """TypeError for unknown options: those of earlier versions and of other libraries."""
     for option, value in options.items():
         why = _arguments.known_as(option, known) or "there is no such option"
         raise TypeError(f"`{name}({option}={value!r})`: {why}.")

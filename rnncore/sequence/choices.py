@@ -1,4 +1,4 @@
-"""What is said of a choice of backend, and how the layers of a module say theirs without being run."""
+"""Reports on the choice of a backend, and how the layers of a module report theirs without being run."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class BackendChoices(dict[str, BackendChoice]):
 
 
 class _Recording:
-    """The choices of one call of a module so far."""
+    """The choices collected so far in one call of a module."""
 
     def __init__(self, name_of: Callable[[Any], str]):
         self.name_of = name_of
@@ -62,7 +62,7 @@ def explainer(module: Any) -> Callable[..., BackendChoices] | None:
 
 
 def of_shapes(call: Callable[..., Any], name_of: Callable[[Any], str], *arguments: Any) -> BackendChoices:
-    """The choices that layers make while the shapes of a call's result are worked out.
+    """The choices that layers make while the shapes of a call's result are evaluated.
 
     Args:
       call: of a module; what it is called inside `jax.jit` is traced anew, so that nothing here is kept for real runs.
@@ -89,7 +89,7 @@ def of_shapes(call: Callable[..., Any], name_of: Callable[[Any], str], *argument
 
 
 def some(found: BackendChoices, call: str, flavour: str) -> BackendChoices:
-    """What was found, or ValueError."""
+    """The collected choices, or ValueError."""
     if not found:
         raise ValueError(
             f"{call}: no recurrent layer of rnncore runs in it. flax.{flavour}'s own RNN runs under Flax's scan; take "
@@ -99,7 +99,7 @@ def some(found: BackendChoices, call: str, flavour: str) -> BackendChoices:
 
 
 def is_recording() -> bool:
-    """Whether choices are asked for, and nothing is to run."""
+    """Whether choices are being collected, and nothing may run."""
     return _recording.get() is not None
 
 

@@ -1,4 +1,4 @@
-"""Layers and directions in one call, for the backends that take them so."""
+"""Layers and directions in one call, for backends that support it."""
 
 from __future__ import annotations
 

@@ -88,6 +88,7 @@ def uniform_gates(bias):
     return analysis.trajectory(cell, params, jnp.zeros((100, 1), bias.dtype))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_uniform_forget_gates_decay_by_a_power_law(dtype):
     """E f^k = 1 / (k + 1) and rms 1 / sqrt(2 k + 1), over gates at the middles of 4000 equal parts of (0, 1)."""

@@ -31,6 +31,7 @@ def test_the_three_points_of_a_bistable_unit():
     assert repr(found).startswith("FixedPoints(3: 2 stable, 1 not; largest residual ")
 
 
+@pytest.mark.slow
 def test_a_rotation_has_a_period_and_a_slow_point_is_reached():
     angle, radius = 2 * math.pi / 7, 0.8
     turn = radius * np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
@@ -48,6 +49,7 @@ def test_a_rotation_has_a_period_and_a_slow_point_is_reached():
     assert slow.residuals.max() < 1e-12 and np.abs(slow.states).max() < 2e-4
 
 
+@pytest.mark.slow
 def test_every_start_of_a_random_lstm_ends_at_a_point_of_the_map():
     cell = rnncore.LSTM(12)
     params = jax.tree.map(lambda a: 3 * a, cell.init(jax.random.key(0), 2, jnp.float64))
@@ -92,6 +94,7 @@ def test_a_geometric_decay_is_cut_where_it_should_be():
     assert segments(jnp.zeros((1, 2 * found.steps, 1)), found).shape[2] == found.steps
 
 
+@pytest.mark.slow
 def test_gradients_over_time_say_the_bias_of_their_own_truncation():
     cell, steps = rnncore.LSTM(3), 12
     params = cell.init(jax.random.key(0), 2, jnp.float64)

@@ -49,6 +49,7 @@ def plain(cell, problem, moves):
     return loss(last, jnp.stack(outputs, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_all_gradients_with_resets_and_lengths(name):
     case = cases.BY_ID[name]
@@ -192,6 +193,7 @@ def test_one_run_and_one_backward_pass():
     assert loops(everything(norms=True)) == 3  # one more, step by step over what is known by then
 
 
+@pytest.mark.slow
 def test_inside_jit_in_float32_and_sequence_by_sequence():
     case = cases.BY_ID["lstm-dense"]
     problem = cases.draw(case, (3,), 4)
@@ -276,6 +278,7 @@ def test_gates_that_cannot_be_asked_for():
         analysis.gate_gradients(last_output, CELL, PARAMS, XS, wrt="z")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell", [rnncore.LSTM(4, peepholes=True), rnncore.GRU(4)], ids=["lstm", "gru"])
 def test_the_table_of_gates_has_the_sums_of_jax_grad(cell):
     run = run_of(cell)

@@ -56,6 +56,7 @@ def close(got, want, tolerance=EXACT):
 # ------------------------------------------------------------------------------- single steps
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", POINTWISE)
 def test_analytic_jacobians_are_those_of_vjp(name):
     run = run_of(name)
@@ -85,6 +86,7 @@ def test_jacobians_are_differences_of_the_numpy_reference(name):
         close(got[example, t], columns.T, 1e-9)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch", [(), (2, 3)])
 def test_chunks_and_batch_axes_change_nothing(batch):
     run = run_of("gru-dense", batch, steps=5)
@@ -172,6 +174,7 @@ def test_works_inside_jit_and_keeps_float32():
 # ---------------------------------------------------------------------------------- products
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["lstm_both-dense", "elman_residual-dense", "reset_before_gru"])
 def test_products_are_the_exact_derivatives_over_many_steps(name):
     run = run_of(name, (), steps=5)
@@ -203,6 +206,7 @@ def test_jvp_of_a_cell_that_is_not_pointwise():
     close(analysis.step_jacobians(run, method="jvp"), analysis.step_jacobians(run))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-13), (jnp.float32, 1e-5)])
 @pytest.mark.parametrize("anchor", ["end", "start"])
 def test_products_in_log_depth_keep_the_order(anchor, dtype, tolerance):
@@ -264,6 +268,7 @@ def test_norms_of_orthogonal_steps_stay():
     close(np.linalg.svd(product.to_dense(), compute_uv=False), np.ones((31, 7)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("anchor", ["start", "end"])
 def test_a_product_that_is_zero_has_the_logarithm_minus_infinity(anchor):
     nilpotent = linear([[0.0, 5.0], [0.0, 0.0]], 4)
@@ -274,6 +279,7 @@ def test_a_product_that_is_zero_has_the_logarithm_minus_infinity(anchor):
     assert np.all(product.to_dense()[2:] == 0)
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_in_float32():
     rng = np.random.default_rng(0)
     jacobians = rng.normal(0, 0.05, (10_000, 3, 3)).astype(np.float32)

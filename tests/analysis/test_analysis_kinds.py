@@ -39,6 +39,7 @@ def linear(matrix, steps, dtype=jnp.float64):
 # --------------------------------------------------------------------- the smallest singular value
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("anchor", ["end", "start"])
 def test_sigma_min_is_that_of_the_product(anchor):
     run = random_run(rnncore.LSTM(3))
@@ -53,6 +54,7 @@ def test_sigma_min_is_that_of_the_product(anchor):
         close(some.log_retention, curve.log_retention[:, [1, 4]])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_sigma_min_keeps_its_digits_where_the_product_has_lost_them(dtype):
     """Singular values 2 and 1/4 in turned directions: after 50 steps 27 decades apart, and 270 after 300."""
@@ -67,6 +69,7 @@ def test_sigma_min_of_units_that_forget_at_very_different_rates():
     close(logs, np.arange(4) * math.log(1e-20))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("anchor", ["end", "start"])
 def test_sigma_min_of_a_singular_step_is_minus_infinity(anchor):
     for run in (
@@ -98,6 +101,7 @@ def test_sigma_min_of_the_direct_path_and_not_of_the_cell_path():
 # -------------------------------------------------------------------------- norms by iteration
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-12), (jnp.float32, 3e-6)])
 def test_norms_by_iteration_are_those_of_numpy(dtype, tolerance):
     """Larger than the basis, and all that is hard: close, equal, tiny, huge, of rank one, zero."""
@@ -125,6 +129,7 @@ def test_norms_by_iteration_are_those_of_numpy(dtype, tolerance):
     close(np.linalg.norm(found, axis=-1), np.ones(len(a)), 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-11), (jnp.float32, 1e-5)])
 def test_the_bound_is_the_product_of_the_exact_norms(dtype, tolerance):
     """More steps than go together in one group, of a state that is larger than the basis."""
@@ -136,6 +141,7 @@ def test_the_bound_is_the_product_of_the_exact_norms(dtype, tolerance):
     np.testing.assert_allclose(curve.log_retention[:, 1:], want, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.slow
 def test_the_bound_forms_no_jacobian_and_has_a_derivative():
     run = random_run(rnncore.LSTM(37), batch=(), steps=3)
     text = str(jax.make_jaxpr(lambda run: analysis.retention_curve(run, kind="bound").log_retention)(run))
@@ -154,6 +160,7 @@ def test_the_bound_forms_no_jacobian_and_has_a_derivative():
     close(got, want, 1e-9)
 
 
+@pytest.mark.slow
 def test_matrix_free_norms_are_those_of_the_product():
     run, anchor = random_run(rnncore.LSTM(16), batch=(2, 1), steps=8), "start"
     operator = analysis.retention_curve(run, kind="operator", anchor=anchor, lags=(5,)).log_retention[..., 0]
@@ -176,6 +183,7 @@ def test_standard_errors_of_probes_are_their_spread():
     assert float(errors.mean()) == pytest.approx(float(logs.std(ddof=1)), rel=0.2)
 
 
+@pytest.mark.slow
 def test_matrix_free_norms_of_ten_thousand_steps_in_float32():
     run = linear([[0.0, 0.5], [-0.5, 0.0]], 10_000, jnp.float32)
     want = -10_000 * math.log(2)
@@ -208,6 +216,7 @@ def test_bad_arguments_of_matrix_free_norms():
 # ------------------------------------------------------------- closed forms, in either precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float64, 1e-12), (jnp.float32, 2e-5)])
 def test_closed_forms_of_linear_networks(dtype, tolerance):
     kinds = ("operator", "rms", "sigma_min", "bound")
@@ -233,6 +242,7 @@ def test_closed_forms_of_linear_networks(dtype, tolerance):
 # ------------------------------------------------------------------------- gradients of nothing
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("path", ["state", "cell", "direct"])
 def test_a_sequence_without_a_gradient_is_named_and_left_out(path):
     run = random_run(rnncore.LSTM(3), batch=(3,))
@@ -259,6 +269,7 @@ def whole_rate(logs, lags):
     return pytest.approx(-np.polyfit(lags[inside], logs.mean(0)[inside], 1)[0])
 
 
+@pytest.mark.slow
 def test_no_gradient_at_all():
     run = random_run(rnncore.GRU(3))
     nothing = jax.tree.map(jnp.zeros_like, run.last)
@@ -329,6 +340,7 @@ def test_what_the_condition_promises_happens():
             assert float(logs.log_retention[0]) > 0
 
 
+@pytest.mark.slow
 def test_vanishing_condition_of_other_cells_and_options():
     matrix = np.array([[-0.5, 0.0], [0.0, -0.8]])
     residual = analysis.vanishing_condition(*elman(matrix, jnp.tanh, residual=True))

@@ -10,6 +10,8 @@ import rnncore
 from rnncore import analysis
 from rnncore.analysis.retention import _chains
 
+pytestmark = pytest.mark.slow
+
 STEPS, H = 300, 24
 
 

@@ -61,6 +61,7 @@ def random_network(gain, size, steps, seed=0, dtype=jnp.float64):
 # ---------------------------------------------------------------------------------- closed forms
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_scalar_linear(dtype):
     result = analysis.lyapunov_exponents(linear([[0.9]], 50, dtype))
@@ -108,6 +109,7 @@ def test_ten_thousand_steps_do_not_drift(dtype):
 # -------------------------------------------------------------------------------- rank deficiency
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 @pytest.mark.parametrize("angle", [0.0, 0.3])
 def test_a_nilpotent_matrix_loses_everything(dtype, angle):
@@ -119,6 +121,7 @@ def test_a_nilpotent_matrix_loses_everything(dtype, angle):
     assert not any(np.isnan(a).any() for a in (result.local, result.history))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("dtype", [jnp.float64, jnp.float32])
 def test_an_lstm_without_recurrent_weights_has_the_rank_of_its_cells(dtype):
     run = lstm_run(60, 3, ())
@@ -155,6 +158,7 @@ def test_without_a_rank_tolerance_rounding_is_what_is_left():
 # -------------------------------------------------------------------------------- published values
 
 
+@pytest.mark.slow
 def test_random_network_of_clark():
     """N = 4096 has lambda_1 = 0.30958, D = 0.28717 N, h = 0.025106 N; finite size lowers all three."""
     result = analysis.lyapunov_exponents(random_network(3.0, 100, 1600), burn_in=100)
@@ -226,6 +230,7 @@ def test_henon_map():
     assert float(analysis.kaplan_yorke_dimension(result)) == pytest.approx(1.258, abs=0.01)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_cat_map(direction):
     result = analysis.lyapunov_exponents_of_map(cat, jnp.array([0.1, 0.3]), steps=200, burn_in=20, direction=direction)
@@ -286,6 +291,7 @@ def test_fewer_decompositions_change_nothing_but_rounding():
     close(small.exponents[0], math.log(1e-5), 1e-3)
 
 
+@pytest.mark.slow
 def test_exponents_do_not_depend_on_the_basis():
     """s' = S s: the same exponents up to a transient over T."""
     run = lstm_run(1000, 3, ())

@@ -206,6 +206,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_perturbations_in_the_model(name):
     make, by_hand = MODELS[name]
@@ -270,6 +271,7 @@ def test_lengths_resets_carries_and_the_layout_of_time():
     assert one.run.lengths.tolist() == [3, 5]
 
 
+@pytest.mark.slow
 def test_trajectory_and_functional_take_modules():
     layer = linen.Bidirectional(linen.RNN(linen.GRUCell(H, **F64)), linen.RNN(linen.GRUCell(H, **F64)))
     variables = layer.init(jax.random.key(0), XS)
@@ -293,6 +295,7 @@ def test_trajectory_and_functional_take_modules():
     assert linen.functional(linen.LSTM(H), linen.LSTM(H).init(jax.random.key(0), XS)["params"])[0].num_layers == 1
 
 
+@pytest.mark.slow
 def test_half_precision_is_analysed_in_float32_and_says_so():
     cell = rnncore.LSTM(H)
     params = cell.init(jax.random.key(0), D, jnp.bfloat16)

@@ -26,6 +26,7 @@ def some_params(stack: Stack) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.6, a.shape), a.dtype), shapes)
 
 
+@pytest.mark.slow
 def test_every_layer_and_direction_is_measured_on_its_own_inputs(tmp_path):
     """Against `retention_curve` and `gate_statistics` of trajectories put together here."""
     params = some_params(STACK)
@@ -51,6 +52,7 @@ def test_every_layer_and_direction_is_measured_on_its_own_inputs(tmp_path):
             assert got["n"] == 2 * H
 
 
+@pytest.mark.slow
 def test_it_records_when_it_is_due_and_every_line_is_json(tmp_path):
     stack = Stack(rnncore.GRU(H))
     params, path = some_params(stack), tmp_path / "folder" / "m.jsonl"
@@ -78,6 +80,7 @@ def test_training_that_goes_on_from_a_checkpoint_writes_over_what_came_after_it(
     assert read_records(path)[2] != first.records[2] and read_records(path)[1] == first.records[1]
 
 
+@pytest.mark.slow
 def test_what_is_not_finite_is_null_and_half_precision_is_widened(tmp_path):
     cell = rnncore.Elman(H, activation_fn=jax.nn.relu)
     params = jax.tree.map(lambda a: -jnp.abs(a), some_params(Stack(cell)).layers[0][0])

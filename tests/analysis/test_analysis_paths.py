@@ -71,6 +71,7 @@ def test_lstm_paths_are_differences_of_one_gate_at_a_time(t, example):
     close(paths.via_output[entry], want, 1e-9)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("form", GRUS)
 def test_gru_paths_are_differences_of_one_gate_at_a_time(form):
     run = run_of(GRUS[form])
@@ -94,6 +95,7 @@ def test_gru_paths_are_differences_of_one_gate_at_a_time(form):
     close(paths.total(), analysis.step_jacobians(run), EXACT)
 
 
+@pytest.mark.slow
 def test_gate_paths_of_a_users_cell_are_derivatives_with_the_other_gates_held():
     run = run_of(USER)
     cell, params, paths = run.cell, run.params, analysis.gate_paths(run)
@@ -102,7 +104,7 @@ def test_gate_paths_of_a_users_cell_are_derivatives_with_the_other_gates_held():
     def step(state, moving):
         """s_t, where only the gates in `moving` see that h moves; the carry itself if "direct" is among them."""
         carry = cell.Carry(*jnp.split(state, 2))
-        r = [cell.split(cell.mix(params, h)) for h in (carry.h, before.h)]
+        r = [cell.split(cell.recurrent_matmul(params, h)) for h in (carry.h, before.h)]
         r = cell.Gates(*(a if gate in moving else b for gate, a, b in zip(cell.gates, *r, strict=True)))
         new, _ = cell.pointwise(params.units, cell.split(run.zs[1, 2]), r, carry if "direct" in moving else before)
         return jnp.concatenate(new)
@@ -114,6 +116,7 @@ def test_gate_paths_of_a_users_cell_are_derivatives_with_the_other_gates_held():
         close(getattr(paths.gates, gate)[1, 2], want[gate], EXACT)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "cell",
     [LSTMS["both"], LSTMS["coupled-heads"], rnncore.GRU(4), rnncore.MGU(4, recurrence=rnncore.Diagonal()), USER],
@@ -225,6 +228,7 @@ def test_two_step_residual_separates_the_products(h0_tied):
 # -------------------------------------------------------------------------- lengths and resets
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell", [LSTM, *GRUS.values()], ids=["lstm", "gru_after", "gru_before"])
 def test_resets_cut_every_path_and_padding_stands_still(cell):
     run = run_of(cell)

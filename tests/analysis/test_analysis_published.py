@@ -9,6 +9,8 @@ import pytest
 
 from rnncore import analysis
 
+pytestmark = pytest.mark.slow
+
 N, STEPS, BURN_IN = 1024, 1200, 200
 # g: lambda_1 of N = 4096 units over 4000 to 6000 steps, and of mean-field theory; D. G. Clark, "Lyapunov spectrum of
 # random neural networks".

@@ -137,6 +137,7 @@ def test_omega_without_any_gradient():
 # ------------------------------------------------------------------------------------- flossing
 
 
+@pytest.mark.slow
 def test_flossing_has_the_gradient_of_finite_differences():
     cell, k, target, options = rnncore.LSTM(3), 4, 0.3, {"burn_in": 1, "qr_every": 2}
     params, xs, carry = problem(cell)
@@ -155,6 +156,7 @@ def test_flossing_has_the_gradient_of_finite_differences():
     assert float(inner(grads, direction)) == pytest.approx(want, rel=1e-7)
 
 
+@pytest.mark.slow
 def test_descent_on_the_flossing_loss_brings_exponents_to_zero():
     cell = rnncore.Elman(4)
     params, xs, _ = problem(cell, 0.3, 12)
@@ -213,6 +215,7 @@ def test_h_detach_blocks_single_steps():
     close(np.concatenate([got[0][0, :, 0], got[1][0, :, 0]], -1), want, 1e-12)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell", [rnncore.LSTM(3, coupled=True), rnncore.GRU(3)], ids=["lstm", "gru"])
 def test_h_detach_returns_what_unroll_returns(cell):
     params, xs, carry = problem(cell)

@@ -51,6 +51,7 @@ def last(outputs, _):
     return jnp.sum(outputs[:, -1])
 
 
+@pytest.mark.slow
 def test_findings_of_a_known_decay():
     model, variables = known(cut=True)
     found = analysis.report(model, variables, XS, last)
@@ -78,6 +79,7 @@ def test_findings_of_a_known_decay():
     assert repr(upper) == "LayerReport('upper', reach 11 (11 to 11), half-life 6.58 (6.58 to 6.58), of 40 steps)"
 
 
+@pytest.mark.slow
 def test_a_window_too_short_a_bound_that_tells_nothing_and_saturated_gates():
     model, variables = known(decay=0.999)
     found = analysis.report(model, variables, XS, last, exponents=0)
@@ -96,6 +98,7 @@ def test_a_window_too_short_a_bound_that_tells_nothing_and_saturated_gates():
     )
 
 
+@pytest.mark.slow
 def test_the_limit_of_float32_and_half_precision_are_said():
     xs = XS.astype(jnp.float32)
     model = linen.RNN(linen.SimpleCell(H, activation_fn=jax.nn.identity), name="layer")
@@ -134,6 +137,7 @@ def page(tmp_path_factory):
     return after, after.save(folder / "page.html", before=before), after.save(folder / "alone.html")
 
 
+@pytest.mark.slow
 def test_the_page_is_one_file_with_findings_first_and_how_it_was_computed_last(page):
     report, path, alone = page
     text = path.read_text(encoding="utf-8")
@@ -153,6 +157,7 @@ def test_the_page_is_one_file_with_findings_first_and_how_it_was_computed_last(p
         report.save("page.png")
 
 
+@pytest.mark.slow
 def test_the_page_of_a_single_run(tmp_path):
     cell = rnncore.LSTM(3)
     xs = XS[:, :10]
@@ -166,6 +171,7 @@ def test_the_page_of_a_single_run(tmp_path):
     assert text.count("<figure>") == 2 and "<h1>mine</h1>" in text and "n = 6 is above dense_up_to = 2" in text
 
 
+@pytest.mark.slow
 def test_a_bound_never_squashes_the_curves():
     model, variables = known(decay=0.9)
     one = analysis.report(model, variables, XS, last, exponents=0).layers["upper"]
@@ -179,6 +185,7 @@ def test_a_bound_never_squashes_the_curves():
     assert any(text.get_text() == "bound: 10^26 at lag 40, not drawn" for text in ax.get_legend().get_texts())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(browser.find() is None, reason="no Chromium here; .ci/run installs one and names it")
 def test_in_a_real_browser(page, tmp_path):
     for path in page[1:]:

@@ -41,6 +41,7 @@ def tied(run, t, c, example=0):
 # ----------------------------------------------------------------------------- what is measured
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("anchor", ["end", "start"])
 @pytest.mark.parametrize("cell", [LSTMS["both"], rnncore.ResetBeforeGRU(4)], ids=["lstm", "reset_before_gru"])
 def test_state_path_is_the_product_of_the_step_jacobians(cell, anchor):
@@ -55,6 +56,7 @@ def test_state_path_is_the_product_of_the_step_jacobians(cell, anchor):
     assert (curve.n, curve.kind, curve.path, curve.anchor, curve.dtype) == (n, "rms", "state", anchor, "float64")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", LSTMS)
 def test_cell_path_is_the_total_derivative(name):
     run = run_of(LSTMS[name])
@@ -135,6 +137,7 @@ def loss(carry):
     return jnp.sum(jnp.sin(jnp.stack(carry)) * WEIGHTS)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell", [LSTMS["both"], rnncore.GRU(4)], ids=["lstm", "gru"])
 def test_adjoint_curve_is_the_gradient_of_the_loss_in_earlier_states(cell):
     run = run_of(cell)
@@ -157,6 +160,7 @@ def test_adjoint_curve_is_the_gradient_of_the_loss_in_earlier_states(cell):
     close(np.exp(curve.log_retention[0]), sizes / sizes[0])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["plain", "peepholes", "coupled-heads"])
 def test_adjoint_curve_of_the_cell_path_moves_h_with_c(name):
     run = run_of(LSTMS[name])
@@ -190,6 +194,7 @@ def test_adjoint_curve_forms_no_jacobian():
     assert largest(kind="rms")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", [{"path": "cell"}, {"kind": "bound", "path": "cell"}, {"anchor": "start"}])
 def test_chosen_lags_are_those_of_the_whole_curve(options):
     run = run_of(LSTMS["peepholes"])
@@ -202,6 +207,7 @@ def test_chosen_lags_are_those_of_the_whole_curve(options):
     close(first.log_retention, whole.log_retention[:, :3], 1e-13)
 
 
+@pytest.mark.slow
 def test_runs_inside_jit_and_any_batch():
     run = run_of(LSTMS["plain"])
     curve = jax.jit(lambda run: analysis.retention_curve(run, path="cell"))(run)
@@ -216,6 +222,7 @@ def test_runs_inside_jit_and_any_batch():
 # -------------------------------------------------------------------------------------- bounds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchor", ["end", "start"])
 def test_bounds_bound_and_multiply_the_norms_of_the_steps(anchor):
     run = run_of(LSTMS["peepholes"])
@@ -232,6 +239,7 @@ def test_bounds_bound_and_multiply_the_norms_of_the_steps(anchor):
         assert np.all(bound.log_retention[:, -1] < exact.log_retention[:, -1] + 20)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cell", "slope"),
     [
@@ -254,6 +262,7 @@ def test_a_priori_bound_of_elman_networks(cell, slope):
     assert np.all(bound >= analysis.retention_curve(run, kind="operator").log_retention - 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("activation", "slope"), [(jnp.tanh, 1.0), (jax.nn.sigmoid, 0.25)])
 def test_a_priori_bound_is_reached_at_the_origin(activation, slope):
     """Orthogonal U: tanh has its largest slope at pre-activation 0, and the sigmoid with h_0 = 0 in step 1."""
@@ -343,6 +352,7 @@ def test_bounds_that_are_not_known():
         analysis.gradient_bound(cell, broken, slope=1.0)
 
 
+@pytest.mark.slow
 def test_overflow_of_a_single_step_is_said():
     with pytest.raises(ValueError, match="a single step Jacobian leaves the range of float32; use float64"):
         analysis.retention_curve(linear(np.full((4, 4), 3e38), 3, jnp.float32))

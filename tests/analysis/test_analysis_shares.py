@@ -20,6 +20,7 @@ def inner(terms, name):
     return (np.asarray(terms[name]) * whole).sum((-2, -1)) / (whole**2).sum((-2, -1))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cell", [LSTM, GRU_BEFORE, USER], ids=["lstm", "gru_before", "user"])
 def test_shares_add_up_to_one(cell):
     run = run_of(cell)

@@ -91,6 +91,7 @@ def test_critical_forget_bias_is_ln_3():
         initializers.critical_forget_bias(i=1.5)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("bias", "gain"), [(0.0, 2.0), (1.0, 1.0758), (2.0, 0.4768)])
 def test_lstm_with_a_gaussian_matrix_is_critical_at_its_gain(bias, gain):
     """g = 4 (1 - f): the disk f + g / 4 touches 1, for H to infinity."""
@@ -130,6 +131,7 @@ def dense(run, lag, anchor):
     return np.asarray(analysis.jacobian_product(analysis.step_jacobians(run), anchor).to_dense())[:, lag]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("anchor", ["end", "start"])
 def test_short_products_have_the_singular_values_of_numpy(anchor):
     run = lstm_run()
@@ -153,6 +155,7 @@ def test_long_products_keep_all_singular_values():
     close(got.sum(-1), np.linalg.slogdet(jacobians)[1].sum(-1))
 
 
+@pytest.mark.slow
 def test_clusters_and_transients():
     rng = np.random.default_rng(0)
     orthogonal = np.linalg.qr(rng.normal(size=(5, 5)))[0]
@@ -166,6 +169,7 @@ def test_clusters_and_transients():
     close(analysis.singular_spectrum(linear(matrix, 50), 50), want, 1e-9)
 
 
+@pytest.mark.slow
 def test_float32_over_ten_thousand_steps():
     matrix = np.diag([0.9, 0.5, 0.5, 0.01])
     turn = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0]

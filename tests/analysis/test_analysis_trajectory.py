@@ -69,6 +69,7 @@ KINDS = (
 # ------------------------------------------------------------------------------------- lengths
 
 
+@pytest.mark.slow
 def test_past_its_length_a_sequence_stands_still():
     params, xs, carry = drawn()
     dirty = xs.at[1, 3:].set(jnp.nan)
@@ -83,6 +84,7 @@ def test_past_its_length_a_sequence_stands_still():
         assert not np.any(run.gates.f[example, length:]) and not np.any(run.xs[example, length:])
 
 
+@pytest.mark.slow
 def test_jacobians_and_products_end_where_each_sequence_ends():
     run = run_of(lengths=True)
     jacobians = analysis.step_jacobians(run)
@@ -102,6 +104,7 @@ def test_jacobians_and_products_end_where_each_sequence_ends():
             close(start[example, -1], end[example, -1])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", KINDS, ids=lambda o: "-".join(o.values()))
 def test_retention_stops_at_resets_and_is_that_of_each_sequence_at_its_own_end(options):
     run, most = run_of(lengths=True, resets=True), 3 - (options.get("path") == "cell")
@@ -118,6 +121,7 @@ def test_retention_stops_at_resets_and_is_that_of_each_sequence_at_its_own_end(o
         assert np.all(np.isfinite(got[example, :reached])) and np.all(got[example, reached:] == -np.inf)
 
 
+@pytest.mark.slow
 def test_lags_that_the_shortest_sequence_does_not_have():
     run = run_of(lengths=True)
     assert analysis.retention_curve(run).lags.tolist() == [0, 1, 2, 3]
@@ -137,6 +141,7 @@ def test_lags_that_the_shortest_sequence_does_not_have():
     assert np.array_equal(np.isposinf(direct), np.broadcast_to(missing[..., None], direct.shape))
 
 
+@pytest.mark.slow
 def test_matrix_free_norms_end_where_each_sequence_ends():
     run = run_of(lengths=True)
     product = analysis.jacobian_product(analysis.step_jacobians(run), seq_lengths=LENGTHS)
@@ -227,6 +232,7 @@ def test_take_picks_sequences_and_cuts_them_where_they_end():
         analysis.trajectory(CELL, params, xs, carry, seq_lengths=[5, 0, 2]).take(1)
 
 
+@pytest.mark.slow
 def test_products_of_a_later_start_are_the_later_products():
     """Time shift: leaving out the first steps moves the start, and nothing else."""
     whole = run_of()

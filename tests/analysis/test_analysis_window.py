@@ -29,6 +29,7 @@ def test_window_of_a_scalar_linear_network():
     assert int(analysis.effective_window(silent)) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("of", [None, "h"])
 def test_influence_is_the_derivative_in_every_input(of):
     run = run_of(rnncore.LSTM(4))

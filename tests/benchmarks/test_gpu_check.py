@@ -14,10 +14,9 @@ import numpy as np
 import pytest
 
 from benchmarks import run, workloads
-from benchmarks.gpu_check import checks, command, parts, problems, processes, results, sanitizer, table, times, toolkit
+from benchmarks.gpu_check import checks, command, problems, processes, results, sanitizer, table, times, toolkit
 from benchmarks.gpu_check.processes import RECORDS, TIMES, Runner
 from benchmarks.report.results import FIELDS, read_runs
-from rnncore.kernels.mosaic_gpu.plan import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -128,8 +127,7 @@ def test_options_that_cannot_be(capsys):
 # -------------------------------------------------------------------------------------------- the parts
 
 
-def test_every_kind_of_layout_is_checked_and_every_group_has_something_to_measure():
-    assert {checks.kind_of("mosaic_gpu", check) for check in checks.MOSAIC} == set(KINDS)
+def test_every_dtype_is_checked_and_every_group_has_something_to_measure():
     assert {check.dtype for check in checks.PLAIN} == set(checks.ROUNDING)
     for group in times.groups(dry=False):
         assert set(group.contenders) <= set(run.CONTENDERS)
@@ -157,23 +155,6 @@ def test_a_result_that_is_not_finite_is_far_off_and_an_answer_is_read_only_when_
         problems.load(path, 0.0)
     problems.save(path, [np.ones(2), np.zeros(3)])
     assert [a.shape for a in problems.load(path, 0.0)] == [(2,), (3,)]
-
-
-def test_loops_of_a_compiled_program():
-    text = """HloModule jit_f
-%body.1 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
-  %p = (s32[], f32[4]{0}) parameter(0)
-  %g = f32[4]{0} get-tuple-element(%p), index=1
-  %a = f32[4]{0} fusion(%g), kind=kLoop, calls=%f
-  %b = f32[4]{0} custom-call(%a), custom_call_target="__cublas$gemm"
-  ROOT %t = (s32[], f32[4]{0}) tuple(%g, %b)
-}
-ENTRY %main.2 (x: f32[4]) -> f32[4] {
-  %w = (s32[], f32[4]{0}) while(%x), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"1024"}}
-  %v = (s32[], f32[4]{0}) while(%x), condition=%c, body=%body.1
-}"""
-    step = {"fusion": 1, "custom-call": 1}
-    assert parts.loops(text) == [{"steps": 1024, "operations": step}, {"steps": None, "operations": step}]
 
 
 def test_what_the_sanitizer_says():
@@ -219,19 +200,18 @@ def test_the_table_says_what_is_right_what_is_wrong_and_what_hung(tmp_path):
     check = {"part": "check", "backend": "mosaic_gpu", "name": "n", "limit": 1e-2, "same": True}
     text = lines_of(tmp_path, [
         {**check, "kind": "block", "error": 1e-3, "right": True},
-        {**check, "kind": "grid", "error": 1e-1, "right": False},
-        {**check, "kind": "cluster", "raised": "hung or aborted"},
-        {**check, "kind": "wide cluster", "needs": "no such thing"},
+        {**check, "backend": "cuda", "kind": "lstm float32", "error": 1e-1, "right": False},
+        {**check, "backend": "cuda", "kind": "gru float32", "raised": "hung or aborted"},
+        {**check, "backend": "cuda", "kind": "gru float16", "needs": "no such thing"},
         {"part": "ran", "of": "graph", "failed": "exit status -6"},
-        {"part": "pair", "name": "plain", "state": "begun"},
         {"part": "gradients", "name": "curves", "platform": "gpu", "precision": "float32", "unit": "nats", "ms": 2.0,
          "difference": 1e-4, "limit": 1e-3, "right": True},
         {"part": "sanitizer", "tool": "memcheck", "backend": "mosaic_gpu", "number": 0, "errors": 0, "first": []},
     ], [])  # fmt: skip
     for words in (
-        "block: right (1 of 1)", "grid: DO NOT USE (0 of 1 right)", "cluster: DO NOT USE (0 of 1 right)",
-        "not here: wide cluster (no such thing)", "WRONG", "hung or aborted", "as a CUDA graph: DOES NOT RUN here",
-        "two grid kernels in one program, plain: HANGS", "exit status -6",
+        "mosaic_gpu: block: right (1 of 1)", "lstm float32: DO NOT USE (0 of 1 right)",
+        "gru float32: DO NOT USE (0 of 1 right)", "not here: gru float16 (no such thing)", "WRONG", "hung or aborted",
+        "as a CUDA graph: DOES NOT RUN here", "exit status -6",
         "curves on gpu in float32: 2.0 ms, differs from the CPU's by 1.0e-04 nats of 1e-03 allowed: right",
         "memcheck mosaic_gpu 0: 0 errors",
     ):  # fmt: skip

@@ -151,6 +151,7 @@ def test_gate_and_activation_functions_are_used(cell: Any):
 # ------------------------------------------------------------------------------------------ options
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("coupled", [False, True])
 def test_forget_bias_is_added_once_and_at_initialisation(coupled: bool):
     plain = rnncore.LSTM(3, coupled=coupled, bias_init=jax.nn.initializers.normal(1.0))
@@ -182,6 +183,7 @@ def test_indrnn_is_elman_over_a_diagonal_kernel():
     np.testing.assert_array_equal(rnncore.unroll(ind, params, xs)[1], rnncore.unroll(elman, params, xs)[1])
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("recurrence", [rnncore.Dense(), rnncore.Heads(2), rnncore.Diagonal()], ids=repr)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16])
 def test_shapes_and_dtypes_of_new_parameters(recurrence: Any, dtype: Any):
@@ -210,6 +212,7 @@ def test_initialisers_of_the_user_are_called_with_the_shapes_of_the_docstring():
     assert all((leaf == 0.5).all() for leaf in (params.input_kernel, params.recurrent_kernel, params.bias))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "cell", [rnncore.GRU(4), rnncore.LSTM(4, peepholes=True), rnncore.ResetBeforeGRU(4)], ids=lambda c: type(c).__name__
 )
@@ -221,6 +224,18 @@ def test_step_is_update_and_output(cell: Any):
     np.testing.assert_array_equal(y, new.h)
     for got, want in zip(new, cell.update(params, carry, z)[0], strict=True):
         np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    "cell",
+    [rnncore.GRU(4), rnncore.LayerNormLSTM(4), rnncore.LSTMP(4, projection_size=2), rnncore.ResetBeforeGRU(4)],
+    ids=lambda c: type(c).__name__,
+)
+def test_a_step_of_inputs_that_are_not_projected_is_an_error(cell: Any):
+    size = len(cell.gates)  # each gate would get one number, for all units
+    params = cell.init(KEY, size)
+    with pytest.raises(ValueError, match=rf"expected \(\*batch, {4 * size}\), a projected input: `cell.step"):
+        cell.step(params, cell.initial_carry((2,)), jnp.ones((2, size)))
 
 
 # ---------------------------------------------------------------------------------- cells as values
@@ -304,6 +319,7 @@ def by_hand(params: Any, xs: Any) -> Any:
     return np.stack(outputs, -2), level
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("backend", [None, "scan", "autodiff"])
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["plain", "jit"])
 def test_a_users_cell_runs(backend: str | None, wrap: Any):

@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import rnncore
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels.cpp import handlers
 from rnncore.sequence import checks
 
 XS = jax.random.normal(jax.random.key(1), (2, 5, 3))
 
 
 class Doubled(rnncore.Elman):
-    def mix(self, params: Any, h: Any) -> Any:
-        return 2 * super().mix(params, h)
+    def recurrent_matmul(self, params: Any, h: Any) -> Any:
+        return 2 * super().recurrent_matmul(params, h)
 
 
 class Shown(rnncore.Elman):
@@ -42,16 +42,17 @@ class Turned(rnncore.LSTM):
 
 @dataclasses.dataclass(frozen=True)
 class Upper(rnncore.Dense):
-    def mix(self, kernel: Any, h: Any) -> Any:
-        return super().mix(kernel * jnp.triu(jnp.ones((kernel.shape[0], kernel.shape[2])))[:, None, :], h)
+    def matmul(self, kernel: Any, h: Any) -> Any:
+        return super().matmul(kernel * jnp.triu(jnp.ones((kernel.shape[0], kernel.shape[2])))[:, None, :], h)
 
 
 OWN = {
-    "mix": Doubled(4), "output": Shown(4), "update": Clipped(4), "split": Turned(4),
-    "mix of the kernel": rnncore.Elman(4, recurrence=Upper()),
+    "recurrent_matmul": Doubled(4), "output": Shown(4), "update": Clipped(4), "split": Turned(4),
+    "matmul of the kernel": rnncore.Elman(4, recurrence=Upper()),
 }  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("what", OWN)
 def test_a_method_of_its_own_is_run_and_differentiated(what: str):
     cell = OWN[what]
@@ -68,8 +69,14 @@ def test_a_method_of_its_own_is_run_and_differentiated(what: str):
         return total
 
     assert rnncore.explain_backend(cell, params, XS).name == "autodiff"
-    for a, b in zip(*map(jax.tree.leaves, (jax.grad(loss)(params), jax.grad(looped)(params))), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12)
+    chex.assert_trees_all_close(jax.grad(loss)(params), jax.grad(looped)(params), rtol=1e-11, atol=1e-12)
+
+
+def test_a_method_by_its_old_name_is_said_to_have_a_new_one():
+    with pytest.raises(TypeError, match="`class Old`: defines `mix`, which is called `recurrent_matmul` now"):
+        type("Old", (rnncore.Elman,), {"mix": lambda self, params, h: h})
+    with pytest.raises(TypeError, match="`class Old`: defines `mix_transposed`, which is called `matmul_transposed`"):
+        type("Old", (rnncore.Dense,), {"mix_transposed": lambda self, kernel, h: h})
 
 
 def test_cells_that_differ_in_what_is_no_field_are_refused():
@@ -95,8 +102,7 @@ def test_an_explicit_mesh_of_one_device(backend: str | None):
     mesh = jax.make_mesh((1, 1), ("a", "b"), axis_types=(AxisType.Explicit,) * 2)
     with jax.set_mesh(mesh):
         got = gradient(jax.device_put(XS, NamedSharding(mesh, P("a"))))
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(gradient(XS)), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-12)
+    chex.assert_trees_all_close(got, gradient(XS), rtol=1e-12)
 
 
 def test_a_number_is_a_share_of_zoneout_and_not_a_choice_of_units():
@@ -107,7 +113,7 @@ def test_a_number_is_a_share_of_zoneout_and_not_a_choice_of_units():
 
 def test_a_cxx_that_is_no_command_compiles_nothing(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture):
     monkeypatch.setenv("CXX", "it's")
-    monkeypatch.setattr(compiler, "_names", {})  # another test may have compiled this cell
+    monkeypatch.setattr(handlers, "_names", {})  # another test may have compiled this cell
     cell = rnncore.LSTM(4)
     assert rnncore.unroll(cell, cell.init(jax.random.key(0), 3), XS)[1].shape == (2, 5, 4)
     assert "is no command" in caplog.text

@@ -45,6 +45,7 @@ def test_every_gate_of_every_head_is_orthogonal():
     assert all(np.abs(a - b).max() > 0.05 for i, a in enumerate(blocks) for b in blocks[:i])
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("recurrence", [rnncore.Dense(), rnncore.Heads(3)], ids=repr)
 @pytest.mark.parametrize("cell", [rnncore.LSTM, rnncore.GRU, rnncore.MGU, rnncore.Elman])
 def test_cells_start_with_orthogonal_gate_matrices(cell: Any, recurrence: Any):
@@ -72,6 +73,7 @@ def test_per_gate_takes_any_block_initializer():
     assert (kernel == 0.25).all() and kernel.shape == (2, 3, 4, 3)
 
 
+@pytest.mark.sample(12)
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64, jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(
     ("initializer", "shape"),

@@ -56,6 +56,7 @@ def dense_of(kernel: str, weights: np.ndarray) -> tuple[np.ndarray, Any]:
     return dense, lambda d: mask * (sign * np.sign(weights) * d if dale else d)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("backend", PRESENT)
 @pytest.mark.parametrize(("cell", "kernel"), ROWS)
 def test_runs_and_gradients_are_those_of_the_dense_kernel(cell: str, kernel: str, backend: str):
@@ -71,6 +72,7 @@ def test_runs_and_gradients_are_those_of_the_dense_kernel(cell: str, kernel: str
     cases.assert_close((cases.as_reference(gradients[0]), *gradients[1:]), (d_params, *rest), cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_forward_mode_and_second_order_are_those_of_plain_autodiff(kernel: str):
     case = case_of("gru", kernel)
@@ -98,13 +100,13 @@ class Factors(rnncore.Recurrence):
     def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
         return (2, hidden_size, gates * self.rank)
 
-    def mix(self, kernel: Any, h: Any) -> Any:
+    def matmul(self, kernel: Any, h: Any) -> Any:
         return (h @ kernel[0]) @ kernel[1].T
 
     def transposed(self, kernel: Any) -> Any:
         return kernel[::-1]
 
-    def mix_transposed(self, kernel: Any, h: Any) -> Any:
+    def matmul_transposed(self, kernel: Any, h: Any) -> Any:
         return (h @ kernel[1]) @ kernel[0].T
 
     def gate_matrices(self, kernel: Any) -> Any:
@@ -115,11 +117,11 @@ class Factors(rnncore.Recurrence):
 class Saturating(Factors):
     """Not linear in h."""
 
-    def mix(self, kernel: Any, h: Any) -> Any:
-        return jnp.tanh(super().mix(kernel, h))
+    def matmul(self, kernel: Any, h: Any) -> Any:
+        return jnp.tanh(super().matmul(kernel, h))
 
-    def mix_transposed(self, kernel: Any, h: Any) -> Any:
-        return jnp.tanh(super().mix_transposed(kernel, h))
+    def matmul_transposed(self, kernel: Any, h: Any) -> Any:
+        return jnp.tanh(super().matmul_transposed(kernel, h))
 
 
 OWN = {
@@ -127,6 +129,7 @@ OWN = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OWN)
 def test_products_that_are_not_linear_in_the_kernel(name: str):
     """Through the scan's own product: runs, every gradient, forward mode and second order are those of autodiff."""
@@ -152,7 +155,7 @@ def test_products_that_are_not_linear_in_the_kernel(name: str):
 def test_products_that_are_not_linear_in_h():
     cell = rnncore.Elman(4, recurrence=Saturating())
     params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-    with pytest.raises(NotImplementedError, match="Saturating.mix is not linear in h.*'autodiff' takes it"):
+    with pytest.raises(NotImplementedError, match="Saturating.matmul is not linear in h.*'autodiff' takes it"):
         rnncore.unroll(cell, params, xs, backend="scan")
     assert rnncore.explain_backend(cell, params, xs).name == "autodiff"
 
@@ -172,6 +175,7 @@ def test_low_rank_multiplies_by_its_factors():
     assert widest(full, full.init(jax.random.key(0), 3), "scan") == 48
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_jacobians(kernel: str):
     case = case_of("lstm", kernel)
@@ -181,6 +185,7 @@ def test_jacobians(kernel: str):
     cases.assert_close(analytic, by_vjp, cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("cell", "kernel"), ROWS)
 def test_real_time_recurrent_learning(cell: str, kernel: str):
     case = case_of(cell, kernel)
@@ -190,6 +195,7 @@ def test_real_time_recurrent_learning(cell: str, kernel: str):
     cases.assert_close(got, by_bptt(case, problem, d_carry, d_outputs)[1], cases.FLOAT64)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 def test_snap_keeps_what_its_steps_reach(order: int):
     """P written out for one sequence, masked by counting steps on the graph; at the longest path it is exact."""

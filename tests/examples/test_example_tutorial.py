@@ -19,7 +19,7 @@ def test_every_cell_runs_and_the_page_and_the_records_are_there(tmp_path, monkey
     with jax.enable_x64(False):
         names = runpy.run_path(str(SCRIPT))
     printed = capsys.readouterr().out
-    assert "held-out digits read rightly" in printed and "wrote" in printed
+    assert "held-out digits classified correctly" in printed and "wrote" in printed
     np.testing.assert_allclose(sum(names["after"].layers["pixels"].shares.values()), 1, atol=1e-4)
     records = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
     assert [r["step"] for r in records] == list(range(7))

@@ -17,7 +17,8 @@ import pytest
 import two_devices
 
 import rnncore
-from rnncore.kernels.cpp import compiler, emit, recurrence
+from rnncore.kernels import compiler
+from rnncore.kernels.cpp import emit, handlers, recurrence
 
 CPP, SCAN = "cpp", "scan"
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
@@ -42,6 +43,7 @@ def sized(id: str, hidden: int) -> cases.Case:
 # ------------------------------------------------------------------------------------ numbers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize("id", IDS)
 def test_float64_against_the_references(id: str, masked: bool):
@@ -50,6 +52,7 @@ def test_float64_against_the_references(id: str, masked: bool):
     cases.assert_expected(case, problem, *cases.pull(cases.runner(case, CPP), problem))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize(
     ("id", "hidden", "batch", "steps", "features"),
@@ -67,6 +70,7 @@ def test_float32_in_several_blocks(id: str, hidden: int, batch: int, steps: int,
     compare(case, problem._replace(params=shrunk), FLOAT32)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("batch", "options"),
     [((), {}), ((2, 3), {}), ((2, 3), {"reverse": True}), ((3,), {"reverse": True, "keep_order": True}), ((1,), {})],
@@ -126,6 +130,7 @@ def zoneout(case: cases.Case, problem: cases.Problem, kind: str) -> Any:
     return case.cell.Carry(*(of[names[n % len(names)]]() for n in range(len(fields))))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", ["share", "chosen", "shares", "mixed"])
 @pytest.mark.parametrize("id", ["lstm_both-heads", "gru-diagonal"])
 def test_zoneout(id: str, kind: str):
@@ -137,6 +142,7 @@ def test_zoneout(id: str, kind: str):
 STATES = ["elman_relu", "lstm_both-heads", "user_fast_slow-heads", "gru-diagonal"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", STATES)
 def test_states_and_their_gradients(id: str):
     case = sized(id, 18)
@@ -145,6 +151,7 @@ def test_states_and_their_gradients(id: str):
     compare(case, problem, cases.FLOAT64, return_states=True, reverse=True, keep_order=True)
 
 
+@pytest.mark.slow
 def test_states_with_all_the_rest():
     case = sized("lstm_both-heads", 18)
     problem = cases.draw(case, (2, 3), 21, resets=True, lengths=True)
@@ -153,6 +160,7 @@ def test_states_with_all_the_rest():
     compare(case, problem, cases.FLOAT64, zoneout=zoneout(case, problem, "mixed"), **options)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "options",
     [
@@ -168,6 +176,7 @@ def test_stretches_that_are_run_again(id: str, options: dict):
     compare(case, problem, cases.FLOAT64, **options)
 
 
+@pytest.mark.slow
 def test_stretches_that_a_team_runs_again():
     case = sized("lstm-dense", 192)
     problem = cases.draw(case, (3,), 30, 40, dtype=jnp.float32, lengths=True, resets=True)
@@ -184,6 +193,7 @@ def test_running_again_gives_the_same_bits():
     cases.assert_close(again[1], plain[1], FLOAT32)  # chunks of another length sum in another order
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("id", ["indrnn", "lstm_both-diagonal", "user_fast_slow-diagonal"])
 def test_diagonal_recurrences(id: str):
     case = sized(id, 37)
@@ -219,6 +229,7 @@ def errors_in(case: cases.Case, problem: cases.Problem, dtypes: Any, backend: st
 BF16, F16, F32 = jnp.bfloat16, jnp.float16, jnp.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtypes",
     [(BF16, BF16, BF16), (F16, F16, F16), (F32, BF16, F32), (BF16, BF16, F32)],
@@ -235,6 +246,7 @@ def test_narrow_numbers_are_no_worse_than_the_scan(dtypes: Any):
     assert sum(found) <= 1.01 * sum(scan), (found, scan)  # of float32 parameters the inputs' rounding is all, of both
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stored", "eps"), [(BF16, 2**-8), (F16, 2**-11), (F32, 2**-24)], ids=["bf16", "f16", "f32"])
 def test_what_is_kept_in_fewer_bits(stored: Any, eps: float):
     case = sized("lstm_both-heads", 20)
@@ -330,6 +342,7 @@ def test_large_pre_activations_give_finite_gradients():
 # -------------------------------------------------------------------------- transformations
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("over", ["sequences", "twice", "parameters", "carry"])
 def test_vmap_of_gradients(over: str):
     case = cases.BY_ID["user_fast_slow-heads"]
@@ -451,6 +464,7 @@ def test_the_same_bits_every_time_and_from_several_threads():
         cases.assert_close(again, first, 0.0)
 
 
+@pytest.mark.slow
 def test_the_batch_over_devices():
     """Inside shard_map, over two: the gradients are summed over both."""
     two_devices.assert_gradients_are_summed("cpp", "float64", cases.FLOAT64)
@@ -474,11 +488,12 @@ def test_the_text_depends_on_the_update_alone():
 PROCESSORS = ["x86-64", "x86-64-v3"] if platform.machine() == "x86_64" else []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processor", PROCESSORS)
 def test_processors_with_narrower_vectors(processor: str, monkeypatch: pytest.MonkeyPatch):
-    flags = tuple(flag.replace("native", processor) for flag in compiler.FLAGS)
-    monkeypatch.setattr(compiler, "FLAGS", flags)
-    monkeypatch.setattr(compiler, "_names", {})
+    flags = tuple(flag.replace("native", processor) for flag in handlers.FLAGS)
+    monkeypatch.setattr(handlers, "FLAGS", flags)
+    monkeypatch.setattr(handlers, "_names", {})
     forget()
     case = sized("lstm_both-heads", 40)
     problem = cases.draw(case, (7,), 20, 5, dtype=jnp.float32, lengths=True, resets=True)
@@ -507,6 +522,7 @@ class Last(First):
     apart = 3
 
 
+@pytest.mark.slow
 def test_two_cells_in_one_process_do_not_share_symbols():
     for cell in (First(4), Last(4), First(5)):
         case = cases.Case("own", cell, None)
@@ -531,6 +547,7 @@ def test_refusals(id: str, options: dict, why: str):
         rnncore.unroll(case.cell, problem.params, problem.xs, **options)
 
 
+@pytest.mark.slow
 def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     odd = rnncore.Elman(4, activation_fn=jax.lax.erf_inv)
     xs = jnp.ones((2, 3, 4))
@@ -549,7 +566,7 @@ def test_refusals_of_what_is_here(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(NotImplementedError, match="Doubled has a `project` of its own"):
         rnncore.unroll(doubled, doubled.init(jax.random.key(0), 4, xs.dtype), xs, backend="cpp")
     fresh = cases.Case("fresh", First(7), None)
-    monkeypatch.setattr(compiler, "_names", {})
+    monkeypatch.setattr(handlers, "_names", {})
     monkeypatch.setenv("RNNCORE_CACHE_DIR", "/nothing/here")
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(NotImplementedError, match="C.. compiler, and none is found: install one, or name it in CXX"):

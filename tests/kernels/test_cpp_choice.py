@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 import rnncore
-from rnncore.kernels.cpp import compiler, recurrence
+from rnncore.kernels import compiler
+from rnncore.kernels.cpp import handlers, recurrence
 from rnncore.sequence import call
 
 pytestmark = pytest.mark.skipif(compiler.find() is None, reason="no C++ compiler here")
@@ -33,8 +34,8 @@ def on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """As for a user, in a new process with an empty cache."""
     monkeypatch.delenv("RNNCORE_CPP")
     monkeypatch.setenv("RNNCORE_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(compiler, "_names", {})
-    monkeypatch.setattr(compiler, "_failed", {})
+    monkeypatch.setattr(handlers, "_names", {})
+    monkeypatch.setattr(handlers, "_failed", {})
     forget()
     yield tmp_path
     forget()
@@ -52,6 +53,7 @@ def forget() -> None:
     cases.forget()
 
 
+@pytest.mark.slow
 def test_it_is_chosen_and_said_once(on: Path, capfd: Any):
     choice = explain()
     assert choice.name == "cpp" and not list(on.iterdir()) and capfd.readouterr().err == ""

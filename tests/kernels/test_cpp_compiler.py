@@ -14,7 +14,8 @@ from typing import Any
 import jax
 import pytest
 
-from rnncore.kernels.cpp import cache, compiler, prebuild
+from rnncore.kernels import cache, compiler
+from rnncore.kernels.cpp import handlers, prebuild
 
 pytestmark = pytest.mark.skipif(compiler.find() is None, reason="no C++ compiler here")
 
@@ -24,15 +25,15 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache that does not exist yet, and nothing compiled in this process."""
     where = tmp_path / "cache"
     monkeypatch.setenv("RNNCORE_CACHE_DIR", str(where))
-    monkeypatch.setattr(compiler, "HANDLERS", ())
+    monkeypatch.setattr(handlers, "HANDLERS", ())
     forget(monkeypatch)
     return where
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """As a new process would be."""
-    monkeypatch.setattr(compiler, "_names", {})
-    monkeypatch.setattr(compiler, "_failed", {})
+    monkeypatch.setattr(handlers, "_names", {})
+    monkeypatch.setattr(handlers, "_failed", {})
 
 
 @pytest.fixture
@@ -61,25 +62,25 @@ def libraries(where: Path) -> list[Path]:
 
 
 def test_compiled_once_and_kept(fresh: Path, commands: list, monkeypatch: pytest.MonkeyPatch, capfd: Any):
-    compiler.targets("int one;", "LSTM(8)")
+    handlers.targets("int one;", "LSTM(8)")
     assert len(commands) == 1
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "compiling LSTM(8)" in said and str(fresh) in said and "RNNCORE_CPP=0" in said
     forget(monkeypatch)
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     assert len(commands) == 1 and capfd.readouterr().err == ""
-    compiler.targets("int two;")
+    handlers.targets("int two;")
     assert len(commands) == 2
     forget(monkeypatch)
-    monkeypatch.setattr(compiler, "_processor", lambda: "another one")
-    compiler.targets("int two;")
+    monkeypatch.setattr(handlers, "_processor", lambda: "another one")
+    handlers.targets("int two;")
     assert len(commands) == 3
 
 
 def test_what_is_kept_is_for_its_user_alone(fresh: Path):
     before = os.umask(0)
     try:
-        compiler.targets("int one;")
+        handlers.targets("int one;")
     finally:
         os.umask(before)
     assert fresh.stat().st_mode & 0o777 == 0o700
@@ -96,45 +97,45 @@ def to_another_user(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("which", ["directory", "file"])
 def test_what_belongs_to_somebody_else_is_refused(fresh: Path, which: str, monkeypatch: pytest.MonkeyPatch):
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     path = fresh if which == "directory" else libraries(fresh)[0]
     to_another_user(path, monkeypatch)
     forget(monkeypatch)
     with pytest.raises(cache.UntrustedError, match=rf"the {which} {path} belongs to user"):
-        compiler.targets("int one;")
+        handlers.targets("int one;")
 
 
 @pytest.mark.parametrize("which", ["directory", "file"])
 @pytest.mark.parametrize("mode", [0o770, 0o702])
 def test_what_others_can_write_is_refused(fresh: Path, which: str, mode: int, monkeypatch: pytest.MonkeyPatch):
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     path = fresh if which == "directory" else libraries(fresh)[0]
     path.chmod(mode)
     forget(monkeypatch)
     with pytest.raises(cache.UntrustedError, match=rf"the {which} {path} can be written by others .mode {mode:04o}"):
-        compiler.targets("int one;")
+        handlers.targets("int one;")
 
 
 @pytest.mark.parametrize("contents", [b"", b"no library", None], ids=["empty", "foreign", "truncated"])
 def test_a_file_that_is_not_whole_is_made_again(
     fresh: Path, commands: list, contents: bytes | None, monkeypatch: pytest.MonkeyPatch
 ):
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     path = libraries(fresh)[0]
     whole = path.read_bytes()
     path.unlink()  # not under the feet of this process, which has it loaded
     path.write_bytes(whole[:-100] if contents is None else contents)
     forget(monkeypatch)
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     assert len(commands) == 2 and len(libraries(fresh)) == 1
     forget(monkeypatch)
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     assert len(commands) == 2
 
 
 def test_a_library_that_cannot_be_loaded_is_made_again(fresh: Path, commands: list, monkeypatch: pytest.MonkeyPatch):
     """Whole, but for another machine."""
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     (path,) = libraries(fresh)
     key = path.name.rpartition("-")[0]
     path.unlink()
@@ -142,7 +143,7 @@ def test_a_library_that_cannot_be_loaded_is_made_again(fresh: Path, commands: li
     other.write_bytes(b"for another machine")
     other.rename(fresh / cache._name(key, other))
     forget(monkeypatch)
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     assert len(commands) == 2 and len(libraries(fresh)) == 1
 
 
@@ -159,7 +160,7 @@ def test_a_compiler_that_hangs_is_given_up(fresh: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(compiler, "LIMIT", 1.0)
     begin = time.monotonic()
     with pytest.raises(compiler.CompilerError, match="was given up after 1 s"):
-        compiler.targets("int one;")
+        handlers.targets("int one;")
     assert time.monotonic() - begin < 30
     assert not list(fresh.iterdir())  # no folder, no lock
     deadline = time.monotonic() + 10
@@ -177,12 +178,12 @@ def test_a_compiler_that_does_not_say_its_version(fresh: Path, tmp_path: Path, m
     path.chmod(0o700)
     monkeypatch.setenv("CXX", str(path))
     with pytest.raises(compiler.CompilerError, match="none --version` does not answer"):
-        compiler.targets("int one;")
+        handlers.targets("int one;")
 
 
 def test_what_the_compiler_says_is_passed_on(fresh: Path):
     with pytest.raises(compiler.CompilerError, match=r"(?s)-O3.*ended with 1.*error"):
-        compiler.targets("this is no C++")
+        handlers.targets("this is no C++")
     assert not list(fresh.iterdir())
 
 
@@ -195,7 +196,7 @@ def test_an_interrupted_compilation_leaves_nothing(fresh: Path, monkeypatch: pyt
     original = subprocess.Popen.communicate
     monkeypatch.setattr(subprocess.Popen, "communicate", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compiler.targets("int one;")
+        handlers.targets("int one;")
     assert not list(fresh.iterdir())
 
 
@@ -206,7 +207,7 @@ def test_what_a_killed_process_left_is_removed(fresh: Path):
         (path / "made.so").write_text("")
     fresh.chmod(0o700)
     os.utime(old, (0, 0))
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     assert not old.exists() and new.exists()
 
 
@@ -214,21 +215,21 @@ def test_what_is_kept_needs_no_compiler(fresh: Path, commands: list, monkeypatch
     monkeypatch.setenv("CXX", "no-such-compiler")
     why = "it needs a C.. compiler, and none is found: install one, or name it in CXX"
     with pytest.raises(compiler.CompilerError, match=why):
-        compiler.targets("int one;")
-    assert compiler.missing("int one;") == why.replace("..", "++") and not fresh.exists()
+        handlers.targets("int one;")
+    assert handlers.missing("int one;") == why.replace("..", "++") and not fresh.exists()
     monkeypatch.delenv("CXX")
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     forget(monkeypatch)
     monkeypatch.setenv("CXX", "no-such-compiler")
-    compiler.targets("int one;")
-    assert compiler.missing("int one;") is None and len(commands) == 1
+    handlers.targets("int one;")
+    assert handlers.missing("int one;") is None and len(commands) == 1
 
 
 def test_arguments_in_CXX(fresh: Path, commands: list, monkeypatch: pytest.MonkeyPatch):
     found = compiler.find()
     assert found is not None
     monkeypatch.setenv("CXX", f"{found[0]} -DONE='int one'")
-    compiler.targets("ONE;")
+    handlers.targets("ONE;")
     assert commands[0][:2] == [found[0], "-DONE=int one"]
     monkeypatch.setenv("CXX", "no-such-compiler -O2")
     assert compiler.find() is None
@@ -237,9 +238,9 @@ def test_arguments_in_CXX(fresh: Path, commands: list, monkeypatch: pytest.Monke
 def test_it_can_be_turned_off(monkeypatch: pytest.MonkeyPatch):
     for value, off in (("0", True), ("off", True), ("1", False), ("", False)):
         monkeypatch.setenv("RNNCORE_CPP", value)
-        assert compiler.turned_off() == off
+        assert handlers.turned_off() == off
     monkeypatch.delenv("RNNCORE_CPP")
-    assert not compiler.turned_off()
+    assert not handlers.turned_off()
 
 
 @pytest.mark.parametrize("why", ["no directory", "no home", "full"])
@@ -265,17 +266,17 @@ def test_where_nothing_can_be_kept(
 
         monkeypatch.setattr(cache.tempfile, "TemporaryDirectory", full)
     with caplog.at_level(logging.WARNING, "rnncore"):
-        reason = compiler.why_not("int one;", "LSTM(8)")
+        reason = handlers.why_not("int one;", "LSTM(8)")
         assert reason is not None and "RNNCORE_CACHE_DIR" in reason
-        assert compiler.why_not("int one;", "LSTM(8)") == reason
+        assert handlers.why_not("int one;", "LSTM(8)") == reason
     assert len(caplog.records) == 1 and "runs LSTM(8) as a scan" in caplog.text  # said once
     if why == "full":
         with pytest.raises(OSError, match="No space left"):
-            compiler.targets("int one;")
+            handlers.targets("int one;")
         return
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(cache.tempfile, "tempdir", str(tmp_path))
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     assert not list(tmp_path.glob("rnncore-*"))
 
 
@@ -316,29 +317,29 @@ def test_eight_processes_at_once(fresh: Path, tmp_path: Path):
     assert [path.suffix for path in fresh.iterdir()] == [".so"]
 
 
-@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in compiler.LEVELS, reason="for Linux")
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() not in handlers.LEVELS, reason="for Linux")
 def test_what_came_with_the_package_is_taken(
     fresh: Path, tmp_path: Path, commands: list, monkeypatch: pytest.MonkeyPatch
 ):
     shipped = tmp_path / "prebuilt"
-    monkeypatch.setattr(compiler, "PREBUILT", shipped)
-    level = list(compiler.LEVELS[platform.machine()])[-1]
-    monkeypatch.setattr(compiler, "levels_here", lambda: [level])
+    monkeypatch.setattr(handlers, "PREBUILT", shipped)
+    level = list(handlers.LEVELS[platform.machine()])[-1]
+    monkeypatch.setattr(handlers, "levels_here", lambda: [level])
     include = jax.ffi.include_dir()
     prebuild.build({"one": "int one;"}, [level], [include], shipped)
     assert len(commands) == 1
-    compiler.targets("int one;")
+    handlers.targets("int one;")
     assert len(commands) == 1 and not fresh.exists()
     for change in (
-        lambda: monkeypatch.setattr(compiler, "levels_here", lambda: []),  # a CPU that lacks it
+        lambda: monkeypatch.setattr(handlers, "levels_here", lambda: []),  # a CPU that lacks it
         lambda: monkeypatch.setattr(compiler, "api_version", lambda include: "0.0"),  # another interface
     ):
         forget(monkeypatch)
         change()
-        compiler.targets("int one;")
+        handlers.targets("int one;")
     assert len(commands) == 2  # the second finds what the first one kept
     forget(monkeypatch)
-    compiler.targets("int two;")
+    handlers.targets("int two;")
     assert len(commands) == 3
 
 
@@ -350,8 +351,8 @@ def test_the_levels_of_a_processor(monkeypatch: pytest.MonkeyPatch):
         (v3, ["x86-64-v3"]),
         (v3 + " avx512f avx512bw avx512cd avx512dq avx512vl", ["x86-64-v4", "x86-64-v3"]),
     ):
-        monkeypatch.setattr(compiler, "_cpu_lines", lambda flags=flags: (flags,))
-        assert compiler.levels_here() == levels
+        monkeypatch.setattr(handlers, "_cpu_lines", lambda flags=flags: (flags,))
+        assert handlers.levels_here() == levels
 
 
 def test_the_version_of_the_interface():

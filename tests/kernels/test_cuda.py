@@ -10,6 +10,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import chex
 import cuda_grid
 import cuda_problems
 import jax
@@ -44,7 +45,7 @@ CASES = {  # cell, dtype, product, layout, sequences, options
     "none, warps share k": (rnncore.LSTM(32), "bfloat16", "mma", {"sync": "none", "split": 1}, 3, {"lengths": True}),
     "none, everything at once": (
         rnncore.LSTM(24, peepholes=True), "float32", "3xtf32", {"sync": "none", "split": 2}, 9,
-        {"lengths": True, "resets": True, "mask": True, "stay": (1, 2), "states": True},
+        {"lengths": True, "resets": True, "mask": True, "zoneout": (1, 2), "states": True},
     ),
     "cluster": (rnncore.GRU(32), "float16", "mma", {"sync": "cluster", "split": 1}, 3, {"resets": True}),
     "cluster, warps share k": (rnncore.LSTM(32), "float32", "tf32", {"sync": "cluster", "split": 2}, 2, {"mask": True}),
@@ -56,11 +57,12 @@ CASES = {  # cell, dtype, product, layout, sequences, options
     "grid, tails, masked": (
         Own(20), "float32", "3xtf32", {"sync": "grid", "split": 2}, 9, {"mask": True, "resets": True},
     ),
-    "grid, two tiles": (rnncore.Elman(32), "float16", "mma", {"sync": "grid", "tiles": 2}, 9, {"stay": (3,)}),
+    "grid, two tiles": (rnncore.Elman(32), "float16", "mma", {"sync": "grid", "tiles": 2}, 9, {"zoneout": (3,)}),
     "no matrix unit": (rnncore.MGU(16), "float32", "fma", {"sync": "none", "split": 1}, 2, {"lengths": True}),
 }  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str):
     cell, dtype, product, layout, rows, options = CASES[name]
@@ -71,6 +73,7 @@ def test_values_and_gradients(name: str):
     assert max(errors.values()) > 0
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("where", ["in_shared", "streamed"])
 def test_the_matrix_wherever_it_lies(where: str):
     """Beside registers, or streamed: the same bits."""
@@ -124,11 +127,13 @@ def test_blocks_that_do_not_wait_are_seen():
     assert wrong("grid", "RNN_WITHOUT_WAITING")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["none, everything at once", "cluster", "cluster, warps share k", "grid"])
 def test_no_races(name: str):
     assert "data race" not in cuda_grid.races(*CASES[name][:5])
 
 
+@pytest.mark.slow
 def test_a_barrier_left_out_is_a_race():
     assert "data race" in cuda_grid.races(*CASES["none, everything at once"][:5], "-DRNN_WITHOUT_BARRIERS")
 
@@ -141,6 +146,7 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backends.BACKENDS, "emulated", cuda_grid.Emulated())
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("mode", ["grad", "vmap over sequences", "vmap over parameters", "jvp", "hvp", "states"])
 @pytest.mark.usefixtures("emulated")
 def test_transformations(mode: str):
@@ -169,8 +175,71 @@ def test_transformations(mode: str):
         return jax.jit(jax.value_and_grad(f, (0, 1)))(params, xs)
 
     with jax.default_matmul_precision("highest"):
-        for a, b in zip(jax.tree.leaves(result("emulated")), jax.tree.leaves(result("scan")), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+        chex.assert_trees_all_close(result("emulated"), result("scan"), rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The heads of every launch."""
+    found: list[int] = []
+    plain = cuda_grid.launch
+
+    def counted(call: kernels.Call, *options: str) -> Any:
+        found.append(call.plan.shape.heads)
+        return plain(call, *options)
+
+    monkeypatch.setattr(cuda_grid, "launch", counted)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+def test_vmap_over_parameters_is_more_heads(launches: list[int]):
+    """One launch forward and one backward for all models, with masks, biases apart, heads, and a map of sequences."""
+    cell = rnncore.GRU(16, recurrence=rnncore.Heads(2))
+    draw = functools.partial(cell.init, input_size=3, dtype=jnp.float32)
+    params = jax.vmap(draw)(jax.random.split(jax.random.key(0), 3))
+    xs = jax.random.normal(jax.random.key(1), (3, 2, 2, 3, 3), jnp.float32)
+    mask = 2.0 * jax.random.bernoulli(jax.random.key(2), 0.5, (2, 16)).astype(jnp.float32)
+    options = {
+        "seq_lengths": jnp.array([3, 2]),
+        "resets": jnp.array([[0, 1, 0], [0, 0, 1]], bool),
+        "recurrent_mask": mask,
+    }
+
+    def gradient(backend: str) -> Any:
+        def of_one(params: Any, xs: Any) -> Any:
+            carry, ys = rnncore.unroll(cell, params, xs, backend=backend, **options)
+            return jnp.sum(jnp.sin(ys)) + jnp.sum(carry.h**2)
+
+        return jax.value_and_grad(lambda p, xs: jnp.sum(jax.vmap(of_one, (None, 0))(p, xs)), (0, 1))
+
+    with jax.default_matmul_precision("highest"):
+        found = jax.jit(jax.vmap(gradient("emulated")))(params, xs)
+        one = jax.jit(gradient("scan"))
+        models = [one(*jax.tree.map(lambda a, n=n: a[n], (params, xs))) for n in range(3)]
+    want = jax.tree.map(lambda *a: jnp.stack(a), *models)
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)
+    assert launches == [6, 6]
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("emulated")
+def test_both_directions_are_one_launch(launches: list[int]):
+    stack = rnncore.Stack(rnncore.LSTM(16), num_layers=2, bidirectional=True)
+    params = stack.init(jax.random.key(0), 3, jnp.float32)
+    xs = jax.random.normal(jax.random.key(1), (2, 3, 3), jnp.float32)
+
+    def loss(params: Any, xs: Any, backend: str) -> Any:
+        carry, ys = rnncore.unroll_stack(stack, params, xs, seq_lengths=jnp.array([3, 2]), backend=backend)
+        valid = jnp.arange(3)[:, None] < jnp.array([3, 2])[:, None, None]
+        return jnp.sum(jnp.sin(ys) * valid) + sum(jnp.sum(a**2) for a in jax.tree.leaves(carry))
+
+    with jax.default_matmul_precision("highest"):
+        gradient = jax.jit(jax.value_and_grad(loss, (0, 1)), static_argnums=2)
+        found, want = (gradient(params, xs, backend) for backend in ("emulated", "scan"))
+    chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-5)
+    assert launches == [2, 2, 2, 2]
 
 
 def test_it_says_what_it_lacks():
@@ -192,6 +261,7 @@ SPILLS = {
 """Bytes that the compiler keeps in memory; none elsewhere."""
 
 
+@pytest.mark.sample(4)
 @pytest.mark.skipif(nvrtc.library() is None, reason="needs the package nvidia-cuda-nvrtc")
 @pytest.mark.parametrize("gpu", ["T4", "A100", "RTX 3090", "L4", "H100", "B200", "RTX 5090"])
 @pytest.mark.parametrize("size", SIZES)
@@ -213,6 +283,7 @@ def test_registers_do_not_grow(gpu: str, size: str):
         assert figures["registers"] * plan.threads <= 65536
 
 
+@pytest.mark.sample(1)
 @pytest.mark.skipif(nvrtc.library() is None, reason="needs the package nvidia-cuda-nvrtc")
 @pytest.mark.parametrize("product", ["tf32", "3xtf32", "fma"])
 def test_compiles_in_float32(product: str):
@@ -221,7 +292,7 @@ def test_compiles_in_float32(product: str):
             shape = Shape(
                 direction, "float32", "bfloat16", product, gates=len(cell.gates), fields=1,
                 width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size, heads=1, sequences=64,
-                lengths=True, resets=True, mask=True, stay=(1,),
+                lengths=True, resets=True, mask=True, zoneout=(1,),
             )  # fmt: skip
             plan = plan_of(DEVICES["A100"], shape)
             assert not isinstance(plan, str)

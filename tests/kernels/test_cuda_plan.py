@@ -120,7 +120,7 @@ def test_chosen_where_it_was_timed_and_nowhere_else(monkeypatch: pytest.MonkeyPa
             zoneout=False, return_states=False, checkpoint_every=None, recompute="nothing",
         )  # fmt: skip
         assert backend.unsupported(request) is None
-        return backend.unchosen(request)
+        return backend.why_not_by_default(request)
 
     hopper, ampere = DEVICES["H100"], DEVICES["A100"]
     for dtype in ("bfloat16", "float16", "float32"):

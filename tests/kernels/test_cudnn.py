@@ -9,8 +9,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import itertools
-import types
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +19,8 @@ import pytest
 from cases import assert_close, cotangents
 
 import rnncore
-from benchmarks import workloads
-from benchmarks.peers import torch_peer
 from rnncore import GRU, LSTM, Elman, Heads, Stack, _compat
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 from rnncore.kernels.cudnn import algorithm, calls, library, weights
 from rnncore.recurrence.run import Constants, Differentiable, Request
 from rnncore.sequence.backends import BACKENDS
@@ -42,7 +38,7 @@ ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 def built(source: str) -> str:
     """The path of a source as a shared library."""
-    return compiler.plain_library(source, "a library for tests")[0]._name
+    return compiler.library(source, "a library for tests")[0]._name
 
 
 class Recorder:
@@ -141,25 +137,39 @@ def compare(run: Any, arguments: Any, lengths: Any, time_axis: int = -2, dtype: 
 # -------------------------------------------------------------------------------------- the rules
 
 
-@pytest.mark.parametrize("forward", [True, False])
+A10 = algorithm.Device(8, 6, 72)
+STANDARD, PERSIST, SMALL = algorithm.STANDARD, 1, 3
+
+
 @pytest.mark.parametrize(
-    "device", [H200, algorithm.Device(8, 6, 84), algorithm.Device(8, 0, 108), algorithm.Device(8, 9, 58)]
+    ("mode", "dtype", "device", "batch", "features", "hidden", "forward", "backward"),
+    [
+        (algorithm.LSTM, "float16", H200, 16, 768, 768, PERSIST, PERSIST),
+        (algorithm.LSTM, "bfloat16", H200, 16, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float32", H200, 16, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", A10, 16, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", H200, 2, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", H200, 128, 768, 768, PERSIST, PERSIST),
+        (algorithm.LSTM, "float16", H200, 256, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", H200, 16, 96, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float16", H200, 16, 768, 1152, STANDARD, STANDARD),
+        (algorithm.GRU, "float16", H200, 16, 768, 768, STANDARD, STANDARD),
+        (algorithm.LSTM, "float32", H200, 6, 104, 40, SMALL, SMALL),
+        (algorithm.LSTM, "float32", H200, 16, 112, 128, SMALL, SMALL),
+        (algorithm.LSTM, "float16", H200, 12, 304, 192, SMALL, STANDARD),
+        (algorithm.TANH, "float16", H200, 8, 128, 384, SMALL, PERSIST),
+        (algorithm.TANH, "float16", H200, 96, 128, 896, STANDARD, STANDARD),
+    ],
 )
-def test_the_algorithm_is_the_one_that_pytorch_asks_for(device: algorithm.Device, forward: bool):
-    """As the benchmarks' peer, which was written apart, has PyTorch's rule."""
-    theirs = types.SimpleNamespace(major=device.major, minor=device.minor, multi_processor_count=device.multiprocessors)
-    names = {"STANDARD": 0, "PERSIST_STATIC": 1, "PERSIST_STATIC_SMALL_H": 3}
-    modes = {"lstm": algorithm.LSTM, "gru": algorithm.GRU, "elman": algorithm.TANH}
-    for (cell, mode), dtype, batch, features, hidden, layers in itertools.product(
-        modes.items(), algorithm.DATA, (1, 8, 96, 128, 256), (96, 128), (64, 128, 192, 256, 384, 768, 896, 1152), (1, 2)
-    ):
-        workload = dataclasses.replace(
-            workloads.WORKLOADS["W4-lstm768"], cell=cell, batch=batch, features=features, hidden=hidden, layers=layers
-        )
-        want = torch_peer.pick_algorithm(workload, dtype, theirs, forward)
-        shape = (workload.shape[1], batch, features, hidden)
-        assert algorithm.choose(device, mode, dtype, shape, layers, 1, False, forward) == names[want]
-        assert algorithm.choose(device, mode, dtype, shape, layers, 1, True, forward) == algorithm.STANDARD
+def test_the_algorithm_is_the_one_that_pytorch_asks_for(
+    mode, dtype, device, batch, features, hidden, forward, backward
+):
+    """Read off ATen/native/cudnn/RNN.cpp, get_algo."""
+    shape = (100, batch, features, hidden)
+    picked = [algorithm.choose(device, mode, dtype, shape, 1, 1, False, way) for way in (True, False)]
+    assert picked == [forward, backward]
+    assert algorithm.choose(device, mode, dtype, shape, 1, 1, True, True) == STANDARD
+    assert algorithm.choose(device, algorithm.LSTM, "float16", (100, 16, 768, 768), 2, 1, False, True) == STANDARD
 
 
 @pytest.mark.parametrize(
@@ -195,6 +205,7 @@ def test_the_arithmetic_is_that_of_the_precision(cudnn: Recorder, dtype: str, pr
 # -------------------------------------------------------------------------------------- the weights
 
 
+@pytest.mark.sample(11)
 @pytest.mark.parametrize("directions", [1, 2])
 @pytest.mark.parametrize("num_layers", [1, 3])
 @pytest.mark.parametrize("name", CELLS)
@@ -257,6 +268,7 @@ def single(name: str, cell: Any, dtype: str = "float32") -> tuple[Any, Any, Any,
     return run, arguments, lengths, time_axis
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     ("name", "cell"),
     [
@@ -272,6 +284,7 @@ def test_unroll_is_the_scan(cudnn: Recorder, name: str, cell: str):
     assert cudnn.runs() == ["forward", "data", "weights"]
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("name", ["plain", "lengths"])
@@ -356,6 +369,7 @@ def test_gradients_of_weights_that_nobody_wants_are_not_formed(cudnn: Recorder):
     assert cudnn.runs() == ["forward", "data"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "name"), [("lstm", "lengths"), ("gru", "plain")])
 def test_every_mode_of_differentiation(cudnn: Recorder, cell: str, name: str):
     run, arguments, lengths, _ = single(name, CELLS[cell])
@@ -418,6 +432,7 @@ MAPPED: dict[str, tuple[tuple, Any, list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", MAPPED)
 def test_vmap_of_gradients(cudnn: Recorder, name: str):
     """What each has of its own runs one after the other; what a larger batch serves is one call."""
@@ -575,7 +590,7 @@ def test_it_is_chosen_where_a_persistent_algorithm_runs_both_ways(cudnn: Recorde
     changes, reason = CHOSEN[name]
     asked = request(**{"lengths": False, **changes})
     assert CUDNN.unsupported(asked) is None
-    assert CUDNN.unchosen(asked) is None if reason is None else reason in CUDNN.unchosen(asked)
+    assert CUDNN.why_not_by_default(asked) is None if reason is None else reason in CUDNN.why_not_by_default(asked)
 
 
 def test_it_is_chosen_before_the_scan(cudnn: Recorder):
@@ -642,7 +657,7 @@ def test_errors_of_the_library_are_ours(cudnn: Recorder, monkeypatch: pytest.Mon
 
 def test_the_handlers_for_a_gpu_compile_here_too():
     """All but their stream is what the other tests run."""
-    handlers, _ = compiler.plain_library(library.source(), "the calls of cuDNN")
+    handlers, _ = compiler.library(library.source(), "the calls of cuDNN")
     assert all(hasattr(handlers, f"rnn_{name}") for name in library.HANDLERS)
 
 
@@ -674,6 +689,7 @@ def stacked(stack: Stack, lengths: Any, **options: Any) -> Any:
     return run
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", STACKS)
 def test_a_stack_is_one_call(cudnn: Recorder, name: str):
     stack, lengths = STACKS[name]
@@ -733,6 +749,7 @@ def test_a_stack_time_major_with_an_output_dtype(cudnn: Recorder):
     assert_close((turned_ends, turned), (ends, jnp.moveaxis(ys, 0, 1).astype(jnp.bfloat16)), 0.0)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize(
     ("stack", "options", "message"),
     [

@@ -16,7 +16,7 @@ import two_devices
 import rnncore
 from rnncore.cells import pointwise
 from rnncore.kernels import kernel_body
-from rnncore.kernels.op_lowerings import REWRITTEN
+from rnncore.kernels.op_lowerings import LOWERINGS
 from rnncore.sequence.backends import BACKENDS
 
 IDS = (
@@ -34,6 +34,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(BACKENDS, NAME, plain_kernels.PLAIN)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize("id", IDS)
 def test_everything_around_the_kernels(id: str, masked: bool):
@@ -59,6 +60,7 @@ def test_a_reset_carry_of_its_own_and_more_batch_axes():
     cases.assert_close(gradient(NAME), gradient("scan"), FLOAT32)
 
 
+@pytest.mark.slow
 def test_vmap_takes_sequences_into_the_batch_and_parameters_one_by_one():
     case = cases.BY_ID["gru-heads"]
     problem = cases.draw(case, batch=(3, 2), dtype=jnp.float32)
@@ -112,11 +114,11 @@ def test_refusals_of_cells():
         cases.runner(cases.BY_ID["indrnn"], NAME)(*problem)
 
     class Shifted(rnncore.LSTM):
-        def mix(self, params: Any, h: Any) -> Any:
-            return 1 + super().mix(params, h)
+        def recurrent_matmul(self, params: Any, h: Any) -> Any:
+            return 1 + super().recurrent_matmul(params, h)
 
     case = cases.Case("shifted", Shifted(cases.HIDDEN), None)
-    with pytest.raises(NotImplementedError, match="Shifted has a `mix` of its own"):
+    with pytest.raises(NotImplementedError, match="Shifted has a `recurrent_matmul` of its own"):
         cases.runner(case, NAME)(*cases.draw(case, dtype=jnp.float32))
     case = cases.BY_ID["reset_before_gru"]
     with pytest.raises(NotImplementedError, match="not a PointwiseCell"):
@@ -130,6 +132,7 @@ BACKENDS["plain"] = plain_kernels.PLAIN
 """
 
 
+@pytest.mark.slow
 def test_the_batch_over_devices():
     """Inside shard_map, over two: the gradients are summed over both."""
     two_devices.assert_gradients_are_summed(NAME, "float32", FLOAT32, PLAIN)
@@ -166,6 +169,7 @@ BODIES = {"odd": Odd(4), "caught": CAUGHT, "gelu": GELU} | {
 }
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("cell", BODIES.values(), ids=BODIES)
 def test_the_body_is_the_cell_and_its_vjp(cell: Any):
     shape = (8, 16)
@@ -199,25 +203,26 @@ REWRITES = [  # operation, where it is defined, relative and absolute error
 ]  # fmt: skip
 
 
+@pytest.mark.sample(7)
 @pytest.mark.parametrize("name, points, relative, absolute", REWRITES, ids=[f"{r[0]}-{len(r[1])}" for r in REWRITES])
 def test_rewritten_operations(name: str, points: np.ndarray, relative: float, absolute: float):
     """Also where the plain formula would lose its digits or overflow."""
     plain = getattr(jax.lax, name, None) or (lambda x: 1 - x * x)
-    got = np.asarray(REWRITTEN[name](jnp.asarray(points)))
+    got = np.asarray(LOWERINGS[name](jnp.asarray(points)))
     want = np.asarray(plain(jnp.asarray(points, jnp.float64)))
     with np.errstate(invalid="ignore"):
         assert np.all((got == want) | (np.abs(got - want) <= relative * np.abs(want) + absolute))
 
 
 def test_not_of_booleans_and_of_integers():
-    flip = REWRITTEN["not"]
+    flip = LOWERINGS["not"]
     assert flip(jnp.array([True, False])).tolist() == [False, True] and flip(jnp.array([5, -1])).tolist() == [-6, 0]
 
 
 @pytest.mark.parametrize("y", [-3, -1, 0, 1, 2, 7])
 def test_integer_powers(y: int):
     x = jnp.asarray(POINTS[(np.abs(POINTS) > 0.1) & (np.abs(POINTS) < 10)])
-    np.testing.assert_allclose(REWRITTEN["integer_pow"](x, y=y), np.asarray(x, np.float64) ** y, rtol=2e-6)
+    np.testing.assert_allclose(LOWERINGS["integer_pow"](x, y=y), np.asarray(x, np.float64) ** y, rtol=2e-6)
 
 
 def test_unusual_uses_of_known_operations_are_named():

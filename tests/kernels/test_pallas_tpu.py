@@ -69,6 +69,7 @@ def compare(case: cases.Case, problem: cases.Problem, tolerance: float, double: 
     "elman-dense", "elman_relu", "lstm_both-heads", "lstm_no_bias", "gru-dense", "gru-heads", "mgu-dense",
     "user_fast_slow-dense", "user_fast_slow-heads",
 ])  # fmt: skip
+@pytest.mark.sample(1)
 def test_ragged_sequences_with_resets(interpreted: None, id: str):
     case = cases.BY_ID[id]
     compare(case, cases.draw(case, (B,), T, dtype=jnp.float32, lengths=True, resets=True), FLOAT32)
@@ -77,11 +78,13 @@ def test_ragged_sequences_with_resets(interpreted: None, id: str):
 @pytest.mark.parametrize("id, lengths, resets", [
     ("lstm_both-dense", False, False), ("user_fast_slow-heads", False, True), ("gru-dense", True, False),
 ])  # fmt: skip
+@pytest.mark.slow
 def test_full_sequences(interpreted: None, id: str, lengths: bool, resets: bool):
     case = cases.BY_ID[id]
     compare(case, cases.draw(case, (B,), T, dtype=jnp.float32, lengths=lengths, resets=resets), FLOAT32)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("id", ["lstm_both-heads", "gru-dense", "user_fast_slow-dense"])
 def test_bfloat16(interpreted: None, id: str):
     case = cases.BY_ID[id]
@@ -95,6 +98,7 @@ def test_residuals_of_their_own_dtype(interpreted: None):
     compare(case, problem, BFLOAT16, residual_dtype="bfloat16")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "hidden, heads", [(6, 3), (256, 4), (256, 2)], ids=["padded", "two in a block", "whole blocks"]
 )
@@ -124,6 +128,7 @@ def test_padded_units_disturb_nothing(interpreted: None):
     compare(case, problem._replace(params=params), FLOAT32)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("id", ["lstm_both-dense", "gru-dense", "user_fast_slow-dense"])
 def test_saturated_units_are_finite(interpreted: None, id: str):
     case = cases.BY_ID[id]
@@ -133,6 +138,7 @@ def test_saturated_units_are_finite(interpreted: None, id: str):
     assert all(np.isfinite(a).all() for a in jax.tree.leaves((results, gradients)))
 
 
+@pytest.mark.slow
 def test_vmap_over_sequences_and_a_reset_carry(interpreted: None):
     case = cases.BY_ID["gru-heads"]
     problem = cases.draw(case, (3, 2), 5, dtype=jnp.float32, lengths=True, resets=True)
@@ -171,6 +177,7 @@ def lowered(cell: Any, batch: int, steps: int, dtype: Any = jnp.float32, precisi
 @pytest.mark.parametrize("cell", [
     LSTM(512), LSTM(256, recurrence=Heads(4)), GRU(200), cases.FastSlow(6, recurrence=Heads(3)),
 ], ids=["lstm", "lstm_heads", "gru", "fast_slow"])  # fmt: skip
+@pytest.mark.sample(4)
 def test_what_a_tpu_gets_is_the_two_kernels(cell: Any, dtype: str, precision: str | None):
     text = lowered(cell, 64, 37, dtype, precision)
     assert re.findall(r'kernel_name = "(\w+)"', text) == ["rnncore_forward", "rnncore_backward"]
@@ -184,6 +191,7 @@ def test_every_known_operation_is_translated_by_this_jax():
     assert pallas_tpu.KNOWN <= {primitive.name for primitive in table}
 
 
+@pytest.mark.slow
 def test_inside_shard_map():
     script = Path(__file__).parent.with_name("pallas_tpu_checks.py")
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"

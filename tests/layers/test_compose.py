@@ -28,6 +28,7 @@ def some_params(stack: Stack, size: int = D) -> Any:
     return jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.6, a.shape)), shapes)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("name", "merge"), [("lstm", "concat"), ("gru", "sum"), ("elman", "mean"), ("elman", "mul")])
 def test_a_bidirectional_stack_is_its_layers_one_after_another(name: str, merge: Any):
     stack = Stack(CELLS[name], num_layers=2, bidirectional=True, merge=merge)
@@ -49,6 +50,7 @@ def test_a_bidirectional_stack_is_its_layers_one_after_another(name: str, merge:
     assert_close((carry, got), (tuple(ends), ys), 0.0)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch", [(), (2, 2)])
 def test_time_major_and_any_batch_axes(batch: tuple[int, ...]):
     stack = Stack(rnncore.LSTM(H), num_layers=2, bidirectional=True, learned_carry=True)
@@ -81,6 +83,7 @@ def test_a_stream_in_pieces_is_the_stream(learned: bool):
     assert_close((carry, jnp.concatenate(pieces, 1)), whole, TOLERANCE)
 
 
+@pytest.mark.slow
 def test_resets_cut_a_sequence_into_episodes_both_ways():
     """Each episode comes out as if it stood alone, from the learned carry; a piece ends where the next begins."""
     stack = Stack(rnncore.GRU(H), num_layers=2, bidirectional=True, learned_carry=True)
@@ -198,6 +201,7 @@ def test_gradients_of_a_learned_carry_count_every_reset():
     assert np.abs(every.carry[0][0].h).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [{"checkpoint_every": 2, "recompute": "chunk"}, {"residual_dtype": jnp.float64}])
 def test_every_policy_gives_the_same_gradients_with_everything_on(policy: Any):
     stack = Stack(

@@ -38,6 +38,7 @@ def pair(kind: str, **options: Any) -> tuple[Any, Any, Any]:
     return getattr(linen, kind)(H, **options), modern, {"params": state}
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_are_the_stack_with_everything_on(kind: str):
     more = {"forget_bias": 1.0} if kind != "Elman" else {}
@@ -166,6 +167,7 @@ def test_linen_asks_for_deterministic_and_for_the_dropout_stream():
     assert linen.LSTM(H).apply(variables, XS).shape == (B, T, H)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flavour", ["linen", "nnx"])
 def test_an_optax_step_lowers_the_loss(flavour: str):
     xs, target = XS.astype(f32), jnp.cumsum(XS, 1)[..., :1].astype(f32)

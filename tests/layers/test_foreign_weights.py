@@ -71,6 +71,7 @@ def again(library: str, made: Any) -> Any:
     return [types.SimpleNamespace(**m) for m in made] if library == "equinox" else made
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("library", "kind", "cell", "weights", "there", "back"), ROWS, ids=IDS)
 def test_outputs_are_those_of_the_library(
     library: str, kind: str, cell: Any, weights: Callable, there: Callable, back: Callable
@@ -106,6 +107,7 @@ def test_there_and_back_is_the_identity(
     assert_close(round_trip, params, 1e-15)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("library", "there", "back"),
     [("keras", rnncore.from_keras, rnncore.to_keras), ("equinox", rnncore.from_equinox, rnncore.to_equinox)],

@@ -44,7 +44,7 @@ def by_hand(case: Case, problem: Problem, given: Any) -> Any:
         back = problem.resets[:, t, None]
         pairs = zip(given["reset_carry"], carry, strict=True)
         carry = type(carry)(*(jnp.where(back, a, b) for a, b in pairs))
-        r = cell.mix(problem.params, carry.h * given["recurrent_mask"])
+        r = cell.recurrent_matmul(problem.params, carry.h * given["recurrent_mask"])
         p = jax.tree.map(lambda u: jnp.broadcast_to(u, (B, H)), problem.params.units)
         z = cell.project(problem.params, problem.xs[:, t])
         new, _ = cell.pointwise(p, cell.split(z), cell.split(r), carry)
@@ -63,6 +63,7 @@ def loop_of(case: Case, given: Any) -> Any:
     return lambda *args: by_hand(case, Problem(*args), given)
 
 
+@pytest.mark.sample(1)
 @every_mode
 def test_values_and_gradients_are_those_of_the_loop(case: Case, backend: str):
     problem, given = cases.draw(case, (B,), T, lengths=True, resets=True), draws(case, "booleans")
@@ -71,6 +72,7 @@ def test_values_and_gradients_are_those_of_the_loop(case: Case, backend: str):
     cases.assert_close((results, gradients), want, cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("kind", "options"),
     [
@@ -151,6 +153,7 @@ def test_masks_are_constants_to_derivatives():
     assert loss(mask, share) != loss(2 * mask, share) and loss(mask, share) != loss(mask, 2 * share)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"reverse": True, "keep_order": True}])
 def test_time_major_and_reverse_take_zoneout_in_the_order_of_the_inputs(options: Any):
     case = cases.BY_ID["lstm-dense"]
@@ -196,7 +199,7 @@ WRONG = {
     "a carry of another cell": (dict(zoneout=rnncore.HiddenCarry(0.1)), "zoneout.*LSTMCarry"),
     "shape of zoneout": (dict(zoneout=rnncore.LSTMCarry(jnp.ones((B, H)), None)), "c=.3, 4.*expected a number"),
     "share above 1": (dict(zoneout=rnncore.LSTMCarry(None, 1.5)), "h=1.5.*share from 0 to 1"),
-    "reset carry without resets": (dict(reset_carry=LSTM.initial_carry((B,))), "reset_carry.*with resets only"),
+    "reset carry without resets": (dict(reset_carry=LSTM.initial_carry((B,))), "reset_carry.*only with resets"),
     "shape of the reset carry": (
         dict(resets=jnp.zeros((B, T), bool), reset_carry=LSTM.initial_carry((2,))), "reset_carry.*expected"
     ),

@@ -96,6 +96,7 @@ def golden() -> Values:
         return dict(file)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("run", ["full", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_stored_values(kind: str, run: str):
@@ -103,6 +104,7 @@ def test_stored_values(kind: str, run: str):
     check(kind, run, values)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("run", ["full", "packed"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_live(kind: str, run: str):

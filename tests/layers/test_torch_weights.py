@@ -48,6 +48,7 @@ def test_layers_without_biases(name: str):
     assert_close(from_torch(stack, state), bare, 0.0)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CELLS)

@@ -42,6 +42,7 @@ def test_without_learning_the_segments_are_the_sequence():
     assert_close((state.carry, jnp.sum(losses)), (carry, jnp.sum(jnp.sin(ys))), 1e-12)
 
 
+@pytest.mark.slow
 def test_an_update_takes_the_gradient_of_its_segment_at_a_constant_carry():
     optimizer, state = start(1.0)
     update = jax.jit(truncated_bptt(loss_fn, optimizer))

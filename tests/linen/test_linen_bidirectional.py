@@ -17,6 +17,7 @@ def bidirectional_of(nn: Any, cell: str, **fields: Any) -> Any:
     return nn.Bidirectional(*(nn.RNN(getattr(nn, cell)(H, param_dtype=f64)) for _ in range(2)), **fields)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "cell,options",
     [

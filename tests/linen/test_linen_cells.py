@@ -109,6 +109,7 @@ def test_initial_carry_bit_for_bit(name: str) -> None:
         same_bits(*(cell.initialize_carry(jax.random.key(4), shape) for cell in (mine, flaxen)))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", GATED)
 def test_positional_construction(name: str) -> None:
     init = theirs.initializers
@@ -190,12 +191,14 @@ def test_an_lstm_carry_that_is_no_pair_is_refused() -> None:
 # --------------------------------------------------------------------------------------- one step
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(("batch", "dtype"), [((), jnp.float32), ((2, 3), jnp.float64)], ids=str)
 @pytest.mark.parametrize("name", CELLS)
 def test_step_and_gradients(name: str, batch: tuple[int, ...], dtype: Any) -> None:
     check_step(*both(name, H, param_dtype=dtype), batch, dtype, ATOL[jnp.dtype(dtype)])
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("gate_fn,activation_fn", [(jax.nn.softmax, jnp.tanh), (jax.nn.hard_sigmoid, jax.nn.gelu)])
 @pytest.mark.parametrize("name", GATED)
 def test_step_with_other_functions(name: str, gate_fn: Any, activation_fn: Any) -> None:
@@ -209,6 +212,7 @@ def test_step_of_the_simple_cell_with_other_fields(residual: bool) -> None:
     check_step(*cells, (2,), jnp.float64, 1e-12)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", CELLS)
 def test_carry_without_the_batch_of_the_inputs(name: str) -> None:
     mine, flaxen = both(name, H)
@@ -217,6 +221,7 @@ def test_carry_without_the_batch_of_the_inputs(name: str) -> None:
     close(mine.apply(variables, carry, x), flaxen.apply(variables, carry, x), 1e-6)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", CELLS)
 def test_step_in_bfloat16(name: str) -> None:
     """dtypes exactly as in Flax; values to the rounding of the sums, whose order differs."""
@@ -249,6 +254,7 @@ def test_dtypes_are_promoted_as_in_flax(name: str, inputs: str, params: str, car
 # ------------------------------------------------------------------------------------- functional
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("library", "name"), [*((ours, name) for name in CELLS), (theirs, "GRUCell")])
 def test_functional_is_the_same_network(library: Any, name: str) -> None:
     module = getattr(library, name)(H, param_dtype=jnp.float64)
@@ -283,6 +289,7 @@ def test_functional_shapes_and_kinds() -> None:
         assert jax.tree.structure(params) == jax.tree.structure(cell.init(jax.random.key(0), D))
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("name", CELLS)
 def test_functional_takes_dtype_and_functions_from_the_module(name: str) -> None:
     fields = {"residual": True} if name == "SimpleCell" else {"gate_fn": jax.nn.hard_sigmoid}

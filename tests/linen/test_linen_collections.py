@@ -77,6 +77,7 @@ def with_gradients_and_variables(layer: Any, variables: Any, xs: jax.Array, muta
     return run(variables["params"], xs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell,each_step", [(Dropping, True), (Dropping, False), (drops_by_inheritance, True)])
 def test_dropout_in_a_cell(cell: Any, each_step: bool, unrolled: list) -> None:
     """split_rngs True: a new mask at every step; False: the same one, as variational dropout wants it."""
@@ -103,6 +104,7 @@ def test_dropout_in_a_cell_wants_to_be_told_of_its_keys() -> None:
             layer.apply(variables, xs, rngs={"dropout": RNGS["dropout"]})
 
 
+@pytest.mark.slow
 def test_sown_values_want_variable_axes() -> None:
     """Stacked over time with them, and silently none without, as in Flax."""
     xs = normal(1, (B, T, D), f32)
@@ -119,6 +121,7 @@ def test_sown_values_want_variable_axes() -> None:
             assert sown["cell"]["seen"][0].shape == shape
 
 
+@pytest.mark.slow
 def test_batch_statistics_are_carried() -> None:
     """Flax can apply but not initialise such a layer; there `variable_broadcast` does it."""
     xs = 1 + 2 * normal(1, (4, T, D), f32)

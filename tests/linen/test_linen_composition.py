@@ -20,7 +20,7 @@ def test_a_call_takes_what_flax_takes(name: str) -> None:
     mine, flaxen = (inspect.signature(getattr(nn, name).__call__).parameters for nn in (ours, theirs))
     shared = list(mine.values())[: len(flaxen)]
     assert [(p.name, p.default, p.kind) for p in shared] == [(p.name, p.default, p.kind) for p in flaxen.values()]
-    own = ["resets", "return_states"] if name == "RNN" else []
+    own = ["resets", "reset_carry", "return_states"] if name == "RNN" else []
     assert [*mine][len(flaxen) :] == own
 
 
@@ -126,6 +126,7 @@ def partitioned(nn: Any) -> Any:
     return Model()
 
 
+@pytest.mark.slow
 def test_partitioned_parameters_in_stacks() -> None:
     xs = normal(1, (B, T, D), f32)
     got, want = (partitioned(nn).init(jax.random.key(0), xs) for nn in (ours, theirs))
@@ -179,6 +180,7 @@ def under_jvp_of_grad(f: Callable) -> Callable:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", [under_grad_of_remat_of_vmap, under_jvp_of_grad], ids=lambda f: f.__name__)
 def test_transformations_of_a_whole_model(transform: Callable) -> None:
     xs = normal(1, (2, 3, T, D)) if "vmap" in transform.__name__ else normal(1, (3, T, D))

@@ -30,6 +30,7 @@ def test_fields_have_flax_names_order_and_defaults() -> None:
     assert ours.ConvLSTMCell.__name__ == "ConvLSTMCell" and ours.ConvLSTMCell(F, (3, 3)).num_feature_axes == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_initial_values_bit_for_bit(use_bias: bool) -> None:
     init = theirs.initializers.normal()
@@ -44,6 +45,7 @@ def test_initial_values_bit_for_bit(use_bias: bool) -> None:
     assert jax.tree.map(jnp.shape, got["params"]["ih"]["kernel"]) == (3, 2, C, 4 * F)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "space,fields,lengths",
     [((4,), dict(kernel_size=(3,)), [1, T]), ((4, 3), dict(kernel_size=(3, 2), use_bias=False, strides=(1, 1)), None)],
@@ -95,6 +97,7 @@ def by_hand(variables: Any, xs: jax.Array, carry: Any, fields: dict[str, Any], o
     return (c, h), jnp.stack(ys, 1)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "space,grid,fields,own",
     [

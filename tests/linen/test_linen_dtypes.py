@@ -6,6 +6,7 @@ import functools
 import itertools
 from typing import Any
 
+import chex
 import flax.linen as theirs
 import jax
 import jax.numpy as jnp
@@ -53,6 +54,7 @@ def the_dtype(tree: Any) -> Any:
     return dtype
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ALL)
 def test_every_combination_of_dtypes(name: str) -> None:
     """The carry keeps its dtype; the outputs have that of one step's output, which Flax's cell tells."""
@@ -85,6 +87,7 @@ EVERYWHERE: list[tuple[Any, Any, Any]] = [(None, f16, f32), (bf16, bf16, bf16)]
 NOT_IN_THE_SIMPLE_CELL: list[tuple[Any, Any, Any]] = [(f16, f32, f32)]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["LSTMCell", "MGUCell", "SimpleCell", "ConvLSTMCell"])
 def test_values_and_gradients_where_flax_runs(name: str) -> None:
     """To the rounding of the steps' sums, whose order differs; in half precision T steps pass it on."""
@@ -117,6 +120,7 @@ def test_values_and_gradients_where_flax_runs(name: str) -> None:
             assert np.linalg.norm(a - b) < 4 * T * rounding * np.linalg.norm(b)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", [name for name in ALL if name != "OptimizedLSTMCell"])
 def test_values_where_flax_fails(name: str) -> None:
     """Half-precision parameters and carry, as the defaults make them: float32 throughout, to their rounding."""
@@ -156,8 +160,7 @@ def test_complex_numbers_run_as_in_flax(name: str, unrolled: list) -> None:
 
     got, want = run(variables, xs)
     assert the_dtype(got) == xs.dtype and not unrolled
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=2e-6)
     with pytest.raises(NotImplementedError, match="recompute means nothing, because its numbers are complex"):
         mine.copy(recompute="gates").apply(variables, xs)
 
@@ -165,6 +168,7 @@ def test_complex_numbers_run_as_in_flax(name: str, unrolled: list) -> None:
 # ----------------------------------------------------------------------------- initial values in half
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("half", [bf16, f16])
 @pytest.mark.parametrize("name", CELLS)
 def test_parameters_in_half_precision_can_be_drawn(name: str, half: Any) -> None:

@@ -21,6 +21,7 @@ def layers(cell: str = "GRUCell", **fields: Any) -> Any:
     return (nn.RNN(getattr(nn, cell)(H, **fields), return_carry=True) for nn in (ours, theirs))
 
 
+@pytest.mark.slow
 def test_lengths_with_two_batch_axes() -> None:
     """Flax fails, and where both axes are as long returns a carry with one axis too many."""
     mine, flaxen = layers()

@@ -39,6 +39,7 @@ def test_lengths_of_zero_give_the_initial_carry(unrolled: list) -> None:
     assert len(unrolled) == 2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell", [ours.LSTMCell, foreign("LSTMCell")], ids=["ours", "foreign"])
 def test_square_batch_axes_with_lengths(cell: type) -> None:
     xs, lengths = normal(1, (3, 3, T, D)), jnp.array([[0, 1, 2], [3, 4, 5], [5, 2, 0]])
@@ -51,6 +52,7 @@ def test_square_batch_axes_with_lengths(cell: type) -> None:
     close(((c, h), ys), ((c9.reshape(c.shape), h9.reshape(h.shape)), ys9.reshape(ys.shape)))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("cell", [ours.LSTMCell, foreign("LSTMCell")], ids=["ours", "foreign"])
 def test_padding_that_is_not_finite_reaches_nothing(cell: type, bad: float) -> None:
@@ -86,6 +88,7 @@ def test_no_steps_at_all() -> None:
     )
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell", [ours.LSTMCell, foreign("LSTMCell")], ids=["ours", "foreign"])
 @pytest.mark.parametrize("time_major", [False, True])
 def test_resets_start_again_from_the_initial_carry(cell: type, time_major: bool) -> None:
@@ -103,6 +106,28 @@ def test_resets_start_again_from_the_initial_carry(cell: type, time_major: bool)
     close((last, turned(ys)), (again, jnp.concatenate([first, second], 1)))
 
 
+@pytest.mark.parametrize("cell", [ours.LSTMCell, foreign("LSTMCell")], ids=["ours", "foreign"])
+def test_resets_return_to_another_carry_than_the_stored_one(cell: type) -> None:
+    """As the loop of a rollout has it: the carry is stored, an episode begins with the cell's own."""
+    xs, stored = normal(1, (B, T, D)), start("LSTMCell")
+    one = cell(H, param_dtype=f64)
+    layer, own = ours.RNN(one, return_carry=True), one.initialize_carry(jax.random.key(0), (B, D))
+    variables = layer.init(jax.random.key(0), xs)
+    resets = jnp.array([[True, False, False, True, False], [False, False, True, True, False]])
+    carry, ys = stored, []
+    for t in range(T):
+        carry = jax.tree.map(lambda new, old, t=t: jnp.where(resets[:, t, None], new, old), own, carry)
+        carry, y = one.apply({"params": variables["params"]["cell"]}, carry, xs[:, t])
+        ys.append(y)
+    got = layer.apply(variables, xs, initial_carry=stored, resets=resets, reset_carry=own)
+    close(got, (carry, jnp.stack(ys, 1)))
+    with pytest.raises(ValueError, match="means something with resets only"):
+        layer.apply(variables, xs, reset_carry=own)
+    with pytest.raises(ValueError, match="expected those of the initial carry"):
+        layer.apply(variables, xs, resets=resets, reset_carry=own[0])
+
+
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell"])
 @pytest.mark.parametrize("options", ["plain", "all"])
 def test_states_are_the_last_element(cell: str, options: str) -> None:
@@ -123,6 +148,7 @@ def test_states_are_the_last_element(cell: str, options: str) -> None:
     assert jax.tree.structure(last) == jax.tree.structure(carry)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "fields",
     [

@@ -30,12 +30,14 @@ from linen_cases import (
 from rnncore import linen as ours
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_options(options: str, unrolled: list) -> None:
     check_call("OptimizedLSTMCell", f64, 1e-12, (3,), OPTIONS[options])
     assert len(unrolled) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     "name,options", [("LSTMCell", "all"), ("SimpleCell", "all"), ("GRUCell", "all"), ("GRUCell", "reverse")]
 )
@@ -44,17 +46,20 @@ def test_options_of_the_other_cells(name: str, options: str, unrolled: list) -> 
     assert len(unrolled) == 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", CELLS)
 def test_single_precision(name: str) -> None:
     check_call(name, f32, 5e-6, (3,), OPTIONS["lengths"])
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch", [(), (2,), (2, 3)])
 def test_any_number_of_batch_axes(batch: tuple[int, ...]) -> None:
     check_call("LSTMCell", f64, 1e-12, batch, {})
     check_call("SimpleCell", f64, 1e-12, batch, dict(time_major=True, reverse=True))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", CELLS)
 def test_other_functions(name: str, unrolled: list) -> None:
     fields = dict(residual=True) if name == "SimpleCell" else dict(gate_fn=jax.nn.hard_sigmoid)
@@ -75,6 +80,7 @@ def test_fields_and_call_arguments_say_the_same() -> None:
     assert isinstance(off, jax.Array)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
 def test_random_initial_carry(name: str) -> None:
     xs = normal(1, (B, T, D), f32)
@@ -86,6 +92,7 @@ def test_random_initial_carry(name: str) -> None:
     assert jnp.abs(moved).max() > 1e-2
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["OptimizedLSTMCell", "GRUCell"])
 def test_bfloat16(name: str) -> None:
     """dtypes exactly as in Flax; values to the rounding of sums whose order differs."""
@@ -99,6 +106,7 @@ def test_bfloat16(name: str) -> None:
         assert jnp.linalg.norm(a - b) < 0.03 * jnp.linalg.norm(b)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell", [ours.SimpleCell, foreign("SimpleCell"), theirs.remat(ours.SimpleCell)])
 def test_simple_cell_in_bfloat16_runs_where_flax_fails(cell: type) -> None:
     xs = normal(1, (B, T, D), f32)

@@ -72,6 +72,7 @@ SCANNED: dict[str, tuple[Callable, Callable]] = {
 }
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("kind", SCANNED)
 def test_what_is_not_exactly_a_known_cell_goes_through_nn_scan(kind: str, unrolled: list) -> None:
     mine, flaxen = (nn.RNN(make(), return_carry=True) for nn, make in zip((ours, theirs), SCANNED[kind], strict=True))
@@ -83,6 +84,7 @@ def test_what_is_not_exactly_a_known_cell_goes_through_nn_scan(kind: str, unroll
     assert not unrolled
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", CELLS)
 def test_cells_of_flax_take_the_fast_way(name: str, unrolled: list) -> None:
     mine, flaxen = (nn.RNN(getattr(theirs, name)(H, **WIDE), return_carry=True) for nn in (ours, theirs))
@@ -172,6 +174,7 @@ def test_a_function_that_cannot_be_hashed_goes_through_nn_scan(unrolled: list) -
     assert not unrolled
 
 
+@pytest.mark.slow
 def test_parameters_of_every_step_go_through_nn_scan(unrolled: list) -> None:
     xs = normal(1, (T, B, D), f32)
     fields = dict(variable_axes={"params": 0}, variable_broadcast=False, split_rngs={"params": True}, time_major=True)
@@ -217,6 +220,7 @@ def test_a_cell_with_more_feature_axes(options: str) -> None:
     close(got(broken, lengths)[0], got(xs, lengths)[0], 0.0)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CELLS)
 def test_our_cell_in_flax_rnn(name: str) -> None:
     mine, flaxen = (theirs.RNN(getattr(nn, name)(H, param_dtype=f64), return_carry=True) for nn in (ours, theirs))
@@ -227,6 +231,7 @@ def test_our_cell_in_flax_rnn(name: str) -> None:
     close(with_gradients(mine, *args, seq_lengths=LENGTHS), with_gradients(flaxen, *args, seq_lengths=LENGTHS))
 
 
+@pytest.mark.slow
 def test_transformations_of_the_layer() -> None:
     xs = normal(1, (3, B, T, D))
     mine, flaxen = (nn.RNN(nn.LSTMCell(H, param_dtype=f64)) for nn in (ours, theirs))

@@ -146,6 +146,7 @@ def layers(nn: Any) -> Any:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model",
     [standalone, in_setup, in_compact, shared_in_compact, bidirectional, rematerialised, compiled, stacked, layers],

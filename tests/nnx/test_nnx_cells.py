@@ -6,6 +6,7 @@ import itertools
 import pathlib
 from typing import Any
 
+import chex
 import flax.linen as linen
 import jax
 import jax.numpy as jnp
@@ -41,6 +42,7 @@ from rnncore import nnx as ours
 # -------------------------------------------------------------------------------------------- steps
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("name", CELLS)
 def test_a_step_is_that_of_flax_bit_for_bit(name: str) -> None:
     """One program: the cells hold no step of their own where Flax has one."""
@@ -106,6 +108,7 @@ def test_the_sequence_of_a_new_cell_is_its_step_again_and_again(unrolled: list) 
     assert len(unrolled) == len(NEW_CELLS)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name,options", [("MGUCell", {}), ("GRUCell", dict(recurrent_bias=True))], ids=str)
 def test_gradients_of_the_new_biases_and_gates(name: str, options: dict[str, Any]) -> None:
     compare(*two_ways(name, options), normal(1, (3, T, D)), start("", (3,)), **OPTIONS)
@@ -194,6 +197,7 @@ def test_parameters_of_a_torch_gru() -> None:
     close((jnp.stack(last), jnp.where(inside, ys, 0)), (values["packed.h_n"], values["packed.outputs"]))
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name,gates", [("OptimizedLSTMCell", 4), ("GRUCell", 3)])
 def test_per_gate_initial_values(name: str, gates: int) -> None:
     """Flax's blocks share one orthogonal matrix, so their mean square is 1 / gates; ours on demand have 1."""
@@ -215,6 +219,7 @@ def test_per_gate_initial_values(name: str, gates: int) -> None:
     assert abs(drawn.std() - 0.1) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name,plain,mended", [("OptimizedLSTMCell", -12.4, -9.9), ("GRUCell", -11.3, -9.1)])
 def test_retention_at_the_start_is_what_the_docstring_says(name: str, plain: float, mended: float) -> None:
     xs = jax.random.normal(jax.random.key(1), (4, 50, 32), f32)
@@ -235,6 +240,7 @@ EVERY = [*((name, {}) for name in CELLS), *NEW_CELLS[:3]]
 HALF = [*((*every, bf16) for every in EVERY), ("OptimizedLSTMCell", {}, f16)]
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name,options,dtype", HALF, ids=str)
 def test_recurrent_kernels_in_half_precision_are_the_rounded_ones(name: str, options: Any, dtype: Any) -> None:
     """Flax's orthogonal matrix fails in half precision, but for its LSTMCell's."""
@@ -267,6 +273,7 @@ WIDE = [("default", f64, f32), ("default", f32, f64), (f64, f32, None), (f32, f6
 SMALL = [("default", bf16, None), ("default", f16, f32), (f32, bf16, None)]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name,options", EVERY, ids=str)
 def test_dtypes_are_those_of_flax_and_every_combination_runs(name: str, options: Any) -> None:
     """The carry keeps its dtype, outputs have that of a step; Flax fails where the step's carry has another."""
@@ -306,6 +313,7 @@ def test_carry_and_output_dtypes_can_be_chosen(nn: Any) -> None:
         run(carry_dtype=jnp.int32)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell"])
 def test_complex_numbers_run_as_in_flax(name: str, unrolled: list) -> None:
     xs = normal(1, (B, T, D), f32) + 1j * normal(2, (B, T, D), f32)
@@ -316,5 +324,4 @@ def test_complex_numbers_run_as_in_flax(name: str, unrolled: list) -> None:
     carry = jax.tree.map(lambda a: a.astype(xs.dtype) * 1j, carry)
     got, want = jax.jit(lambda: [theirs.clone(layer)(xs, initial_carry=carry) for layer in layers])()
     assert {a.dtype for a in jax.tree.leaves(got)} == {xs.dtype} and not unrolled
-    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(a, b, rtol=0, atol=2e-6)
+    chex.assert_trees_all_close(got, want, rtol=0, atol=2e-6)

@@ -106,6 +106,7 @@ def test_directions_start_apart_in_our_example() -> None:
 # -------------------------------------------------------------------------------------------- lengths
 
 
+@pytest.mark.sample(1)
 @WAYS
 def test_length_zero_gives_the_initial_carry(way: int) -> None:
     xs, carry, lengths = normal(1, (3, T, D)), start("GRUCell", (3,)), jnp.array([0, 2, 0])
@@ -211,6 +212,7 @@ def test_no_steps_at_all() -> None:
 # ------------------------------------------------------------------------------------ resets and states
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("way,time_major", [(0, False), (1, True)], ids=["unroll", "nnx.scan, time major"])
 def test_resets_start_again_from_the_initial_carry(way: int, time_major: bool) -> None:
     xs, carry, cell = normal(1, (B, T, D)), start("GRUCell"), kinds()[way]
@@ -223,6 +225,19 @@ def test_resets_start_again_from_the_initial_carry(way: int, time_major: bool) -
     _, first = layer(xs[:, :2], initial_carry=carry)
     again, second = layer(xs[:, 2:], initial_carry=carry)
     close((last, turned(ys)), (again, jnp.concatenate([first, second], 1)))
+
+
+@WAYS
+def test_resets_return_to_another_carry_than_the_stored_one(way: int) -> None:
+    xs, stored, cell = normal(1, (B, T, D)), start("GRUCell"), kinds()[way]
+    own = cell.initialize_carry((B, D))
+    resets = jnp.array([[True, False, False, True, False], [False, False, True, True, False]])
+    carry, ys = stored, []
+    for t in range(T):
+        carry, y = cell(jnp.where(resets[:, t, None], own, carry), xs[:, t])
+        ys.append(y)
+    got = ours.RNN(cell, return_carry=True)(xs, initial_carry=stored, resets=resets, reset_carry=own)
+    close(got, (carry, jnp.stack(ys, 1)))
 
 
 def test_states_are_the_last_element() -> None:

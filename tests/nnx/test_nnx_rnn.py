@@ -41,6 +41,7 @@ GRADIENTS = [
 ]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name,options", GRADIENTS)
 def test_values_and_gradients(name: str, options: str, unrolled: list) -> None:
     check_call(name, f64, 1e-12, (3,), OPTIONS[options])

@@ -170,6 +170,7 @@ class Dropping(theirs.RNNCellBase):
         return 1
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("broadcast_rngs", [None, "dropout"])
 def test_a_foreign_cell_with_dropout_and_batch_norm(broadcast_rngs: Any) -> None:
     """New masks at every step, or one for all; running averages move on from step to step and call to call."""

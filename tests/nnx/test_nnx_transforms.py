@@ -66,6 +66,7 @@ WAYS: dict[str, Callable] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_gradients_of_a_whole_model(way: str, model: Model, wanted: Any) -> None:
     value, gradients = WAYS[way](model, normal(1, (B, T, D)))
@@ -110,6 +111,7 @@ def layer(key: jax.Array, size: int = D) -> Any:
     return ours.RNN(ours.GRUCell(size, H, recurrent_kernel_init=init, param_dtype=f64, rngs=theirs.Rngs(key)))
 
 
+@pytest.mark.slow
 def test_an_ensemble() -> None:
     """Members made under nnx.vmap and run under nnx.vmap are those made and run one by one."""
     xs, keys = normal(1, (B, T, D)), jax.random.split(jax.random.key(3), 2)
@@ -124,6 +126,7 @@ def test_an_ensemble() -> None:
     assert jnp.abs(together[0] - together[1]).max() > 0.1
 
 
+@pytest.mark.slow
 def test_scan_over_layers() -> None:
     """A deep stack as one scanned layer, gradients too, against a loop over its layers."""
     xs, depth = normal(1, (B, T, H)), 3
@@ -147,6 +150,7 @@ def test_scan_over_layers() -> None:
     close(*(jax.tree.leaves(a) for a in run(params, xs)))
 
 
+@pytest.mark.slow
 def test_training_with_nnx_optimizer() -> None:
     """A task that needs memory: the sum of the inputs so far."""
     model = Model(ours, theirs.Rngs(1), checkpoint_every=2, recompute="chunk")

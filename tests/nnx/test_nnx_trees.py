@@ -28,6 +28,7 @@ def paths(layer: Any) -> list:
     return [(path, type(v), v.shape, v.dtype) for path, v in theirs.to_flat_state(theirs.state(layer))]
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", CELLS)
 def test_a_cell_takes_every_argument_of_flax(name: str) -> None:
     """Each with another value than its default, and kept where Flax keeps it."""
@@ -56,6 +57,7 @@ def is_variable(a: Any) -> bool:
     return isinstance(a, theirs.Variable)
 
 
+@pytest.mark.sample(4)
 @pytest.mark.parametrize("param_dtype", [f32, f64])
 @pytest.mark.parametrize("name", CELLS)
 def test_trees_and_initial_values_bit_for_bit(name: str, param_dtype: Any) -> None:
@@ -86,7 +88,7 @@ def test_the_layers_take_the_arguments_of_flax_and_our_own_come_after(cls: str, 
         assert values[0] == (values[1].lstrip("_") if isinstance(values[1], str) else values[1])
     call, flax_call = (inspect.signature(getattr(nn, cls).__call__).parameters for nn in (ours, theirs))
     assert [*call][: len(flax_call)] == [*flax_call]
-    assert [*call][len(flax_call) :] == ["resets", "return_states"][:own]
+    assert [*call][len(flax_call) :] == ["resets", "reset_carry", "return_states"][:own]
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -160,6 +162,7 @@ def outputs(layers: Any, xs: jax.Array) -> list:
     return [layers[name](xs) for name in CELLS]
 
 
+@pytest.mark.slow
 def test_checkpoints_of_either_library_load_in_the_other(tmp_path: Path) -> None:
     """Flax's layers hold rng state; the parameters are what is saved and loaded."""
     xs = normal(1, (B, T, D), f32)

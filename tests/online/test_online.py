@@ -20,6 +20,7 @@ EXACT = [pytest.param(cases.BY_ID[id], id=id) for id in cases.EVERY_CELL if id !
 STEPS = 6
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("case", EXACT)
 def test_real_time_recurrent_learning_is_backpropagation_through_time(case: cases.Case):
     """With lengths and resets; the influence of a reset's carry is none, as the carries are constants here."""
@@ -32,6 +33,7 @@ def test_real_time_recurrent_learning_is_backpropagation_through_time(case: case
     cases.assert_close((carry, got), (want_carry, want), cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
 def test_any_batch_axes(batch: tuple[int, ...]):
     case = cases.BY_ID["lstm_both-heads"]
@@ -100,6 +102,7 @@ def followed(cell: Any, problem: cases.Problem, d_outputs: Any, constant_r: bool
 SOME = ("lstm-dense", "lstm_both-heads", "gru-dense", "mgu-diagonal", "user_fast_slow-heads", "elman_residual-dense")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", SOME)
 @pytest.mark.parametrize("rule", [online.SnAp1, online.EProp])
 def test_rules_of_own_units_are_those_of_the_papers(name: str, rule: Any):
@@ -167,6 +170,7 @@ def test_rflo_is_the_rule_of_the_paper():
     np.testing.assert_allclose(got, want, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("rule", [online.UORO, online.KFRTRL])
 @pytest.mark.parametrize("name", ["lstm-dense", "lstm-heads", "elman-diagonal"])
 def test_random_rules_are_unbiased(name: str, rule: Any):
@@ -262,6 +266,7 @@ def test_an_update_without_learning_rate_adds_up_to_backpropagation():
     cases.assert_close(state.optimizer, gradient, cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("rule", "learns"), [(online.RTRL, True), (online.EProp, False)])
 def test_only_the_exact_rule_learns_what_goes_from_unit_to_unit(rule: Any, learns: bool):
     """The sign of the input three steps ago, in a vanilla network that has to pass it on."""

@@ -6,9 +6,9 @@ import dataclasses
 import doctest
 import importlib
 import inspect
-import pkgutil
 import re
 import types
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,7 +17,6 @@ import pytest
 
 import rnncore
 
-MODULES = sorted(m.name for m in pkgutil.walk_packages(rnncore.__path__, "rnncore."))
 PUBLIC = {name: getattr(rnncore, name) for name in rnncore.__all__}
 # What a caller gets and never makes needs no example; its fields are what it has to say.
 RESULTS = (
@@ -44,6 +43,7 @@ FUNCTIONS = (
     "from_equinox",
     "to_equinox",
     "foreign_cell",
+    "windows",
 )
 CELLS = (
     "Elman",
@@ -51,6 +51,7 @@ CELLS = (
     "Leaky",
     "MinGRU",
     "MinLSTM",
+    "QRNN",
     "RGLRU",
     "SLSTM",
     "LSTM",
@@ -63,12 +64,66 @@ CELLS = (
 )
 
 
-@pytest.mark.parametrize("name", ["rnncore", *MODULES])
+FLOORS = {name: getattr(rnncore, name) for name in ("linen", "nnx", "online", "parallel", "training", "gpu")}
+"""Modules beside `rnncore` itself whose public names follow the same rules; the analysis has a file of its own."""
+
+
+def own_names(module: types.ModuleType) -> list[str]:
+    """Public names that are rnncore's, not Flax's."""
+    return [name for name in dir(module) if getattr(getattr(module, name), "__module__", "").startswith("rnncore.")]
+
+
+OTHERS = {f"{floor}.{name}": getattr(module, name) for floor, module in FLOORS.items() for name in own_names(module)
+          if not name.startswith("_") and callable(getattr(module, name))}  # fmt: skip
+RECORDS = [name for name, value in OTHERS.items() if hasattr(value, "_fields")]
+
+
+def with_examples() -> list[str]:
+    """Modules whose source holds an example."""
+    root = Path(rnncore.__file__).parent
+    paths = sorted(path for path in root.rglob("*.py") if ">>> " in path.read_text(encoding="utf-8"))
+    return [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in paths]
+
+
+@pytest.mark.parametrize("name", with_examples())
 def test_examples_run(name: str):
-    module = importlib.import_module(name)
-    failed, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
+    failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
     assert failed == 0, "doctest has printed which"
-    assert tried > 0 or name not in ("rnncore.sequence.call", "rnncore.initializers", "rnncore.cells.lstm")
+    assert tried > 0, "doctest does not see the examples"
+
+
+@pytest.mark.parametrize("name", [name for name in OTHERS if name not in RECORDS])
+def test_names_of_the_modules_say_what_they_take_and_show_their_use(name: str):
+    value, text = OTHERS[name], OTHERS[name].__doc__ or ""
+    if name == "online.Rule":  # an abstract class: its rules have the examples
+        assert "    Args:\n" in text
+        return
+    assert "    Args:\n" in text and "    Example:\n" in text and ">>> " in text.partition("Example:")[2]
+    described = text.partition("Args:")[2].partition("Example:")[0]
+    if inspect.isfunction(value):
+        assert "    Returns:\n" in text and ("    Raises:\n" in text or not checks(value))
+        described = described.partition("Returns:")[0]
+    if dataclasses.is_dataclass(value):
+        taken = [
+            field.name for field in dataclasses.fields(value) if field.init and field.name not in ("parent", "name")
+        ]
+    else:
+        how = inspect.signature(value).parameters.values()
+        taken = [p.name for p in how if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    if "All others: " not in described:
+        assert not [p for p in taken if not re.search(rf"\b{p}\b", described)], f"not under Args: {described}"
+
+
+def checks(function: Any) -> bool:
+    """Whether a function raises errors itself."""
+    return "raise " in inspect.getsource(function)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_of_the_modules_name_their_fields(name: str):
+    value = OTHERS[name]
+    assert not value.__doc__.startswith(f"{value.__name__}("), "Python's own docstring"
+    assert len(value._fields) < 3 or not [field for field in value._fields if field not in value.__doc__]
 
 
 def documented() -> list[Any]:

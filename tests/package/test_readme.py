@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from rnncore import linen
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 
 README = Path(__file__).resolve().parent.parent.parent / "README.md"
 MIGRATION = README.parent / "docs" / "migration.md"

@@ -197,6 +197,7 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
 }
 
 
+@pytest.mark.sample(16)
 @pytest.mark.parametrize("name", WRONG_VALUES)
 def test_wrong_values(name: str) -> None:
     call, words = WRONG_VALUES[name]
@@ -228,6 +229,7 @@ def test_carry_taken_for_outputs() -> None:
     assert not hasattr(carry, "nonsense")
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("cell", [rnncore.LSTM(16), rnncore.ResetBeforeGRU(16)])
 @pytest.mark.parametrize("backend", ["scan", "autodiff"])
 def test_recompute_without_checkpoint_every_saves_memory(cell: rnncore.Cell, backend: str) -> None:

@@ -18,7 +18,7 @@ from jax import export
 
 import rnncore
 from rnncore import linen, nnx
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 
 D, H = 4, 6
 SIZES = {"b, t": [(1, 1), (5, 3)], "b, 7": [(3, 7)], "2, t": [(2, 9)]}
@@ -104,6 +104,7 @@ def some(names: tuple[str, ...], batch: int, steps: int) -> list[Any]:
     return [made[name] for name in names]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_symbolic_shapes(name: str) -> None:
     make, names = PROGRAMS[name]
@@ -141,6 +142,7 @@ for path in sorted(pathlib.Path(sys.argv[1]).glob("*.exported")):
 """
 
 
+@pytest.mark.slow
 def test_another_process(tmp_path: Path) -> None:
     chosen = {f"{n}": PROGRAMS[name] for n, name in enumerate(PROGRAMS)}
     for stem, (make, names) in chosen.items():
@@ -161,6 +163,7 @@ def test_another_process(tmp_path: Path) -> None:
     assert child.stdout.count("ran") == len(PROGRAMS) + 1
 
 
+@pytest.mark.sample(2)
 @pytest.mark.skipif(compiler.find() is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("what", ["run", "gradient", "mapped", "tangent", "second"])
 def test_loops_of_this_machine_are_exported_as_plain_ones(what: str) -> None:

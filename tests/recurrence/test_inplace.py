@@ -38,6 +38,7 @@ def expected(case, name, masked):
     return problem, results, gradients, cotangents
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("recompute", ["nothing", "gates", "chunk"])
 @pytest.mark.parametrize("every", [None, 3], ids=["whole", "chunks-and-a-rest"])
 @pytest.mark.parametrize("id", IDS)
@@ -49,6 +50,7 @@ def test_chunks_and_policies(id, every, recompute):
     cases.assert_close(got, (results, gradients), cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize("name", ["plain", "reverse", "stay"])
 def test_options(name, masked):
@@ -58,6 +60,7 @@ def test_options(name, masked):
     cases.assert_close(cases.puller(run)(problem, cotangents), (results, gradients), cases.FLOAT64)
 
 
+@pytest.mark.slow
 def test_time_first_and_vmap():
     """Time along the first axis, and one example at a time under vmap, are the batch with time second."""
     case = cases.BY_ID["user_fast_slow-dense"]
@@ -105,6 +108,7 @@ def test_weight_gradients_of_half_precision_are_summed_in_float32():
         np.testing.assert_array_equal(gradients.input_kernel.astype(jnp.float32), 1024)
 
 
+@pytest.mark.slow
 def test_residuals_in_bfloat16_give_gradients_of_that_precision():
     cell = rnncore.LSTM(8)
     params = cell.init(jax.random.key(0), 3)

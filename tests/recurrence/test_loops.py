@@ -60,6 +60,7 @@ def step_carries(function, cell):
     return {shape for _, shapes, body in found if not list(scans(body)) for shape in shapes}
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("order", ["first", "forward-over-reverse", "reverse-over-forward"])
 @pytest.mark.parametrize("every", [None, 3])
 @pytest.mark.parametrize("name", CELLS)

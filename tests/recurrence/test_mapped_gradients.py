@@ -16,7 +16,7 @@ from flax import nnx as flax_nnx
 
 import rnncore
 from rnncore import analysis, linen, nnx
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 
 CELLS: dict[str, Callable[[int], rnncore.Cell]] = {
     "LSTM": rnncore.LSTM,
@@ -53,6 +53,7 @@ def assert_mapped(function: Callable[[Any], Any], xs: jax.Array, called: bool = 
         assert_close(jax.vmap(function)(xs), looped, 10 * FLOAT64)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("name", "backend", "size"),
     GRADIENTS,
@@ -70,6 +71,7 @@ def test_gradients(name: str, backend: str, size: tuple[int, int, int]) -> None:
     assert_mapped(lambda x: jax.grad(loss, (0, 1))(params, x), drawn(batch, examples), called)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_other_derivatives(name: str, backend: str) -> None:
@@ -92,6 +94,7 @@ def test_other_derivatives(name: str, backend: str) -> None:
     lambda: linen.RNN(linen.GRUCell(5, param_dtype=jnp.float64)),
     lambda: linen.LSTM(5, num_layers=2, bidirectional=True, param_dtype=jnp.float64),
 ])  # fmt: skip
+@pytest.mark.sample(1)
 def test_linen(make: Callable[[], Any]) -> None:
     layer, xs = make(), drawn(4, 2)
     variables = layer.init(jax.random.key(0), xs[0])
@@ -106,6 +109,7 @@ def test_nnx() -> None:
     assert_mapped(lambda x: loss(state, x), xs)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", ["LSTM", "GRU"])
 def test_jacobians_of_the_analysis(name: str) -> None:
     cell = CELLS[name](5)

@@ -24,6 +24,7 @@ def temporaries(cell=CELLS["lstm"][0], **options):
     return step.lower(params, xs).compile().memory_analysis().temp_size_in_bytes / (4 * STEPS * BATCH * SIZE)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("every", [16, 64])
 @pytest.mark.parametrize("name", CELLS)
 def test_the_reverse_rule_takes_what_the_docstring_says(name, every):
@@ -49,6 +50,7 @@ def test_half_precision_halves_what_is_kept():
     assert full - half == pytest.approx(2.5, abs=0.2)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("recompute", ["gates", "chunk"])
 def test_recomputing_saves_without_a_chunk_length_too(recompute):
     assert temporaries(recompute=recompute) < 0.5 * temporaries()

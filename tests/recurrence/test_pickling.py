@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,6 +88,7 @@ def test_stack() -> None:
         assert_close(rnncore.unroll_stack(copied(stack), copied(params), XS), want, 0)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("name", LINEN)
 def test_linen(name: str) -> None:
     layer = LINEN[name]()
@@ -99,6 +101,7 @@ def test_linen(name: str) -> None:
         assert_close(again.apply(copied(variables), XS), want, 0)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("name", NNX)
 def test_nnx(name: str) -> None:
     layer = NNX[name]()
@@ -125,13 +128,13 @@ def results() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_results() -> None:
     for (name, result), copied in itertools.product(results().items(), COPIES.values()):
         again = copied(result)
         assert type(again) is type(result), name
         assert jax.tree.structure(again) == jax.tree.structure(result), name
-        for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(result), strict=True):
-            np.testing.assert_array_equal(a, b)
+        chex.assert_trees_all_equal(again, result)
 
 
 CHILD = """
@@ -148,6 +151,7 @@ print("read", len(layers), results["curve"].mean.shape if hasattr(results["curve
 """
 
 
+@pytest.mark.slow
 def test_another_process(tmp_path: Path) -> None:
     layers: list[Any] = []
     for make in LINEN.values():

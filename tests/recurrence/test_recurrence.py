@@ -22,6 +22,7 @@ def kernel_of(recurrence: Any, gates: int = GATES, hidden: int = HIDDEN) -> Any:
     return jax.random.normal(KEY, recurrence.shape(gates, hidden), jnp.float64)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     ("recurrence", "shape"),
     [
@@ -38,11 +39,12 @@ def test_shapes(recurrence: Any, shape: tuple[int, ...]):
     assert kernel.shape == shape and recurrence.gate_matrices(kernel).shape == (GATES, HIDDEN, HIDDEN)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("lead", [(), (4,), (2, 1, 3), (0,)], ids=str)
 @pytest.mark.parametrize("recurrence", STRUCTURES, ids=repr)
 def test_r_is_the_gate_matrix_times_h(recurrence: Any, lead: tuple[int, ...]):
     kernel, h = kernel_of(recurrence), jax.random.normal(KEY, (*lead, HIDDEN), jnp.float64)
-    r = np.asarray(recurrence.mix(kernel, h))
+    r = np.asarray(recurrence.matmul(kernel, h))
     assert r.shape == (*lead, GATES * HIDDEN)
     matrices = np.asarray(recurrence.gate_matrices(kernel))
     for place in np.ndindex(*lead):
@@ -65,14 +67,15 @@ def test_the_matrices_by_hand():
 
 
 @pytest.mark.parametrize("recurrence", STRUCTURES, ids=repr)
-def test_mix_is_linear_in_the_kernel_and_in_h(recurrence: Any):
+def test_matmul_is_linear_in_the_kernel_and_in_h(recurrence: Any):
     one, two = kernel_of(recurrence), 0.5 - kernel_of(recurrence) ** 2
     h, k = jax.random.normal(KEY, (2, 4, HIDDEN), jnp.float64)
-    mix = recurrence.mix
-    np.testing.assert_allclose(mix(one + 3 * two, h), mix(one, h) + 3 * mix(two, h), atol=1e-13)
-    np.testing.assert_allclose(mix(one, h + 3 * k), mix(one, h) + 3 * mix(one, k), atol=1e-13)
+    times = recurrence.matmul
+    np.testing.assert_allclose(times(one + 3 * two, h), times(one, h) + 3 * times(two, h), atol=1e-13)
+    np.testing.assert_allclose(times(one, h + 3 * k), times(one, h) + 3 * times(one, k), atol=1e-13)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("recurrence", STRUCTURES, ids=repr)
 def test_gradients_are_those_of_the_dense_matrices(recurrence: Any):
     kernel, h = kernel_of(recurrence), jax.random.normal(KEY, (2, 4, HIDDEN), jnp.float64)
@@ -81,10 +84,11 @@ def test_gradients_are_those_of_the_dense_matrices(recurrence: Any):
     def dense(kernel: Any, h: Any) -> Any:
         return jnp.einsum("gij,...j->...gi", recurrence.gate_matrices(kernel), h).reshape(2, 4, -1)
 
-    got, want = (jax.vjp(f, kernel, h)[1](cotangent) for f in (recurrence.mix, dense))
+    got, want = (jax.vjp(f, kernel, h)[1](cotangent) for f in (recurrence.matmul, dense))
     cases.assert_close(got, want, 1e-13)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("make", [rnncore.Elman, rnncore.LSTM, rnncore.GRU, rnncore.MGU])
 @pytest.mark.parametrize("recurrence", [rnncore.Heads(3), rnncore.Diagonal()], ids=repr)
 def test_a_structured_cell_is_the_dense_cell_with_its_matrices(make: Any, recurrence: Any):
@@ -102,7 +106,7 @@ def test_the_slab_has_the_recurrent_bias_in_its_gate(recurrence: Any):
     cell = rnncore.GRU(HIDDEN, recurrence=recurrence)
     bias = jnp.arange(1.0, 7.0)
     params = cell.init(KEY, 3, jnp.float64)._replace(recurrent_bias=bias[None])
-    slab = cell.mix(params, jnp.zeros((2, HIDDEN)))
+    slab = cell.recurrent_matmul(params, jnp.zeros((2, HIDDEN)))
     parts = cell.split(slab)
     assert parts._fields == ("r", "z", "n") and not parts.r.any() and not parts.z.any()
     np.testing.assert_array_equal(parts.n, jnp.stack([bias, bias]))

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler
 
 KINDS = ["shard_map", "auto", "explicit", "pmap"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["scan", "cpp", "plain"])
 def test_sharded_batch(backend):
     if backend == "cpp" and compiler.find() is None:

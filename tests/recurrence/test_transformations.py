@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import cases
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,6 +44,7 @@ def central_difference(case: Case, problem: Problem, moved: Any, step: float = 1
     return jax.tree.map(lambda a, b: (a - b) / (2 * step), at(step), at(-step))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(cases.EVERY_CELL))
 def test_jvp(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
@@ -69,6 +71,7 @@ def test_jvp(case: Case, backend: str):
 # --------------------------------------------------------------------------------- reverse mode
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("elman_silu", "lstm_both-dense", "user_fast_slow-dense")))
 def test_vjp_of_every_carry_and_gate(case: Case, backend: str, reverse: bool):
@@ -79,6 +82,7 @@ def test_vjp_of_every_carry_and_gate(case: Case, backend: str, reverse: bool):
     cases.assert_close((results, gradients), want, cases.FLOAT64)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=cases.ONE_OF_EACH))
 def test_no_jit_around_it(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
@@ -97,6 +101,7 @@ def test_lengths_and_resets_that_are_constants_inside_jit():
     cases.assert_close(constant, traced, cases.FLOAT64)
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("elman_silu", "lstm_both-dense", "reset_before_gru")))
 def test_checkpoint(case: Case, backend: str):
     problem = cases.draw(case, lengths=True, resets=True)
@@ -131,6 +136,7 @@ CHUNKS = [
 ]
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(
     ("case", "backend", "every", "recompute"),
     [pytest.param(*row.values, every, again, id=f"{row.id}-{every}-{again}") for row, every, again in CHUNKS],
@@ -162,6 +168,7 @@ def second_orders(run: Callable, problem: Problem, weights: Any, moved: Any) -> 
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [cases.BY_ID[i] for i in DEAR], ids=DEAR)
 def test_second_order(case: Case):
     problem = cases.draw(case, batch=(3,), steps=4, features=2, lengths=True, resets=True)
@@ -183,6 +190,7 @@ def test_second_order(case: Case):
 # --------------------------------------------------------------------------------- vmap
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("lstm_both-dense", "reset_before_gru")))
 def test_vmap(case: Case, backend: str):
     """Over examples, and over parameters as an ensemble does, gradients included."""
@@ -245,13 +253,13 @@ def test_no_recompilation_on_the_second_call(case: Case, backend: str, caplog: p
 @pytest.mark.parametrize("id", cases.EVERY_CELL)
 def test_equal_cells_are_one_key(id: str):
     """As the test above, for every cell: jit takes an equal cell for the same static argument."""
-    case, traced = cases.BY_ID[id], []
+    case = cases.BY_ID[id]
+    chex.clear_trace_counter()
 
+    @chex.assert_max_traces(n=1)
     def run(cell: rnncore.Cell, problem: Problem) -> Any:
-        traced.append(cell)
         return rnncore.unroll(cell, problem.params, problem.xs, initial_carry=problem.carry)
 
     shapes = jax.jit(run, static_argnums=0)
     for cell in (case.cell, dataclasses.replace(case.cell)):
         shapes.eval_shape(cell, cases.draw(case))
-    assert len(traced) == 1

@@ -161,6 +161,7 @@ def test_nothing_is_said_where_nothing_can_be_done(said: list):
 # ------------------------------------------------------------------------------------------------ remat
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cell", [linen.LSTMCell, theirs.GRUCell])
 def test_remat_of_a_cell_takes_the_fast_way(cell: type, unrolled: list):
     flaxen = theirs.RNN(theirs.remat(getattr(theirs, cell.__name__))(4, **WIDE))
@@ -179,6 +180,7 @@ def test_remat_of_a_cell_takes_the_fast_way(cell: type, unrolled: list):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-12), got, wanted)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("asked, taken", [("nothing", "gates"), ("chunk", "chunk")])
 def test_the_memory_policy_of_remat(asked: str, taken: str):
     layer = linen.RNN(theirs.remat(linen.LSTMCell)(4), recompute=asked)

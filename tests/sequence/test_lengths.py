@@ -41,6 +41,7 @@ def inside(lengths: Any, steps: int) -> np.ndarray:
 # --------------------------------------------------------------------------------- empty sequences
 
 
+@pytest.mark.sample(2)
 @every_cell_and_mode
 def test_length_0_returns_the_initial_carry(case: Case, backend: str):
     problem = cases.draw(case, (3,), STEPS)._replace(lengths=jnp.array([0, STEPS, 0]))
@@ -97,6 +98,7 @@ def test_no_examples_at_all(case: Case, backend: str):
 # ------------------------------------------------------------------------------- several batch axes
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("batch", [(3, 3), (5, 5), (2, 1, 3)], ids=str)  # 5 = T: no axis is told by its size
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("gru-dense",)))
 def test_batch_axes_are_as_one(case: Case, backend: str, batch: tuple[int, ...]):
@@ -176,6 +178,7 @@ def test_lengths_known_inside_jit_are_checked_there():
             jax.jit(lambda xs, n=lengths: rnncore.unroll(cell, problem.params, xs, seq_lengths=n))(problem.xs)
 
 
+@pytest.mark.sample(5)
 @pytest.mark.parametrize("backend", ["scan", "autodiff"])
 @pytest.mark.parametrize(
     "options", [{}, {"reverse": True}, {"reverse": True, "keep_order": True}, {"checkpoint_every": 2}], ids=str
@@ -240,17 +243,20 @@ def check_padding(case: Case, backend: str, **options: Any) -> None:
     np.testing.assert_array_equal(np.where(here, 0, got_gradients[1]), 0)
 
 
+@pytest.mark.sample(2)
 @every_cell_and_mode
 def test_nan_in_the_padding_reaches_nothing(case: Case, backend: str):
     check_padding(case, backend)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(map(str, o.values())))
 @pytest.mark.parametrize(("case", "backend"), cases.rows(ids=("user_fast_slow-dense",)))
 def test_nan_in_the_padding_reaches_nothing_with(case: Case, backend: str, options: dict[str, Any]):
     check_padding(case, backend, **options)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", ["scan", "autodiff"], ids=str)
 def test_nan_in_the_padding_reaches_no_second_derivative(backend: str):
     case = cases.BY_ID["lstm-dense"]
@@ -314,6 +320,7 @@ def flax_gru(params: rnncore.CellParams) -> Any:
     return tree
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(
     "options", [{}, {"reverse": True}, {"reverse": True, "keep_order": True}, {"time_major": True}], ids=str
 )

@@ -48,6 +48,7 @@ def backwards(array: Any, lengths: Any = None) -> Any:
     return jnp.asarray(np.stack(rows))
 
 
+@pytest.mark.sample(2)
 @pytest.mark.parametrize(("case", "backend"), cases.rows(cases.EVERY_CELL))
 def test_states_are_those_of_single_steps(case: Case, backend: str):
     problem = cases.draw(case, (2,), STEPS, resets=True)
@@ -70,6 +71,7 @@ def test_asking_for_states_changes_nothing_else(case: Case, backend: str):
     assert isinstance(with_states[2], rnncore.States)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize(
     "options", [{"checkpoint_every": 3, "recompute": "chunk"}, {"checkpoint_every": 2, "recompute": "gates"}], ids=str
 )
@@ -79,6 +81,7 @@ def test_chunks_leave_states_as_they_are(case: Case, backend: str, options: dict
     cases.assert_close(run(case, backend, problem, **options), run(case, backend, problem), TOLERANCE)
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("include_initial", [False, True])
 @pytest.mark.parametrize("lengths", [None, [STEPS, 0, 2, 1]], ids=["whole", "lengths"])
 @pytest.mark.parametrize("keep_order", [False, True])
@@ -111,6 +114,7 @@ def test_states_of_a_reversed_run(keep_order: bool, lengths: Any, include_initia
     )
 
 
+@pytest.mark.sample(3)
 @pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
 @pytest.mark.parametrize("include_initial", [False, True])
 @pytest.mark.parametrize("time_major", [False, True])
@@ -157,6 +161,7 @@ def test_gates_by_hand():
             np.testing.assert_allclose(got[t], want, atol=1e-14)
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize(("case", "backend"), ROWS)
 def test_states_are_differentiated(case: Case, backend: str):
     """A loss on carries and gates has the gradients of the loop of single steps."""
@@ -185,6 +190,7 @@ class Marked(rnncore.PointwiseCell):
         return carry._replace(h=h), {"on": h > 0, "h": h, "sign": jnp.sign(h).astype(jnp.int32)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", ["nothing", "gates", "chunk"])
 def test_gates_that_are_no_numbers_to_differentiate(recompute):
     cell = Marked(3)

@@ -194,7 +194,7 @@ def _gates(cell: PointwiseCell, params: PyTree, done: Backward) -> tuple[Any, An
     """(dL/dz, dL/dr), each a named tuple by gate; elementwise in dL/ds_t."""
     before = done.before
     with jax.default_matmul_precision("highest"):
-        r = cell.split(cell.mix(params, before.h))
+        r = cell.split(cell.recurrent_matmul(params, before.h))
     p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), params.units)
 
     def new(z: Any, r: Any) -> Any:

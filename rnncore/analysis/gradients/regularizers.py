@@ -86,10 +86,10 @@ def pascanu_omega(
         return jax.tree.map(lambda n, c: n.astype(c.dtype), moved, carry)
 
     with jax.default_matmul_precision("highest"):
-        _, pull = jax.vjp(new, cell.split(cell.mix(fixed, before.h)), before)
+        _, pull = jax.vjp(new, cell.split(cell.recurrent_matmul(fixed, before.h)), before)
         d_r, d_before = pull(after)
         # The only place where U is not a constant.
-        d_h = jax.linear_transpose(lambda h: cell.mix(params._replace(recurrent_bias=None), h), before.h)
+        d_h = jax.linear_transpose(lambda h: cell.recurrent_matmul(params._replace(recurrent_bias=None), h), before.h)
         (through,) = d_h(jnp.concatenate(list(d_r), -1))
     d_before = d_before._replace(h=d_before.h + through)
 
@@ -208,7 +208,7 @@ def gradient_flossing(
 def h_detach(cell: PointwiseCell, params: CellParams, xs: Array, key: Array, p: float = 0.5, **options: Any) -> Any:
     """`rnncore.unroll` in which, step by step with probability p, no gradient passes through h_{t-1} into the gates.
 
-    r_t = mix(U, stop_gradient(h_{t-1})) with probability p, else mix(U, h_{t-1});   the values are those of unroll
+    r_t = U stop_gradient(h_{t-1}) with probability p, else U h_{t-1};   the values are those of unroll
 
     One draw per step, for all of the batch.  With p = 1 what is left is the direct path: d c_T / d c_0 of an
     LSTM is the product of its forget gates.  Where h_{t-1} enters beside the product, as in z h_{t-1} of a
@@ -281,7 +281,7 @@ class _Detached(Cell):
         cell, h = self.cell, carry.h
         h = jnp.where(blocked > 0.5, jax.lax.stop_gradient(h), h)
         p = jax.tree.map(lambda u: jnp.broadcast_to(u, h.shape), params.units)
-        return cell.pointwise(p, cell.split(z), cell.split(cell.mix(params, h)), carry)
+        return cell.pointwise(p, cell.split(z), cell.split(cell.recurrent_matmul(params, h)), carry)
 
     def output(self, carry: Any) -> Array:
         return self.cell.output(carry)

@@ -182,7 +182,7 @@ def _coefficients(traj: Trajectory) -> StepCoefficients:
     assert isinstance(cell, PointwiseCell)
     before = traj.before
     with jax.default_matmul_precision("highest"):
-        r = cell.split(cell.mix(params, before.h))
+        r = cell.split(cell.recurrent_matmul(params, before.h))
     z = cell.split(traj.zs)
     p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), params.units)
     _, push = jax.linearize(lambda r, carry: cell.pointwise(p, z, r, carry)[0], r, before)

@@ -33,7 +33,7 @@ def output_slope(traj: Trajectory) -> Array:
     assert isinstance(cell, LSTM)
     before, c = traj.before.h, traj.carries.c[..., 1:, :]
     with jax.default_matmul_precision("highest"):
-        r = cell.split(cell.mix(traj.params, before)).o
+        r = cell.split(cell.recurrent_matmul(traj.params, before)).o
     a = cell.split(traj.zs).o + r
 
     def h(c: Array) -> Array:

@@ -1,10 +1,10 @@
 """Backend "cpp": a whole run in one C++ loop for the CPU, made from any pointwise cell and compiled where it runs.
 
 The update, what its derivative needs, and its transpose are written as C++ (`emit.py`), compiled with this library's
-loops (`forward.h`, `backward.h`) by the C++ compiler of the machine, once, and kept on the disk (`compiler.py`,
-`cache.py`).  A thread runs all steps of its share of the sequences, and waits for no other within a step; where there
-are few sequences and a large matrix, threads share the units of each step.  The matrices are laid out once a call in
-the order in which products read them; a product leaves its gates in registers, where the update takes them.  Inputs are
+loops (`forward.h`, `backward.h`) by the C++ compiler of the machine, once, and kept on the disk (`handlers.py`).  A
+thread runs all steps of its share of the sequences, and waits for no other within a step; where there are few sequences
+and a large matrix, threads share the units of each step.  The matrices are laid out once a call in the order in which
+products read them; a product leaves its gates in registers, where the update takes them.  Inputs are
 projected, and in reverse mode all weight gradients summed, a few steps at a time, while they are in the cache.
 
 Platform: CPU, with a C++17 compiler that has GCC's vectors (GCC, Clang): what CXX names, or c++, g++, clang++.  The
@@ -26,7 +26,8 @@ from __future__ import annotations
 from rnncore.cells import pointwise
 from rnncore.cells.base import PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads
-from rnncore.kernels.cpp import compiler, emit, recurrence
+from rnncore.kernels import compiler
+from rnncore.kernels.cpp import emit, handlers, recurrence
 from rnncore.recurrence.run import Request
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -50,19 +51,19 @@ class Cpp(recurrence.CppLoops):
             return f"it takes {', '.join(DTYPES)}; parameters, inputs, carry and residuals are {got}"
         if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
             return "its arrays are of known sizes, and here some are symbols"
-        changed = pointwise.why_not_as_declared(cell, "project", "mix", "output", "split")
+        changed = pointwise.why_not_as_declared(cell, "project", "recurrent_matmul", "output", "split")
         if changed is not None:
             return changed
         if request.platform != "cpu":
             return f"it needs a CPU, and JAX runs on {request.platform} here"
         variant = recurrence.variant_of(request)
-        return emit.why_not(cell, variant) or compiler.missing(emit.source(cell, variant))
+        return emit.why_not(cell, variant) or handlers.missing(emit.source(cell, variant))
 
-    def unchosen(self, request: Request) -> str | None:
-        if compiler.turned_off():
+    def why_not_by_default(self, request: Request) -> str | None:
+        if handlers.turned_off():
             return "RNNCORE_CPP turns it off where it is not named"
         assert isinstance(request.cell, PointwiseCell)
-        failed = compiler.failed(emit.source(request.cell, recurrence.variant_of(request)))
+        failed = handlers.failed(emit.source(request.cell, recurrence.variant_of(request)))
         if failed is not None:
             return failed
         if request.devices > 1:
@@ -77,7 +78,7 @@ class Cpp(recurrence.CppLoops):
             return "a C++ compiler (g++ or clang++; CXX names another) lets most cells run by backend 'cpp'"
         if self.unsupported(request):
             return None
-        if compiler.turned_off():
+        if handlers.turned_off():
             return "backend 'cpp' is the fastest loop on a CPU: unset RNNCORE_CPP, or name it"
         if request.devices > 1:
             return "backend='cpp' is the fastest loop on a CPU, for data that lies on one device"
@@ -86,11 +87,11 @@ class Cpp(recurrence.CppLoops):
     def prepare(self, request: Request) -> str | None:
         cell, variant = request.cell, recurrence.variant_of(request)
         assert isinstance(cell, PointwiseCell)
-        return compiler.why_not(emit.source(cell, variant), recurrence.described(cell, variant))
+        return handlers.why_not(emit.source(cell, variant), recurrence.described(cell, variant))
 
 
 def missing_compiler(platform: str) -> str | None:
     """Reason why a new cell cannot run on this platform, or None."""
     if platform != "cpu":
         return f"it needs a CPU, and JAX runs on {platform} here"
-    return None if compiler.find() else "it needs a C++ compiler, and none is found: install one, or name it in CXX"
+    return None if compiler.find() else compiler.MISSING

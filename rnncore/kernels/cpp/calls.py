@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
+from rnncore.kernels import ffi
 from rnncore.kernels.cpp.emit import Variant
 from rnncore.recurrence.batching import over_batch
 
@@ -17,7 +17,7 @@ PAD = 16
 """Units of a head are padded to a multiple of this in what the forward call keeps: kPad of sizes.h."""
 
 
-class Moving(NamedTuple):
+class Differentiable(NamedTuple):
     """What the recurrence is differentiated with respect to.
 
     Fields:
@@ -27,7 +27,7 @@ class Moving(NamedTuple):
       bias: (G, H), with the recurrent bias of the gates that see z + r alone.
       rest_bias: (n, H), of r of the other gates.
       units: (P, H).
-      start, target: (F, B, H), a carry as one array; no target without resets.
+      start, reset_carry: (F, B, H), a carry as one array; no reset_carry without resets.
     """
 
     x: Array
@@ -37,10 +37,10 @@ class Moving(NamedTuple):
     rest_bias: Array
     units: Array
     start: Array
-    target: Array
+    reset_carry: Array
 
 
-class Given(NamedTuple):
+class Constants(NamedTuple):
     """What it depends on besides; empty arrays where there is none.
 
     Fields:
@@ -93,7 +93,7 @@ class Calls:
       zoneout: NONE, SHARE, CHOSEN or SHARES for each field of the carry.
       every: 0, or to keep of every so many steps `begins` fields of the carry.
       begins: those that are formed again between them; all of them where the steps between are run again.
-      again: whether they are.
+      rematerialize: whether they are.
     """
 
     targets: tuple[str, str, str]
@@ -105,20 +105,22 @@ class Calls:
     zoneout: tuple[int, ...]
     every: int
     begins: int
-    again: bool
+    rematerialize: bool
 
     @property
     def _axes(self) -> tuple[tuple, tuple]:
-        """Where the batch lies in Moving and Given, and in Out; None: shared."""
+        """Where the batch lies in Differentiable and Constants, and in Out; None: shared."""
         rows = 1 if self.time_major else 0
         return (rows, *[None] * len(_SHARED), 1, 1, 0, 0, 1, None, 2, 2), (rows, 1, 2)
 
-    def _shape(self, moving: Moving) -> tuple[int, int, int]:
+    def _shape(self, arrays: Differentiable) -> tuple[int, int, int]:
         """(T, B, H)"""
-        steps, rows = moving.x.shape[:2] if self.time_major else moving.x.shape[1::-1]
-        return steps, rows, moving.bias.shape[-1]
+        steps, rows = arrays.x.shape[:2] if self.time_major else arrays.x.shape[1::-1]
+        return steps, rows, arrays.bias.shape[-1]
 
-    def forward(self, moving: Moving, given: Given, keep: bool) -> tuple[Out, tuple[Array, Array]]:
+    def forward(
+        self, differentiable: Differentiable, constants: Constants, keep: bool
+    ) -> tuple[Out, tuple[Array, Array]]:
         """(results, what `backward` needs: empty unless it is wanted).
 
         That is (T, B, width, padded H), and the carry of some steps (T / every, B, begins, padded H).
@@ -126,50 +128,54 @@ class Calls:
 
         def run(groups: int, *args: Array) -> Any:
             del groups  # nothing is summed over sequences
-            moving = Moving(*args[: len(Moving._fields)])
-            steps, rows, hidden = self._shape(moving)
-            heads = moving.kernel.shape[0] if moving.kernel.ndim > 2 else 1
+            arrays = Differentiable(*args[: len(Differentiable._fields)])
+            steps, rows, hidden = self._shape(arrays)
+            heads = arrays.kernel.shape[0] if arrays.kernel.ndim > 2 else 1
             padded = heads * -(-(hidden // heads) // PAD) * PAD
-            kept: tuple[int, ...] = (steps, rows, self.width, padded) if keep and not self.again else (0,)
+            kept: tuple[int, ...] = (steps, rows, self.width, padded) if keep and not self.rematerialize else (0,)
             begins: tuple[int, ...] = (0,)
             if keep and self.begins:
                 begins = (-(-steps // self.every), rows, self.begins, padded)
             states = (self.fields - 1 + self.emitted, steps, rows, hidden) if self.variant.states else (0,)
             real, stored, residual, _ = self.variant
-            y = (*moving.x.shape[:2], hidden)
-            shapes = (y, stored), (moving.start.shape, real), (kept, residual), (begins, real), (states, stored)
+            y = (*arrays.x.shape[:2], hidden)
+            shapes = (y, stored), (arrays.start.shape, real), (kept, residual), (begins, real), (states, stored)
             return self._call(1 if keep else 0, rows, 1, shapes, args)
 
         inputs, (y, last, states) = self._axes
-        found = over_batch(run, inputs, (y, last, 1, 1, states))(*moving, *given)
+        found = over_batch(run, inputs, (y, last, 1, 1, states))(*differentiable, *constants)
         return Out(found[0], found[1], found[4]), found[2:4]
 
     def backward(
-        self, moving: Moving, given: Given, y: Array, kept: tuple[Array, Array], dout: Out, inputs: bool
-    ) -> Moving:
+        self,
+        differentiable: Differentiable,
+        constants: Constants,
+        y: Array,
+        residuals: tuple[Array, Array],
+        dout: Out,
+        inputs: bool,
+    ) -> Differentiable:
         """The cotangents, empty ones of `dout` counting as zero; that of x is empty unless `inputs`."""
 
         def run(groups: int, *args: Array) -> Any:
-            moving = Moving(*args[: len(Moving._fields)])
-            summed = {name: (groups, *getattr(moving, name).shape) for name in _SHARED}
-            shapes: Any = Moving(*(a.shape for a in moving))._replace(**summed)  # type: ignore[arg-type]
+            arrays = Differentiable(*args[: len(Differentiable._fields)])
+            summed = {name: (groups, *getattr(arrays, name).shape) for name in _SHARED}
+            shapes: Any = Differentiable(*(a.shape for a in arrays))._replace(**summed)  # type: ignore[arg-type]
             if not inputs:
                 shapes = shapes._replace(x=(0,))
             types = [self.variant.stored, *[self.variant.real] * (len(shapes) - 1)]
-            return self._call(2, self._shape(moving)[1], groups, tuple(zip(shapes, types, strict=True)), args)
+            return self._call(2, self._shape(arrays)[1], groups, tuple(zip(shapes, types, strict=True)), args)
 
         batch, (rows, last, states) = self._axes
-        found = over_batch(run, (*batch, rows, 1, 1, rows, last, states), batch[: len(Moving._fields)])(
-            *moving, *given, y, *kept, *dout
+        found = over_batch(run, (*batch, rows, 1, 1, rows, last, states), batch[: len(Differentiable._fields)])(
+            *differentiable, *constants, y, *residuals, *dout
         )
-        return Moving(*(a[0] if axis is None else a for a, axis in zip(found, batch, strict=False)))
+        return Differentiable(*(a[0] if axis is None else a for a, axis in zip(found, batch, strict=False)))
 
     def _call(self, handler: int, rows: int, groups: int, shapes: Any, args: tuple[Array, ...]) -> tuple[Array, ...]:
         if not rows:
             return tuple(jnp.zeros(*one) for one in shapes)
-        results = [jax.ShapeDtypeStruct(*one) for one in shapes]
-        call = jax.ffi.ffi_call(self.targets[handler], results)
-        zoneout = np.asarray(self.zoneout, np.int64)
-        return tuple(
-            call(*args, time_major=self.time_major, groups=groups, every=self.every, again=self.again, zoneout=zoneout)
-        )
+        return ffi.call(
+            self.targets[handler], shapes, args, time_major=self.time_major, groups=groups, every=self.every,
+            again=self.rematerialize, zoneout=np.asarray(self.zoneout, np.int64),
+        )  # fmt: skip

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
-from rnncore.cells.recurrent_kernels import Diagonal, Heads
-from rnncore.kernels import kernel_body
-from rnncore.kernels.cpp import compiler, emit
-from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Given, Moving, Out
+from rnncore.cells.recurrent_kernels import Diagonal
+from rnncore.kernels import host, kernel_body
+from rnncore.kernels.cpp import calls, emit, handlers
+from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Out
 from rnncore.recurrence import plain, step
 from rnncore.recurrence.backend import LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
@@ -49,13 +49,13 @@ class CppLoops(LoopBackend):
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
         run = _Run(request, differentiable, constants)
-        return run.result(run.calls.forward(run.moving(differentiable), run.given, False)[0])
+        return run.result(run.compiled.forward(run.arrays(differentiable), run.constants, False)[0])
 
     def forward_with_residuals(
         self, request: Request, differentiable: Differentiable, constants: Constants
     ) -> tuple[Result, PyTree]:
         run = _Run(request, differentiable, constants)
-        out, kept = run.calls.forward(run.moving(differentiable), run.given, True)
+        out, kept = run.compiled.forward(run.arrays(differentiable), run.constants, True)
         return run.result(out), run.residuals(kept)
 
     def backward(
@@ -63,11 +63,11 @@ class CppLoops(LoopBackend):
         cotangents: Result, wanted: Differentiable,
     ) -> Differentiable:  # fmt: skip
         run = _Run(request, differentiable, constants)
-        moving, back = jax.vjp(run.moving, differentiable)
+        arrays, back = jax.vjp(run.arrays, differentiable)
         dout = run.cotangents(cotangents)
-        kept = run.kept(residuals)
-        found: Any = run.calls.backward(moving, run.given, run.outputs(result), kept, dout, wanted.xs)
-        return back(found if wanted.xs else found._replace(x=jnp.zeros_like(moving.x)))[0]
+        stored, y = run.stored(residuals), run.outputs(result)
+        found: Any = run.compiled.backward(arrays, run.constants, y, stored, dout, wanted.xs)
+        return back(found if wanted.xs else found._replace(x=jnp.zeros_like(arrays.x)))[0]
 
     def tangent(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
@@ -103,18 +103,18 @@ class _Run:
         start = differentiable.initial_carry
         self.request, self.cell, self.dtypes = request, cell, [a.dtype for a in start]
         self.rows, self.time_major = math.prod(request.batch_shape), request.time_axis == 0
-        self.heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
+        self.heads = host.head_count(cell)
         self.variant = variant_of(request)
         self.part = emit.body(cell, self.variant)
-        self.plan, self.again = emit.plan(cell, self.variant), request.recompute != "nothing"
+        self.plan, self.rematerialize = emit.plan(cell, self.variant), request.recompute != "nothing"
         self.every, self.begins = STRETCH, len(self.plan.reformed)
-        if self.again:
+        if self.rematerialize:
             self.every = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
             self.begins = len(cell.Carry._fields)
         self.axes = _compat.varying_axes(differentiable.xs)
         steps, hidden, real = request.steps, cell.hidden_size, self.variant.real
         self.zoneout, shares, chosen, stacks = self._zoneout(constants.zoneout)
-        self.given = Given(
+        self.constants = calls.Constants(
             self._one(constants.recurrent_mask, (self.rows, hidden), real),
             self._one(constants.lengths, (self.rows,), jnp.int32),
             self._one(constants.resets, (steps, self.rows), bool),
@@ -122,17 +122,19 @@ class _Run:
         )  # fmt: skip
 
     @property
-    def calls(self) -> Calls:
-        return _calls(self.cell, self.variant, self.time_major, self.zoneout, self.every, self.begins, self.again)
+    def compiled(self) -> Calls:
+        return _calls(
+            self.cell, self.variant, self.time_major, self.zoneout, self.every, self.begins, self.rematerialize
+        )
 
     def residuals(self, kept: tuple[Array, Array]) -> tuple[Array, ...]:
         """What the calls keep with the batch axes of the request, those that there are."""
         return tuple(a.reshape(a.shape[0], *self.request.batch_shape, *a.shape[2:]) for a in kept if a.ndim > 1)
 
-    def kept(self, residuals: tuple[Array, ...]) -> tuple[Array, Array]:
+    def stored(self, residuals: tuple[Array, ...]) -> tuple[Array, Array]:
         """The inverse."""
         there = iter(a.reshape(a.shape[0], self.rows, *a.shape[-2:]) for a in residuals)
-        kept = self._one(None, (), self.variant.residual) if self.again else next(there)
+        kept = self._one(None, (), self.variant.residual) if self.rematerialize else next(there)
         return kept, next(there) if self.begins else self._one(None, (), self.variant.real)
 
     def stacks(
@@ -153,7 +155,7 @@ class _Run:
         if plan.reformed:
             units = step.spread_units(differentiable.params, start.h)
 
-            def again(carry: Any, now: Any) -> tuple[Any, Any]:
+            def recompute(carry: Any, now: Any) -> tuple[Any, Any]:
                 h, rows, resets, zoneout = now
                 old = step.reset(resets, reset_carry, carry)._replace(h=h)
                 rows = [rows.get(n, h) for n in range(self.part.width)]  # the others are not read
@@ -162,7 +164,7 @@ class _Run:
                 new = step.blend(zoneout, old, old._replace(**dict(zip(names, fresh, strict=True))))
                 return new, [old[f] for f, _ in plan.reformed]
 
-            _, olds = jax.lax.scan(again, start, (before, found, resets, zoneout))
+            _, olds = jax.lax.scan(recompute, start, (before, found, resets, zoneout))
             found |= dict(zip([n for _, n in plan.reformed], olds, strict=True))
         return tuple(found[n] for n in range(self.part.width))
 
@@ -204,7 +206,7 @@ class _Run:
         shares = [a if k == SHARE else None for a, k in zip(fields, kinds, strict=True)]
         return kinds, self._stack(shares, (), real), of(CHOSEN, shape, bool), of(SHARES, shape, real)
 
-    def moving(self, differentiable: Differentiable) -> Moving:
+    def arrays(self, differentiable: Differentiable) -> calls.Differentiable:
         """What the calls read, a linear function of what is differentiable."""
         params, xs, start, reset_carry = differentiable
         real, hidden = self.variant.real, self.cell.hidden_size
@@ -213,11 +215,11 @@ class _Run:
         if not isinstance(self.cell.recurrence, Diagonal):
             size = hidden // self.heads
             kernel = kernel.reshape(self.heads, size, len(self.cell.gates), size)
-        moving = Moving(
+        arrays = calls.Differentiable(
             xs.reshape(*self._sequences, xs.shape[-1]).astype(self.variant.stored), params.input_kernel, kernel,
             *self._biases(params), _rows(params.units, hidden, real), self._carry(start), self._carry(reset_carry),
         )  # fmt: skip
-        return jax.tree.map(lambda a: _compat.vary_over(a, self.axes), moving)
+        return jax.tree.map(lambda a: _compat.vary_over(a, self.axes), arrays)
 
     @property
     def _sequences(self) -> tuple[int, int]:
@@ -282,11 +284,20 @@ def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
 @functools.lru_cache(maxsize=256)
 def _calls(
     cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int, begins: int,
-    again: bool,
+    rematerialize: bool,
 ) -> Calls:  # fmt: skip
     part, width = emit.body(cell, variant), len(emit.plan(cell, variant).kept)
-    names = compiler.targets(emit.source(cell, variant), described(cell, variant))
+    names = handlers.targets(emit.source(cell, variant), described(cell, variant))
     targets = names["forward"], names["forward_keeping"], names["backward"]
     return Calls(
-        targets, variant, width, len(cell.Carry._fields), part.emitted, time_major, zoneout, every, begins, again
+        targets,
+        variant,
+        width,
+        len(cell.Carry._fields),
+        part.emitted,
+        time_major,
+        zoneout,
+        every,
+        begins,
+        rematerialize,
     )

@@ -14,8 +14,10 @@ compiler for the call that launches.  Cells: every PointwiseCell whose update is
 below 2^-10.9) or float32, of parameters, inputs and carries alike; float32 products follow
 `jax.default_matmul_precision`: TF32 by default as elsewhere in JAX, and three of them for "high" and more.  Lengths,
 resets, recurrent masks, zoneout, states, any number of batch axes: yes; chunks: no.  vmap over sequences becomes more
-of a batch, over parameters one call after the other.  Blocks of a grid all run at once, as the launch asks for: what
-cannot is an error of the plan or of the launch, not a hang; a batch that is too large runs in parts.
+of a batch, over parameters more heads, and so do the two directions of a layer; where a step of so many heads is
+predicted to take longer than theirs one by one, a call comes after the other.  Blocks of a grid all run at once, as the
+launch asks for: what cannot is an error of the plan or of the launch, not a hang; a batch that is too large runs in
+parts.
 """
 
 from __future__ import annotations
@@ -25,14 +27,12 @@ import math
 from typing import Any
 
 from rnncore._types import PyTree
-from rnncore.cells import pointwise
-from rnncore.cells.base import PointwiseCell
-from rnncore.cells.recurrent_kernels import Dense, Heads
-from rnncore.kernels import host, kernel_body
-from rnncore.kernels.cpp import cache, compiler
+from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.kernels import cache, compiler, host, kernel_body
 from rnncore.kernels.cuda import emit, kernels, launch, nvrtc, plan, recurrence
 from rnncore.recurrence import plain
 from rnncore.recurrence.backend import LoopBackend, without
+from rnncore.recurrence.layers import run_layers, side_by_side
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
 
 MEASURED = 90
@@ -49,23 +49,16 @@ class Cuda(LoopBackend):
     opaque = True
 
     def unsupported(self, request: Request) -> str | None:
-        cell = request.cell
-        if not isinstance(cell, PointwiseCell):
-            return f"{type(cell).__name__} is not a PointwiseCell, so no kernel can be made of its pointwise update"
-        if type(cell.recurrence) not in (Dense, Heads):
-            name = type(cell.recurrence).__name__
-            return f"{name} recurrences have no matrix to keep on the chip; it has kernels for Dense and Heads"
-        refused = without(
+        cell: Any = request.cell
+        refused = host.why_no_kernel(cell) or without(
             request, ("checkpoint_every", "recompute"), "its kernel runs all steps at once and keeps what it needs"
         )
-        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
-            return "its arrays are of known sizes, and here some are symbols"
-        if refused is None and 0 in (*request.batch_shape, request.steps):
-            refused = f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
-        if refused is None:
-            refused = pointwise.why_not_as_declared(cell, "mix", "output", "split")
         if refused is not None:
             return refused
+        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
+            return "its arrays are of known sizes, and here some are symbols"
+        if 0 in (*request.batch_shape, request.steps):
+            return f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
         residual = request.residual_dtype or request.dtype
         if request.dtype not in emit.TYPES or request.dtypes != {request.dtype} or residual not in emit.TYPES:
             got = ", ".join(sorted(request.dtypes | {residual}))
@@ -76,7 +69,7 @@ class Cuda(LoopBackend):
         found = self._plan(request, "forward", 1)  # one sequence fits wherever many run in parts
         return found if isinstance(found, str) else emit.why_not(cell)
 
-    def unchosen(self, request: Request) -> str | None:
+    def why_not_by_default(self, request: Request) -> str | None:
         """By what was timed on an H200: 5 to 10 times as fast as the scan there, forward and in training."""
         device = launch.device()
         assert device is not None and isinstance(request.cell, PointwiseCell)
@@ -104,6 +97,22 @@ class Cuda(LoopBackend):
             return str(error)
         return None
 
+    def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
+        """Both directions of a layer are the heads of one run where a step of that takes less time."""
+        if directions == 1:
+            return False
+        rows = math.prod(request.batch_shape)
+        pairs = [[self._plan(request, way, rows, n) for n in (directions, 1)] for way in ("forward", "backward")]
+        return all(
+            isinstance(wide, plan.Plan) and isinstance(one, plan.Plan) and wide.step <= directions * one.step
+            for wide, one in pairs
+        )
+
+    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+        if isinstance(differentiable.params, CellParams):
+            return super().run(request, differentiable, constants)
+        return run_layers(super().run, request, differentiable, constants, side_by_side)
+
     def missing(self, request: Request) -> str | None:
         """Reason why its kernels cannot run on this platform, or None."""
         if request.platform != "gpu":
@@ -113,7 +122,7 @@ class Cuda(LoopBackend):
         if nvrtc.library() is None:
             return "it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found"
         if compiler.find() is None:
-            return "it needs a C++ compiler, and none is found: install one, or name it in CXX"
+            return compiler.MISSING
         return None
 
     def settings(self, request: Request) -> kernels.Settings:
@@ -127,14 +136,14 @@ class Cuda(LoopBackend):
         rows = math.prod(request.batch_shape)
         return "; ".join(f"{way}: {self._plan(request, way, rows)}" for way in ("forward", "backward"))
 
-    def _plan(self, request: Request, direction: str, rows: int) -> plan.Plan | str:
+    def _plan(self, request: Request, direction: str, rows: int, cells: int = 1) -> plan.Plan | str:
         cell: Any = request.cell
         settings = self.settings(request)
-        heads = cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
+        heads = host.head_count(cell)
         shape = plan.Shape(
             direction, request.dtype, request.dtype, settings.product, gates=len(cell.gates),
             fields=len(cell.Carry._fields), width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size // heads,
-            heads=heads, sequences=rows,
+            heads=cells * heads, sequences=rows,
         )  # fmt: skip
         return settings.choose(settings.device, shape)
 

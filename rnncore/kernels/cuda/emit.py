@@ -111,7 +111,7 @@ def source(cell: PointwiseCell, plan: Plan) -> str:
         "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in values.items()) + ";",
         "  static constexpr bool " + ", ".join(f"{name} = {str(value).lower()}" for name, value in flags.items()) + ";",
         "  // What stays of a field of the carry: 0 nothing, 1 by booleans, 2 by shares, 3 by one share.",
-        f"  static RNN_CONSTANT int stay(int n) {{ return {_chosen(shape.stay or (0,) * fields)}; }}",
+        f"  static RNN_CONSTANT int stay(int n) {{ return {_chosen(shape.zoneout or (0,) * fields)}; }}",
         "  // Cell::rest_of, for indices that only the unrolled loop knows.",
         f"  static RNN_CONSTANT int rest_of(int n) {{ return {_chosen(rest_of)}; }}",
         "};",

@@ -13,6 +13,7 @@ from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cuda import emit
 from rnncore.kernels.cuda.plan import Device, Plan, Shape, plan_of
+from rnncore.kernels.host import Cotangents
 
 
 class Call(NamedTuple):
@@ -45,12 +46,12 @@ class Run(NamedTuple):
       kernel: (N, d, G, d) for N heads of d units, in the dtype of the product.
       rest_bias: (n, H), added to r of the gates in `Body.rest`; None where there are none.
       units: per-unit parameters, each (H,).
-      start, target: (B, H) per field of the carry: the carry before the first step, and the one that resets return
+      start, reset_carry: (B, H) per field of the carry: the carry before the first step, and the one that resets return
         to, None without resets.
       mask: (B, H), multiplies h where it enters the product; or None.
       lengths: (B,) int32 from 0 to T, or None.
       resets: (T, B) booleans, or None.
-      stay: for each field of the carry None or what of it stays, (T, B, H) booleans or shares or one share;
+      zoneout: for each field of the carry None or what of it stays, (T, B, H) booleans or shares or one share;
         or None.
     """
 
@@ -58,14 +59,14 @@ class Run(NamedTuple):
     rest_bias: Array | None
     units: tuple[Array, ...]
     start: tuple[Array, ...]
-    target: tuple[Array, ...] | None
+    reset_carry: tuple[Array, ...] | None
     mask: Array | None
     lengths: Array | None
     resets: Array | None
-    stay: tuple[Array | None, ...] | None
+    zoneout: tuple[Array | None, ...] | None
 
 
-class Kept(NamedTuple):
+class Outputs(NamedTuple):
     """What the forward loop gives.
 
     Fields:
@@ -80,24 +81,6 @@ class Kept(NamedTuple):
     others: Array | None
     gates: Array | None
     last: tuple[Array, ...]
-
-
-class Cotangents(NamedTuple):
-    """What the backward loop gives.
-
-    Fields:
-      z: (T, B, G*H), in the residuals' dtype: of z, and of r of the gates that see their sum alone.
-      rest: (T, B, n*H), of r of the other gates; None where there are none.
-      start: (B, H) float32 per field: of what came before step 0, for a reset there nothing.
-      target: (B, H) float32 per field, summed over the resets; None without resets.
-      units: (B, H) float32 per unit parameter, summed over the steps.
-    """
-
-    z: Array
-    rest: Array | None
-    start: tuple[Array, ...]
-    target: tuple[Array, ...] | None
-    units: tuple[Array, ...]
 
 
 class Settings(NamedTuple):
@@ -119,9 +102,17 @@ def layout(
         direction, run.kernel.dtype.name, stored, settings.product, gates=gates, fields=len(cell.Carry._fields),
         width=kernel_body.of(cell, (1, 1)).width, size=size, heads=heads, sequences=rows,
         lengths=run.lengths is not None, resets=run.resets is not None, mask=run.mask is not None, keeps=keeps,
-        states=states, stay=_kinds(run.stay),
+        states=states, zoneout=_kinds(run.zoneout),
     )  # fmt: skip
     return settings.choose(settings.device, shape)
+
+
+def step(
+    settings: Settings, cell: PointwiseCell, direction: str, run: Run, rows: int, stored: str, **more: bool
+) -> float | None:
+    """Predicted microseconds of a step, or None where the run is parted."""
+    found = layout(settings, cell, direction, run, rows, stored, **more)
+    return None if isinstance(found, str) else found.step
 
 
 def _parted(one: Callable[..., Any], run: Run, rows: int, why: str, *stacks: Any) -> Any:
@@ -133,10 +124,10 @@ def _parted(one: Callable[..., Any], run: Run, rows: int, why: str, *stacks: Any
         def first(tree: Any) -> Any:
             return jax.tree.map(lambda a: a[part], tree)
 
-        stay = None if run.stay is None else jax.tree.map(lambda a: a[:, part] if a.ndim else a, run.stay)
+        zoneout = None if run.zoneout is None else jax.tree.map(lambda a: a[:, part] if a.ndim else a, run.zoneout)
         some = run._replace(
-            start=first(run.start), target=first(run.target), mask=first(run.mask), lengths=first(run.lengths),
-            resets=None if run.resets is None else run.resets[:, part], stay=stay,
+            start=first(run.start), reset_carry=first(run.reset_carry), mask=first(run.mask),
+            lengths=first(run.lengths), resets=None if run.resets is None else run.resets[:, part], zoneout=zoneout,
         )  # fmt: skip
         return one(some, *jax.tree.map(lambda a: a[..., part, :], stacks))
 
@@ -146,7 +137,7 @@ def _parted(one: Callable[..., Any], run: Run, rows: int, why: str, *stacks: Any
 
 def forward(
     settings: Settings, cell: PointwiseCell, run: Run, z: Array, stored: str | None, states: bool = False
-) -> Kept:
+) -> Outputs:
     """The loop over z (T, B, G*H), which has the kernel's dtype; residuals in `stored`, or none.
 
     Sequences that cannot all run at once run some after the others.
@@ -162,14 +153,14 @@ def forward(
     )  # fmt: skip
     if isinstance(plan, str):
         return _parted(lambda run, z: forward(settings, cell, run, z, stored, states), run, rows, plan, z)
-    start, target = _stacked(run.start), _stacked(run.target or ())
+    start, reset_carry = _stacked(run.start), _stacked(run.reset_carry or ())
     call = Call(
         source=emit.source(cell, plan),
         plan=plan,
         inputs=(
             z, rows_of_outputs(plan, run.kernel), _float(run.rest_bias), _stacked(run.units), start,
-            _entering(start, h, run.mask), target, _entering(target, h, run.mask), _float(run.mask), run.lengths,
-            run.resets, *_stays(run.stay, len(fields)),
+            _masked_h(start, h, run.mask), reset_carry, _masked_h(reset_carry, h, run.mask), _float(run.mask),
+            run.lengths, run.resets, *_zoneouts(run.zoneout, len(fields)),
         ),
         outputs=(
             jax.ShapeDtypeStruct((steps, rows, hidden), dtype),
@@ -183,7 +174,7 @@ def forward(
         scalars=(steps, rows),
     )  # fmt: skip
     hs, _, residuals, stacks, gates, last = settings.launch(call)
-    return Kept(hs, residuals, stacks, gates, tuple(last))
+    return Outputs(hs, residuals, stacks, gates, tuple(last))
 
 
 def backward(
@@ -212,7 +203,7 @@ def backward(
         plan=plan,
         inputs=(
             rows_of_inputs(plan, run.kernel), residuals, _stacked(run.units), dhs.astype(dtype), _stacked(dlast),
-            dothers, dgates, _float(run.mask), run.lengths, run.resets, *_stays(run.stay, fields),
+            dothers, dgates, _float(run.mask), run.lengths, run.resets, *_zoneouts(run.zoneout, fields),
         ),
         outputs=(
             jax.ShapeDtypeStruct((steps, rows, gates * hidden), stored),
@@ -225,8 +216,8 @@ def backward(
         filled=() if plan.sync != "grid" else (2,) if plan.apart else (0, 1) if rest else (0,),
         scalars=(steps, rows),
     )  # fmt: skip
-    dz, drest, _, dstart, dtarget, dunits = settings.launch(call)
-    return Cotangents(dz, drest, tuple(dstart), None if dtarget is None else tuple(dtarget), _parts(dunits))
+    dz, drest, _, dstart, dreset_carry, dunits = settings.launch(call)
+    return Cotangents(dz, drest, tuple(dstart), None if dreset_carry is None else tuple(dreset_carry), _parts(dunits))
 
 
 # ----------------------------------------------------------------------- the matrix, as fragments
@@ -272,18 +263,18 @@ def _float(a: Array | None) -> Array | None:
     return None if a is None else a.astype(jnp.float32)
 
 
-def _entering(carry: Array | None, h: int, mask: Array | None) -> Array | None:
+def _masked_h(carry: Array | None, h: int, mask: Array | None) -> Array | None:
     """h as it enters the product."""
     return None if carry is None else carry[h] if mask is None else carry[h] * mask.astype(jnp.float32)
 
 
-def _kinds(stay: tuple[Array | None, ...] | None) -> tuple[int, ...]:
-    if stay is None:
+def _kinds(zoneout: tuple[Array | None, ...] | None) -> tuple[int, ...]:
+    if zoneout is None:
         return ()
-    return tuple(0 if a is None else 1 if a.dtype == jnp.bool_ else 2 if a.ndim else 3 for a in stay)
+    return tuple(0 if a is None else 1 if a.dtype == jnp.bool_ else 2 if a.ndim else 3 for a in zoneout)
 
 
-def _stays(stay: tuple[Array | None, ...] | None, fields: int) -> list[Array | None]:
-    if stay is None:
+def _zoneouts(zoneout: tuple[Array | None, ...] | None, fields: int) -> list[Array | None]:
+    if zoneout is None:
         return [None] * fields
-    return [a if a is None or a.dtype == jnp.bool_ else a.astype(jnp.float32) for a in stay]
+    return [a if a is None or a.dtype == jnp.bool_ else a.astype(jnp.float32) for a in zoneout]

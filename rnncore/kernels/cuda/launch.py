@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
-import tempfile
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,14 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnncore import _compat
-from rnncore.kernels.cpp import cache, compiler
+from rnncore.kernels import compiler, ffi
 from rnncore.kernels.cuda import nvrtc
 from rnncore.kernels.cuda.kernels import Call
 from rnncore.kernels.cuda.plan import Device
 
 SOURCE = Path(__file__).parent / "handler.cc"
-FLAGS = ("-std=c++17", "-O2", "-fvisibility=hidden", "-fPIC", "-shared", "-w")
 # CUdevice_attribute
 _PROCESSORS, _MAJOR, _MINOR, _SHARED, _CLOCK = 16, 75, 76, 97, 13
 
@@ -30,16 +26,14 @@ def launch(call: Call, device: Device) -> list[Any]:
     """Runs a call, see `kernels.Call`."""
     name = f"rnn_{call.plan.shape.direction}"
     code, key = nvrtc.code_for(call.source, device.capability, f"the {call.plan.shape.direction} loop of a cell")
-    results = [jax.ShapeDtypeStruct((0,), "float32") if out is None else out for out in call.outputs]
+    results = [((0,), "float32") if out is None else (out.shape, out.dtype) for out in call.outputs]
     arrays = [jnp.zeros((0,), "float32") if a is None else a for a in call.inputs]
-    axes = frozenset().union(*map(_compat.varying_axes, arrays))
-    found = jax.ffi.ffi_call(target(), results)(
-        *(_compat.vary_over(a, axes) for a in arrays), code=np.frombuffer(code, np.uint8), key=key, name=name,
+    found = ffi.call(
+        target(), results, arrays, code=np.frombuffer(code, np.uint8), key=key, name=name,
         blocks=np.int64(call.plan.grid), threads=np.int64(call.plan.threads), shared=np.int64(call.plan.shared),
         cluster=np.int64(call.plan.cluster), together=call.plan.sync == "grid",
         filled=np.int64(sum(1 << n for n in call.filled)), scalars=np.array(call.scalars, np.int64),
     )  # fmt: skip
-    found = [_compat.vary_over(a, axes) for a in found]
     return [None if out is None else a for a, out in zip(found, call.outputs, strict=True)]
 
 
@@ -54,26 +48,8 @@ _lock = threading.Lock()
 
 @functools.cache
 def _registered() -> str:
-    command = compiler.find()
-    if command is None:
-        raise compiler.CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
-    text = SOURCE.read_text()
-    parts = [text, *FLAGS, *command, compiler.api_version(Path(jax.ffi.include_dir()))]
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
-
-    def make(to: Path) -> None:
-        compiler.compile_to(to, text, (*command, *FLAGS), "the call that launches kernels")
-
-    try:
-        library = cache.load(f"cuda-{key}", make)
-    except OSError:
-        with tempfile.TemporaryDirectory(prefix="rnncore-") as alone:
-            made = Path(alone) / "made.so"
-            make(made)
-            library = ctypes.CDLL(str(made))  # loaded, it needs no name
-    name = f"rnncore_cuda_{key}"
-    jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(library.rnn_cuda), platform="CUDA")
-    return name
+    library, key = compiler.library(SOURCE.read_text(), "the call that launches kernels")
+    return ffi.register(f"rnncore_cuda_{key}", library, "rnn_cuda", "CUDA")
 
 
 @functools.cache

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import importlib.util
 import logging
 import os
@@ -14,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from rnncore.kernels.cpp import cache, compiler
+from rnncore.kernels import cache, compiler
 
 HEADERS = Path(__file__).parent
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space")
@@ -82,7 +81,7 @@ def try_out(capability: int) -> None:
 @functools.lru_cache(maxsize=256)
 def _code_for(source: str, capability: int, what: str) -> tuple[bytes, str]:
     version = ".".join(map(str, _version()))
-    key = hashlib.sha256("\0".join([source, _headers(), *OPTIONS, str(capability), version]).encode()).hexdigest()[:24]
+    key = compiler.digest(source, _headers(), *OPTIONS, str(capability), version)
 
     def make(to: Path) -> None:
         print(f"rnncore: compiling {what} for this GPU, once, in a few seconds", file=sys.stderr, flush=True)
@@ -99,9 +98,7 @@ def _code_for(source: str, capability: int, what: str) -> tuple[bytes, str]:
 
 def keep(to: Path, code: bytes, what: str) -> None:
     """Writes bytes as a library with `rnn_code` and `rnn_size`: what is kept beside C++ is kept like it."""
-    command = compiler.find()
-    if command is None:
-        raise compiler.CompilerError("it needs a C++ compiler, and none is found: install one, or name it in CXX")
+    command = compiler.require()
     numbers = ",".join(map(str, code))
     text = f"extern const unsigned char rnn_code[];\nconst unsigned char rnn_code[] = {{{numbers}}};\n"
     text = f'extern "C" {{\n{text}extern const unsigned long long rnn_size;\n'

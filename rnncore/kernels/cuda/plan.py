@@ -67,7 +67,7 @@ class Shape:
       size, heads, sequences: units of a head, heads, B.
       lengths, resets, mask: whether there are lengths, resets, a recurrent mask.
       keeps, states: whether residuals, and the carries and gates of all steps, are given out.
-      stay: for each field of the carry 0 to 3: no zoneout, by booleans, by shares, by one share; empty for none at all.
+      zoneout: for each field of the carry 0 to 3: none, by booleans, by shares, by one share; empty for none at all.
     """
 
     direction: str
@@ -85,7 +85,7 @@ class Shape:
     mask: bool = False
     keeps: bool = False
     states: bool = False
-    stay: tuple[int, ...] = ()
+    zoneout: tuple[int, ...] = ()
 
     @property
     def chunk(self) -> int:

@@ -21,7 +21,6 @@ LSTM(768), T = 1024, B = 16, float16.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from rnncore.kernels.cudnn import algorithm, library, weights
 from rnncore.kernels.cudnn.calls import Calls, Inputs, Outputs
 from rnncore.recurrence import plain
 from rnncore.recurrence.backend import LoopBackend, without
+from rnncore.recurrence.layers import run_layers
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
 
 
@@ -70,7 +70,7 @@ class CuDNN(LoopBackend):
             "its call runs all steps and shows the outputs and the last carry only",
         )
 
-    def unchosen(self, request: Request) -> str | None:
+    def why_not_by_default(self, request: Request) -> str | None:
         if request.devices > 1:
             return "only where it is named: data that is sharded over devices would be gathered to each of them"
         if request.lengths:
@@ -99,7 +99,7 @@ class CuDNN(LoopBackend):
     ) -> tuple[Result, PyTree]:
         run = _Run(request, differentiable, constants)
         outputs = run.calls.forward(run.inputs, True)
-        return run.result(outputs), run.kept(outputs)
+        return run.result(outputs), run.residuals(outputs)
 
     def backward(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
@@ -109,20 +109,12 @@ class CuDNN(LoopBackend):
         return run.cotangents(result, residuals, dense(cotangents, result), any(jax.tree.leaves(wanted.params)))
 
     def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        layers, starts = _layers(differentiable)
-        xs, lengths, ends = differentiable.xs, constants.lengths, []
-        for row, carries in zip(layers, starts, strict=True):
-            one = dataclasses.replace(request, input_size=xs.shape[-1])
-            found = []
-            for way, (own, start) in enumerate(zip(row, carries, strict=True)):
-                given = _lengths.reverse_time(xs, lengths) if way else xs
-                carry, ys, *_ = plain.run(one, Differentiable(own, given, start, None), constants)
-                found.append((carry, _lengths.reverse_time(ys, lengths) if way else ys))
-            ends.append(tuple(carry for carry, _ in found))
-            xs = jnp.concatenate([ys for _, ys in found], -1)
-        if lengths is not None:
-            xs = jnp.where(_lengths.valid_mask(lengths, request.steps)[..., None], xs, 0)
-        return Result(_like(differentiable, tuple(ends)), xs, None, None)
+        params, starts = _layers(differentiable)
+        by_layer = differentiable._replace(params=params, initial_carry=starts)
+        carries, ys, *_ = run_layers(plain.run, request, by_layer, constants)
+        if constants.lengths is not None:
+            ys = jnp.where(_lengths.valid_mask(constants.lengths, request.steps)[..., None], ys, 0)
+        return Result(_like(differentiable, carries), ys, None, None)
 
     def plain_tangent(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result,
@@ -160,7 +152,7 @@ def _like(differentiable: Differentiable, by_layer: Any) -> Any:
     return by_layer[0][0] if isinstance(differentiable.params, CellParams) else by_layer
 
 
-class _Kept(NamedTuple):
+class _Residuals(NamedTuple):
     """What a backward call needs of a forward one, in shapes that let vmap put sequences into the batch.
 
     The reserve is of a whole batch: parted, repeated, or put in another order it is worth nothing.  The other fields
@@ -228,22 +220,21 @@ class _Run:
         y = y.reshape(self.request.steps, *self.request.batch_shape, -1)
         return Result(self.carries(h, c), y, None, None)
 
-    def kept(self, outputs: Outputs) -> _Kept:
+    def residuals(self, outputs: Outputs) -> _Residuals:
         """What the backward call needs."""
         batch = (1, *self.request.batch_shape)
         y = None if self.lengths is None else outputs.y.reshape(self.request.steps, *batch[1:], -1)
         place = jnp.arange(self.rows, dtype=jnp.int32).reshape(batch)
-        return _Kept(outputs.reserve.reshape(*batch, -1), place, jnp.zeros((*batch, 0, self.rows), jnp.uint8), y)
+        return _Residuals(outputs.reserve.reshape(*batch, -1), place, jnp.zeros((*batch, 0, self.rows), jnp.uint8), y)
 
-    def cotangents(self, result: Result, residuals: PyTree, cotangents: Result, params: bool) -> Differentiable:
+    def cotangents(self, result: Result, residuals: _Residuals, cotangents: Result, params: bool) -> Differentiable:
         """Those of what is differentiable, from those of the result; None for the parameters unless they are wanted."""
-        kept: _Kept = residuals
         shape = self.inputs.x.shape[:2]
         dy = cotangents.outputs.reshape(*shape, -1)
-        if kept.whole.shape[-1] == self.rows:
-            reserve = kept.reserve.reshape(-1)
-            y = (result.outputs if kept.y is None else kept.y).reshape(*shape, -1)
-            in_order = jnp.all(kept.place.reshape(-1) == jnp.arange(self.rows))
+        if residuals.whole.shape[-1] == self.rows:
+            reserve = residuals.reserve.reshape(-1)
+            y = (result.outputs if residuals.y is None else residuals.y).reshape(*shape, -1)
+            in_order = jnp.all(residuals.place.reshape(-1) == jnp.arange(self.rows))
             dy = jnp.where(in_order, dy, jnp.nan)  # nobody gets gradients of another order
         else:  # under vmap of a run that was not, or the other way round
             y, _, _, reserve = self.calls.forward(self.inputs, True)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnncore import _compat
 from rnncore._types import Array
+from rnncore.kernels import ffi
 from rnncore.kernels.cudnn import algorithm
 from rnncore.kernels.cudnn.library import Kind, library
 from rnncore.recurrence.batching import over_batch
@@ -119,8 +118,5 @@ class Calls:
     ) -> tuple[Array, ...]:  # fmt: skip
         if CAPTURABLE and not Inputs(*arrays[:5]).lengths.size:
             handler = f"{handler}_capturable"
-        shapes = [jax.ShapeDtypeStruct(*result) for result in results]
-        call = jax.ffi.ffi_call(library().targets[handler], shapes, input_output_aliases=aliases)
-        axes = frozenset().union(*map(_compat.varying_axes, arrays))
         numbers = {name: np.int64(getattr(kind, name)) for name in ("mode", "algorithm", "math")}
-        return tuple(call(*(_compat.vary_over(a, axes) for a in arrays), **numbers))
+        return ffi.call(library().targets[handler], results, arrays, aliases, **numbers)

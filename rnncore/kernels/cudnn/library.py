@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 
 from rnncore import _compat
-from rnncore.kernels.cpp import compiler
+from rnncore.kernels import compiler, ffi
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("api.h", "plan.h", "handlers.cc"))
 HANDLERS = ("forward", "backward", "forward_capturable", "backward_capturable")
@@ -59,7 +59,7 @@ class Library:
 
     def __init__(self, path: str, on_host: bool = False):
         self.path = path
-        self._handlers, key = compiler.plain_library(source(on_host), "the calls of cuDNN")
+        self._handlers, key = compiler.library(source(on_host), "the calls of cuDNN")
         version = ctypes.c_int64()
         gpus = [0] if on_host else [device.local_hardware_id for device in jax.local_devices()]
         self._gpu = ctypes.c_int64(gpus[0])
@@ -67,11 +67,11 @@ class Library:
         self._ask("load", path.encode(), numbers, ctypes.c_int64(len(gpus)), ctypes.byref(version))
         self.version = version.value
         self._sizes: dict[Kind, Sizes] = {}
-        self.targets = {}
-        for handler in HANDLERS:
-            self.targets[handler] = f"rnncore_cudnn_{handler}_{key}"
-            function = jax.ffi.pycapsule(getattr(self._handlers, f"rnn_{handler}"))
-            jax.ffi.register_ffi_target(self.targets[handler], function, platform="cpu" if on_host else "CUDA")
+        platform = "cpu" if on_host else "CUDA"
+        self.targets = {
+            handler: ffi.register(f"rnncore_cudnn_{handler}_{key}", self._handlers, f"rnn_{handler}", platform)
+            for handler in HANDLERS
+        }
 
     def sizes(self, kind: Kind) -> Sizes:
         """What a run needs; the order of the weights is checked the first time."""

@@ -1,7 +1,6 @@
 """Backend "mosaic_gpu": a whole run in one kernel, made from any pointwise cell by Pallas's Mosaic GPU.
 
-U stays in the shared memory of one thread block (heads up to 128 units for an LSTM), or of several that
-exchange h after every step: up to 16 as a cluster, more, H = 1024 for an LSTM, as a grid; see `plan.py` for
+U of a head stays in the shared memory of one thread block (heads up to 128 units for an LSTM); see `plan.py` for
 the layout and the bytes.  Carries are float32 in registers; h is rounded to the dtype where it enters the
 product and where it is given out; functions are the GPU's approximate instructions (tanh has an error below
 2^-10.9).  A step's inputs are loaded a few steps ahead.  Reverse mode keeps the carries of every step,
@@ -13,14 +12,10 @@ units.  Dtypes: bfloat16 or float16, of parameters, inputs and carries alike.  L
 of batch axes: yes; masks, zoneout, states, chunks: no.  Differentiation: reverse mode of first order; vmap over
 sequences, not over parameters; shard_map over the batch.  The same call gives the same bits: no atomic sums.
 
-Blocks of a grid wait for each other, so all of them have to run at once: another kernel that fills the GPU
-at the same time can make both wait for ever.  XLA runs the kernels of a device one after the other, in CUDA graphs
-too, unless told otherwise in XLA_FLAGS; then a grid is refused.  Another library on the same GPU is not seen.
-
-Run on an H200 with JAX 0.11.2: right in every kind of layout, and the same bits again.  Without a GPU one block and
-clusters are tested in JAX's interpreter, with its detection of races, and every kind is lowered for CUDA and compiled
-by ptxas.  Beside `cuda` on that GPU: 1.75 times as fast forward and 1.24 times in training with heads of 64 units, half
-as fast or less with heads of 128 and 256 (docs/kernels.md).
+Run on an H200 with JAX 0.11.2: right, and the same bits again.  Without a GPU it is tested in JAX's interpreter, with
+its detection of races, lowered for CUDA and compiled by ptxas.  Beside `cuda` on that GPU: 1.75 times as fast forward
+and 1.24 times in training with heads of 64 units, half as fast with heads of 128 (docs/kernels.md).  Layouts of several
+blocks to a head stood here too, and `cuda` was faster than each of them.
 """
 
 from __future__ import annotations
@@ -31,7 +26,7 @@ from pathlib import Path
 from rnncore import _compat
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
-from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of, too_few_processors
+from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
 from rnncore.recurrence.run import Request
 
 DTYPES = ("bfloat16", "float16")
@@ -39,7 +34,7 @@ KNOWN = frozenset(
     "abs add and bitcast_convert_type broadcast_in_dim clamp convert_element_type cos div eq exp2 ge gt le log "
     "lt max min mul ne neg or round rsqrt select_n sign sin sub tanh xor".split()
 )
-"""Elementwise operations that Mosaic GPU lowers in every supported JAX; `rewritten.py` says some more by these."""
+"""Elementwise operations that Mosaic GPU lowers in every supported JAX; `op_lowerings.py` says some more by these."""
 LIBDEVICE = "nvvm/libdevice/libdevice.10.bc"
 """In the folder of the CUDA toolkit: functions that the kernels are linked with."""
 
@@ -69,7 +64,7 @@ class MosaicGPU(host.KernelBackend):
         plan = plan_for(request)
         if isinstance(plan, str):
             return plan
-        return too_few_processors(plan) or side_by_side(plan) or kernel_body.of(cell, plan.tile).why_not(KNOWN)
+        return kernel_body.of(cell, plan.tile).why_not(KNOWN)
 
     def kernels(self) -> host.Kernels:
         from rnncore.kernels.mosaic_gpu import kernels
@@ -97,17 +92,6 @@ def missing_toolkit(folder: str | None, usual: Path = Path("/usr/local/cuda")) -
     return (
         f"JAX takes the word 'None' for the folder of the CUDA toolkit, so that {LIBDEVICE} is not found; set the "
         "environment variable CUDA_ROOT to the toolkit's folder before JAX is imported"
-    )
-
-
-def side_by_side(plan: Plan) -> str | None:
-    """Reason why a grid may not run under the options of XLA that hold here, or None."""
-    option = _compat.kernels_side_by_side() if plan.sync == "grid" else None
-    if option is None:
-        return None
-    return (
-        f"the blocks of its grid wait for each other, and with the XLA option {option} another such kernel may hold "
-        "the processors that they need, so that both wait for ever; leave that option out"
     )
 
 

@@ -13,12 +13,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rnncore import _pallas
 from rnncore._types import Array
 from rnncore.kernels.kernel_body import Body
 from rnncore.kernels.mosaic_gpu.launch import Scratch, allocate, call
-from rnncore.kernels.mosaic_gpu.plan import Plan
-from rnncore.kernels.mosaic_gpu.tiles import Exchange, Layout, Ring, Tiles, marked, multiply
+from rnncore.kernels.mosaic_gpu.plan import SLOTS, Plan
+from rnncore.kernels.mosaic_gpu.tiles import Ring, Tiles, marked, multiply
 
 
 class Arrays(NamedTuple):
@@ -28,7 +27,7 @@ class Arrays(NamedTuple):
       residuals: each (T, B, H).
       dhs: (T, B, H).
       dlast: (B, H) per field of the carry.
-      kernel: (N, blocks, W, G * units, d): U[d_in, g, d_out], for each gate the rows d_in of a warpgroup's units.
+      kernel: (N, W, G * units, d): U[d_in, g, d_out], for each gate the rows d_in of a warpgroup's units.
       units: (B, H) per parameter.
       flags: (T, B, units), see `tiles.flags`; None for none.
     """
@@ -42,12 +41,12 @@ class Arrays(NamedTuple):
 
 
 class Results(NamedTuple):
-    """What it writes: see `fused.Cotangents`; all of the one dtype."""
+    """What it writes: see `host.Cotangents`; all of the one dtype."""
 
     z: Any
     rest: Any
     start: tuple
-    target: tuple
+    reset_carry: tuple
     units: tuple
 
 
@@ -60,13 +59,13 @@ def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, int
         z=types((steps, rows, plan.gates * hidden)),
         rest=types((steps, rows, count * hidden)) if count else None,
         start=(state,) * fields,
-        target=(state,) * fields * resets,
+        reset_carry=(state,) * fields * resets,
         units=(state,) * len(arrays.units),
     )
     inputs = len(arrays.residuals) + 1 + (arrays.flags is not None)
     memory = allocate(
-        plan, dtype, plan.stages[1], inputs, max(plan.gates + count, fields),
-        h=(plan.slots, plan.gates if plan.blocks == 1 else 1), sums=plan.gates_together,
+        plan, dtype, plan.stages[1], inputs, max(count, fields),
+        h=(SLOTS, plan.gates),
     )  # fmt: skip
     return call(plan, _kernel(plan, body, dtype, steps, lengths, resets), arrays, out, memory, interpret)
 
@@ -76,9 +75,8 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
 
     def kernel(arrays: Arrays, results: Results, scratch: Scratch) -> None:
         tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded, scratch.met)
-        mine, arrived = scratch.kernel.at[tiles.thread], scratch.arrived.at[0]
-        loaded = scratch.loaded.at[tiles.thread]
-        plgpu.copy_gmem_to_smem(arrays.kernel.at[tiles.head, tiles.block, tiles.thread], mine, loaded)
+        mine, loaded = scratch.kernel.at[tiles.thread], scratch.loaded.at[tiles.thread]
+        plgpu.copy_gmem_to_smem(arrays.kernel.at[tiles.head, tiles.thread], mine, loaded)
         plgpu.barrier_wait(loaded)
         units = tuple(tiles.fetch(a) for a in arrays.units)
         dlast = tuple(tiles.fetch(a) for a in arrays.dlast)
@@ -86,11 +84,10 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
         sources += [(arrays.flags, None)] if arrays.flags is not None else []
         ring = Ring(tiles, scratch.inputs, scratch.input_barriers, sources, lambda n: steps - 1 - n, steps)
         ring.start()
-        exchange = Exchange(tiles, scratch.cluster) if plan.sync else None
         count = len(arrays.residuals)
 
         def step(n: Array, state: Any) -> Any:
-            ds, dtarget, dunits = state
+            ds, dreset_carry, dunits = state
             t = steps - 1 - n
             given = ring.take(n)
             reset, ends = marked(given[-1] if arrays.flags is not None else None)
@@ -102,53 +99,36 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
             dh = across(n, t, dzs, drest)
             ds = tuple(a + dh if n == body.hidden else a for n, a in enumerate(ds))
             if resets:
-                dtarget = tuple(a + jnp.where(reset, b, 0.0) for a, b in zip(dtarget, ds, strict=True))
+                dreset_carry = tuple(a + jnp.where(reset, b, 0.0) for a, b in zip(dreset_carry, ds, strict=True))
                 ds = tuple(jnp.where(reset, 0.0, a) for a in ds)
-            return ds, dtarget, dunits
+            return ds, dreset_carry, dunits
 
         def across(n: Array, t: Array, dzs: Any, drest: Any) -> Array:
             """Gives this warpgroup's cotangents to the others and to the results; dr U^T."""
-            now = lax.rem(n, plan.slots)
+            now = lax.rem(n, SLOTS)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             # What the others wait for first: the cotangents of the recurrent products.
             outgoing = []  # (where it is staged, result, gate of it)
             for gate, dz in enumerate(dzs):
-                own = tiles.staged(gate) if exchange else scratch.h.at[now, gate, :, tiles.inside]
+                own = scratch.h.at[now, gate, :, tiles.inside]
                 tiles.write(own, drest[apart[gate]] if gate in apart else dz)
                 outgoing.append((own, *((results.rest, apart[gate]) if gate in apart else (results.z, gate))))
             plgpu.commit_smem()
             give(t, outgoing)
-            if exchange is None:
-                tiles.meet()
-            else:
-                plgpu.wait_smem_to_gmem(0)
-                exchange.arrive()
+            tiles.meet()
             ring.refill(n)
             if apart:
-                staged = [(tiles.staged(plan.gates + own), results.z, gate) for gate, own in apart.items()]
+                staged = [(tiles.staged(own), results.z, gate) for gate, own in apart.items()]
                 for here, _, gate in staged:
                     tiles.write(here, dzs[gate])
                 plgpu.commit_smem()
                 give(t, staged)
-            if exchange is not None:
-                exchange.wait(n)
-
-            if plan.gates_together:
-                return together(t)
 
             def product(total: Any) -> Array:
                 for gate in range(plan.gates):
-                    if exchange is None:
-                        dr = scratch.h.at[now, gate]
-                    else:
-                        dr = scratch.h.at[0, 0]
-                        plgpu.copy_gmem_to_smem(of_all(t, gate), tiles.filled(dr), arrived)
-                        plgpu.barrier_wait(arrived)
+                    dr = scratch.h.at[now, gate]
                     weights = mine.at[pl.ds(gate * plan.units, plan.units), :]
                     multiply(total, *((weights, dr) if plan.rows == "units" else (dr, weights)), plan.size)
-                    if exchange is not None:
-                        # The next gate comes in the same place; Pallas has all threads meet before it loads.
-                        plgpu.wgmma_wait(0)
                 return total[...]
 
             return pl.run_scoped(product, plgpu.ACC(plan.tile, jnp.float32))
@@ -158,43 +138,16 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
             for here, target, gate in outgoing:
                 plgpu.copy_smem_to_gmem(tiles.filled(here), target.at[t, tiles.sequences, tiles.units(gate)])
 
-        def of_all(t: Array, gate: int) -> Any:
-            """The cotangents of a gate's recurrent product that all blocks of the head have given."""
-            stack, part = (results.rest, apart[gate]) if gate in apart else (results.z, gate)
-            return stack.at[t, tiles.sequences, tiles.head_units(part)]
-
-        def together(t: Array) -> Array:
-            """dr U^T with the rows of all gates below each other, in one load and one product.
-
-            Row b of gate g stands in row g * batch + b, and of its products with the weights of all gates those
-            with its own count: in shared memory they are summed over the gates.
-            """
-            dr, batch, units = scratch.h.at[0, 0], plan.batch, plan.units
-            for gate in range(plan.gates):
-                plgpu.copy_gmem_to_smem(of_all(t, gate), dr.at[pl.ds(gate * batch, batch), :], arrived)
-            plgpu.barrier_wait(arrived)
-
-            def product(total: Any) -> Array:
-                multiply(total, dr, mine, plan.size)
-                return total[...]
-
-            every = pl.run_scoped(product, plgpu.ACC((64, plan.gates * units), jnp.float32))
-            for gate in range(plan.gates):
-                scratch.sums[pl.ds(gate * 64, 64), :] = tiles.part(every, gate)
-            plgpu.commit_smem()
-            rows = (scratch.sums.at[pl.ds(gate * (64 + batch), 64), :] for gate in range(plan.gates))
-            return sum((_pallas.load(ref, Layout.WGMMA) for ref in rows), start=tiles.zeros())
-
         def zeros(number: int) -> tuple:
             return tuple(tiles.zeros() for _ in range(number))
 
         start = zeros(len(dlast)) if lengths else dlast
-        ds, dtarget, dunits = lax.fori_loop(
+        ds, dreset_carry, dunits = lax.fori_loop(
             0, steps, step, (start, zeros(len(dlast) * resets), zeros(len(arrays.units)))
         )
         tiles.store(ds, results.start)
         if resets:
-            tiles.store(dtarget, results.target)
+            tiles.store(dreset_carry, results.reset_carry)
         for tile, target in zip(dunits, results.units, strict=True):
             tiles.store([tile], [target])
 

@@ -1,8 +1,7 @@
 """The forward kernel: U stays in shared memory, and the loop over time runs inside.
 
 A step multiplies U with the h that all warpgroups of the block see, adds what was projected (loaded some
-steps ahead), evaluates the cell in registers, in float32, and gives the rounded h to the others: through
-shared memory within a block, through the output in global memory and the L2 cache between blocks.
+steps ahead), evaluates the cell in registers, in float32, and gives the rounded h to the others through shared memory.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rnncore._types import Array
 from rnncore.kernels.kernel_body import Body
 from rnncore.kernels.mosaic_gpu.launch import Scratch, allocate, call
-from rnncore.kernels.mosaic_gpu.plan import Plan
-from rnncore.kernels.mosaic_gpu.tiles import Exchange, Ring, Tiles, marked, multiply
+from rnncore.kernels.mosaic_gpu.plan import SLOTS, Plan
+from rnncore.kernels.mosaic_gpu.tiles import Ring, Tiles, marked, multiply
 
 
 class Arrays(NamedTuple):
@@ -26,9 +25,9 @@ class Arrays(NamedTuple):
 
     Fields:
       z: (T, B, G*H).
-      kernel: (N, blocks, W, G * units, d), a row for each pre-activation.
-      start, target: (B, H) per field of the carry; `target` empty without resets.
-      target_r: (B, G*H), the recurrent product of the reset's h; None without resets.
+      kernel: (N, W, G * units, d), a row for each pre-activation.
+      start, reset_carry: (B, H) per field of the carry; `reset_carry` empty without resets.
+      reset_r: (B, G*H), the recurrent product of the reset's h; None without resets.
       units, rest_bias: (B, H) per parameter.
       flags: (T, B, units), see `tiles.flags`; None for none.
     """
@@ -36,8 +35,8 @@ class Arrays(NamedTuple):
     z: Any
     kernel: Any
     start: tuple
-    target: tuple
-    target_r: Any
+    reset_carry: tuple
+    reset_r: Any
     units: tuple
     rest_bias: tuple
     flags: Any
@@ -61,7 +60,7 @@ def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, inter
     out = Results(line, (line,) * (fields - 1) * keep, (state,) * fields)
     memory = allocate(
         plan, dtype, plan.stages[0], plan.gates + (arrays.flags is not None), fields,
-        h=(plan.slots,), target_r=arrays.target_r is not None,
+        h=(SLOTS,), reset_r=arrays.reset_r is not None,
     )  # fmt: skip
     return call(plan, _kernel(plan, body, dtype, steps, keep, lengths), arrays, out, memory, interpret)
 
@@ -70,39 +69,32 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
     def kernel(arrays: Arrays, results: Results, scratch: Scratch) -> None:
         tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded, scratch.met)
         mine = scratch.kernel.at[tiles.thread]
-        loaded, arrived = scratch.loaded.at[tiles.thread], scratch.arrived.at[0]
-        plgpu.copy_gmem_to_smem(arrays.kernel.at[tiles.head, tiles.block, tiles.thread], mine, loaded)
+        loaded = scratch.loaded.at[tiles.thread]
+        plgpu.copy_gmem_to_smem(arrays.kernel.at[tiles.head, tiles.thread], mine, loaded)
         plgpu.barrier_wait(loaded)
-        if arrays.target_r is not None:
+        if arrays.reset_r is not None:
             for gate in range(plan.gates):
-                here = scratch.target_r.at[tiles.thread, gate]
+                here = scratch.reset_r.at[tiles.thread, gate]
                 plgpu.copy_gmem_to_smem(
-                    arrays.target_r.at[tiles.sequences, tiles.units(gate)], tiles.filled(here), loaded
+                    arrays.reset_r.at[tiles.sequences, tiles.units(gate)], tiles.filled(here), loaded
                 )  # fmt: skip
                 plgpu.barrier_wait(loaded)
-        start, target, units, bias = (
+        start, reset_carry, units, bias = (
             tuple(tiles.fetch(a) for a in group)
-            for group in (arrays.start, arrays.target, arrays.units, arrays.rest_bias)
+            for group in (arrays.start, arrays.reset_carry, arrays.units, arrays.rest_bias)
         )
         bias_of = dict(zip(body.rest, bias, strict=True))
         sources: list[tuple[Any, int | None]] = [(arrays.z, gate) for gate in range(plan.gates)]
         sources += [(arrays.flags, None)] if arrays.flags is not None else []
         ring = Ring(tiles, scratch.inputs, scratch.input_barriers, sources, lambda n: n, steps)
         ring.start()
-        exchange = Exchange(tiles, scratch.cluster) if plan.sync else None
-        if exchange is None:
-            tiles.write(scratch.h.at[0, :, tiles.inside], start[body.hidden])
-            plgpu.commit_smem()
-            tiles.meet()
-        else:
-            whole = arrays.start[body.hidden].at[tiles.sequences, tiles.head_units()]
-            plgpu.copy_gmem_to_smem(whole, tiles.filled(scratch.h.at[0]), arrived)
+        tiles.write(scratch.h.at[0, :, tiles.inside], start[body.hidden])
+        plgpu.commit_smem()
+        tiles.meet()
 
         def step(t: Array, state: Any) -> Any:
             carry, last = state
-            now = lax.rem(t, plan.slots)
-            if exchange is not None:
-                plgpu.barrier_wait(arrived)
+            now = lax.rem(t, SLOTS)
 
             def product(total: Any) -> tuple[list[Array], Array]:
                 h = scratch.h.at[now]
@@ -113,10 +105,10 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
             given, r = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
             rs = [tiles.part(r, gate) for gate in range(plan.gates)]
             resets, ends = marked(given[-1] if arrays.flags is not None else None)
-            if arrays.target_r is not None:
+            if arrays.reset_r is not None:
                 # U h is linear, so that a reset may select after the product.
-                rs = [jnp.where(resets, tiles.read(scratch.target_r.at[tiles.thread, g]), a) for g, a in enumerate(rs)]
-                carry = tuple(jnp.where(resets, a, b) for a, b in zip(target, carry, strict=True))
+                rs = [jnp.where(resets, tiles.read(scratch.reset_r.at[tiles.thread, g]), a) for g, a in enumerate(rs)]
+                carry = tuple(jnp.where(resets, a, b) for a, b in zip(reset_carry, carry, strict=True))
             rs = [a + bias_of[gate] if gate in bias_of else a for gate, a in enumerate(rs)]
             carry = body.forward(units, tuple(given[: plan.gates]), tuple(rs), carry)
             if lengths:
@@ -126,19 +118,12 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
 
         def publish(t: Array, carry: Any) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if exchange is None:
-                here = scratch.h.at[lax.rem(t + 1, plan.slots), :, tiles.inside]
-            else:
-                here = tiles.staged(0)
+            here = scratch.h.at[lax.rem(t + 1, SLOTS), :, tiles.inside]
             tiles.write(here, carry[body.hidden])
             plgpu.commit_smem()
             # h first: the others wait for it, and for nothing else that is done here.
             plgpu.copy_smem_to_gmem(tiles.filled(here), results.hs.at[t, tiles.sequences, tiles.units()])
-            if exchange is None:
-                tiles.meet()
-            else:
-                plgpu.wait_smem_to_gmem(0)
-                exchange.arrive()
+            tiles.meet()
             ring.refill(t)
             others = [a for n, a in enumerate(carry) if n != body.hidden] if keep else []
             for n, a in enumerate(others):
@@ -149,14 +134,6 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
                 plgpu.copy_smem_to_gmem(
                     tiles.filled(tiles.staged(n + 1)), stack.at[t, tiles.sequences, tiles.units()]
                 )  # fmt: skip
-            if exchange is None:
-                return
-            exchange.wait(t)
-
-            @pl.when(t + 1 < steps)
-            def _() -> None:
-                whole = results.hs.at[t, tiles.sequences, tiles.head_units()]
-                plgpu.copy_gmem_to_smem(whole, tiles.filled(scratch.h.at[0]), arrived)
 
         carry, last = lax.fori_loop(0, steps, step, (start, start if lengths else ()))
         tiles.store(last if lengths else carry, results.last)

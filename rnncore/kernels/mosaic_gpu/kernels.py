@@ -12,7 +12,7 @@ from rnncore._types import Array
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.mosaic_gpu import backward, forward
-from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of, too_few_processors
+from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
 from rnncore.kernels.mosaic_gpu.tiles import flags
 
 
@@ -23,30 +23,27 @@ def kernels(interpret: bool = False) -> host.Kernels:
 
 def _planned(cell: PointwiseCell, loop: host.Loop, rows: int) -> Plan:
     plan = plan_of(cell, rows, not (loop.lengths is None and loop.resets is None), loop.resets is not None)
-    why = plan if isinstance(plan, str) else too_few_processors(plan)
-    if why is not None:  # `unsupported` asks for the batch outside of vmap
-        raise NotImplementedError(f"`unroll(backend='mosaic_gpu')`: {why}. Use backend='scan'.")
-    assert isinstance(plan, Plan)
+    assert isinstance(plan, Plan), "a layout fits or not whatever the number of sequences"
     return plan
 
 
-def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, keep: str | None) -> host.Kept:
+def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, keep: str | None) -> host.Outputs:
     steps, rows, _ = z.shape
     plan = _planned(cell, loop, rows)
     part, dtype = kernel_body.of(cell, plan.tile), z.dtype
     whole = plan.tiles * plan.batch
     over = functools.partial(_padded, rows=whole, dtype=dtype)
     bias = () if loop.rest_bias is None else tuple(loop.rest_bias)
-    target_r = None
+    reset_r = None
     if loop.resets is not None:
-        assert loop.target is not None
-        target_r = over(host.mix(cell, loop.kernel, loop.target[part.hidden].astype(dtype)[None])[0])
+        assert loop.reset_carry is not None
+        reset_r = over(host.recurrent_matmul(cell, loop.kernel, loop.reset_carry[part.hidden].astype(dtype)[None])[0])
     arrays = forward.Arrays(
         z=over(z),
         kernel=_split_rows(plan, loop.kernel.transpose(0, 2, 3, 1)).astype(dtype),
         start=tuple(map(over, loop.start)),
-        target=() if loop.resets is None else tuple(map(over, loop.target)),  # type: ignore[arg-type]
-        target_r=target_r,
+        reset_carry=() if loop.resets is None else tuple(map(over, loop.reset_carry)),  # type: ignore[arg-type]
+        reset_r=reset_r,
         units=tuple(_rows(a, whole, dtype) for a in loop.units),
         rest_bias=tuple(_rows(a, whole, dtype) for a in bias),
         flags=_flags(loop, steps, plan, whole, dtype),
@@ -59,7 +56,7 @@ def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, ke
         never = (loop.lengths == 0)[:, None]
         last = tuple(jnp.where(never, b.astype(a.dtype), a) for a, b in zip(last, loop.start, strict=True))
     others = tuple(a[:, :rows].astype(keep) for a in found.others)
-    return host.Kept(found.hs[:, :rows], others, last)
+    return host.Outputs(found.hs[:, :rows], others, last)
 
 
 def _backward(
@@ -81,11 +78,11 @@ def _backward(
     found = backward.run(
         plan, part, arrays, loop.lengths is not None, loop.resets is not None, interpret, _types(dhs)
     )  # fmt: skip
-    start, target, units = (
-        tuple(a[:rows].astype(jnp.float32) for a in group) for group in (found.start, found.target, found.units)
+    start, reset_carry, units = (
+        tuple(a[:rows].astype(jnp.float32) for a in group) for group in (found.start, found.reset_carry, found.units)
     )
     rest = None if found.rest is None else found.rest[:, :rows]
-    return host.Cotangents(found.z[:, :rows], rest, start, target if loop.resets is not None else None, units)
+    return host.Cotangents(found.z[:, :rows], rest, start, reset_carry if loop.resets is not None else None, units)
 
 
 def _padded(a: Array, rows: int, dtype: Any) -> Array:
@@ -103,15 +100,15 @@ def _flags(loop: host.Loop, steps: int, plan: Plan, rows: int, dtype: Any) -> Ar
 
 
 def _split_rows(plan: Plan, kernel: Array) -> Array:
-    """(N, G, d out, d in) to (N, blocks, W, G * units, d in): the rows that each warpgroup multiplies."""
-    parts = kernel.reshape(plan.heads, plan.gates, plan.blocks, plan.groups, plan.units, plan.size)
-    return parts.transpose(0, 2, 3, 1, 4, 5).reshape(plan.heads, plan.blocks, plan.groups, -1, plan.size)
+    """(N, G, d out, d in) to (N, W, G * units, d in): the rows that each warpgroup multiplies."""
+    parts = kernel.reshape(plan.heads, plan.gates, plan.groups, plan.units, plan.size)
+    return parts.swapaxes(1, 2).reshape(plan.heads, plan.groups, -1, plan.size)
 
 
 def _split_inputs(plan: Plan, kernel: Array) -> Array:
-    """(N, d in, G, d out) to (N, blocks, W, G * units, d out): for each gate the rows of a warpgroup's units."""
-    parts = kernel.reshape(plan.heads, plan.blocks, plan.groups, plan.units, plan.gates, plan.size)
-    return parts.transpose(0, 1, 2, 4, 3, 5).reshape(plan.heads, plan.blocks, plan.groups, -1, plan.size)
+    """(N, d in, G, d out) to (N, W, G * units, d out): for each gate the rows of a warpgroup's units."""
+    parts = kernel.reshape(plan.heads, plan.groups, plan.units, plan.gates, plan.size)
+    return parts.swapaxes(2, 3).reshape(plan.heads, plan.groups, -1, plan.size)
 
 
 def _types(like: Array) -> Any:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rnncore import _compat, _pallas
 from rnncore.kernels.mosaic_gpu.plan import Plan
-from rnncore.kernels.mosaic_gpu.tiles import BLOCK, GROUP, THREADS
+from rnncore.kernels.mosaic_gpu.tiles import GROUP, THREADS
 
 
 class Scratch(NamedTuple):
@@ -20,18 +19,14 @@ class Scratch(NamedTuple):
     h: Any
     inputs: Any
     stage: Any
-    target_r: Any
-    sums: Any
+    reset_r: Any
     loaded: Any
-    arrived: Any
     input_barriers: Any
     met: Any
-    cluster: Any
 
 
 def allocate(
-    plan: Plan, dtype: Any, stages: int, inputs: int, staged: int, h: tuple[int, ...], *, target_r: bool = False,
-    sums: bool = False,
+    plan: Plan, dtype: Any, stages: int, inputs: int, staged: int, h: tuple[int, ...], *, reset_r: bool = False
 ) -> Scratch:  # fmt: skip
     """What a block allocates.
 
@@ -39,8 +34,7 @@ def allocate(
       stages, inputs: steps whose inputs are there at once, and tiles of one.
       staged: tiles for outputs.
       h: how many arrays of (sequences, d) the product reads.
-      target_r: whether there is a tile per gate for what resets return to.
-      sums: whether products are summed over the gates, see `Plan.sum_rows`.
+      reset_r: whether there is a tile per gate for what resets return to.
     """
     tile = (plan.lines, plan.units)
     return Scratch(
@@ -48,13 +42,10 @@ def allocate(
         h=_pallas.shared((*h, plan.lines, plan.size), dtype),
         inputs=_pallas.shared((plan.groups, stages, inputs, *tile), dtype),
         stage=_pallas.shared((plan.groups, staged, *tile), dtype),
-        target_r=_pallas.shared((plan.groups, plan.gates, *tile), dtype) if target_r else None,
-        sums=plgpu.SMEM((plan.sum_rows, plan.units), jnp.float32) if sums else None,
+        reset_r=_pallas.shared((plan.groups, plan.gates, *tile), dtype) if reset_r else None,
         loaded=plgpu.Barrier(num_barriers=plan.groups),
-        arrived=plgpu.Barrier(num_arrivals=plan.gates if sums else 1, num_barriers=1),
         input_barriers=plgpu.Barrier(num_arrivals=inputs, num_barriers=plan.groups * stages),
         met=plgpu.Barrier(num_arrivals=plan.groups),
-        cluster=plgpu.ClusterBarrier(collective_axes=(BLOCK,)) if plan.sync == "cluster" else None,
     )
 
 
@@ -68,14 +59,10 @@ def call(plan: Plan, body: Any, arrays: Any, out: Any, scratch: Any, interpret: 
         a, b = len(given), len(given) + len(types)
         body(given_tree.unflatten(refs[:a]), out_tree.unflatten(refs[a:b]), scratch_tree.unflatten(refs[b:]))
 
-    grid: dict[str, Any] = {"grid": (plan.heads * plan.tiles,), "grid_names": (GROUP,)}
-    if plan.sync == "cluster":
-        grid |= {"cluster": (plan.blocks,), "cluster_names": (BLOCK,)}
-    elif plan.sync == "grid":
-        grid = {"grid": (plan.heads * plan.tiles, plan.blocks), "grid_names": (GROUP, BLOCK)}
     # approximate: tanh in one instruction, with an error below that of the 16 bits that h is rounded to.
     kernel = _pallas.gpu_kernel(
-        flat, types, parts, interpret, True, num_threads=plan.groups, thread_name=THREADS, **grid
+        flat, types, parts, interpret, True, grid=(plan.heads * plan.tiles,), grid_names=(GROUP,),
+        num_threads=plan.groups, thread_name=THREADS,
     )  # fmt: skip
     with _compat.in_32_bits():
         return out_tree.unflatten(kernel(*given))

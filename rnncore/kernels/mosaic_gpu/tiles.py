@@ -19,7 +19,7 @@ from rnncore._types import Array
 from rnncore.kernels.mosaic_gpu.plan import Plan
 
 Layout = plgpu.Layout
-THREADS, GROUP, BLOCK = "warpgroup", "group", "block"
+THREADS, GROUP = "warpgroup", "group"
 PIECE = 256
 """Units that a product takes at once."""
 
@@ -40,13 +40,10 @@ class Tiles:
         self.thread = lax.axis_index(THREADS)
         group = lax.axis_index(GROUP)
         self.head, self.batch_tile = lax.div(group, plan.tiles), lax.rem(group, plan.tiles)
-        self.block = lax.axis_index(BLOCK) if plan.blocks > 1 else jnp.int32(0)
-        self.group = group
         self._loaded = loaded.at[self.thread]
         # This warpgroup's units among the block's.
         self.inside = pl.ds(0 if plan.groups == 1 else self.thread * plan.units, plan.units)
-        first = (self.head * plan.blocks + self.block) * plan.groups + self.thread
-        self._first = first * plan.units
+        self._first = (self.head * plan.groups + self.thread) * plan.units
         self.sequences = pl.ds(self.batch_tile * plan.batch, plan.batch)
 
     def units(self, gate: int | None = 0) -> Any:
@@ -55,11 +52,6 @@ class Tiles:
         if gate is None:
             return pl.ds(0, plan.units)
         return pl.ds(gate * plan.heads * plan.size + self._first, plan.units)
-
-    def head_units(self, gate: int = 0) -> Any:
-        """All units of the head, of a gate."""
-        plan = self.plan
-        return pl.ds(gate * plan.heads * plan.size + self.head * plan.size, plan.size)
 
     def filled(self, ref: Any) -> Any:
         """Those lines of a tile in shared memory that hold sequences."""
@@ -189,40 +181,6 @@ class Ring:
             here = tiles.filled(self._refs.at[tiles.thread, slot, k])
             barrier = self._barriers.at[tiles.thread * self.stages + slot]
             plgpu.copy_gmem_to_smem(source.at[t, tiles.sequences, tiles.units(gate)], here, barrier)
-
-
-class Exchange:
-    """How the blocks of a head wait for each other once a step.
-
-    Args:
-      tiles: this warpgroup's.
-      barrier: the cluster's; None where blocks are a grid's.
-    """
-
-    def __init__(self, tiles: Tiles, barrier: Any):
-        self._tiles, self._barrier = tiles, barrier
-        plan = tiles.plan
-        if plan.sync == "grid":
-            # One a group, made anew and zero at every call; it only grows, so that all may wait on it.
-            self._counter = _pallas.counters(plan.heads * plan.tiles).at[tiles.group]
-
-    def arrive(self) -> None:
-        """Says that what this block wrote to global memory, and waited for, can be read."""
-        if self._tiles.plan.sync == "cluster":
-            _pallas.fence("cluster")  # the barrier itself orders shared memory alone
-            plgpu.barrier_arrive(self._barrier)
-        else:
-            _pallas.fence()
-            _pallas.count_up(self._counter)
-
-    def wait(self, n: Array) -> None:
-        """Waits until all have arrived for the n-th time, counted from 0."""
-        if self._tiles.plan.sync == "cluster":
-            plgpu.barrier_wait(self._barrier)
-            _pallas.fence("cluster")
-        else:
-            _pallas.wait_for(self._counter, (n + 1) * self._tiles.plan.blocks)
-            _pallas.fence()
 
 
 def flags(lengths: Array | None, resets: Array | None, steps: int, width: int) -> Array | None:

@@ -30,7 +30,7 @@ ONE_PASS = (None, "default", "DEFAULT", "fastest", "bfloat16", "BF16_BF16_F32")
 """Values of `jax.default_matmul_precision` that round to bfloat16; what asks for more gets float32, not less."""
 
 
-class Given(NamedTuple):
+class Inputs(NamedTuple):
     """What a kernel reads, padded and in the layout of its plan; None where there is no such thing.
 
     Fields:
@@ -38,7 +38,7 @@ class Given(NamedTuple):
       kernel: (blocks, width, G*width), in the backward kernel (blocks, G*width, width).
       bias, units: (1, H) each.
       ends: (B, H) each: the carry before the first step, or the cotangent of the one after the last.
-      target: (B, H) each.
+      reset_carry: (B, H) each.
       lengths: (B, 1) int32.
       resets: (blocks of time, B, 1) int32, a bit for each step of the block.
     """
@@ -48,7 +48,7 @@ class Given(NamedTuple):
     bias: tuple
     units: tuple
     ends: tuple
-    target: tuple
+    reset_carry: tuple
     lengths: Any
     resets: Any
 
@@ -62,7 +62,7 @@ def kernels(interpret: bool = False) -> host.Kernels:
 
 
 def _forward_kernel(
-    cell: PointwiseCell, plan: Plan, total: int, precision: Any, given: Given, hs: Any, others: Any, last: Any,
+    cell: PointwiseCell, plan: Plan, total: int, precision: Any, inputs: Inputs, hs: Any, others: Any, last: Any,
     carry: Any,
 ) -> None:  # fmt: skip
     part, gates, units = kernel_body.of(cell, (plan.rows, plan.units)), len(cell.gates), plan.units
@@ -70,32 +70,32 @@ def _forward_kernel(
 
     @pl.when(block == 0)
     def _() -> None:
-        for ref, end, a in zip(carry, last, given.ends, strict=True):
+        for ref, end, a in zip(carry, last, inputs.ends, strict=True):
             ref[...] = a[...].astype(jnp.float32)
             end[...] = ref[...]  # for sequences of length 0
 
     def step(t: Any, _: None) -> None:
         old = [ref[...] for ref in carry]
-        if given.resets is not None:
-            here = _bit(plan, given.resets, t)
-            old = [jnp.where(here, a[...].astype(jnp.float32), b) for a, b in zip(given.target, old, strict=True)]
-        zs = [given.stacks[0][t, :, g * units : (g + 1) * units].astype(jnp.float32) for g in range(gates)]
-        rs = _mix(plan, gates, old[part.hidden], given.kernel, precision)
-        for g, bias in zip(part.rest, given.bias, strict=True):
+        if inputs.resets is not None:
+            here = _bit(plan, inputs.resets, t)
+            old = [jnp.where(here, a[...].astype(jnp.float32), b) for a, b in zip(inputs.reset_carry, old, strict=True)]
+        zs = [inputs.stacks[0][t, :, g * units : (g + 1) * units].astype(jnp.float32) for g in range(gates)]
+        rs = _recurrent_matmul(plan, gates, old[part.hidden], inputs.kernel, precision)
+        for g, bias in zip(part.rest, inputs.bias, strict=True):
             rs[g] = rs[g] + bias[...]
-        new = part.forward(_spread_rows(plan, given.units), tuple(zs), tuple(rs), tuple(old))
+        new = part.forward(_spread_rows(plan, inputs.units), tuple(zs), tuple(rs), tuple(old))
         for ref, a in zip(carry, new, strict=True):
             ref[...] = a
         hs[t] = new[part.hidden].astype(hs.dtype)
         for ref, a in zip(others, [a for n, a in enumerate(new) if n != part.hidden] if others else [], strict=True):
             ref[t] = a.astype(ref.dtype)
-        if given.lengths is not None:
-            here = _is_last(plan, given.lengths, block, t)
+        if inputs.lengths is not None:
+            here = _is_last(plan, inputs.lengths, block, t)
             for ref, a in zip(last, new, strict=True):
                 ref[...] = jnp.where(here, a, ref[...])
 
     lax.fori_loop(np.int32(0), _run_here(plan, total, block), step, None)
-    if given.lengths is None:
+    if inputs.lengths is None:
 
         @pl.when(block == plan.spans - 1)
         def _() -> None:
@@ -104,30 +104,30 @@ def _forward_kernel(
 
 
 def _backward_kernel(
-    cell: PointwiseCell, plan: Plan, total: int, precision: Any, given: Given, dz: Any, drest: Any, dstart: Any,
-    dtarget: Any, dunits: Any, dcarry: Any,
+    cell: PointwiseCell, plan: Plan, total: int, precision: Any, inputs: Inputs, dz: Any, drest: Any, dstart: Any,
+    dreset_carry: Any, dunits: Any, dcarry: Any,
 ) -> None:  # fmt: skip
     part, units = kernel_body.of(cell, (plan.rows, plan.units)), plan.units
     first, block = pl.program_id(1) == 0, plan.spans - 1 - pl.program_id(1)
     steps = _run_here(plan, total, block)
-    *residuals, dhs = given.stacks
+    *residuals, dhs = inputs.stacks
 
     @pl.when(first)
     def _() -> None:
-        for ref, a in zip(dcarry, given.ends, strict=True):
-            ref[...] = a[...] if given.lengths is None else jnp.zeros_like(a)
-        for ref in (*(dtarget or ()), *dunits):
+        for ref, a in zip(dcarry, inputs.ends, strict=True):
+            ref[...] = a[...] if inputs.lengths is None else jnp.zeros_like(a)
+        for ref in (*(dreset_carry or ()), *dunits):
             ref[...] = jnp.zeros_like(ref)
 
     def step(n: Any, _: None) -> None:
         t = steps - 1 - n
         ds = [ref[...] for ref in dcarry]
-        if given.lengths is not None:
-            here = _is_last(plan, given.lengths, block, t)
-            ds = [a + jnp.where(here, b[...], 0.0) for a, b in zip(ds, given.ends, strict=True)]
+        if inputs.lengths is not None:
+            here = _is_last(plan, inputs.lengths, block, t)
+            ds = [a + jnp.where(here, b[...], 0.0) for a, b in zip(ds, inputs.ends, strict=True)]
         ds[part.hidden] = ds[part.hidden] + dhs[t].astype(jnp.float32)
-        kept = tuple(a[t].astype(jnp.float32) for a in residuals)
-        du, dzs, dapart, dold = part.backward(_spread_rows(plan, given.units), kept, tuple(ds))
+        saved = tuple(a[t].astype(jnp.float32) for a in residuals)
+        du, dzs, dapart, dold = part.backward(_spread_rows(plan, inputs.units), saved, tuple(ds))
         for ref, a in zip(dunits, du, strict=True):
             ref[...] += a
         for out, slab in ((dz, dzs), (drest, dapart)):
@@ -136,10 +136,10 @@ def _backward_kernel(
         apart = iter(dapart)
         drs = [a if alone else next(apart) for a, alone in zip(dzs, part.additive, strict=True)]
         old = list(dold)
-        old[part.hidden] = old[part.hidden] + _mix_transposed(plan, drs, given.kernel, precision, dhs.dtype)
-        if given.resets is not None:
-            here = _bit(plan, given.resets, t)
-            for ref, a in zip(dtarget, old, strict=True):
+        old[part.hidden] = old[part.hidden] + _transposed_matmul(plan, drs, inputs.kernel, precision, dhs.dtype)
+        if inputs.resets is not None:
+            here = _bit(plan, inputs.resets, t)
+            for ref, a in zip(dreset_carry, old, strict=True):
                 ref[...] += jnp.where(here, a, 0.0)
             old = [jnp.where(here, 0.0, a) for a in old]
         for ref, a in zip(dcarry, old, strict=True):
@@ -158,13 +158,13 @@ def _run_here(plan: Plan, total: int, block: Any) -> Any:
     return jnp.minimum(np.int32(plan.steps), np.int32(total) - block * np.int32(plan.steps))
 
 
-def _mix(plan: Plan, gates: int, h: Array, kernel: Any, precision: Any) -> list[Array]:
+def _recurrent_matmul(plan: Plan, gates: int, h: Array, kernel: Any, precision: Any) -> list[Array]:
     """r of every gate: h, rounded to the kernel's dtype, times the kernel."""
     parts = [_dot(_piece(plan, h, n).astype(kernel.dtype), kernel[n], precision) for n in range(plan.blocks)]
     return [_side_by_side([_lanes(a, g, plan.width) for a in parts]) for g in range(gates)]
 
 
-def _mix_transposed(plan: Plan, drs: Sequence[Array], kernel: Any, precision: Any, dtype: Any) -> Array:
+def _transposed_matmul(plan: Plan, drs: Sequence[Array], kernel: Any, precision: Any, dtype: Any) -> Array:
     """dh of dr of every gate, which is rounded likewise."""
     sides = [_side_by_side([_piece(plan, dr, n) for dr in drs]).astype(dtype) for n in range(plan.blocks)]
     return _side_by_side([_dot(side, kernel[n], precision) for n, side in enumerate(sides)])
@@ -208,16 +208,16 @@ def _is_last(plan: Plan, lengths: Any, block: Any, t: Any) -> Array:
 # -------------------------------------------------------------------------------------- the calls
 
 
-def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, keep: str | None) -> host.Kept:
+def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, keep: str | None) -> host.Outputs:
     (steps, rows, _), fields = z.shape, len(cell.Carry._fields)
     plan = plans.forward(cell, steps, rows, z.dtype, keep)
     stack, row = _results(plan, z)
-    given = _given(plan, loop, (_stack(plan, z, cell.hidden_size),), _matrix(plan, loop.kernel), loop.start)
-    results = host.Kept(
+    inputs = _inputs(plan, loop, (_stack(plan, z, cell.hidden_size),), _matrix(plan, loop.kernel), loop.start)
+    results = host.Outputs(
         hs=stack(1, z.dtype), others=() if keep is None else (stack(1, keep),) * (fields - 1), last=(row,) * fields
     )
     kernel = functools.partial(_forward_kernel, cell, plan, steps, _precision(z.dtype))
-    out = _call(kernel, plan, given, results, False, interpret)
+    out = _call(kernel, plan, inputs, results, False, interpret)
     return jax.tree.map(functools.partial(_cut, plan, (steps, rows, cell.hidden_size)), out)
 
 
@@ -233,24 +233,24 @@ def _backward(
     stacks = tuple(_stack(plan, a, hidden) for a in (*residuals, dhs))
     matrix = jnp.swapaxes(_matrix(plan, loop.kernel), 1, 2)
     # What was added, and what a reset returned to, is nothing to the derivative.
-    given = _given(plan, loop._replace(rest_bias=None, target=None), stacks, matrix, dlast)
+    inputs = _inputs(plan, loop._replace(rest_bias=None, reset_carry=None), stacks, matrix, dlast)
     results = host.Cotangents(
         z=stack(len(cell.gates), stored),
         rest=stack(rest, stored) if rest else None,
         start=(row,) * fields,
-        target=None if loop.resets is None else (row,) * fields,
+        reset_carry=None if loop.resets is None else (row,) * fields,
         units=(row,) * len(cell.units),
     )
     kernel = functools.partial(_backward_kernel, cell, plan, steps, _precision(dhs.dtype))
-    out = _call(kernel, plan, given, results, True, interpret)
+    out = _call(kernel, plan, inputs, results, True, interpret)
     return jax.tree.map(functools.partial(_cut, plan, (steps, rows, hidden)), out)
 
 
-def _call(kernel: Any, plan: Plan, given: Given, results: Any, backwards: bool, interpret: bool) -> Any:
+def _call(kernel: Any, plan: Plan, inputs: Inputs, results: Any, backwards: bool, interpret: bool) -> Any:
     def in_time(tile: Any, block: Any) -> tuple[Any, Any, int]:
         return plan.spans - 1 - block if backwards else block, tile, 0
 
-    def moving(a: Any) -> pl.BlockSpec:
+    def blocked(a: Any) -> pl.BlockSpec:
         if a.ndim == 2:
             return pl.BlockSpec((plan.rows, a.shape[1]), lambda tile, block: (tile, 0))
         return pl.BlockSpec((plan.steps, plan.rows, a.shape[2]), in_time)
@@ -259,24 +259,24 @@ def _call(kernel: Any, plan: Plan, given: Given, results: Any, backwards: bool, 
         # Always the same block, so it needs no second buffer to be fetched into.
         return pl.BlockSpec(a.shape, lambda tile, block: (0,) * a.ndim, pipeline_mode=pl.Buffered(1))
 
-    specs = jax.tree.map(moving, given)._replace(
-        **{name: jax.tree.map(fixed, getattr(given, name)) for name in ("kernel", "bias", "units")}
+    specs = jax.tree.map(blocked, inputs)._replace(
+        **{name: jax.tree.map(fixed, getattr(inputs, name)) for name in ("kernel", "bias", "units")}
     )
-    if given.resets is not None:
+    if inputs.resets is not None:
         specs = specs._replace(resets=pl.BlockSpec((1, plan.rows, 1), in_time))
     return pl.pallas_call(
         kernel,
         grid=(plan.tiles, plan.spans),
         in_specs=(specs,),
-        out_specs=jax.tree.map(moving, results),
+        out_specs=jax.tree.map(blocked, results),
         out_shape=results,
-        scratch_shapes=(tuple(pltpu.VMEM((plan.rows, plan.units), jnp.float32) for _ in given.ends),),
+        scratch_shapes=(tuple(pltpu.VMEM((plan.rows, plan.units), jnp.float32) for _ in inputs.ends),),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=plans.VMEM_LIMIT
         ),
         interpret=interpret,
         name="rnncore_backward" if backwards else "rnncore_forward",
-    )(given)
+    )(inputs)
 
 
 def _precision(dtype: Any) -> Any:
@@ -285,7 +285,7 @@ def _precision(dtype: Any) -> Any:
     return lax.Precision.HIGHEST if full else lax.Precision.DEFAULT
 
 
-def _given(plan: Plan, loop: host.Loop, stacks: tuple, matrix: Array, ends: tuple) -> Given:
+def _inputs(plan: Plan, loop: host.Loop, stacks: tuple, matrix: Array, ends: tuple) -> Inputs:
     rows = functools.partial(_rows, plan)
     resets = lengths = None
     if loop.lengths is not None:
@@ -296,8 +296,8 @@ def _given(plan: Plan, loop: host.Loop, stacks: tuple, matrix: Array, ends: tupl
         shifts = jnp.arange(plan.steps, dtype=jnp.int32)[:, None, None]
         resets = jnp.sum(lax.shift_left(marks, jnp.broadcast_to(shifts, marks.shape)), 1, dtype=jnp.int32)
     bias, units = (() if a is None else tuple(_spread(plan, u[None]) for u in a) for a in (loop.rest_bias, loop.units))
-    target = () if loop.target is None else tuple(map(rows, loop.target))
-    return Given(stacks, matrix, bias, units, tuple(map(rows, ends)), target, lengths, resets)
+    reset_carry = () if loop.reset_carry is None else tuple(map(rows, loop.reset_carry))
+    return Inputs(stacks, matrix, bias, units, tuple(map(rows, ends)), reset_carry, lengths, resets)
 
 
 # -------------------------------------------------------------------------------------- the layout

@@ -89,7 +89,7 @@ def forward(cell: PointwiseCell, steps: int, rows: int, dtype: Any, kept: Any | 
     fields, item, other = len(cell.Carry._fields), jnp.dtype(dtype).itemsize, 0 if kept is None else _size(kept)
     load = Load(
         step=item * (len(cell.gates) + 1) + other * (fields - 1),
-        # Two buffers of start, target and last, and the running carry.
+        # Two buffers of start, reset_carry and last, and the running carry.
         row=fields * (2 * (item + item + 4) + 4),
         unit=len(cell.units) + len(cell.gates),
         live=2 * (len(cell.gates) + fields),
@@ -104,7 +104,7 @@ def backward(cell: PointwiseCell, steps: int, rows: int, dtype: Any, stored: Any
     fields, item = len(cell.Carry._fields), jnp.dtype(dtype).itemsize
     load = Load(
         step=item + _size(stored) * (part.width + len(cell.gates) + len(part.rest)),
-        # Two buffers of the cotangents of last, start, target and units, and the running cotangent.
+        # Two buffers of the cotangents of last, start, reset_carry and units, and the running cotangent.
         row=fields * (2 * 3 * 4 + 4) + 2 * 4 * len(cell.units),
         unit=len(cell.units),
         live=2 * (len(cell.gates) + fields) + part.width,
