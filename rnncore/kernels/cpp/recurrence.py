@@ -144,8 +144,9 @@ class _Run:
         request, plan, hidden = self.request, self.plan, self.cell.hidden_size
         kept = residuals[0]
         of_heads = kept.reshape(*kept.shape[:-1], self.heads, -1)[..., : hidden // self.heads]
-        apart = jnp.moveaxis(of_heads.reshape(*kept.shape[:-1], hidden), -2, 0)
-        found = dict(zip(plan.kept, apart, strict=True))
+        rows = of_heads.reshape(*kept.shape[:-1], hidden)
+        # Slices, which XLA takes from what `packed` put together without writing it; it would write it transposed.
+        found = {n: jax.lax.index_in_dim(rows, k, rows.ndim - 2, False) for k, n in enumerate(plan.kept)}
         resets, zoneout = step.per_step(request, constants)
         start, reset_carry = differentiable.initial_carry, differentiable.reset_carry
         hs = jnp.moveaxis(result.outputs, request.time_axis, 0)
