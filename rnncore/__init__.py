@@ -1,8 +1,9 @@
 """rnncore: fast recurrent networks in JAX, with exact analysis of their gradients.
 
 - `unroll(cell, params, xs)` runs a cell over a sequence; `explain_backend` says how, and why.
-- Cells: `LSTM`, `GRU`, `MGU`, `Elman`, `IndRNN`, `Leaky`, `MinLSTM`, `MinGRU`, `RGLRU`, `ResetBeforeGRU`; a cell of
-  your own is a subclass of `PointwiseCell`; one of another library goes through `foreign_cell`.
+- Cells: `LSTM`, `GRU`, `MGU`, `Elman`, `IndRNN`, `Leaky`, `MinLSTM`, `MinGRU`, `RGLRU`, `QRNN`, `SLSTM`, `LSTMP`,
+  `LayerNormLSTM`, `LayerNormGRU`, `ResetBeforeGRU`; one of your own is a subclass of `PointwiseCell`; one of another
+  library goes through `foreign_cell`.
 - Recurrent kernels: `Dense`, `Heads`, `Diagonal`, `LowRank`, `Sparse`, `Dale`, `Unconnected`.
 - Layers: `Stack` and `unroll_stack`; `from_torch`, `from_keras`, `from_haiku`, `from_equinox` and back.
 - `rnncore.linen`, `rnncore.nnx`: drop-in replacements for flax.linen and flax.nnx.
@@ -23,6 +24,7 @@ from rnncore.cells import GRU as GRU
 from rnncore.cells import LSTM as LSTM
 from rnncore.cells import LSTMP as LSTMP
 from rnncore.cells import MGU as MGU
+from rnncore.cells import QRNN as QRNN
 from rnncore.cells import RGLRU as RGLRU
 from rnncore.cells import SLSTM as SLSTM
 from rnncore.cells import Cell as Cell
@@ -41,6 +43,7 @@ from rnncore.cells import MinLSTM as MinLSTM
 from rnncore.cells import PointwiseCell as PointwiseCell
 from rnncore.cells import ResetBeforeGRU as ResetBeforeGRU
 from rnncore.cells import SLSTMCarry as SLSTMCarry
+from rnncore.cells import windows as windows
 from rnncore.cells.recurrent_kernels import Dense as Dense
 from rnncore.cells.recurrent_kernels import Diagonal as Diagonal
 from rnncore.cells.recurrent_kernels import Heads as Heads

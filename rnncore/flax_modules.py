@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rnncore import _arguments, _lengths, sequence
 from rnncore._types import Array, PyTree
-from rnncore.cells import CellParams, PointwiseCell, pointwise
+from rnncore.cells import Cell, PointwiseCell, pointwise
 from rnncore.cells.recurrent_kernels import Dense, Heads, Recurrence
 from rnncore.layers.compose import unroll_stack
 from rnncore.layers.stack import Stack, StackParams
@@ -22,7 +22,7 @@ from rnncore.sequence import choices
 from rnncore.sequence.call import States
 
 
-def to_core(cell: PointwiseCell, carry: Any) -> Any:
+def to_core(cell: Any, carry: Any) -> Any:
     """Flax's carry, (c, h) or h, as the functional cell's named tuple."""
     fields = cell.Carry._fields
     if len(fields) == 1:
@@ -72,14 +72,14 @@ def call_of(rnn: Any, inputs: Any, **arguments: bool | None) -> Call:
             "features."
         )
     axis = 0 if said["time_major"] else inputs.ndim - features - 1
-    return Call(**said, time_axis=axis, step_shape=inputs.shape[:axis] + inputs.shape[axis + 1 :])  # type: ignore[arg-type]
+    return Call(**said, time_axis=axis, step_shape=inputs.shape[:axis] + inputs.shape[axis + 1 :])
 
 
 def check_is_cell(cell: Any, example: str) -> None:
     """ValueError unless an RNN module is given a Flax cell that has been made."""
     if isinstance(cell, type) or not hasattr(type(cell), "initialize_carry"):
         shown = cell.__name__ if isinstance(cell, type) else type(cell).__name__
-        why = "made and not its class" if isinstance(cell, type) else "of Flax or of this module"
+        why = "an instance and not the class" if isinstance(cell, type) else "of Flax or of this module"
         if isinstance(cell, PointwiseCell):
             why += "; `rnncore.unroll` takes this one"
         raise ValueError(f"`RNN(cell=<{shown}>)`: expected a cell, such as {example}, {why}.")
@@ -91,9 +91,8 @@ def check_are_rnns(layer: Any) -> None:
         rnn = getattr(layer, name)
         if isinstance(rnn, type) or hasattr(type(rnn), "initialize_carry") or not callable(rnn):
             shown = rnn.__name__ if isinstance(rnn, type) else type(rnn).__name__
-            raise ValueError(
-                f"`Bidirectional({name}=<{shown}>)`: expected an RNN module, such as RNN(cell), made and not its class."
-            )
+            why = ", an instance and not the class" if isinstance(rnn, type) else ""
+            raise ValueError(f"`Bidirectional({name}=<{shown}>)`: expected an RNN module, such as RNN(cell){why}.")
 
 
 def check_dtypes(layer: Any) -> None:
@@ -111,6 +110,21 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
         return jnp.asarray(a, dtype) if jnp.issubdtype(jnp.result_type(a), jnp.floating) else a
 
     return jax.tree.map(one, tree)
+
+
+def checked_reset_carry(reset_carry: Any, carry: Any, resets: Any) -> Any:
+    """The carry that resets return to, in the dtypes of the first one; ValueError where it makes no sense."""
+    if reset_carry is None:
+        return None
+    got = "`RNN(cell)(reset_carry=...)`"
+    if resets is None:
+        raise ValueError(f"{got}: means something with resets only.")
+    if not pointwise.same_structure(reset_carry, carry) or any(
+        jnp.shape(a) != jnp.shape(b) for a, b in zip(jax.tree.leaves(reset_carry), jax.tree.leaves(carry), strict=True)
+    ):
+        shapes = jax.tree.map(jnp.shape, (reset_carry, carry))
+        raise ValueError(f"{got}: has arrays of shapes {shapes[0]}, expected those of the initial carry, {shapes[1]}.")
+    return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), reset_carry, carry)
 
 
 def result_of(rnn: Any, result: tuple[Any, ...], return_carry: bool) -> Any:
@@ -159,9 +173,7 @@ def complex_numbers(cell: Any, inputs: Array, carry: Any) -> SlowPath | None:
     return None
 
 
-def unfit_functions(
-    make: Callable[[], PointwiseCell], size: int, functions: Sequence[Any], module: type
-) -> SlowPath | None:
+def unfit_functions(make: Callable[[], Cell], size: int, functions: Sequence[Any], module: type) -> SlowPath | None:
     """Of functions of units that no loop can apply, or None; `make` gives the functional cell with them."""
     for function in functions:
         if isinstance(function, module):
@@ -169,7 +181,8 @@ def unfit_functions(
             return SlowPath(reason, f"give a plain function, or {AS_POINTWISE}")
     if why := pointwise.why_not_static(functions, size):
         return SlowPath(why, "give a function that is made outside of the transformed one, such as jnp.tanh")
-    why = pointwise.why_not_elementwise(make())
+    core = make()
+    why = pointwise.why_not_elementwise(core) if isinstance(core, PointwiseCell) else None
     return SlowPath(why) if why else None
 
 
@@ -212,8 +225,8 @@ def _refuse_options(rnn: Any, scan: str, why: str) -> None:
 
 
 def unroll(
-    rnn: Any, core: PointwiseCell, params: CellParams, inputs: Array, carry: Any, call: Call, *,
-    seq_lengths: Any, resets: Any, return_states: bool, recompute: str | None = None,
+    rnn: Any, core: Cell, params: Any, inputs: Array, carry: Any, call: Call, *, seq_lengths: Any, resets: Any,
+    return_states: bool, reset_carry: Any = None, recompute: str | None = None,
 ) -> tuple[Any, ...]:  # fmt: skip
     """(carry, outputs[, States]) of an RNN module through `rnncore.unroll`, in Flax's carries and dtypes.
 
@@ -221,10 +234,11 @@ def unroll(
     """
     xs = jnp.asarray(inputs, params.input_kernel.dtype)
     start = to_core(core, carry)
+    back = None if reset_carry is None else to_core(core, reset_carry)
     with choices.layer(rnn):
         last, outputs, *states = sequence.unroll(
-            core, params, xs, initial_carry=start, seq_lengths=seq_lengths, resets=resets, reverse=call.reverse,
-            keep_order=call.keep_order, time_major=call.time_major, return_states=return_states,
+            core, params, xs, initial_carry=start, reset_carry=back, seq_lengths=seq_lengths, resets=resets,
+            reverse=call.reverse, keep_order=call.keep_order, time_major=call.time_major, return_states=return_states,
             checkpoint_every=rnn.checkpoint_every, recompute=recompute or rnn.recompute, backend=rnn.backend,
         )  # fmt: skip
     # The outputs have the dtype of a step's output, also where the carry has another one.
@@ -235,7 +249,7 @@ def unroll(
 
 def scan_cell(
     scan: Callable[..., Any], rnn: Any, inputs: Array, carry: Any, call: Call, *, seq_lengths: Any, resets: Any,
-    return_states: bool,
+    reset_carry: Any, return_states: bool,
 ) -> tuple[Any, ...]:  # fmt: skip
     """(carry, outputs[, States]) of an RNN module with any cell: Flax's scan, with correct lengths.
 
@@ -259,6 +273,7 @@ def scan_cell(
         resets = jnp.moveaxis(resets, time_axis, 0)
     if call.reverse:
         xs, resets = _lengths.reverse_time((xs, resets), lengths)
+    back = carry if reset_carry is None else reset_carry
     # The last valid carry is part of the loop's carry, so that the carries need not be stacked.
     last = carry if lengths is not None and call.return_carry else None
     if last is not None or resets is not None:
@@ -267,7 +282,7 @@ def scan_cell(
     def step(cell: Any, state: Any, now: Any) -> Any:
         (before, last), (x, reset, t) = state, now
         if reset is not None:
-            before = jax.tree.map(lambda a, b: jnp.where(_expand(reset, a), a, b), carry, before)
+            before = jax.tree.map(lambda a, b: jnp.where(_expand(reset, a), a, b), back, before)
         new, y = cell(before, x)
         new = _in_dtypes_of(before, new)
         if last is not None:

@@ -22,11 +22,14 @@ from rnncore.recurrence import primitives
 from rnncore.sequence import call
 
 EVERYWHERE = ("scan", "autodiff")
-"""The backends that run anywhere.
+"""The backends that run anywhere and take any pointwise cell.
 
 What needs a GPU, a TPU or a compiler has tests of its own: test_mosaic_gpu.py, test_cudnn.py, test_pallas_tpu.py,
 test_cpp.py.
 """
+
+LINEAR = ("associative_scan", *EVERYWHERE)
+"""Those of a cell whose state is elementwise linear in its past."""
 
 
 # ------------------------------------------------------- cells that a user writes, outside the package
@@ -107,11 +110,14 @@ CASES = [
     Case("indrnn", rnncore.IndRNN(HIDDEN), reference.elman("relu")),
     *over_kernels("leaky", rnncore.Leaky, reference.leaky(1 / 10)),
     Case("leaky_tau", rnncore.Leaky(HIDDEN, learn_tau=True), reference.leaky()),
-    Case("mingru", rnncore.MinGRU(HIDDEN), reference.mingru()),
+    Case("mingru", rnncore.MinGRU(HIDDEN), reference.mingru(), backends=LINEAR),
     Case("mingru_signed", rnncore.MinGRU(HIDDEN, positive=False), reference.mingru(positive=False)),
     Case("mingru_heads", rnncore.MinGRU(HIDDEN, recurrence=rnncore.Heads(2)), reference.mingru()),
     Case("minlstm", rnncore.MinLSTM(HIDDEN), reference.minlstm()),
-    Case("rglru", rnncore.RGLRU(HIDDEN), reference.rglru()),
+    Case("rglru", rnncore.RGLRU(HIDDEN), reference.rglru(), backends=LINEAR),
+    Case("qrnn_f", rnncore.QRNN(HIDDEN, pooling="f"), reference.qrnn("f"), backends=LINEAR),
+    Case("qrnn_fo", rnncore.QRNN(HIDDEN), reference.qrnn("fo"), backends=LINEAR),
+    Case("qrnn_ifo", rnncore.QRNN(HIDDEN, pooling="ifo"), reference.qrnn("ifo"), backends=LINEAR),
     *over_kernels("lstm", rnncore.LSTM, reference.lstm()),
     *over_kernels("lstm_peepholes", rnncore.LSTM, reference.lstm(peepholes=True), peepholes=True),
     *over_kernels("lstm_coupled", rnncore.LSTM, reference.lstm(coupled=True), coupled=True),
@@ -153,9 +159,9 @@ ONE_OF_EACH = ("elman_silu", "lstm_both-dense", "gru-heads", "mgu-diagonal", "re
 
 EVERY_CELL = (
     "elman-dense", "elman_residual-heads", "elman_relu", "elman_silu", "indrnn", "leaky-diagonal", "leaky_tau",
-    "mingru", "minlstm", "rglru", "lstm-heads", "lstm_peepholes-diagonal", "lstm_coupled-dense", "lstm_both-heads",
-    "lstm_no_bias", "gru-dense", "gru_no_recurrent_bias", "mgu-heads", "mgu_no_reset-diagonal", "reset_before_gru",
-    "user_fast_slow-dense",
+    "mingru", "minlstm", "rglru", "qrnn_ifo", "lstm-heads", "lstm_peepholes-diagonal", "lstm_coupled-dense",
+    "lstm_both-heads", "lstm_no_bias", "gru-dense", "gru_no_recurrent_bias", "mgu-heads", "mgu_no_reset-diagonal",
+    "reset_before_gru", "user_fast_slow-dense",
 )  # fmt: skip
 """Every equation once, the structures in turn: what holds for a cell and for a structure holds for their pairs, which
 test_reference.py runs all."""

@@ -193,6 +193,35 @@ def rglru(scale: float = 8.0) -> Cell:
     return Cell(("r", "i", "v"), (), forward, backward)
 
 
+def qrnn(pooling: str) -> Cell:
+    """c' = f c + j z with j = i, or 1 - f without i; the output is o c', or c' without o."""
+    names = ("z", *pooling)
+
+    def forward(w: Weights, x: Array, s: tuple) -> tuple:
+        a = sums(w, x, s[-1])
+        g = {"z": np.tanh(a[0])} | {n: sigmoid(b) for n, b in zip(pooling, a[1:], strict=True)}
+        c = g["f"] * s[0] + g.get("i", 1 - g["f"]) * g["z"]
+        new = (c, g["o"] * c) if "o" in g else (c,)
+        return new, tuple(g[n] for n in names), (x, s, g, c)
+
+    def backward(w: Weights, dw: Weights, kept: tuple, ds: tuple) -> tuple:
+        x, s, g, c = kept
+        d = {}
+        dc = ds[0]
+        if "o" in g:
+            d["o"], dc = ds[1] * c, dc + ds[1] * g["o"]
+        d["f"], d["z"] = dc * s[0], dc * g.get("i", 1 - g["f"])
+        if "i" in g:
+            d["i"] = dc * g["z"]
+        else:
+            d["f"] = d["f"] - dc * g["z"]
+        da = [d[n] * ((1 - g[n] ** 2) if n == "z" else g[n] * (1 - g[n])) for n in names]
+        dh = back_recurrent(w, dw, s[-1], da)
+        return back_input(w, dw, x, da), (dc * g["f"], dh) if "o" in g else (dc * g["f"] + dh,)
+
+    return Cell(names, (), forward, backward)
+
+
 def lstm(gate: str = "sigmoid", activation: str = "tanh", peepholes: bool = False, coupled: bool = False) -> Cell:
     """c' = f c + i g, h' = o phi(c'); with `coupled` i = 1 - f; with `peepholes` i, f see c and o sees c'."""
     sig, dsig = ACTIVATIONS[gate]

@@ -21,6 +21,8 @@ from rnncore.cells.minimal import MinGRU as MinGRU
 from rnncore.cells.minimal import MinLSTM as MinLSTM
 from rnncore.cells.projected_lstm import LSTMP as LSTMP
 from rnncore.cells.projected_lstm import LSTMPParams as LSTMPParams
+from rnncore.cells.qrnn import QRNN as QRNN
+from rnncore.cells.qrnn import windows as windows
 from rnncore.cells.slstm import SLSTM as SLSTM
 from rnncore.cells.slstm import SLSTMCarry as SLSTMCarry
 

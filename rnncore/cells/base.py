@@ -110,12 +110,27 @@ class Cell(abc.ABC):
         """Features of the output y; H unless the cell projects it."""
         return self.hidden_size
 
+    @property
+    def projected_size(self) -> int | None:
+        """Features of a projected input that is one array, None where it is something else."""
+        return None
+
     def output(self, carry: Any) -> Array:
         """The output y (..., H) that belongs to a carry."""
         return carry.h
 
     def step(self, params: PyTree, carry: Any, z: PyTree) -> tuple[Any, Array]:
-        """One step in the order of `jax.lax.scan`: (params, carry, z) to (carry, y)."""
+        """One step in the order of `jax.lax.scan`: (params, carry, z) to (carry, y).
+
+        z is a projected input, `cell.project(params, x)`, not x: of x itself a step makes an error, but where x has as
+        many features as z, which cannot be seen.
+        """
+        size = self.projected_size
+        if size is not None and jnp.shape(z)[-1:] != (size,):
+            raise ValueError(
+                f"`{type(self).__name__}.step(params, carry, z=<{jnp.shape(z)}>)`: expected (*batch, {size}), a "
+                "projected input: `cell.step(params, carry, cell.project(params, x))`."
+            )
         carry, _ = self.update(params, carry, z)
         return carry, self.output(carry)
 
@@ -264,6 +279,12 @@ class GatedCell(Cell):
         rows = dict(zip(self.recurrent_bias, params.recurrent_bias, strict=True))
         none = jnp.zeros_like(params.recurrent_bias[0])
         return r + jnp.broadcast_to(jnp.concatenate([rows.get(gate, none) for gate in self.gates]), r.shape)
+
+    @property
+    def projected_size(self) -> int | None:
+        """G*H; None where the cell projects or splits in its own way."""
+        usual = type(self).project is GatedCell.project and type(self).split is GatedCell.split
+        return len(self.gates) * self.hidden_size if usual else None
 
     def split(self, slab: Array) -> Any:
         """A slab (..., G*H) as a named tuple of G arrays (..., H)."""

@@ -59,6 +59,11 @@ class ResetBeforeGRU(Cell):
     def gates(self) -> tuple[str, ...]:
         return ("r", "z", "n")
 
+    @property
+    def projected_size(self) -> int | None:
+        """3*H."""
+        return 3 * self.hidden_size
+
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> ResetBeforeGRUParams:
         """Draws parameters in `dtype` for inputs of `input_size` features."""
         hidden = self.hidden_size

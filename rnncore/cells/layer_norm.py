@@ -68,6 +68,11 @@ class _LayerNormCell(GatedCell):
             zs = [z + b for z, b in zip(zs, params.bias, strict=True)]
         return jnp.concatenate(zs, -1)
 
+    @property
+    def projected_size(self) -> int | None:
+        """G*H."""
+        return len(self.gates) * self.hidden_size
+
     def _groups(self) -> int:
         return getattr(self.recurrence, "num_heads", 1)
 

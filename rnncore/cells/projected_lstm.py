@@ -100,6 +100,8 @@ class LSTMP(TranslatedCell):
     recurrent_init: Initializer = dataclasses.field(default=initializers.per_gate(), kw_only=True)
     bias_init: Initializer = dataclasses.field(default=initializers.zeros, kw_only=True)
 
+    Carry: ClassVar[Any] = LSTMCarry
+
     def __post_init__(self) -> None:
         super().__post_init__()
         _arguments.check_size("LSTMP", "projection_size", self.projection_size)
@@ -117,6 +119,11 @@ class LSTMP(TranslatedCell):
     def output_size(self) -> int:
         """P."""
         return self.projection_size
+
+    @property
+    def projected_size(self) -> int | None:
+        """4*H."""
+        return 4 * self.hidden_size
 
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> LSTMPParams:
         """Draws parameters in `dtype` for inputs of `input_size` features; `forget_bias` is added to b_f."""

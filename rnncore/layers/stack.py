@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rnncore import _arguments
 from rnncore._types import Array, exportable
 from rnncore.cells.base import Cell, check_init
+from rnncore.layers.entries import from_entries, to_entries
 
 Merge = Literal["concat", "sum", "mean", "mul"]
 
@@ -133,15 +134,11 @@ class Stack:
         expected = [name for row in self.names for name in row]
         if sorted(tree) != sorted(expected):
             raise ValueError(f"`Stack.from_tree(tree=<{sorted(tree)}>)`: expected an entry for each of {expected}.")
-        like, carry = jax.eval_shape(lambda: (self.cell.init(jax.random.key(0), 1), self.cell.initial_carry()))
+        carry = jax.eval_shape(self.cell.initial_carry)
 
         def weights(name: str) -> Any:
-            entries = dict(tree[name])
-            optional = dict.fromkeys(("bias", "recurrent_bias"))
-            units = getattr(like.units, "_fields", ())
             try:
-                own = {n: entries[n] if n not in optional else entries.get(n) for n in like._fields if n != "units"}
-                return type(like)(**own, units=type(like.units)(*(entries[f"units_{n}"] for n in units)))
+                return from_entries(self.cell, tree[name])
             except KeyError as missing:
                 raise ValueError(f"`Stack.from_tree(tree)`: tree[{name!r}] has no {missing}.") from None
 
@@ -160,10 +157,7 @@ class Stack:
         return {n: self.output_size if level else input_size for level, row in enumerate(self.names) for n in row}
 
     def _entries(self, own: Any, carry: Any) -> dict[str, Array]:
-        entries = {n: a for n, a in own._asdict().items() if n != "units" and a is not None}
-        units = getattr(own, "units", ())
-        entries |= {f"units_{n}": a for n, a in units._asdict().items()} if units else {}
-        return entries | ({f"initial_{n}": a for n, a in carry._asdict().items()} if self.learned_carry else {})
+        return to_entries(own) | ({f"initial_{n}": a for n, a in carry._asdict().items()} if self.learned_carry else {})
 
     @property
     def names(self) -> tuple[tuple[str, ...], ...]:

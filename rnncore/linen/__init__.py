@@ -2,7 +2,8 @@
 
 The recurrent classes here have the fields, parameter trees, initial values, call signatures and
 results of their flax.linen namesakes, so a model and its checkpoints carry over.  Every other name
-is flax.linen's own.  `LSTM`, `GRU` and `Elman` are layers that Flax does not have.  `functional` turns a
+is flax.linen's own.  `LSTM`, `GRU` and `Elman` are layers that Flax does not have; `SLSTMCell`,
+`MinGRUCell` and the rest of `own_cells` are cells that it does not have.  `functional` turns a
 trained Flax cell into the functional cell and its parameters, for `rnncore.unroll` and the analysis.
 """
 
@@ -29,6 +30,15 @@ from rnncore.linen.convert import functional as functional
 from rnncore.linen.layers import GRU as GRU
 from rnncore.linen.layers import LSTM as LSTM
 from rnncore.linen.layers import Elman as Elman
+from rnncore.linen.own_cells import LayerNormGRUCell as LayerNormGRUCell
+from rnncore.linen.own_cells import LayerNormLSTMCell as LayerNormLSTMCell
+from rnncore.linen.own_cells import LeakyCell as LeakyCell
+from rnncore.linen.own_cells import LSTMPCell as LSTMPCell
+from rnncore.linen.own_cells import MinGRUCell as MinGRUCell
+from rnncore.linen.own_cells import MinLSTMCell as MinLSTMCell
+from rnncore.linen.own_cells import QRNNCell as QRNNCell
+from rnncore.linen.own_cells import RGLRUCell as RGLRUCell
+from rnncore.linen.own_cells import SLSTMCell as SLSTMCell
 from rnncore.linen.rnn import RNN as RNN
 
 _OWN = (
@@ -39,9 +49,18 @@ _OWN = (
     "GRUCell",
     "LSTM",
     "LSTMCell",
+    "LSTMPCell",
+    "LayerNormGRUCell",
+    "LayerNormLSTMCell",
+    "LeakyCell",
     "MGUCell",
+    "MinGRUCell",
+    "MinLSTMCell",
     "OptimizedLSTMCell",
+    "QRNNCell",
+    "RGLRUCell",
     "RNN",
+    "SLSTMCell",
     "SimpleCell",
     "from_functional",
     "functional",

@@ -87,7 +87,7 @@ class Cell(nn.RNNCellBase):
                 h.shape[-1], name in biased, self.param_dtype, _drawable(init, self.param_dtype),
                 self._bias_init(name), name=name,
             )(seen)  # fmt: skip
-        core, params = trees.assemble(self.tree, self, weights, inputs, h)
+        core, params = self.tree.assemble(self, weights, inputs, h)
         zs = core.project(params, jnp.asarray(inputs, params.input_kernel.dtype))
         new, y = core.step(params, modules.to_core(core, carry), zs)
         return modules.from_core(new), y

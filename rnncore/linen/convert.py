@@ -6,13 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax.numpy as jnp
 
-from rnncore._types import Array
-from rnncore.cells import CellParams
-from rnncore.linen import cells, trees
+from rnncore.linen import cells, own_cells, trees
 
-TREES: dict[type, trees.Tree] = {
+TREES: dict[type, trees.Tree | trees.Entries] = {
     cells.LSTMCell: trees.LSTM_TREE,
     cells.OptimizedLSTMCell: trees.LSTM_TREE,
     cells.GRUCell: trees.GRU_TREE,
@@ -23,6 +20,7 @@ TREES: dict[type, trees.Tree] = {
     nn.GRUCell: trees.GRU_TREE,
     nn.MGUCell: trees.MGU_TREE,
     nn.SimpleCell: trees.SIMPLE_TREE,
+    **dict.fromkeys(own_cells.CELLS, trees.Entries()),
 }
 """The tree of every class whose equations are known, Flax's too; a subclass may compute something else."""
 
@@ -49,8 +47,9 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> Any:
 
     Args:
       cell: a cell of `rnncore.linen` or of flax.linen: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or
-        SimpleCell.  It need not be bound: only its functions and `dtype` are read.  Or an `RNN` around one, a
-        `Bidirectional` of two, or an `LSTM`, `GRU` or `Elman` layer.
+        SimpleCell; or another cell of `rnncore.linen`, whose parameters are the functional ones.  It need not be bound:
+        only its functions and `dtype` are read.  Or an `RNN` around one, a `Bidirectional` of two, or an `LSTM`, `GRU`
+        or `Elman` layer.
       params: the parameters of that cell, {'ii': {'kernel': (D, H)}, 'hi': {'kernel': (H, H),
         'bias': (H,)}, ...}, boxed or not.  In the variables of a standalone `RNN(cell)` they lie at
         ['params']['cell'], in those of a compact parent at ['params']['LSTMCell_0'] or so.
@@ -93,18 +92,18 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> Any:
     if tree is None:
         raise NotImplementedError(
             f"`functional({name}, params)`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or "
-            "SimpleCell of rnncore.linen or flax.linen; a subclass or a transformed class may compute something else. "
-            "If it does not, pass the plain cell with the same fields."
+            "SimpleCell of rnncore.linen or flax.linen, or another cell of rnncore.linen; a subclass or a transformed "
+            "class may compute something else. If it does not, pass the plain cell with the same fields."
         )
     weights = nn.meta.unbox(params)
-    if not isinstance(weights, Mapping) or not trees.is_complete(tree, cell, weights):
+    if not isinstance(weights, Mapping) or not tree.is_complete(cell, weights):
         got = sorted(weights) if isinstance(weights, Mapping) else type(weights).__name__
         raise ValueError(
             f"`functional({name}, params=<{got}>)`: expected the parameters of the cell itself, with the names "
-            f"{sorted(tree.inputs + tree.recurrent)}; pick the cell's own entry out of the variables."
+            f"{tree.expected(cell)}; pick the cell's own entry out of the variables."
         )
-    _check_shapes(name, tree, weights)
-    return trees.assemble(tree, cell, weights)
+    tree.check_shapes(name, cell, weights)
+    return tree.assemble(cell, weights)
 
 
 def _entry(name: str, params: Any, child: str) -> Any:
@@ -118,21 +117,7 @@ def _entry(name: str, params: Any, child: str) -> Any:
     return params[child]
 
 
-def _check_shapes(name: str, tree: trees.Tree, weights: trees.Weights) -> None:
-    hidden = jnp.shape(weights[tree.recurrent[0]]["kernel"])[-1]
-    size = jnp.shape(weights[tree.inputs[0]]["kernel"])[0]
-    for names, rows in ((tree.inputs, size), (tree.recurrent, hidden)):
-        for gate in names:
-            for leaf, expected in (("kernel", (rows, hidden)), ("bias", (hidden,))):
-                got = jnp.shape(weights[gate][leaf]) if leaf in weights[gate] else expected
-                if got != expected:
-                    raise ValueError(
-                        f"`functional({name}, params)`: params['{gate}']['{leaf}'] has shape {got}, expected "
-                        f"{expected} to fit the other gates."
-                    )
-
-
-def from_functional(cell: nn.Module, params: CellParams) -> dict[str, dict[str, Array]]:
+def from_functional(cell: nn.Module, params: Any) -> dict[str, Any]:
     """The parameters of a Flax cell that computes what a functional cell does: the inverse of `functional`.
 
     With `functional` of either Flax flavour it takes a trained cell from one to the other.
@@ -142,7 +127,8 @@ def from_functional(cell: nn.Module, params: CellParams) -> dict[str, dict[str, 
       params: the functional parameters; a bias that is None becomes zeros.
 
     Returns:
-      {'ii': {'kernel': (D, H)}, 'hi': {'kernel': (H, H), 'bias': (H,)}, ...}, unboxed.
+      {'ii': {'kernel': (D, H)}, 'hi': {'kernel': (H, H), 'bias': (H,)}, ...}, unboxed; of a cell that Flax has not
+      {'input_kernel': (D, G, H), ...}.
 
     Raises:
       ValueError: parameters of another number of gates, or of a kernel that is not dense.
@@ -164,6 +150,6 @@ def from_functional(cell: nn.Module, params: CellParams) -> dict[str, dict[str, 
     if tree is None:
         raise NotImplementedError(
             f"`from_functional({name}, params)`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or "
-            "SimpleCell of rnncore.linen or flax.linen."
+            "SimpleCell of rnncore.linen or flax.linen, or another cell of rnncore.linen."
         )
-    return trees.disassemble(tree, cell, params)
+    return tree.disassemble(cell, params)

@@ -18,10 +18,9 @@ from flax import errors
 from rnncore import flax_modules as modules
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import Cell
+from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.layers.foreign import foreign_cell
 from rnncore.layers.recording import Layer, LayerRun, Moves, run_layer, run_moved, run_stack, zero_moves
-from rnncore.linen import trees
 from rnncore.linen.bidirectional import Bidirectional
 from rnncore.linen.convert import TREES, class_of
 from rnncore.linen.flax_scan import has_plain_parameters
@@ -105,7 +104,8 @@ class Recorder:
     def _rnn(
         self, rnn: Any, inputs: Array, *, initial_carry: Any = None, init_key: Array | None = None,
         seq_lengths: Any = None, return_carry: bool | None = None, time_major: bool | None = None,
-        reverse: bool | None = None, keep_order: bool | None = None, resets: Any = None, return_states: bool = False,
+        reverse: bool | None = None, keep_order: bool | None = None, resets: Any = None,
+        reset_carry: Any = None, return_states: bool = False,
     ) -> Any:  # fmt: skip
         """What the call of an `RNN` returns."""
         if not has_plain_parameters(rnn):
@@ -119,13 +119,16 @@ class Recorder:
         if carry is None:
             carry = rnn.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, step_shape)
         carry = modules.cast(carry, getattr(rnn, "carry_dtype", None))
+        reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
         cell, params, start, known = _cell_of(rnn.cell, inputs, carry, step_shape)
+        again = None if reset_carry is None else type(start)(*jax.tree.leaves(reset_carry))
         xs = jnp.asarray(inputs, params.input_kernel.dtype) if known else inputs
         xs = xs.reshape(*xs.shape[: xs.ndim - features], -1)
         visit = functools.partial(self._visit, rnn, self._name(rnn))
         last, outputs, carries, gates = run_layer(
             lambda _, layer, run: visit("", layer, run), "", cell, params, xs, start, time_axis=call.time_axis,
-            seq_lengths=seq_lengths, resets=resets, reverse=call.reverse, keep_order=call.keep_order,
+            seq_lengths=seq_lengths, resets=resets, reset_carry=again, reverse=call.reverse,
+            keep_order=call.keep_order,
         )  # fmt: skip
         back = modules.from_core if known else lambda c: jax.tree.unflatten(jax.tree.structure(carry), list(c))
         y = jax.eval_shape(lambda: rnn.cell.clone(parent=None, name=None).apply(
@@ -163,11 +166,11 @@ def _cell_of(cell: Any, inputs: Array, carry: Any, step_shape: tuple[int, ...]) 
     """(functional cell, its parameters, its carry, whether its equations are known)."""
     kind = class_of(cell)
     weights = nn.meta.unbox(cell.variables["params"])
-    if kind in TREES and trees.is_complete(TREES[kind], cell, weights):
+    if kind in TREES and TREES[kind].is_complete(cell, weights):
         functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]
         if not any(isinstance(function, nn.Module) for function in functions):
-            core, params = trees.assemble(TREES[kind], cell, weights, inputs, jax.tree.leaves(carry)[-1])
-            if pointwise.why_not_elementwise(core) is None:
+            core, params = TREES[kind].assemble(cell, weights, inputs, jax.tree.leaves(carry)[-1])
+            if not isinstance(core, PointwiseCell) or pointwise.why_not_elementwise(core) is None:
                 return core, params, modules.to_core(core, carry), True
     alone = cell.clone(parent=None, name=None)
 

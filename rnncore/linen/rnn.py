@@ -17,8 +17,7 @@ from flax.linen import module as flax_module
 from rnncore import _arguments
 from rnncore import flax_modules as modules
 from rnncore._types import Array
-from rnncore.cells import CellParams, PointwiseCell
-from rnncore.linen import trees
+from rnncore.cells import Cell
 from rnncore.linen.convert import TREES, class_of, is_rematerialized
 from rnncore.linen.flax_scan import has_plain_parameters, scan_over
 
@@ -100,6 +99,7 @@ class RNN(nn.Module):
         reverse: bool | None = None,
         keep_order: bool | None = None,
         resets: Any = None,
+        reset_carry: Any = None,
         return_states: bool = False,
     ) -> Any:
         """Runs the cell over the inputs; None takes the field of that name.
@@ -114,7 +114,9 @@ class RNN(nn.Module):
           seq_lengths: integers (*batch).  The carry returned is the one after the last valid step;
             outputs past it go on from the padding.
           resets: booleans of the inputs' shape without features.  Where True the carry returns to
-            the initial one before that step.
+            `reset_carry` before that step.
+          reset_carry: what resets return to, of the structure of `initial_carry`, which it is by
+            default.  Give `cell.initialize_carry(...)` where the initial carry is a stored one.
           return_states: return `rnncore.States` as the last element: every carry, in the structure
             of the cell's, and every gate (None under nn.scan, where a cell shows none).
 
@@ -133,6 +135,7 @@ class RNN(nn.Module):
         if carry is None:
             carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, call.step_shape)
         carry = modules.cast(carry, self.carry_dtype)
+        reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
 
         slow = self._slow_path(inputs, carry)
         if slow is None:
@@ -141,26 +144,26 @@ class RNN(nn.Module):
             rematerialized = is_rematerialized(self.cell) and self.recompute == "nothing"
             result = modules.unroll(
                 self, core, params, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
-                return_states=return_states, recompute="gates" if rematerialized else None,
+                reset_carry=reset_carry, return_states=return_states, recompute="gates" if rematerialized else None,
             )  # fmt: skip
         else:
             modules.before_scan(self, "nn.scan", slow)
             result = modules.scan_cell(
                 functools.partial(scan_over, self), self, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
-                return_states=return_states,
+                reset_carry=reset_carry, return_states=return_states,
             )  # fmt: skip
         return modules.result_of(self, result, call.return_carry)
 
     @nn.nowrap
-    def _functional(self, inputs: Array, carry: Any, step_shape: tuple[int, ...]) -> tuple[PointwiseCell, CellParams]:
+    def _functional(self, inputs: Array, carry: Any, step_shape: tuple[int, ...]) -> tuple[Cell, Any]:
         """The cell and its parameters as `rnncore.unroll` takes them."""
         cell: Any = self.cell
         tree = TREES[class_of(cell)]
-        if not trees.is_complete(tree, cell, cell.variables.get("params", {})):
+        if not tree.is_complete(cell, cell.variables.get("params", {})):
             # One step creates the parameters; where that is not allowed, it raises Flax's own error.
             cell(carry, jnp.zeros(step_shape, inputs.dtype))
         weights = nn.meta.unbox(cell.variables["params"])
-        return trees.assemble(tree, cell, weights, inputs, jax.tree.leaves(carry)[-1])
+        return tree.assemble(cell, weights, inputs, jax.tree.leaves(carry)[-1])
 
     @nn.nowrap
     def _slow_path(self, inputs: Array, carry: Any) -> modules.SlowPath | None:

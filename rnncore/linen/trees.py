@@ -2,7 +2,7 @@
 
 A Flax cell keeps one dictionary {kernel[, bias]} for each gate and side: W_i x as `ii`, U_i h
 as `hi`, and so on.  A functional cell has one array for all gates.  The table below is the only
-place with the names.
+place with the names.  The cells that Flax does not have keep the functional cell's own arrays.
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
 from rnncore._types import Array
-from rnncore.cells import GRU, LSTM, MGU, CellParams, Elman, PointwiseCell
+from rnncore.cells import GRU, LSTM, MGU, Cell, CellParams, Elman, PointwiseCell
 from rnncore.cells.base import named
+from rnncore.layers.entries import from_entries, to_entries
 
 Weights = Mapping[str, Mapping[str, Array]]
 """{name: {"kernel": (., H)[, "bias": (H,)]}} by the names of a `Tree`."""
@@ -44,6 +45,139 @@ class Tree(NamedTuple):
         """All names, as created."""
         return self.created or tuple(name for pair in zip(self.inputs, self.recurrent, strict=True) for name in pair)
 
+    def expected(self, module: Any) -> list[str]:
+        """The names of all entries, sorted."""
+        del module
+        return sorted(self.inputs + self.recurrent)
+
+    def is_complete(self, module: Any, weights: Mapping[str, Any]) -> bool:
+        """Whether every kernel and bias of the Flax cell's tree is there."""
+        biased = self.biased(module)
+        return all(
+            "kernel" in weights.get(name, ()) and (name not in biased or "bias" in weights[name]) for name in self.names
+        )
+
+    def check_shapes(self, name: str, module: Any, weights: Weights) -> None:
+        """ValueError for kernels and biases that do not fit each other."""
+        del module
+        hidden = jnp.shape(weights[self.recurrent[0]]["kernel"])[-1]
+        size = jnp.shape(weights[self.inputs[0]]["kernel"])[0]
+        for names, rows in ((self.inputs, size), (self.recurrent, hidden)):
+            for gate in names:
+                for leaf, expected in (("kernel", (rows, hidden)), ("bias", (hidden,))):
+                    got = jnp.shape(weights[gate][leaf]) if leaf in weights[gate] else expected
+                    if got != expected:
+                        raise ValueError(
+                            f"`functional({name}, params)`: params['{gate}']['{leaf}'] has shape {got}, expected "
+                            f"{expected} to fit the other gates."
+                        )
+
+    def assemble(
+        self, module: Any, weights: Weights, inputs: Any = None, h: Any = None
+    ) -> tuple[PointwiseCell, CellParams]:
+        """The functional cell and its parameters, in the dtypes in which Flax computes.
+
+        Args:
+          module: the Flax cell, for its `dtype` and its functions.
+          weights: its unboxed parameters, complete.
+          inputs, h: what the cell will see: where `module.dtype` is None their dtypes take part in the
+            promotion, as in `flax.linen.Dense`.  None: the parameters' own.
+        """
+        sides = [[jax.tree.leaves(dict(weights[n])) for n in names] for names in (self.inputs, self.recurrent)]
+        input_dtype, recurrent_dtype = (
+            canonicalize_dtype(seen, *jax.tree.leaves(side), dtype=module.dtype)
+            for seen, side in zip((inputs, h), sides, strict=True)
+        )
+
+        def stack(names: tuple[str, ...], leaf: str, axis: int, dtype: Any) -> Array:
+            return jnp.stack([weights[name][leaf] for name in names], axis).astype(dtype)
+
+        # Each gate has one bias; where it has a second, that one stays with U h (the GRU's b_hn).
+        biased = self.biased(module)
+        first = tuple(i if i in biased else r for i, r in zip(self.inputs, self.recurrent, strict=True))
+        second = tuple(n for n in self.recurrent if n in biased and n not in first)
+        kernel = stack(self.recurrent, "kernel", 1, recurrent_dtype)
+        params = CellParams(
+            input_kernel=stack(self.inputs, "kernel", 1, input_dtype),
+            recurrent_kernel=kernel,
+            bias=stack(first, "bias", 0, input_dtype if first == self.inputs else recurrent_dtype),
+            recurrent_bias=stack(second, "bias", 0, recurrent_dtype) if second else None,
+            units=named("Units", ())(),
+        )
+        return self.make(module, kernel.shape[0]), params
+
+    def disassemble(self, module: Any, params: CellParams) -> dict[str, dict[str, Array]]:
+        """The inverse of `assemble`: the Flax cell's parameters from functional ones."""
+        call = f"`from_functional({type(module).__name__}, params)`"
+        count, hidden = len(self.inputs), params.input_kernel.shape[-1]
+        if params.input_kernel.shape[1] != count or params.recurrent_kernel.shape != (hidden, count, hidden):
+            raise ValueError(
+                f"{call}: kernels {params.input_kernel.shape} and {params.recurrent_kernel.shape}, expected "
+                f"(D, {count}, H) and dense (H, {count}, H), the {count} gates of the cell."
+            )
+        biased = self.biased(module)
+        first = [i if i in biased else r for i, r in zip(self.inputs, self.recurrent, strict=True)]
+        second = [n for n in self.recurrent if n in biased and n not in first]
+        if params.recurrent_bias is not None and len(params.recurrent_bias) != len(second):
+            raise NotImplementedError(f"{call}: the parameters have a b_hn, of which the cell has no like.")
+        made = {n: {"kernel": params.input_kernel[:, g]} for g, n in enumerate(self.inputs)}
+        made |= {n: {"kernel": params.recurrent_kernel[:, g]} for g, n in enumerate(self.recurrent)}
+        zeros = jnp.zeros((count, hidden), params.input_kernel.dtype)
+        for names, rows in ((first, params.bias), (second, params.recurrent_bias)):
+            for n, row in zip(names, zeros[: len(names)] if rows is None else rows, strict=True):
+                made[n]["bias"] = row
+        return made
+
+
+class Entries:
+    """The tree of a cell that Flax has not: the arrays of its functional parameters under their names."""
+
+    def make(self, module: Any, size: int) -> Cell:
+        """The functional cell."""
+        del size
+        return module.core
+
+    def expected(self, module: Any) -> list[str]:
+        """The names of all entries, sorted."""
+        return sorted(to_entries(jax.eval_shape(lambda: module.core.init(jax.random.key(0), 1))))
+
+    def is_complete(self, module: Any, weights: Mapping[str, Any]) -> bool:
+        """Whether every array is there."""
+        return set(self.expected(module)) <= set(weights)
+
+    def check_shapes(self, name: str, module: Any, weights: Mapping[str, Array]) -> None:
+        """ValueError for arrays of other shapes than the cell's."""
+        size = jnp.shape(weights["input_kernel"])[0]
+        made = to_entries(jax.eval_shape(lambda: module.core.init(jax.random.key(0), size)))
+        for entry, array in made.items():
+            if jnp.shape(weights[entry]) != array.shape:
+                raise ValueError(
+                    f"`functional({name}, params)`: params['{entry}'] has shape {jnp.shape(weights[entry])}, expected "
+                    f"{array.shape}."
+                )
+
+    def assemble(
+        self, module: Any, weights: Mapping[str, Array], inputs: Any = None, h: Any = None
+    ) -> tuple[Cell, Any]:
+        """As `Tree.assemble`; all parameters have one dtype."""
+        del h
+        params = from_entries(module.core, weights)
+        dtype = canonicalize_dtype(inputs, *jax.tree.leaves(params), dtype=module.dtype)
+        return module.core, jax.tree.map(lambda a: a.astype(dtype), params)
+
+    def disassemble(self, module: Any, params: Any) -> dict[str, Array]:
+        """The inverse of `assemble`."""
+        whole = jax.eval_shape(lambda: module.core.init(jax.random.key(0), params.input_kernel.shape[0]))
+        entries, made = to_entries(params), {}
+        for name, like in to_entries(whole).items():
+            made[name] = entries.get(name, jnp.zeros(like.shape, params.input_kernel.dtype))
+            if made[name].shape != like.shape:
+                raise ValueError(
+                    f"`from_functional({type(module).__name__}, params)`: {name} has shape {made[name].shape}, "
+                    f"expected {like.shape}."
+                )
+        return made
+
 
 LSTM_TREE = Tree(
     inputs=("ii", "if", "ig", "io"),
@@ -70,70 +204,3 @@ SIMPLE_TREE = Tree(
     biased=lambda m: frozenset(("i",)),
     make=lambda m, size: Elman(size, activation_fn=m.activation_fn, residual=m.residual),
 )
-
-
-def is_complete(tree: Tree, module: Any, weights: Mapping[str, Any]) -> bool:
-    """Whether every kernel and bias of the Flax cell's tree is there."""
-    biased = tree.biased(module)
-    return all(
-        "kernel" in weights.get(name, ()) and (name not in biased or "bias" in weights[name]) for name in tree.names
-    )
-
-
-def assemble(
-    tree: Tree, module: Any, weights: Weights, inputs: Any = None, h: Any = None
-) -> tuple[PointwiseCell, CellParams]:
-    """The functional cell and its parameters, in the dtypes in which Flax computes.
-
-    Args:
-      tree: the tree of the cell.
-      module: the Flax cell, for its `dtype` and its functions.
-      weights: its unboxed parameters, complete.
-      inputs, h: what the cell will see: where `module.dtype` is None their dtypes take part in the
-        promotion, as in `flax.linen.Dense`.  None: the parameters' own.
-    """
-    sides = [[jax.tree.leaves(dict(weights[n])) for n in names] for names in (tree.inputs, tree.recurrent)]
-    input_dtype, recurrent_dtype = (
-        canonicalize_dtype(seen, *jax.tree.leaves(side), dtype=module.dtype)
-        for seen, side in zip((inputs, h), sides, strict=True)
-    )
-
-    def stack(names: tuple[str, ...], leaf: str, axis: int, dtype: Any) -> Array:
-        return jnp.stack([weights[name][leaf] for name in names], axis).astype(dtype)
-
-    # Each gate has one bias; where it has a second, that one stays with U h (the GRU's b_hn).
-    biased = tree.biased(module)
-    first = tuple(i if i in biased else r for i, r in zip(tree.inputs, tree.recurrent, strict=True))
-    second = tuple(n for n in tree.recurrent if n in biased and n not in first)
-    kernel = stack(tree.recurrent, "kernel", 1, recurrent_dtype)
-    params = CellParams(
-        input_kernel=stack(tree.inputs, "kernel", 1, input_dtype),
-        recurrent_kernel=kernel,
-        bias=stack(first, "bias", 0, input_dtype if first == tree.inputs else recurrent_dtype),
-        recurrent_bias=stack(second, "bias", 0, recurrent_dtype) if second else None,
-        units=named("Units", ())(),
-    )
-    return tree.make(module, kernel.shape[0]), params
-
-
-def disassemble(tree: Tree, module: Any, params: CellParams) -> dict[str, dict[str, Array]]:
-    """The inverse of `assemble`: the Flax cell's parameters from functional ones."""
-    call = f"`from_functional({type(module).__name__}, params)`"
-    count, hidden = len(tree.inputs), params.input_kernel.shape[-1]
-    if params.input_kernel.shape[1] != count or params.recurrent_kernel.shape != (hidden, count, hidden):
-        raise ValueError(
-            f"{call}: kernels {params.input_kernel.shape} and {params.recurrent_kernel.shape}, expected "
-            f"(D, {count}, H) and dense (H, {count}, H), the {count} gates of the cell."
-        )
-    biased = tree.biased(module)
-    first = [i if i in biased else r for i, r in zip(tree.inputs, tree.recurrent, strict=True)]
-    second = [n for n in tree.recurrent if n in biased and n not in first]
-    if params.recurrent_bias is not None and len(params.recurrent_bias) != len(second):
-        raise NotImplementedError(f"{call}: the parameters have a b_hn, and the cell has none.")
-    made = {n: {"kernel": params.input_kernel[:, g]} for g, n in enumerate(tree.inputs)}
-    made |= {n: {"kernel": params.recurrent_kernel[:, g]} for g, n in enumerate(tree.recurrent)}
-    zeros = jnp.zeros((count, hidden), params.input_kernel.dtype)
-    for names, rows in ((first, params.bias), (second, params.recurrent_bias)):
-        for n, row in zip(names, zeros[: len(names)] if rows is None else rows, strict=True):
-            made[n]["bias"] = row
-    return made

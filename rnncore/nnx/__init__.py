@@ -2,9 +2,9 @@
 
 The recurrent classes here have the constructors, state trees, initial values, call signatures and
 results of their flax.nnx namesakes, so a model and its checkpoints carry over; `MGUCell`,
-`IndRNNCell` and the layers `LSTM`, `GRU` and `Elman` are new.  Every other name is flax.nnx's own.
-`functional` turns a trained cell into the functional cell and its parameters, for `rnncore.unroll`
-and the analysis.
+`IndRNNCell`, the cells of `own_cells` and the layers `LSTM`, `GRU` and `Elman` are new.  Every other
+name is flax.nnx's own.  `functional` turns a trained cell into the functional cell and its
+parameters, for `rnncore.unroll` and the analysis.
 """
 
 from __future__ import annotations
@@ -28,6 +28,15 @@ from rnncore.nnx.layers import LSTM as LSTM
 from rnncore.nnx.layers import Elman as Elman
 from rnncore.nnx.lstm import LSTMCell as LSTMCell
 from rnncore.nnx.lstm import OptimizedLSTMCell as OptimizedLSTMCell
+from rnncore.nnx.own_cells import LayerNormGRUCell as LayerNormGRUCell
+from rnncore.nnx.own_cells import LayerNormLSTMCell as LayerNormLSTMCell
+from rnncore.nnx.own_cells import LeakyCell as LeakyCell
+from rnncore.nnx.own_cells import LSTMPCell as LSTMPCell
+from rnncore.nnx.own_cells import MinGRUCell as MinGRUCell
+from rnncore.nnx.own_cells import MinLSTMCell as MinLSTMCell
+from rnncore.nnx.own_cells import QRNNCell as QRNNCell
+from rnncore.nnx.own_cells import RGLRUCell as RGLRUCell
+from rnncore.nnx.own_cells import SLSTMCell as SLSTMCell
 from rnncore.nnx.rnn import RNN as RNN
 from rnncore.nnx.simple import IndRNNCell as IndRNNCell
 from rnncore.nnx.simple import SimpleCell as SimpleCell
@@ -40,9 +49,18 @@ _OWN = (
     "IndRNNCell",
     "LSTM",
     "LSTMCell",
+    "LSTMPCell",
+    "LayerNormGRUCell",
+    "LayerNormLSTMCell",
+    "LeakyCell",
     "MGUCell",
+    "MinGRUCell",
+    "MinLSTMCell",
     "OptimizedLSTMCell",
+    "QRNNCell",
+    "RGLRUCell",
     "RNN",
+    "SLSTMCell",
     "SimpleCell",
     "from_functional",
     "functional",

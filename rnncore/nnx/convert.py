@@ -57,7 +57,8 @@ def functional(cell: nnx.Module) -> Any:
     if why is not None:
         raise NotImplementedError(
             f"`functional({type(cell).__name__})`: {why}; it may compute something else. If it does not, copy its "
-            "parameters into the plain cell: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell, SimpleCell or IndRNNCell."
+            "parameters into the plain cell: LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell, SimpleCell, IndRNNCell or "
+            "another cell of rnncore.nnx."
         )
     return trees.assemble(cell)
 

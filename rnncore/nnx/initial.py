@@ -85,9 +85,9 @@ class Cell(nnx.RNNCellBase):
         Raises:
           ValueError: a random carry without `rngs`.
         """
-        init = self.carry_init if carry_init is None else carry_init
+        init, sizes = self.carry_init if carry_init is None else carry_init, self.carry_sizes()
         if init in CONSTANT:
-            keys: list[Any] = [None] * self.carries
+            keys: list[Any] = [None] * len(sizes)
         else:
             stream = self.rngs if rngs is None else rngs
             stream = stream.carry if isinstance(stream, nnx.Rngs) else stream
@@ -96,10 +96,15 @@ class Cell(nnx.RNNCellBase):
                     f"`{type(self).__name__}(...).initialize_carry({input_shape})`: this carry is random and needs "
                     "`rngs`; RNN takes them at construction and at each call."
                 )
-            keys = [stream() for _ in range(self.carries)]
+            keys = [stream() for _ in sizes]
         draw = nnx.initializers.zeros if init is None else init
-        arrays = tuple(draw(key, (*input_shape[:-1], self.hidden_features), self.param_dtype) for key in keys)
+        shapes = ((*input_shape[:-1], size) for size in sizes)
+        arrays = tuple(draw(key, shape, self.param_dtype) for key, shape in zip(keys, shapes, strict=True))
         return arrays if len(arrays) > 1 else arrays[0]
+
+    def carry_sizes(self) -> tuple[int, ...]:
+        """The features of every array of the carry."""
+        return (self.hidden_features,) * self.carries
 
     @property
     def num_feature_axes(self) -> int:

@@ -132,7 +132,7 @@ RECORDED: dict[type, type] = {rnn.RNN: _RecordedRNN, nnx.RNN: _RecordedFlaxRNN} 
 def _run_rnn(
     node: Any, inputs: Array, *, initial_carry: Any = None, seq_lengths: Any = None, return_carry: bool | None = None,
     time_major: bool | None = None, reverse: bool | None = None, keep_order: bool | None = None, rngs: Any = None,
-    resets: Any = None, return_states: bool = False,
+    resets: Any = None, reset_carry: Any = None, return_states: bool = False,
 ) -> Any:  # fmt: skip
     """What the call of an `RNN` returns."""
     if return_states:
@@ -151,6 +151,7 @@ def _run_rnn(
             raise NotImplementedError("its initial carry is random; give initial_carry")
         carry = initial.carry(cell, step_shape, stream)
     carry = modules.cast(carry, getattr(node, "carry_dtype", None))
+    reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
     known = trees.why_unknown(cell) is None
     core: Any
     if known:
@@ -162,9 +163,10 @@ def _run_rnn(
         start = core.named_carry(jax.tree.leaves(carry))
         xs = inputs.reshape(*inputs.shape[: inputs.ndim - features], -1)
         y = jax.eval_shape(core.step_fn, params, carry, jnp.zeros(step_shape, inputs.dtype))[1]
+    again = None if reset_carry is None else type(start)(*jax.tree.leaves(reset_carry))
     last, outputs, _, _ = run_layer(
         lambda name, layer, run: _visit(node, name, layer, run), "", core, params, xs, start, time_axis=call.time_axis,
-        seq_lengths=seq_lengths, resets=resets, reverse=call.reverse, keep_order=call.keep_order,
+        seq_lengths=seq_lengths, resets=resets, reset_carry=again, reverse=call.reverse, keep_order=call.keep_order,
     )  # fmt: skip
     outputs = modules.cast(outputs.astype(y.dtype), getattr(node, "output_dtype", None))
     back = modules.from_core(last) if known else jax.tree.unflatten(jax.tree.structure(carry), list(last))

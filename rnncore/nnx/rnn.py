@@ -115,6 +115,7 @@ class RNN(nnx.RNN):
         keep_order: bool | None = None,
         rngs: nnx.Rngs | nnx.RngStream | None = None,
         resets: Any = None,
+        reset_carry: Any = None,
         return_states: bool = False,
     ) -> Any:
         """Runs the cell over the inputs; None takes the argument of the constructor.
@@ -128,7 +129,9 @@ class RNN(nnx.RNN):
             outputs past it go on from the padding.
           rngs: for a random initial carry, in place of the layer's own stream.
           resets: booleans of the inputs' shape without features.  Where True the carry returns to
-            the initial one before that step.
+            `reset_carry` before that step.
+          reset_carry: what resets return to, of the structure of `initial_carry`, which it is by
+            default.  Give `cell.initialize_carry(...)` where the initial carry is a stored one.
           return_states: return `rnncore.States` as the last element: every carry, in the structure
             of the cell's, and every gate (None under nnx.scan, where a cell shows none).
 
@@ -146,19 +149,21 @@ class RNN(nnx.RNN):
         if carry is None:
             carry = initial.carry(self.cell, call.step_shape, self.rngs if rngs is None else rngs)
         carry = modules.cast(carry, self.carry_dtype)
+        reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
 
         slow = self._slow_path(inputs, carry)
         if slow is None:
             core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
             result = modules.unroll(
                 self, core, params, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
+                reset_carry=reset_carry,
                 return_states=return_states,
             )  # fmt: skip
         else:
             modules.before_scan(self, "nnx.scan", slow)
             result = modules.scan_cell(
                 functools.partial(scan_over, self), self, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
-                return_states=return_states,
+                reset_carry=reset_carry, return_states=return_states,
             )  # fmt: skip
         return modules.result_of(self, result, call.return_carry)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
@@ -19,7 +20,8 @@ from rnncore import flax_modules as modules
 from rnncore._types import Array
 from rnncore.cells import GRU, LSTM, MGU, CellParams, Elman, IndRNN, PointwiseCell
 from rnncore.cells.base import named
-from rnncore.nnx import gated, lstm, simple
+from rnncore.layers.entries import to_entries
+from rnncore.nnx import gated, lstm, own_cells, simple
 
 
 class Tree(NamedTuple):
@@ -66,6 +68,8 @@ SIMPLE_TREE = Tree(
     _INPUT, _RECURRENT, 1, _INPUT, _GATED[1:],
     lambda cell, size: Elman(size, activation_fn=cell.activation_fn, residual=cell.residual),
 )  # fmt: skip
+OWN_TREE = Tree((), (), 0, (), (), lambda cell, size: cell.core)
+"""Of the cells that Flax has not, whose parameters are the functional ones."""
 INDRNN_TREE = Tree(_INPUT, (), 1, _INPUT, _GATED[1:], lambda cell, size: IndRNN(size, activation_fn=cell.activation_fn))
 
 KNOWN: dict[type, Tree] = {
@@ -79,6 +83,7 @@ KNOWN: dict[type, Tree] = {
     nnx.OptimizedLSTMCell: OPTIMIZED_LSTM_TREE,
     nnx.GRUCell: GRU_TREE,
     nnx.SimpleCell: SIMPLE_TREE,
+    **dict.fromkeys(own_cells.CELLS, OWN_TREE),
 }
 """The exact classes whose equations are known; a subclass may compute something else."""
 
@@ -97,11 +102,16 @@ def slow_path(cell: Any) -> modules.SlowPath | None:
     if why := _changed(cell, tree):
         return modules.SlowPath(why)
     size, functions = cell.hidden_features, [getattr(cell, name) for name in tree.functions]
+    if tree is OWN_TREE:
+        functions = [getattr(cell.core, name) for name in _GATED if hasattr(cell.core, name)]
     return modules.unfit_functions(lambda: tree.make(cell, size), size, functions, nnx.Module)
 
 
 def _changed(cell: Any, tree: Tree) -> str | None:
     """Which part of a known cell differs from what its constructor makes, or None."""
+    if tree is OWN_TREE:
+        wrong = wrong_shape(cell)
+        return f"its {wrong}" if wrong else None
     for name in tree.inputs + tree.recurrent:
         part = getattr(cell, name)
         if type(part) is not nnx.Linear:
@@ -125,6 +135,9 @@ def wrong_shape(cell: Any) -> str | None:
     """Which parameter of a known cell has a shape that does not fit its sizes, or None."""
     tree, size = KNOWN[type(cell)], cell.hidden_features
     expected: list[tuple[str, Any, tuple[int, ...]]] = []
+    if isinstance(cell, own_cells.OwnCell):
+        like = to_entries(jax.eval_shape(lambda: cell.core.init(jax.random.key(0), cell.in_features)))
+        expected = [(name, param, like[name].shape) for name, param in cell.entries().items()]
     for names, rows in ((tree.inputs, cell.in_features), (tree.recurrent, size)):
         columns = tree.gates * size // max(len(names), 1)
         for name in names:
@@ -137,7 +150,7 @@ def wrong_shape(cell: Any) -> str | None:
     return None
 
 
-def assemble(cell: Any, inputs: Any = None, h: Any = None) -> tuple[PointwiseCell, CellParams]:
+def assemble(cell: Any, inputs: Any = None, h: Any = None) -> tuple[Any, Any]:
     """The functional cell and its parameters, in the dtypes in which Flax computes.
 
     Args:
@@ -145,6 +158,8 @@ def assemble(cell: Any, inputs: Any = None, h: Any = None) -> tuple[PointwiseCel
       inputs, h: what the cell will see: where `cell.dtype` is None their dtypes take part in the
         promotion, as in `nnx.Linear`.  None: the parameters' own.
     """
+    if isinstance(cell, own_cells.OwnCell):
+        return cell.core, cell.functional_params(inputs)
     tree, size = KNOWN[type(cell)], cell.hidden_features
 
     def side(names: tuple[str, ...], leaf: str) -> list[Array]:
@@ -172,6 +187,8 @@ def assemble(cell: Any, inputs: Any = None, h: Any = None) -> tuple[PointwiseCel
 
 def disassemble(cell: Any, params: CellParams) -> None:
     """The inverse of `assemble`: writes functional parameters into the cell's."""
+    if isinstance(cell, own_cells.OwnCell):
+        return cell.take(params)
     tree, call = KNOWN[type(cell)], f"`from_functional({type(cell).__name__}, params)`"
     _, now = assemble(cell)
     b_hn = getattr(cell, "b_hn", None)

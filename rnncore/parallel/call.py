@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
-from rnncore.cells import pointwise, structured_kernels
+from rnncore.cells import linear_state, pointwise, structured_kernels
 from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.cells.blocks import blocks_of
 from rnncore.parallel.newton import Newton
@@ -34,7 +34,7 @@ class Options(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is static about a call."""
+    """What is static about a call; `linear` as in `cells.linear_state`."""
 
     cell: PointwiseCell
     method: str
@@ -42,6 +42,7 @@ class Settings:
     max_iterations: int
     sweeps: int
     time_major: bool
+    linear: tuple[str, ...] | None
 
     @property
     def newton(self) -> Newton:
@@ -90,6 +91,7 @@ def prepare(cell: Cell, params: PyTree, xs: Array, options: Options) -> tuple[Se
     steps, *batch = xs.shape[:-1]
     if not steps:
         raise ValueError(f"`parallel.unroll(xs=<{xs.dtype} {xs.shape}>)`: expected at least one step.")
+    linear = linear_state.linear_fields(cell)
     cell, params = structured_kernels.plain(cell, params)
     assert isinstance(cell, PointwiseCell)
     blocks_of(cell.recurrence, cell.hidden_size)  # refuses a structure of which it is not known
@@ -115,5 +117,5 @@ def prepare(cell: Cell, params: PyTree, xs: Array, options: Options) -> tuple[Se
         reset_carry = jax.tree.map(lambda a: jnp.asarray(a, dtype), back)
     if tolerance is None:
         tolerance = 128 * float(jnp.finfo(dtype).eps)
-    settings = Settings(cell, method, float(tolerance), max_iterations, sweeps, time_major)
+    settings = Settings(cell, method, float(tolerance), max_iterations, sweeps, time_major, linear)
     return settings, Arrays(params, xs, start, reset_carry, resets)

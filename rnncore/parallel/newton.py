@@ -86,6 +86,11 @@ class Newton:
         states, _, _, worst, last_above, count = jax.lax.while_loop(proceed, iterate, state)
         return Found(states, jnp.minimum(last_above + 1, count), worst[-1])
 
+    def check(self, operands: Operands, resets: Array | None, states: Any) -> Found:
+        """What is to be said of states that were found at once."""
+        worst = residuals(self.sweep.after(operands, self.sweep.before(operands, resets, states))[0], states)
+        return Found(states, jnp.ones(worst.shape, jnp.int32), worst[-1])
+
 
 def within_reach(states: Array, after: Array) -> Array:
     """The states, each unit clipped to the range of the values that the steps have given; NaN is replaced by these."""

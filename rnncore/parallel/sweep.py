@@ -12,7 +12,7 @@ from rnncore._types import Array
 from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.cells.blocks import blocks_of, own_gain, to_blocks
 from rnncore.cells.diagonals import Diagonals, diagonals
-from rnncore.parallel import linear
+from rnncore.recurrence import linear
 from rnncore.recurrence import step as steps
 
 

@@ -14,6 +14,7 @@ from rnncore.parallel.call import Arrays, Options, Settings, prepare
 from rnncore.parallel.forecast import forecast_of
 from rnncore.parallel.newton import solution
 from rnncore.parallel.sweep import Operands
+from rnncore.recurrence import associative
 
 
 class Solution(NamedTuple):
@@ -57,6 +58,7 @@ def unroll(
 
     An iteration is the run's product over all steps at once and a linear recurrence, in about log2(T) rounds; it has no
     loop over T.  Over `Diagonal()` the recurrence is elementwise, over `Heads(N)` one of (F H/N)^2 blocks.
+    A cell whose state is linear in its past, such as `MinGRU`, is solved by that recurrence at once, without a guess.
 
     Args:
       cell: a `PointwiseCell` over Dense(), Heads(N) or Diagonal(), or a structure that runs as one of these.
@@ -95,7 +97,7 @@ def unroll(
     """
     options = Options(initial_carry, resets, reset_carry, time_major, method, tolerance, max_iterations, sweeps)
     settings, arrays = prepare(cell, params, xs, options)
-    if check and not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arrays)):
+    if check and settings.linear is None and not any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(arrays)):
         expected = forecast_of(settings, arrays)
         if not expected.converges:
             raise NotImplementedError(
@@ -112,8 +114,13 @@ def run(settings: Settings, arrays: Arrays) -> Solution:
     with jax.default_matmul_precision("highest"):
         zs = cell.project(arrays.params, arrays.xs)
         operands = Operands(arrays.params, zs, arrays.start, arrays.reset_carry)
-        found = newton.find(jax.lax.stop_gradient(operands), arrays.resets)
-        states = solution(newton.sweep, operands, arrays.resets, jax.lax.stop_gradient(found.states))
+        if settings.linear is None:
+            found = newton.find(jax.lax.stop_gradient(operands), arrays.resets)
+            states = solution(newton.sweep, operands, arrays.resets, jax.lax.stop_gradient(found.states))
+        else:
+            start, back = arrays.start, arrays.reset_carry
+            states, _ = associative.states(cell, settings.linear, arrays.params, zs, start, back, arrays.resets)
+            found = newton.check(*jax.lax.stop_gradient((operands, arrays.resets, states)))
     converged = found.residual <= settings.tolerance
     states = jax.tree.map(lambda a: jnp.where(converged[..., None], a, jnp.nan), states)
     last = jax.tree.map(lambda a: a[-1], states)

@@ -39,6 +39,8 @@ class Request:
       residual_dtype: name of the dtype in which what reverse mode keeps is stored; None for its own.
       time_axis: where time lies in xs and in the outputs: 0, or `len(batch_shape)` where the caller has it there and
         the backend takes it (`Backend.keeps_time_axis`).
+      linear: the fields of the carry that the update reads where the state is elementwise linear in its past, see
+        `cells.linear_state`; None where it is not.
     """
 
     cell: Cell
@@ -59,6 +61,7 @@ class Request:
     recompute: str
     residual_dtype: str | None = None
     time_axis: int = 0
+    linear: tuple[str, ...] | None = None
 
     @property
     def symbolic(self) -> bool:

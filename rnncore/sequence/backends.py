@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rnncore.kernels import cpp, cuda, cudnn, mosaic_gpu, pallas_tpu
+from rnncore.recurrence.associative import AssociativeScan
 from rnncore.recurrence.autodiff import Autodiff
 from rnncore.recurrence.backend import Backend
 from rnncore.recurrence.scan import Scan
@@ -10,7 +11,8 @@ from rnncore.recurrence.scan import Scan
 BACKENDS: dict[str, Backend] = {
     backend.name: backend
     for backend in (
-        mosaic_gpu.MosaicGPU(), cuda.Cuda(), pallas_tpu.PallasTPU(), cudnn.CuDNN(), cpp.Cpp(), Scan(), Autodiff(),
+        mosaic_gpu.MosaicGPU(), cuda.Cuda(), pallas_tpu.PallasTPU(), cudnn.CuDNN(), AssociativeScan(),
+        cpp.Cpp(), Scan(), Autodiff(),
     )
 }  # fmt: skip
 """In order of preference: the first that can serve a call and need not be named is chosen."""

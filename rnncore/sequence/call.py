@@ -13,7 +13,7 @@ import numpy as np
 
 from rnncore import _compat, _lengths
 from rnncore._types import Array, PyTree, exportable
-from rnncore.cells import pointwise, structured_kernels
+from rnncore.cells import linear_state, pointwise, structured_kernels
 from rnncore.cells.base import Cell, GatedCell, PointwiseCell
 from rnncore.recurrence.backend import Backend, LoopBackend
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
@@ -264,6 +264,7 @@ def explain_backend(
       not 'cuda': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'pallas_tpu': ResetBeforeGRU is not a PointwiseCell, so no kernel can be made of its pointwise update
       not 'cudnn': cuDNN has rnncore.LSTM, GRU and Elman, and ResetBeforeGRU is none of them
+      not 'associative_scan': the state of ResetBeforeGRU is not linear in its past
       not 'cpp': ResetBeforeGRU is not a PointwiseCell, so no loop can be made of its pointwise update
       not 'scan': ResetBeforeGRU is not a PointwiseCell, so its derivative rules cannot be derived
       >>> from rnncore import nnx
@@ -368,6 +369,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     if isinstance(cell, PointwiseCell):
         pointwise.check_elementwise(cell)
     _checks.check_params(cell, params, xs)
+    linear = linear_state.linear_fields(cell)
     if not (structured_kernels.prefers_own_product(cell) and _takes_any_product(options.backend)):
         cell, params = structured_kernels.plain(cell, params)
     z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
@@ -392,6 +394,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
         lengths=seq_lengths is not None, resets=resets is not None, recurrent_mask=recurrent_mask is not None,
         zoneout=zoneout is not None, return_states=options.return_states, checkpoint_every=checkpoint_every,
         recompute=recompute, residual_dtype=None if residual_dtype is None else jnp.dtype(residual_dtype).name,
+        linear=linear,
     )  # fmt: skip
     differentiable = Differentiable(params, xs, initial_carry, reset_carry)
     return request, layout, (differentiable, Constants(seq_lengths, resets, recurrent_mask, zoneout))

@@ -226,6 +226,18 @@ def test_step_is_update_and_output(cell: Any):
         np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.parametrize(
+    "cell",
+    [rnncore.GRU(4), rnncore.LayerNormLSTM(4), rnncore.LSTMP(4, projection_size=2), rnncore.ResetBeforeGRU(4)],
+    ids=lambda c: type(c).__name__,
+)
+def test_a_step_of_inputs_that_are_not_projected_is_an_error(cell: Any):
+    size = len(cell.gates)  # each gate would get one number, for all units
+    params = cell.init(KEY, size)
+    with pytest.raises(ValueError, match=rf"expected \(\*batch, {4 * size}\), a projected input: `cell.step"):
+        cell.step(params, cell.initial_carry((2,)), jnp.ones((2, size)))
+
+
 # ---------------------------------------------------------------------------------- cells as values
 
 SOME_CELLS = (

@@ -106,6 +106,27 @@ def test_resets_start_again_from_the_initial_carry(cell: type, time_major: bool)
     close((last, turned(ys)), (again, jnp.concatenate([first, second], 1)))
 
 
+@pytest.mark.parametrize("cell", [ours.LSTMCell, foreign("LSTMCell")], ids=["ours", "foreign"])
+def test_resets_return_to_another_carry_than_the_stored_one(cell: type) -> None:
+    """As the loop of a rollout has it: the carry is stored, an episode begins with the cell's own."""
+    xs, stored = normal(1, (B, T, D)), start("LSTMCell")
+    one = cell(H, param_dtype=f64)
+    layer, own = ours.RNN(one, return_carry=True), one.initialize_carry(jax.random.key(0), (B, D))
+    variables = layer.init(jax.random.key(0), xs)
+    resets = jnp.array([[True, False, False, True, False], [False, False, True, True, False]])
+    carry, ys = stored, []
+    for t in range(T):
+        carry = jax.tree.map(lambda new, old, t=t: jnp.where(resets[:, t, None], new, old), own, carry)
+        carry, y = one.apply({"params": variables["params"]["cell"]}, carry, xs[:, t])
+        ys.append(y)
+    got = layer.apply(variables, xs, initial_carry=stored, resets=resets, reset_carry=own)
+    close(got, (carry, jnp.stack(ys, 1)))
+    with pytest.raises(ValueError, match="means something with resets only"):
+        layer.apply(variables, xs, reset_carry=own)
+    with pytest.raises(ValueError, match="expected those of the initial carry"):
+        layer.apply(variables, xs, resets=resets, reset_carry=own[0])
+
+
 @pytest.mark.sample(2)
 @pytest.mark.parametrize("cell", ["LSTMCell", "GRUCell"])
 @pytest.mark.parametrize("options", ["plain", "all"])

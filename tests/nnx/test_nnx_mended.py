@@ -227,6 +227,19 @@ def test_resets_start_again_from_the_initial_carry(way: int, time_major: bool) -
     close((last, turned(ys)), (again, jnp.concatenate([first, second], 1)))
 
 
+@WAYS
+def test_resets_return_to_another_carry_than_the_stored_one(way: int) -> None:
+    xs, stored, cell = normal(1, (B, T, D)), start("GRUCell"), kinds()[way]
+    own = cell.initialize_carry((B, D))
+    resets = jnp.array([[True, False, False, True, False], [False, False, True, True, False]])
+    carry, ys = stored, []
+    for t in range(T):
+        carry, y = cell(jnp.where(resets[:, t, None], own, carry), xs[:, t])
+        ys.append(y)
+    got = ours.RNN(cell, return_carry=True)(xs, initial_carry=stored, resets=resets, reset_carry=own)
+    close(got, (carry, jnp.stack(ys, 1)))
+
+
 def test_states_are_the_last_element() -> None:
     xs, carry = normal(1, (3, T, D)), start("LSTMCell", (3,))
     options = dict(reverse=True, seq_lengths=jnp.array([0, 2, T]))

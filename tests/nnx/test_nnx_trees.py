@@ -88,7 +88,7 @@ def test_the_layers_take_the_arguments_of_flax_and_our_own_come_after(cls: str, 
         assert values[0] == (values[1].lstrip("_") if isinstance(values[1], str) else values[1])
     call, flax_call = (inspect.signature(getattr(nn, cls).__call__).parameters for nn in (ours, theirs))
     assert [*call][: len(flax_call)] == [*flax_call]
-    assert [*call][len(flax_call) :] == ["resets", "return_states"][:own]
+    assert [*call][len(flax_call) :] == ["resets", "reset_carry", "return_states"][:own]
 
 
 @pytest.mark.parametrize("name", CELLS)

@@ -43,6 +43,7 @@ FUNCTIONS = (
     "from_equinox",
     "to_equinox",
     "foreign_cell",
+    "windows",
 )
 CELLS = (
     "Elman",
@@ -50,6 +51,7 @@ CELLS = (
     "Leaky",
     "MinGRU",
     "MinLSTM",
+    "QRNN",
     "RGLRU",
     "SLSTM",
     "LSTM",

@@ -166,7 +166,7 @@ def test_resets_that_do_not_fit(resets: Any):
     [
         (
             {"backend": "fast"},
-            "`unroll(backend='fast')`: unknown; expected one of mosaic_gpu, cuda, pallas_tpu, cudnn, cpp, scan, "
+            "`unroll(backend='fast')`: unknown; expected one of mosaic_gpu, cuda, pallas_tpu, cudnn, associative_scan, cpp, scan, "
             "autodiff, or None",
         ),
         ({"recompute": "all"}, "`unroll(recompute='all')`: expected one of 'nothing', 'gates', 'chunk'"),
