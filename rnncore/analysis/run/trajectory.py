@@ -250,6 +250,15 @@ def check_finite(call: str, tree: PyTree, advice: str) -> None:
             )
 
 
+def check_loss(call: str, value: Any) -> None:
+    """Refuses a loss that is not one number."""
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"`{call}(loss=...)`: it returned <{jnp.result_type(value)} {jnp.shape(value)}>, expected one "
+            "floating-point number for the whole batch; sum or average it, or pick one loss term."
+        )
+
+
 def refuse_ragged(traj: Trajectory, call: str) -> None:
     """An error where a run has lengths or resets and the caller knows of neither."""
     given = [name for name, a in (("seq_lengths", traj.lengths), ("resets", traj.resets)) if a is not None]
