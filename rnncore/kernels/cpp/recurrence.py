@@ -107,9 +107,9 @@ class _Run:
         self.variant = variant_of(request)
         self.part = emit.body(cell, self.variant)
         self.plan, self.rematerialize = emit.plan(cell, self.variant), request.recompute != "nothing"
-        self.every, self.begins = STRETCH, len(self.plan.reformed)
+        self.chunk_size, self.begins = STRETCH, len(self.plan.reformed)
         if self.rematerialize:
-            self.every = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
+            self.chunk_size = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
             self.begins = len(cell.Carry._fields)
         self.axes = _compat.varying_axes(differentiable.xs)
         steps, hidden, real = request.steps, cell.hidden_size, self.variant.real
@@ -124,7 +124,7 @@ class _Run:
     @property
     def compiled(self) -> Calls:
         return _calls(
-            self.cell, self.variant, self.time_major, self.zoneout, self.every, self.begins, self.rematerialize
+            self.cell, self.variant, self.time_major, self.zoneout, self.chunk_size, self.begins, self.rematerialize
         )
 
     def residuals(self, kept: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -272,22 +272,9 @@ def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
 
 
 @functools.lru_cache(maxsize=256)
-def _calls(
-    cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int, begins: int,
-    rematerialize: bool,
-) -> Calls:  # fmt: skip
+def _calls(cell: PointwiseCell, variant: emit.Variant, *settings: Any) -> Calls:
+    """`settings`: the fields of `Calls` from `time_major` on."""
     part, width = emit.body(cell, variant), len(emit.plan(cell, variant).kept)
     names = handlers.targets(emit.source(cell, variant), described(cell, variant))
     targets = names["forward"], names["forward_keeping"], names["backward"]
-    return Calls(
-        targets,
-        variant,
-        width,
-        len(cell.Carry._fields),
-        part.emitted,
-        time_major,
-        zoneout,
-        every,
-        begins,
-        rematerialize,
-    )
+    return Calls(targets, variant, width, len(cell.Carry._fields), part.emitted, *settings)
