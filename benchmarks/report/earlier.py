@@ -82,7 +82,8 @@ def retention(result: dict[str, Any]) -> str:
         f"log10 of ||d s_T / d s_(T-k)||_F / sqrt n of the whole carry, the mean over a batch of its logarithm, and "
         f"minus the slope of ln retention per step over the last four fifths of the lags: medians of {first['draws']} "
         f"draws. Seconds: their curves of 100 lags together, exact. B={batch}, T={steps}, D={features}, H={hidden}, "
-        f"float32, {machine['device']}, JAX {machine['jax']}; commit {machine['commit']}, {result['started'][:10]}. {NOISE}"
+        f"float32, {machine['device']}, JAX {machine['jax']}; commit {machine['commit']}, {result['started'][:10]}. "
+        f"{NOISE}"
     )
 
 
