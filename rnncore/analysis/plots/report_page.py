@@ -14,12 +14,13 @@ import jax
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 import rnncore
-from rnncore.analysis.plots.style import COLOURS, DASHES, diverging_map, edges
+from rnncore.analysis.plots.style import COLOURS, DASHES, signed_map
 from rnncore.analysis.report.measured import LayerReport
+from rnncore.analysis.report.model_report import of_trajectory
+from rnncore.analysis.run.trajectory import Trajectory
 
 DPI = 150
 SIZE = (4.3, 2.9)
@@ -83,6 +84,40 @@ def save(report: Any, path: str | Path, before: Any = None) -> Path:
         )
     path.write_text(page(report, before), encoding="utf-8")
     return path
+
+
+def report_trajectory(
+    traj: Trajectory, path: str | Path, adjoint: Any = None, *, title: str | None = None, dense_up_to: int = 256
+) -> Path:
+    """The page of a single run, as `Report.save` writes it of the layers of a model.
+
+    Args:
+      traj: a trajectory of T steps.
+      path: ends in .html.
+      adjoint: the gradient of a loss at `traj.last`, in the structure of the carry, as in `retention_curve`; with it
+        the page has the gradient over time.
+      title: of the page; by default the name of the cell.
+      dense_up_to: size n of the state above which nothing is computed that takes n^3 operations a step.
+
+    Returns:
+      The path.
+
+    Raises:
+      ValueError: another ending; what `retention_curve` refuses.
+
+    Example:
+      >>> import pathlib, tempfile
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> from rnncore.analysis import plots
+      >>> cell = rnncore.IndRNN(4)
+      >>> run = analysis.trajectory(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3)))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     path = plots.report_trajectory(run, pathlib.Path(folder, "run.html"), dense_up_to=0)
+      ...     "<h2>Findings" in path.read_text(encoding="utf-8")
+      True
+    """
+    return of_trajectory(traj, adjoint, title=title, dense_up_to=dense_up_to).save(path)
 
 
 def page(report: Any, before: Any = None) -> str:
@@ -290,17 +325,7 @@ def _heatmap(one: LayerReport, everyone: Sequence[LayerReport]) -> Picture | Non
         return None
 
     def draw(ax: Axes) -> None:
-        scale = 10.0 ** math.floor(math.log10(top)) if not 1e-250 < top < 1e250 else 1.0
-        norm = SymLogNorm(10.0**-BELOW * top / scale, linscale=0.5, vmin=-top / scale, vmax=top / scale, base=10)
-        steps, units = values.shape
-        mesh = ax.pcolormesh(
-            edges(np.arange(steps, dtype=float)), edges(np.arange(units, dtype=float)), values.T / scale, norm=norm,
-            cmap=diverging_map(), rasterized=True,
-        )  # fmt: skip
-        decade = math.floor(math.log10(top / scale))
-        ticks = [10.0**decade, 10.0 ** (decade - 4)]
-        bar = ax.figure.colorbar(mesh, ax=ax, ticks=[-t for t in ticks] + [0] + ticks[::-1])
-        bar.set_label(r"$dL/dh_t$" if scale == 1 else rf"$dL/dh_t$ / {scale:.0e}")
+        signed_map(ax, values, 0, top, 10.0**-BELOW * top, r"$dL/dh_t$")
         ax.set_xlabel("step t, in the layer's order")
         ax.set_ylabel("unit")
 

@@ -270,6 +270,7 @@ class Backward {
       const residual* from = kept.at(t, lo + r, block);
       for (int m = 0; m < Cell::residuals; m++)
         if (Kept::at[m] >= 0) residuals[m] = load(from + Kept::at[m] * s.units);
+      kept.fetch<false>(from, -1);
       if (Kept::h_at >= 0) residuals[Kept::h_at] = previous(t, lo + r).at(s, block);
       for (int k = 0; k < Kept::reformed; k++)
         residuals[Kept::reformed_at[k]] = load(old(t, r) + k * s.units + block * kLanes);
@@ -278,7 +279,11 @@ class Backward {
         after[f] = load(field(ds, f, r) + block * kLanes);
         if (ends && given.last) after[f] += load(given.last + (f * s.batch + lo + r) * s.hidden + s.first(block), count);
       }
-      if (given.y) after[Cell::hidden] += load(given.y + (lo + r) * s.y_row + t * s.y_step + s.first(block), count);
+      if (given.y) {
+        const stored* dy = given.y + (lo + r) * s.y_row + t * s.y_step + s.first(block);
+        after[Cell::hidden] += load(dy, count);
+        __builtin_prefetch(dy - s.y_step);
+      }
       if constexpr (Cell::states) states(t, lo + r, block, after, gates);
       if (in.zoneout.any) stay(t, lo + r, block, after, stays);
       Cell::backward(units, residuals, after, gates, dp, z, rest, before);

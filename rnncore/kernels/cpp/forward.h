@@ -183,6 +183,7 @@ class Forward {
             if (in.resets[t * s.batch + lo + r]) begin(r, in.target, now);
         });
       here.phase(s.blocks, [&](int64_t block) {
+        if (n < kRows && t % 2) block = s.blocks - 1 - block;  // what the cache still holds comes first
         in_blocks(n, [&](int at, auto rows) { step<rows>(t, block, at, z + ((t - t0) * n + at) * ldz, now, next); });
       });
       if (in.lengths && out.last)
@@ -197,27 +198,29 @@ class Forward {
     for (int f = 0; f < Cell::fields; f++) collect(s, field(f, r), out.last + (f * s.batch + lo + r) * s.hidden);
   }
 
-  // c += what enters the product, of `Rows` rows, times the columns of gates g to g + kColumns.
-  template <int Rows>
-  RNN_INLINE void multiply_recurrent(int64_t block, int g, const real* h, vec (&c)[Rows][kColumns]) const {
+  // c += what enters the product, of `Rows` rows, times the columns of gates g to g + Columns.
+  template <int Rows, int Columns>
+  RNN_INLINE void multiply_recurrent(int64_t block, int g, const real* h, vec (&c)[Rows][Columns]) const {
     if (s.diagonal) {
-      for (int m = 0; m < kColumns; m++) {
+      for (int m = 0; m < Columns; m++) {
         const vec u = load(p.u + (block * kGates + g + m) * kLanes);
         for (int r = 0; r < Rows; r++) c[r][m] += load(h + r * ldh + block * kLanes) * u;
       }
       return;
     }
     const real* columns = p.u + (block * kGates + g) * s.head * kLanes;
-    multiply<Rows, kColumns, false>(h + s.head_of(block) * s.padded, ldh, columns, kColumns * kLanes, s.head, c);
+    multiply<Rows, Columns, false, kColumns>(h + s.head_of(block) * s.padded, ldh, columns, kColumns * kLanes, s.head, c,
+                                             kColumns * kLanes * s.head);
   }
 
   template <int Rows>
   void step(int64_t t, int64_t block, int64_t at, const real* z, const real* now, real* next) {
     vec sums[Rows][kGates];  // z + r of the gates that see no more, r of the others
     const real* zs = z + block * kGates * kLanes;
-    for (int g = 0; g < kGates; g += kColumns) {
-      vec c[Rows][kColumns];
-      for (int m = 0; m < kColumns; m++) {
+    constexpr int kAtOnce = Rows * kGates <= kRows * kColumns ? kGates : kColumns;  // as many as fit into registers
+    for (int g = 0; g < kGates; g += kAtOnce) {
+      vec c[Rows][kAtOnce];
+      for (int m = 0; m < kAtOnce; m++) {
         const int rest = Cell::rest_of[g + m];
         for (int r = 0; r < Rows; r++)
           c[r][m] =
@@ -225,7 +228,7 @@ class Forward {
       }
       multiply_recurrent<Rows>(block, g, now + at * ldh, c);
       for (int r = 0; r < Rows; r++)
-        for (int m = 0; m < kColumns; m++) sums[r][g + m] = c[r][m];
+        for (int m = 0; m < kAtOnce; m++) sums[r][g + m] = c[r][m];
     }
     vec units[Cell::units + 1];
     for (int m = 0; m < Cell::units; m++) units[m] = load(p.units + (block * Cell::units + m) * kLanes);
@@ -242,6 +245,7 @@ class Forward {
       if constexpr (Keep) {
         Cell::keep(units, folded, rest, old, fresh, gates, values);
         residual* to = kept.at(t, row, block);
+        kept.fetch<true>(to, 1);
         for (int m = 0; m < Cell::residuals; m++)
           if (Kept::at[m] >= 0) store(to + Kept::at[m] * s.units, values[m]);
       } else {

@@ -55,13 +55,16 @@ struct Transposed {
   int64_t panel() const { return rows * kWide * kLanes; }
 
   void pack(const real* from, int64_t width, int64_t first, int count, int64_t block, real* to) const {
-    for (int64_t j = 0; j < rounded(columns, kWide * kLanes); j++)
-      for (int g = 0; g < kGates; g++)
-        for (int lane = 0; lane < kLanes; lane++) {
-          const bool real_one = j < columns && lane < count;
-          to[j / (kWide * kLanes) * panel() + ((block * kGates + g) * kLanes + lane) * kWide * kLanes +
-             j % (kWide * kLanes)] = real_one ? from[(j * kGates + g) * width + first + lane] : 0;
-        }
+    constexpr int kPanel = kWide * kLanes;
+    to += block * kGates * kLanes * kPanel;
+    for (int64_t j = 0; j < columns; j += kPanel, to += panel())
+      for (int g = 0; g < kGates; g++) {
+        real square[kPanel][kLanes];
+        for (int m = 0; m < kPanel; m++)
+          store(square[m], j + m < columns ? load(from + ((j + m) * kGates + g) * width + first, count) : all(0));
+        for (int lane = 0; lane < kLanes; lane++)
+          for (int m = 0; m < kPanel; m++) to[(g * kLanes + lane) * kPanel + m] = square[m][lane];
+      }
   }
 };
 
@@ -106,6 +109,11 @@ struct Residuals {
   // Where the first one of a vector of units is; the next are `units` further each.
   residual* at(int64_t t, int64_t row, int64_t block) const {
     return data + (t - first_step) * step + (row - first_row) * Kept::count * units + block * kLanes;
+  }
+  // Asks for those of a vector of units in another step, which no prefetcher of the CPU foresees.
+  template <bool Write>
+  void fetch(const residual* at, int64_t steps) const {
+    for (int m = 0; m < Kept::count; m++) __builtin_prefetch(at + steps * step + m * units, Write);
   }
 };
 

@@ -144,8 +144,9 @@ class _Run:
         request, plan, hidden = self.request, self.plan, self.cell.hidden_size
         kept = residuals[0]
         of_heads = kept.reshape(*kept.shape[:-1], self.heads, -1)[..., : hidden // self.heads]
-        apart = jnp.moveaxis(of_heads.reshape(*kept.shape[:-1], hidden), -2, 0)
-        found = dict(zip(plan.kept, apart, strict=True))
+        rows = of_heads.reshape(*kept.shape[:-1], hidden)
+        # Slices, which XLA takes from what `packed` put together without writing it; it would write it transposed.
+        found = {n: jax.lax.index_in_dim(rows, k, rows.ndim - 2, False) for k, n in enumerate(plan.kept)}
         resets, zoneout = step.per_step(request, constants)
         start, reset_carry = differentiable.initial_carry, differentiable.reset_carry
         hs = jnp.moveaxis(result.outputs, request.time_axis, 0)
@@ -242,24 +243,13 @@ class _Run:
     def result(self, out: Out) -> Result:
         """What the calls gave as the caller has it."""
         steps, batch, hidden = self.request.steps, self.request.batch_shape, self.cell.hidden_size
-        fields, h = self.cell.Carry._fields, self.part.hidden
-
-        def carry(arrays: Sequence[Array]) -> Any:
-            return self.cell.Carry(*(a.astype(dtype) for a, dtype in zip(arrays, self.dtypes, strict=True)))
-
-        last = carry([a.reshape(*batch, hidden) for a in out.last])
-        shape = (steps, *batch) if self.time_major else (*batch, steps)
-        outputs = out.y.reshape(*shape, hidden).astype(self.dtypes[h])
-        if not self.request.return_states:
-            return Result(last, outputs, None, None)
-        stacks = list(out.states.reshape(out.states.shape[0], steps, *batch, hidden))
-        others, gates = stacks[: len(fields) - 1], stacks[len(fields) - 1 :]
-        carries = carry([*others[:h], jnp.moveaxis(outputs, self.request.time_axis, 0), *others[h:]])
-        leaves, tree = jax.tree.flatten(self.part.gates)
-        # Gates are of the dtype of what they are made of; a cell may call a boolean or an integer one.
-        dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
-        named = jax.tree.unflatten(tree, [a.astype(d) for a, d in zip(gates, dtypes, strict=True)])
-        return Result(last, outputs, carries, named)
+        last = [a.reshape(*batch, hidden) for a in out.last]
+        outputs = out.y.reshape(*((steps, *batch) if self.time_major else (*batch, steps)), hidden)
+        stacks = (
+            list(out.states.reshape(out.states.shape[0], steps, *batch, hidden)) if self.request.return_states else []
+        )
+        others = len(last) - 1
+        return host.result(self.request, self.part, self.dtypes, last, outputs, stacks[:others], stacks[others:])
 
     def cotangents(self, of: Result) -> Out:
         """The transpose of `result`, of cotangents that may be None."""

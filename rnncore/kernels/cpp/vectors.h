@@ -7,6 +7,10 @@
 #include <cstring>
 #include <type_traits>
 
+#if defined(__AVX512F__) || defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 namespace rnn {
 
 using real = RNN_REAL;
@@ -127,28 +131,79 @@ RNN_INLINE vec each(vec x, vec y) {
   return x;
 }
 
-// x = n ln 2 + f with |f| <= ln(2) / 2; the scale is 2^(n - Less), and the rest e^f - 1, by Taylor's series within 2e-8
-// of it.
+RNN_INLINE vec within(vec x, real low, real high) {  // NaN stays
+#if defined(__AVX512F__)
+  if constexpr (sizeof(real) == 4)  // of a NaN and a number these give the second
+    return (vec)_mm512_min_ps((__m512)all(high), _mm512_max_ps((__m512)all(low), (__m512)x));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(real) == 4)
+    return (vec)_mm256_min_ps((__m256)all(high), _mm256_max_ps((__m256)all(low), (__m256)x));
+#endif
+  x = x < low ? all(low) : x;
+  return x > high ? all(high) : x;
+}
+
+// Numbers of a table of one register, at the lowest bits of every lane.
+#if defined(__AVX512F__)
+constexpr int kTable = 16;
+RNN_INLINE vec look_up(const void* table, vec at) {
+  return (vec)_mm512_permutexvar_ps((__m512i)at, _mm512_load_ps(table));
+}
+#elif defined(__AVX2__)
+constexpr int kTable = 8;
+RNN_INLINE vec look_up(const void* table, vec at) {
+  return (vec)_mm256_permutevar8x32_ps(_mm256_load_ps(static_cast<const float*>(table)), (__m256i)at);
+}
+#else
+constexpr int kTable = 1;
+RNN_INLINE vec look_up(const void* table, vec) {
+  float first;
+  std::memcpy(&first, table, sizeof first);
+  return all(first);
+}
+#endif
+
+// 2^(j / kTable): the bits, less those that j adds to the exponent, and what rounding takes of it.
+struct Powers {
+  int32_t bits[kTable];
+  alignas(kBytes) float lost[kTable];
+};
+constexpr Powers powers() {
+  constexpr int32_t bits[] = {0x3f800000, 0x3f7daac3, 0x3f7b95c2, 0x3f79c3d3, 0x3f7837f0, 0x3f76f532,
+                              0x3f75fed7, 0x3f75583f, 0x3f7504f3, 0x3f7508a4, 0x3f75672a, 0x3f76248c,
+                              0x3f7744fd, 0x3f78ccdf, 0x3f7ac0c7, 0x3f7d257d};
+  constexpr float lost[] = {0,           4.6285e-08f,  -1.1992e-08f, 4.7298e-08f, 3.1934e-08f, 3.6211e-08f,
+                            -3.0991e-08f, -7.4752e-09f, 1.7114e-08f,  -3.0477e-08f, 5.2333e-09f, 6.1076e-09f,
+                            -1.4720e-08f, -5.2588e-09f, -6.1283e-09f, 5.1406e-09f};
+  Powers some{};
+  for (int j = 0; j < kTable; j++) some.bits[j] = bits[j * 16 / kTable], some.lost[j] = lost[j * 16 / kTable];
+  return some;
+}
+alignas(kBytes) constexpr Powers kPowers = powers();
+
+// e^x = 2^(n / kTable) e^f with n whole and |f| <= ln(2) / (2 kTable): the scale is 2^(n / kTable - Less) and the rest
+// e^f - 1, by Taylor's series within 3e-8 of it.
 struct Reduced {
   vec scale, rest;
 };
 template <int Less>
 RNN_INLINE Reduced reduced_exp(vec x) {
-  constexpr real kShift = 12582912;  // 1.5 * 2^23: adding it rounds to an integer
-  vec n = (x * real(1.4426950408889634) + kShift) - kShift;
-  vec f = (x - n * real(0.693145751953125)) - n * real(1.4286068203094173e-06);  // ln 2 in two parts
-  vec p = all(real(1.0 / 5040));
-  p = p * f + real(1.0 / 720);
-  p = p * f + real(1.0 / 120);
-  p = p * f + real(1.0 / 24);
+  constexpr real kShift = 12582912;  // 1.5 * 2^23: adding it rounds to an integer, which the lowest bits then are
+  const vec shifted = x * real(1.4426950408889634 * kTable) + kShift, n = shifted - kShift;
+  // ln 2 in two parts, of which the first times n is exact
+  const vec f = (x - n * real(0.693359375 / kTable)) - n * real(-2.1219444005469058e-4 / kTable);
+  vec p = all(real(1.0 / 24));
+  if constexpr (kTable == 1) {
+    p = all(real(1.0 / 5040));
+    p = p * f + real(1.0 / 720);
+    p = p * f + real(1.0 / 120);
+    p = p * f + real(1.0 / 24);
+  }
   p = p * f + real(1.0 / 6);
   p = p * f + real(0.5);
-  mask power = (__builtin_convertvector(n, mask) + (127 - Less)) << 23;
-  return {(vec)power, (p * f) * f + f};
-}
-RNN_INLINE vec within(vec x, real low, real high) {  // NaN stays
-  x = x < low ? all(low) : x;
-  return x > high ? all(high) : x;
+  constexpr integer kOne = integer(1) << 23;  // of the exponent
+  const mask power = (mask)look_up(kPowers.bits, shifted) + (mask)shifted * (kOne / kTable) - Less * kOne;
+  return {(vec)power, (p * f) * f + (f + look_up(kPowers.lost, shifted))};
 }
 
 // e^x; 0 where it is below 3e-38.
