@@ -43,6 +43,7 @@ def test_python_blocks_of_the_recipes_run():
     assert names["losses"][-1] < 0.2 * names["losses"][0]
     assert jnp.abs(names["pieces"] - names["whole"]).max() < 1e-6
     assert jnp.abs(names["y"] - names["whole"][:, 0]).max() < 1e-6
+    assert names["translation_losses"][-1] < 0.1 * names["translation_losses"][0]
     assert names["outputs"].shape == (4, 8, 12, 16) and names["gradients"].bias.shape == (3, 16)
 
 
