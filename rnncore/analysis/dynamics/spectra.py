@@ -53,6 +53,8 @@ def jacobian_eigenvalues(traj: Trajectory, t: int) -> Array:
 def singular_spectrum(traj: Trajectory, lag: int, anchor: str = "end") -> Array:
     """ln of all singular values of the product of `lag` step Jacobians, however far they lie apart.
 
+    Over the lag they are rates of growth, which come to the Lyapunov exponents as the lag goes to infinity.
+
     anchor "end":   P = J_T J_{T-1} ... J_{T-lag+1}
     anchor "start": P = J_lag J_{lag-1} ... J_1
 
@@ -100,34 +102,6 @@ def singular_spectrum(traj: Trajectory, lag: int, anchor: str = "end") -> Array:
             "float64."
         )
     return logs
-
-
-def singular_value_exponents(traj: Trajectory, lag: int, anchor: str = "end") -> Array:
-    """Growth rates of the singular values over `lag` steps; the Lyapunov exponents only for lag to infinity.
-
-    ln sigma_i(P) / lag
-
-    Args:
-      traj: a trajectory of T steps.
-      lag, anchor: as in `singular_spectrum`; lag at least 1.
-
-    Returns:
-      (*batch, n), largest first.
-
-    Raises:
-      ValueError: as `singular_spectrum`; lag 0.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.Elman(4, activation_fn=jax.nn.identity)  # its initial U is orthogonal
-      >>> run = analysis.trajectory(cell, cell.init(jax.random.key(0), 3), jnp.ones((50, 3)))
-      >>> bool(jnp.abs(analysis.singular_value_exponents(run, 50)).max() < 1e-5)
-      True
-    """
-    if lag == 0:
-        raise ValueError("`singular_value_exponents(lag=0)`: a rate needs at least 1 step.")
-    return singular_spectrum(traj, lag, anchor) / lag
 
 
 @functools.partial(jax.jit, static_argnums=1)

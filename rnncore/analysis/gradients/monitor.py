@@ -148,8 +148,16 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     Args:
       path: of the file.
 
+    Returns:
+      A list of dicts, as `Monitor` describes them.
+
     Raises:
       ValueError: a line that is no record, and is not the last.
+
+    Example:
+      >>> from rnncore import analysis
+      >>> analysis.read_records("no_such_file.jsonl")
+      []
     """
     path = Path(path)
     lines = path.read_text().splitlines() if path.exists() else []

@@ -16,8 +16,8 @@ from rnncore.analysis.plots.gradients import gradient_heatmap as gradient_heatma
 from rnncore.analysis.plots.gradients import gradient_maps as gradient_maps
 from rnncore.analysis.plots.gradients import saliency as saliency
 from rnncore.analysis.plots.gradients import weight_gradient_bars as weight_gradient_bars
-from rnncore.analysis.plots.report_page import report_trajectory as report_trajectory
 from rnncore.analysis.plots.spectra import eigenvalues as eigenvalues
 from rnncore.analysis.plots.spectra import lyapunov as lyapunov
 from rnncore.analysis.plots.spectra import lyapunov_convergence as lyapunov_convergence
 from rnncore.analysis.plots.spectra import singular_fan as singular_fan
+from rnncore.analysis.plots.trajectory_page import report_trajectory as report_trajectory
