@@ -6,7 +6,7 @@
 
 environment: the GPU and versions.  checks: every backend with loops of its own against float64, by kind of kernel.
 graph: the loop as a CUDA graph, five calls.  times: rows of the benchmark against torch and Flax, alone on the card.
-pair: two kernels of a grid that do not depend on each other.
+programs: what a step of the scan launches.
 gradients: the analysis against the CPU's numbers and times.  job: examples/gradient_retention.py.
 sanitizer: NVIDIA's compute-sanitizer over small runs.  The last two are left out of a dry run.
 
@@ -32,8 +32,8 @@ from benchmarks.gpu_check import checks, gradients, parts, processes, results, s
 from benchmarks.gpu_check.processes import LOG, RECORDS, TIMES, Runner
 from benchmarks.gpu_check.table import table
 
-PARTS = ("environment", "checks", "graph", "times", "pair", "gradients", "job", "sanitizer")
-LATER = {"pair": 45, "gradients": 75, "job": 90, "sanitizer": 75}
+PARTS = ("environment", "checks", "graph", "times", "programs", "gradients", "job", "sanitizer")
+LATER = {"programs": 20, "gradients": 75, "job": 90, "sanitizer": 75}
 """Parts behind the times, and the seconds that are kept for each."""
 
 
@@ -138,7 +138,7 @@ def drive(runner: Runner, args: argparse.Namespace) -> None:
     for thread in threads:
         thread.join()
     if "times" in args.parts:
-        right = checks.right_kinds(runner, "mosaic_gpu")
+        right = bool(checks.right_kinds(runner, "mosaic_gpu"))
         graphs = any(r["right"] for r in runner.found("graph"))
         kept = sum(LATER[part] for part in args.parts if part in LATER)
         limit = max(runner.left() - kept, runner.left() / 2)
@@ -146,8 +146,8 @@ def drive(runner: Runner, args: argparse.Namespace) -> None:
         times.drive(runner, limit, right, dropped if graphs else {*dropped, times.PLAIN[1]})
     for process in background:
         runner.kill(process)
-    if "pair" in args.parts and (args.dry or "grid" in checks.right_kinds(runner, "mosaic_gpu")):
-        runner.run("pair", limit=60, stall=40)
+    if "programs" in args.parts:
+        runner.run("programs", limit=60)
     if "gradients" in args.parts:
         both = {} if args.dry else {"JAX_PLATFORMS": "cuda,cpu"}
         runner.run("gradients", limit=120, stall=90, **both)
@@ -163,7 +163,7 @@ def worker(part: str, dry: bool, rest: list[str]) -> int:
     if part.endswith("references"):
         processes.step_aside()
     run: dict[str, Callable[..., Any]] = {
-        "environment": parts.environment, "graph": parts.graph, "pair": parts.pair,
+        "environment": parts.environment, "graph": parts.graph, "programs": parts.programs,
         "check": checks.worker, "one": checks.one, "times": times.worker, "gradients": gradients.worker,
         "check references": checks.references, "time references": times.references,
     }  # fmt: skip

@@ -1,16 +1,20 @@
-"""What is here, and the scan's loop as a CUDA graph: parts that run in processes of their own."""
+"""Parts in processes of their own: what is installed, the scan's loop as a CUDA graph, what a step launches."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import time
 from typing import Any
 
 from benchmarks.gpu_check.problems import distance
-from benchmarks.gpu_check.processes import tell
+from benchmarks.gpu_check.processes import folder, tell
 
 QUERY = ("name", "driver_version", "memory.total", "memory.used", "clocks.sm")
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+"""Operations that launch nothing."""
+PROGRAMS = "programs.txt"
 MODULES = ("torch", "flax", "haiku", "equinox", "flashrnn", "triton", "optax")
 
 
@@ -80,36 +84,44 @@ def graph(dry: bool) -> None:
     tell("graph", calls=len(errors), errors=errors, right=max(errors) < 1e-2, ms=round(ms, 3), options=options)
 
 
-def pair(dry: bool) -> None:
-    """Two grid kernels that do not depend on each other, as the directions of a bidirectional layer are.
-
-    Each wants most of the GPU for itself: if they ran at the same time both would wait for ever.
-    """
+def programs(dry: bool) -> None:
+    """What XLA makes of the scan on this GPU: whether it knows how often a loop runs, and what a step launches."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
     import rnncore
-    from rnncore import gpu
 
-    cell = rnncore.LSTM(16 if dry else 768)
-    stack = rnncore.Stack(cell, bidirectional=True)
-    params = stack.init(jax.random.key(0), 32, jnp.bfloat16)
-    xs = jax.random.normal(jax.random.key(1), (16, 9, 32), jnp.bfloat16)
+    steps, hidden = (9, 16) if dry else (1024, 768)
+    cell = rnncore.LSTM(hidden)
+    params = cell.init(jax.random.key(0), hidden, jnp.bfloat16)
+    xs = jnp.ones((16, steps, hidden), jnp.bfloat16)
 
-    def numbers(backend: str, options: Any) -> list:
-        def loss(params: Any, xs: Any) -> Any:
-            ys = rnncore.unroll_stack(stack, params, xs, backend=backend)[1]
-            return jnp.sum(ys.astype(jnp.float32) ** 2)
+    def outputs(params: Any, xs: Any) -> Any:
+        return rnncore.unroll(cell, params, xs, backend="scan")[1]
 
-        step = jax.jit(jax.grad(loss, (0, 1)), compiler_options=options or None)
-        for _ in range(3):
-            found = step(params, xs)
-        return [np.asarray(a.astype(jnp.float32), np.float64) for a in jax.tree.leaves(found)]
+    def gradient(params: Any, xs: Any) -> Any:
+        return jax.grad(lambda *a: jnp.sum(outputs(*a).astype(jnp.float32) ** 2), (0, 1))(params, xs)
 
-    want = numbers("scan", None)
-    for name, options in (("plain", None), ("as a graph", gpu.loop_as_graph_options())):
-        tell("pair", name=name, state="begun")
-        got = numbers("scan" if dry else "mosaic_gpu", options)
-        error = max(distance(a, b) for a, b in zip(got, want, strict=True))
-        tell("pair", name=name, state="right" if error < 2e-2 else "WRONG", error=error)
+    for name, run in (("forward", outputs), ("gradient", gradient)):
+        text = jax.jit(run).lower(params, xs).compile().as_text() or ""
+        with (folder() / PROGRAMS).open("a") as file:
+            file.write(f"===== {name}\n{text}\n")
+        tell("programs", name=name, loops=loops(text))
+
+
+def loops(text: str) -> list[dict[str, Any]]:
+    """For each loop of a compiled program: its trip count where XLA knows it, and the operations of a step by kind."""
+    bodies: dict[str, dict[str, int]] = {}
+    name = ""
+    for line in text.splitlines():
+        if (head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)) is not None:
+            name = head[1]
+        elif (operation := re.search(r" = .*?[\])}] ([a-z\-]+)\(", line)) is not None and operation[1] not in FREE:
+            kinds = bodies.setdefault(name, {})
+            kinds[operation[1]] = kinds.get(operation[1], 0) + 1
+    found = []
+    for line in text.splitlines():
+        if (loop := re.search(r" while\(.*body=%?([\w.\-]+)", line)) is not None:
+            trips = re.search(r"known_trip_count[^0-9]*([0-9]+)", line)
+            found.append({"steps": int(trips[1]) if trips else None, "operations": bodies.get(loop[1], {})})
+    return found

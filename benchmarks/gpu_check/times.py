@@ -18,8 +18,9 @@ from benchmarks.gpu_check.processes import TIMES, Runner, folder, tell, work
 
 PLAIN = ("rnncore scan", "rnncore scan, CUDA graph")
 FLAX = ("flax.linen OptimizedLSTMCell", "flax.linen GRUCell")
-OWN = ("rnncore mosaic_gpu", "rnncore cudnn", "rnncore cuda")
+OWN = ("rnncore cudnn", "rnncore cuda")
 KERNELS = ("rnncore mosaic_gpu", "rnncore cuda")
+FLASH = "FlashRNN triton_fused"
 OWN_CELLS = ("rnncore cuda, own cell", "rnncore mosaic_gpu, own cell")
 
 
@@ -45,14 +46,16 @@ class Group(NamedTuple):
 
 GROUPS = (
     Group(("W1-768x1",), ("bfloat16",), (*OWN, "torch", PLAIN[0], FLAX[0])),
-    Group(("W1-64x12",), ("bfloat16",), (*KERNELS, OWN_CELLS[0]), "given"),
+    Group(("W1-64x12",), ("bfloat16",), (*KERNELS, OWN_CELLS[0], FLASH), "given"),
     Group(("W4-lstm768",), ("float32",), (*OWN, "torch", PLAIN[0], FLAX[0])),
     Group(("W4-lstm768",), ("float16",), (*OWN, "torch")),
     Group(("W12-H256", "W12-H512"), ("float32",), ("rnncore cuda", "rnncore cudnn", "torch")),
     Group(("W4-gru768",), ("bfloat16",), (*OWN, "torch", PLAIN[0], FLAX[1])),
-    Group(("W1-128x6", "W1-256x3"), ("bfloat16",), KERNELS, "given"),
+    Group(("W1-128x6",), ("bfloat16",), (*KERNELS, FLASH), "given"),
+    Group(("W1-256x3",), ("bfloat16",), KERNELS[1:], "given"),
     Group(("W5-H40", "W5-H128"), ("float32",), ("rnncore cuda", "rnncore cudnn", "torch")),
-    Group(("W1-768x1", "W1-32x24"), ("bfloat16",), KERNELS, "given"),
+    Group(("W1-768x1",), ("bfloat16",), KERNELS[1:], "given"),
+    Group(("W1-32x24",), ("bfloat16",), (*KERNELS, FLASH), "given"),
     Group(("W4-gru768",), ("float32",), (*OWN, "torch")),
     Group(("W4-lstm768",), ("float32",), (PLAIN[1],)),
     Group(("W1-64x12",), ("bfloat16",), (OWN_CELLS[1],), "given"),
@@ -113,22 +116,20 @@ def worker(dry: bool, first: str, seconds: str, right: str, dropped: str) -> Non
     """A part: the groups from number `first` on, within a time.
 
     Args:
-      right: kinds of Mosaic's layouts that have just been checked; one that has not is not timed.
-        Parted by commas.
+      right: "yes" where Mosaic's kernels have just been checked; else they are not timed.
       dropped: contenders to leave out, parted by semicolons.
     """
     from benchmarks import measure, records, run
     from rnncore._command import timing
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # the driver kills a process that is silent
-    checked = set(right.split(","))
     tag, rounds, turn = ("cpu", 2, 0.001) if dry else ("gpu", 5, 0.05)
     deadline = time.monotonic() + float(seconds)
     for number, group in list(enumerate(groups(dry)))[int(first) :]:
         if deadline - time.monotonic() < 5:
             break
         names = [c for c in group.contenders if c not in dropped.split(";")]
-        if not _layouts(group) <= checked:
+        if right != "yes":
             names = [c for c in names if "mosaic_gpu" not in c]
         if not names:
             continue
@@ -140,23 +141,13 @@ def worker(dry: bool, first: str, seconds: str, right: str, dropped: str) -> Non
         tell("group", number=number, name=group.name, status=status)
 
 
-def _layouts(group: Group) -> set[str]:
-    """Kinds of Mosaic's layouts that a group would run."""
-    from benchmarks.peers.problem import make_cell
-    from benchmarks.workloads import WORKLOADS
-    from rnncore.kernels.mosaic_gpu.plan import plan_of
-
-    plans = (plan_of(make_cell(w), w.batch, False, False) for w in map(WORKLOADS.__getitem__, group.workloads))
-    return {plan if isinstance(plan, str) else plan.kind for plan in plans}
-
-
-def drive(runner: Runner, limit: float, right: set[str], dropped: set[str], stall: float = 75) -> None:
+def drive(runner: Runner, limit: float, right: bool, dropped: set[str], stall: float = 75) -> None:
     """Runs the groups in as few processes as hang; a group that hangs is tried again without kernels of our own."""
     first, deadline = 0, runner.passed() + limit
     while runner.passed() < deadline and runner.left() > 10:
         seconds = min(deadline - runner.passed(), runner.left()) - 3
         before = len(runner.found("group"))
-        arguments = (str(first), f"{seconds:.0f}", ",".join(sorted(right)), ";".join(sorted(dropped)))
+        arguments = (str(first), f"{seconds:.0f}", "yes" if right else "no", ";".join(sorted(dropped)))
         if runner.run("times", *arguments, limit=deadline - runner.passed(), stall=stall):
             return
         begun = runner.found("group")

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import types
 from collections import Counter
 
 import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
 import plain_kernels
 import pytest
 
 import rnncore
 from benchmarks import workloads
-from benchmarks.peers import Case, rnncore_peer, torch_peer
+from benchmarks.peers import Case, flashrnn_peer, rnncore_peer, torch_peer
 from benchmarks.peers.own_cell import OwnLSTM
-from benchmarks.peers.problem import make_problem
+from benchmarks.peers.problem import make_cell, make_problem
 from benchmarks.peers.reference import reference
 from rnncore import gpu
 from rnncore._command import timing
@@ -25,12 +29,15 @@ MOSAIC, OWN, TPU = "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncor
 PEER = rnncore_peer.RnncorePeer()
 
 
-def errors(contender: str, case: Case) -> dict[str, float]:
+HEADS = workloads.Workload("heads", "a test", "lstm", 2, 6, 5, 4, heads=2)
+
+
+def errors(contender: str, case: Case, peer=PEER) -> dict[str, float]:
     """The errors against float64."""
     problem = make_problem(case.workload, case.dtype, case.input_product)
     right = reference(case.workload, problem, case.input_product)
     return {
-        m: timing.relative_error(PEER.build(contender, case, problem, m).result(), right[m])
+        m: timing.relative_error(peer.build(contender, case, problem, m).result(), right[m])
         for m in workloads.MEASUREMENTS
     }
 
@@ -46,6 +53,51 @@ def test_torch_is_told_its_precision():
         assert (old.cuda.matmul.allow_tf32, old.cudnn.allow_tf32) == tf32
         names = new.cuda.matmul.fp32_precision, new.cudnn.rnn.fp32_precision
         assert names == tuple("tf32" if is_on else "ieee" for is_on in tf32)
+
+
+@pytest.mark.parametrize("workload", [LSTM, HEADS], ids=lambda w: w.name)
+def test_flashrnn_gets_the_right_recurrent_kernel(workload):
+    """(gate, head, output, input) gives the same pre-activations as rnncore's own product."""
+    cell, params = make_cell(workload), make_problem(workload, "float32", True).params
+    heads, size = workload.heads, workload.hidden // workload.heads
+    kernel = flashrnn_peer.to_flash(params, heads)
+    h = np.random.default_rng(1).standard_normal((3, heads, size)).astype(np.float32)
+    want = cell.recurrent_matmul(params, jnp.asarray(h.reshape(3, -1)))
+    np.testing.assert_allclose(np.einsum("ghdp,bhp->bghd", kernel, h).reshape(3, -1), want, atol=1e-6)
+    arrays = {"R": kernel, "b": params.bias.reshape(4, heads, size), "W": params.input_kernel}
+    jax.tree.map(np.testing.assert_array_equal, flashrnn_peer.from_flash(arrays, heads, workload.hidden), params)
+
+
+def plain_flashrnn(Wx, R, b, states, function, backend, dtype):
+    """What FlashRNN documents, in plain PyTorch: outputs (states, B, T, heads, d), the first state being h."""
+    import torch
+
+    assert (states, function, backend, dtype) == (None, "lstm", "triton_fused", "float32")
+    h = c = torch.zeros(Wx.shape[0], *Wx.shape[3:])
+    path = []
+    for t in range(Wx.shape[1]):
+        i, f, z, o = (Wx[:, t] + torch.einsum("ghdp,bhp->bghd", R, h) + b).unbind(1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        path.append(torch.stack([h, c]))
+    return torch.stack(path, 2), None
+
+
+@pytest.mark.parametrize("product", [True, False])
+def test_flashrnn_runs_as_documented(product, monkeypatch):
+    pytest.importorskip("torch")
+    module = types.ModuleType("flashrnn.flashrnn")
+    monkeypatch.setattr(module, "flashrnn", plain_flashrnn, raising=False)
+    monkeypatch.setitem(sys.modules, "flashrnn", types.ModuleType("flashrnn"))
+    monkeypatch.setitem(sys.modules, "flashrnn.flashrnn", module)
+    peer = flashrnn_peer.FlashRNNPeer()
+    found = errors("FlashRNN triton_fused", Case(HEADS, input_product=product), peer)
+    assert max(found.values()) < 2e-6 and min(found.values()) > 0
+
+
+def test_flashrnn_says_what_it_cannot_do():
+    wide = Case(workloads.WORKLOADS["W1-768x1"], "bfloat16", "default", False, "gpu")
+    assert "up to 128 units" in flashrnn_peer.FlashRNNPeer().why_not("FlashRNN triton_fused", wide)
 
 
 def test_the_algorithm_of_cudnn_is_named():
@@ -66,6 +118,7 @@ def test_what_a_backend_cannot_do_has_its_own_reason(as_if_there):
     for name, dtype, product, contender, why in (
         ("W1-768x1", "float32", True, MOSAIC, "bfloat16 or float16"),
         ("W5-H40", "bfloat16", True, MOSAIC, "16 units at a time"),
+        ("W1-768x1", "bfloat16", True, MOSAIC, "does not fit"),
         ("W4-lstm768", "float16", True, TPU, "float32 or bfloat16"),
         ("W1-768x1", "float32", True, "rnncore cudnn", "cudnn"),  # JAX runs on a CPU here
     ):
