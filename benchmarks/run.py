@@ -7,8 +7,8 @@
 Every contender gets the same parameters and inputs, and its outputs and gradients are compared with a float64
 reference; one whose answer is wrong gets no time.  All contenders of a workload take turns, A B C A B C.
 Records are appended to a file of JSON lines as they come; Ctrl-C keeps what was done.  Contenders:
-`pip install -e ".[bench]"` brings Equinox.  PyTorch is not among them, because it downloads gigabytes: install it
-yourself, on a CPU its CPU build.  What is not installed is named in the results as missing.
+`pip install -e ".[bench]"` brings Haiku and Equinox.  PyTorch is not among them, because it downloads
+gigabytes: install it yourself, on a CPU its CPU build.  What is not installed is named in the results as missing.
 """
 
 from __future__ import annotations

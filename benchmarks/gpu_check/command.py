@@ -6,6 +6,7 @@
 
 environment: the GPU and versions.  checks: every backend with loops of its own against float64, by kind of kernel.
 graph: the loop as a CUDA graph, five calls.  times: rows of the benchmark against torch and Flax, alone on the card.
+programs: what a step of the scan launches.
 gradients: the analysis against the CPU's numbers and times.  job: examples/gradient_retention.py.
 sanitizer: NVIDIA's compute-sanitizer over small runs.  The last two are left out of a dry run.
 
@@ -31,8 +32,8 @@ from benchmarks.gpu_check import checks, gradients, parts, processes, results, s
 from benchmarks.gpu_check.processes import LOG, RECORDS, TIMES, Runner
 from benchmarks.gpu_check.table import table
 
-PARTS = ("environment", "checks", "graph", "times", "gradients", "job", "sanitizer")
-LATER = {"gradients": 75, "job": 90, "sanitizer": 75}
+PARTS = ("environment", "checks", "graph", "times", "programs", "gradients", "job", "sanitizer")
+LATER = {"programs": 20, "gradients": 75, "job": 90, "sanitizer": 75}
 """Parts behind the times, and the seconds that are kept for each."""
 
 
@@ -145,6 +146,8 @@ def drive(runner: Runner, args: argparse.Namespace) -> None:
         times.drive(runner, limit, right, dropped if graphs else {*dropped, times.PLAIN[1]})
     for process in background:
         runner.kill(process)
+    if "programs" in args.parts:
+        runner.run("programs", limit=60)
     if "gradients" in args.parts:
         both = {} if args.dry else {"JAX_PLATFORMS": "cuda,cpu"}
         runner.run("gradients", limit=120, stall=90, **both)
@@ -160,7 +163,7 @@ def worker(part: str, dry: bool, rest: list[str]) -> int:
     if part.endswith("references"):
         processes.step_aside()
     run: dict[str, Callable[..., Any]] = {
-        "environment": parts.environment, "graph": parts.graph, 
+        "environment": parts.environment, "graph": parts.graph, "programs": parts.programs,
         "check": checks.worker, "one": checks.one, "times": times.worker, "gradients": gradients.worker,
         "check references": checks.references, "time references": times.references,
     }  # fmt: skip

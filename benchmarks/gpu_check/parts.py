@@ -1,16 +1,20 @@
-"""What is here, and the scan's loop as a CUDA graph: parts that run in processes of their own."""
+"""Parts in processes of their own: what is installed, the scan's loop as a CUDA graph, what a step launches."""
 
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import time
 from typing import Any
 
 from benchmarks.gpu_check.problems import distance
-from benchmarks.gpu_check.processes import tell
+from benchmarks.gpu_check.processes import folder, tell
 
 QUERY = ("name", "driver_version", "memory.total", "memory.used", "clocks.sm")
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
+"""Operations that launch nothing."""
+PROGRAMS = "programs.txt"
 MODULES = ("torch", "flax", "haiku", "equinox", "flashrnn", "triton", "optax")
 
 
@@ -78,3 +82,46 @@ def graph(dry: bool) -> None:
     jax.block_until_ready([step(params, xs) for _ in range(5)])
     ms = (time.perf_counter() - begin) * 200
     tell("graph", calls=len(errors), errors=errors, right=max(errors) < 1e-2, ms=round(ms, 3), options=options)
+
+
+def programs(dry: bool) -> None:
+    """What XLA makes of the scan on this GPU: whether it knows how often a loop runs, and what a step launches."""
+    import jax
+    import jax.numpy as jnp
+
+    import rnncore
+
+    steps, hidden = (9, 16) if dry else (1024, 768)
+    cell = rnncore.LSTM(hidden)
+    params = cell.init(jax.random.key(0), hidden, jnp.bfloat16)
+    xs = jnp.ones((16, steps, hidden), jnp.bfloat16)
+
+    def outputs(params: Any, xs: Any) -> Any:
+        return rnncore.unroll(cell, params, xs, backend="scan")[1]
+
+    def gradient(params: Any, xs: Any) -> Any:
+        return jax.grad(lambda *a: jnp.sum(outputs(*a).astype(jnp.float32) ** 2), (0, 1))(params, xs)
+
+    for name, run in (("forward", outputs), ("gradient", gradient)):
+        text = jax.jit(run).lower(params, xs).compile().as_text() or ""
+        with (folder() / PROGRAMS).open("a") as file:
+            file.write(f"===== {name}\n{text}\n")
+        tell("programs", name=name, loops=loops(text))
+
+
+def loops(text: str) -> list[dict[str, Any]]:
+    """For each loop of a compiled program: its trip count where XLA knows it, and the operations of a step by kind."""
+    bodies: dict[str, dict[str, int]] = {}
+    name = ""
+    for line in text.splitlines():
+        if (head := re.match(r"(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line)) is not None:
+            name = head[1]
+        elif (operation := re.search(r" = .*?[\])}] ([a-z\-]+)\(", line)) is not None and operation[1] not in FREE:
+            kinds = bodies.setdefault(name, {})
+            kinds[operation[1]] = kinds.get(operation[1], 0) + 1
+    found = []
+    for line in text.splitlines():
+        if (loop := re.search(r" while\(.*body=%?([\w.\-]+)", line)) is not None:
+            trips = re.search(r"known_trip_count[^0-9]*([0-9]+)", line)
+            found.append({"steps": int(trips[1]) if trips else None, "operations": bodies.get(loop[1], {})})
+    return found

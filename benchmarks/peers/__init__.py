@@ -13,9 +13,7 @@ from benchmarks.peers.rnncore_peer import RnncorePeer
 from benchmarks.peers.torch_peer import TorchPeer
 from benchmarks.workloads import GATES
 
-PEERS: tuple[Peer, ...] = (
-    RnncorePeer(), LinenPeer(), HaikuPeer(), EquinoxPeer(), TorchPeer(), FlashRNNPeer(),
-)  # fmt: skip
+PEERS: tuple[Peer, ...] = (RnncorePeer(), LinenPeer(), HaikuPeer(), EquinoxPeer(), TorchPeer(), FlashRNNPeer())
 """In the order of a round."""
 
 CONTENDERS: tuple[str, ...] = tuple(dict.fromkeys(c for p in PEERS for cell in GATES for c in p.contenders(cell)))

@@ -6,6 +6,7 @@ cores, which is its default, and on one thread, which is faster for small sequen
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -43,36 +44,45 @@ class TorchPeer(Peer):
 
         pin_precision(torch, case.precision)
         device = "cuda" if case.platform == "gpu" else "cpu"
-        workload, kind, tensor = case.workload, getattr(torch, case.dtype), to_tensor(torch, case.dtype, device)
-
+        workload, kind = case.workload, getattr(torch, case.dtype)
         make = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "elman": torch.nn.RNN}[workload.cell]
         module = make(workload.features, workload.hidden, batch_first=True, device=device, dtype=kind)
         # With rnncore's weights; the second bias is zero, but for a GRU's b_hn.
         stack = rnncore.Stack(make_cell(workload))
         state = rnncore.to_torch(stack, rnncore.StackParams(((problem.params,),), None))
-        module.load_state_dict({name: tensor(a) for name, a in state.items()})
+        module.load_state_dict({name: to_tensor(torch, a, case) for name, a in state.items()})
         module.flatten_parameters()
-        module.train(measurement != "forward")
-        xs, cotangent = tensor(problem.xs), tensor(problem.cotangent)
         if device == "cuda":
             how, threads = cudnn_algorithm(torch, case, measurement), None
         else:
             threads = 1 if contender == ONE_THREAD else timing.cores()
             how = f"CPU threads: {threads}"
 
-        def back(grads: dict[str, np.ndarray]) -> Any:
-            return to_core(grads, workload.hidden, workload.cell)
-
-        named = dict(module.named_parameters())
-        return program(torch, lambda xs: module(xs)[0], named, back, xs, cotangent, measurement, how, threads)
+        back = lambda arrays: to_core(arrays, workload.hidden, workload.cell)  # noqa: E731
+        return build(torch, module, lambda xs: module(xs)[0], back, problem, measurement, case, how, threads)
 
 
-def program(
-    torch: Any, run: Any, named: dict[str, Any], back: Any, xs: Any, cotangent: Any, measurement: str, how: str,
-    threads: int | None = None,
+def to_tensor(torch: Any, array: Any, case: Case) -> Any:
+    """NumPy's bfloat16 is unknown to PyTorch, so it goes through float32."""
+    device = "cuda" if case.platform == "gpu" else "cpu"
+    return torch.tensor(np.asarray(array).astype(np.float32), dtype=getattr(torch, case.dtype), device=device)
+
+
+def build(
+    torch: Any, module: Any, run: Callable[[Any], Any], back: Callable[[dict[str, np.ndarray]], Any],
+    problem: Problem, measurement: str, case: Case, how: str, threads: int | None = None,
 ) -> Built:  # fmt: skip
-    """One measurement of `run(xs)`, with the gradients of `named`, which `back` brings into rnncore's layout."""
-    inputs = (xs.requires_grad_(measurement == "gradient"), *named.values())
+    """A measurement of a module; FlashRNN shares it.
+
+    Args:
+      run: inputs (B, T, .) -> outputs (B, T, H).
+      back: gradients by the names of the parameters -> `rnncore.CellParams`.
+      threads: of a CPU.
+    """
+    module.train(measurement != "forward")
+    xs, cotangent = (to_tensor(torch, a, case) for a in (problem.xs, problem.cotangent))
+    names, inputs = zip(*module.named_parameters(), strict=True)
+    inputs = (xs.requires_grad_(measurement == "gradient"), *inputs)
 
     def call() -> Any:
         # Threads are the process's, and another contender may have set them; a call that changes nothing is free.
@@ -88,20 +98,14 @@ def program(
         if measurement == "forward":
             return _numpy(torch, out)
         dxs, *grads = (_numpy(torch, one) for one in out)
-        return back(dict(zip(named, grads, strict=True))), dxs
+        return back(dict(zip(names, grads, strict=True))), dxs
 
-    wait = (lambda _: torch.cuda.synchronize()) if xs.is_cuda else lambda _: None
+    wait = (lambda _: torch.cuda.synchronize()) if case.platform == "gpu" else lambda _: None
     return Built(call, wait, result, {"compile_seconds": None, "temporary_bytes": None}, how)
 
 
 def _numpy(torch: Any, tensor: Any) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float64).numpy()
-
-
-def to_tensor(torch: Any, dtype: str, device: str) -> Any:
-    """A function from arrays to tensors; NumPy's bfloat16 is unknown to PyTorch, so it goes through float32."""
-    kind = getattr(torch, dtype)
-    return lambda array: torch.tensor(np.asarray(array).astype(np.float32), dtype=kind, device=device)
 
 
 def pin_precision(torch: Any, precision: str) -> None:

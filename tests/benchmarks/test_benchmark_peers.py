@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import types
 from collections import Counter
 
 import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
 import plain_kernels
 import pytest
 
 import rnncore
 from benchmarks import workloads
-from benchmarks.peers import Case, Peer, flashrnn_peer, rnncore_peer, torch_peer
+from benchmarks.peers import Case, flashrnn_peer, rnncore_peer, torch_peer
 from benchmarks.peers.own_cell import OwnLSTM
-from benchmarks.peers.problem import make_problem
+from benchmarks.peers.problem import make_cell, make_problem
 from benchmarks.peers.reference import reference
 from rnncore import gpu
 from rnncore._command import timing
@@ -27,7 +29,10 @@ MOSAIC, OWN, TPU = "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncor
 PEER = rnncore_peer.RnncorePeer()
 
 
-def errors(contender: str, case: Case, peer: Peer = PEER) -> dict[str, float]:
+HEADS = workloads.Workload("heads", "a test", "lstm", 2, 6, 5, 4, heads=2)
+
+
+def errors(contender: str, case: Case, peer=PEER) -> dict[str, float]:
     """The errors against float64."""
     problem = make_problem(case.workload, case.dtype, case.input_product)
     right = reference(case.workload, problem, case.input_product)
@@ -35,6 +40,32 @@ def errors(contender: str, case: Case, peer: Peer = PEER) -> dict[str, float]:
         m: timing.relative_error(peer.build(contender, case, problem, m).result(), right[m])
         for m in workloads.MEASUREMENTS
     }
+
+
+def test_torch_is_told_its_precision():
+    """The old names of PyTorch up to 2.8, and the new ones."""
+    Space = types.SimpleNamespace
+    old = Space(cuda=Space(matmul=Space()), cudnn=Space())
+    new = Space(cuda=Space(matmul=Space()), cudnn=Space(rnn=Space()))
+    for precision, tf32 in (("float32", (False, False)), ("tf32", (True, True)), ("default", (False, True))):
+        torch_peer.pin_precision(Space(backends=old), precision)
+        torch_peer.pin_precision(Space(backends=new), precision)
+        assert (old.cuda.matmul.allow_tf32, old.cudnn.allow_tf32) == tf32
+        names = new.cuda.matmul.fp32_precision, new.cudnn.rnn.fp32_precision
+        assert names == tuple("tf32" if is_on else "ieee" for is_on in tf32)
+
+
+@pytest.mark.parametrize("workload", [LSTM, HEADS], ids=lambda w: w.name)
+def test_flashrnn_gets_the_right_recurrent_kernel(workload):
+    """(gate, head, output, input) gives the same pre-activations as rnncore's own product."""
+    cell, params = make_cell(workload), make_problem(workload, "float32", True).params
+    heads, size = workload.heads, workload.hidden // workload.heads
+    kernel = flashrnn_peer.to_flash(params, heads)
+    h = np.random.default_rng(1).standard_normal((3, heads, size)).astype(np.float32)
+    want = cell.recurrent_matmul(params, jnp.asarray(h.reshape(3, -1)))
+    np.testing.assert_allclose(np.einsum("ghdp,bhp->bghd", kernel, h).reshape(3, -1), want, atol=1e-6)
+    arrays = {"R": kernel, "b": params.bias.reshape(4, heads, size), "W": params.input_kernel}
+    jax.tree.map(np.testing.assert_array_equal, flashrnn_peer.from_flash(arrays, heads, workload.hidden), params)
 
 
 def plain_flashrnn(Wx, R, b, states, function, backend, dtype):
@@ -53,36 +84,20 @@ def plain_flashrnn(Wx, R, b, states, function, backend, dtype):
 
 
 @pytest.mark.parametrize("product", [True, False])
-@pytest.mark.parametrize("heads", [1, 2])
-def test_flashrnn_runs_as_documented(heads, product, monkeypatch):
+def test_flashrnn_runs_as_documented(product, monkeypatch):
     pytest.importorskip("torch")
     module = types.ModuleType("flashrnn.flashrnn")
     monkeypatch.setattr(module, "flashrnn", plain_flashrnn, raising=False)
     monkeypatch.setitem(sys.modules, "flashrnn", types.ModuleType("flashrnn"))
     monkeypatch.setitem(sys.modules, "flashrnn.flashrnn", module)
-    case = Case(dataclasses.replace(LSTM, hidden=4, heads=heads), input_product=product)
-    found = errors("FlashRNN triton_fused", case, flashrnn_peer.FlashRNNPeer())
+    peer = flashrnn_peer.FlashRNNPeer()
+    found = errors("FlashRNN triton_fused", Case(HEADS, input_product=product), peer)
     assert max(found.values()) < 2e-6 and min(found.values()) > 0
 
 
 def test_flashrnn_says_what_it_cannot_do():
-    peer = flashrnn_peer.FlashRNNPeer()
     wide = Case(workloads.WORKLOADS["W1-768x1"], "bfloat16", "default", False, "gpu")
-    assert "up to 128 units" in peer.why_not("FlashRNN triton_fused", wide)
-    assert peer.why_not("FlashRNN cuda_fused", wide) is None and "NVIDIA" in peer.absent("FlashRNN cuda_fused", "cpu")
-
-
-def test_torch_is_told_its_precision():
-    """The old names of PyTorch up to 2.8, and the new ones."""
-    Space = types.SimpleNamespace
-    old = Space(cuda=Space(matmul=Space()), cudnn=Space())
-    new = Space(cuda=Space(matmul=Space()), cudnn=Space(rnn=Space()))
-    for precision, tf32 in (("float32", (False, False)), ("tf32", (True, True)), ("default", (False, True))):
-        torch_peer.pin_precision(Space(backends=old), precision)
-        torch_peer.pin_precision(Space(backends=new), precision)
-        assert (old.cuda.matmul.allow_tf32, old.cudnn.allow_tf32) == tf32
-        names = new.cuda.matmul.fp32_precision, new.cudnn.rnn.fp32_precision
-        assert names == tuple("tf32" if is_on else "ieee" for is_on in tf32)
+    assert "up to 128 units" in flashrnn_peer.FlashRNNPeer().why_not("FlashRNN triton_fused", wide)
 
 
 def test_the_algorithm_of_cudnn_is_named():
@@ -103,6 +118,7 @@ def test_what_a_backend_cannot_do_has_its_own_reason(as_if_there):
     for name, dtype, product, contender, why in (
         ("W1-768x1", "float32", True, MOSAIC, "bfloat16 or float16"),
         ("W5-H40", "bfloat16", True, MOSAIC, "16 units at a time"),
+        ("W1-768x1", "bfloat16", True, MOSAIC, "does not fit"),
         ("W4-lstm768", "float16", True, TPU, "float32 or bfloat16"),
         ("W1-768x1", "float32", True, "rnncore cudnn", "cudnn"),  # JAX runs on a CPU here
     ):

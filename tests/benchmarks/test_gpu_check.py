@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks import run, workloads
-from benchmarks.gpu_check import checks, command, problems, processes, results, sanitizer, table, times, toolkit
+from benchmarks.gpu_check import checks, command, parts, problems, processes, results, sanitizer, table, times, toolkit
 from benchmarks.gpu_check.processes import RECORDS, TIMES, Runner
 from benchmarks.report.results import FIELDS, read_runs
 
@@ -155,6 +155,23 @@ def test_a_result_that_is_not_finite_is_far_off_and_an_answer_is_read_only_when_
         problems.load(path, 0.0)
     problems.save(path, [np.ones(2), np.zeros(3)])
     assert [a.shape for a in problems.load(path, 0.0)] == [(2,), (3,)]
+
+
+def test_loops_of_a_compiled_program():
+    text = """HloModule jit_f
+%body.1 (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %p = (s32[], f32[4]{0}) parameter(0)
+  %g = f32[4]{0} get-tuple-element(%p), index=1
+  %a = f32[4]{0} fusion(%g), kind=kLoop, calls=%f
+  %b = f32[4]{0} custom-call(%a), custom_call_target="__cublas$gemm"
+  ROOT %t = (s32[], f32[4]{0}) tuple(%g, %b)
+}
+ENTRY %main.2 (x: f32[4]) -> f32[4] {
+  %w = (s32[], f32[4]{0}) while(%x), condition=%c, body=%body.1, backend_config={"known_trip_count":{"n":"1024"}}
+  %v = (s32[], f32[4]{0}) while(%x), condition=%c, body=%body.1
+}"""
+    step = {"fusion": 1, "custom-call": 1}
+    assert parts.loops(text) == [{"steps": 1024, "operations": step}, {"steps": None, "operations": step}]
 
 
 def test_what_the_sanitizer_says():
