@@ -97,7 +97,7 @@ class Leaky(PointwiseCell):
 
         Source: Yang et al. (2019), doi:10.1038/s41593-018-0310-2, whose noise, too, is inside of phi.
         """
-        tau = jnp.exp(params.units.log_tau) if self.units else self.tau  # type: ignore[attr-defined]
+        tau: Any = jnp.exp(params.units.log_tau) if self.units else self.tau  # type: ignore[attr-defined]
         scale = jnp.broadcast_to(sigma * jnp.sqrt(2 * tau / self.dt), (self.hidden_size,))
         kernel = params.input_kernel
         rows = jnp.diag(scale.astype(kernel.dtype))[:, None]
