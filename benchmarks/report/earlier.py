@@ -70,7 +70,7 @@ def retention(result: dict[str, Any]) -> str:
     """One row for each cell and initialisation."""
     rows = []
     for r in result["records"]:
-        kept = ["-inf" if v is None else f"{v:.1f}" for v in r["log10_retention"].values()]
+        kept = ["-inf" if v is None else f"{round(v, 1) + 0.0:.1f}" for v in r["log10_retention"].values()]
         rate = "-" if r["decay_rate"] is None else f"{r['decay_rate']:.3f}"
         rows.append((r["cell"], r["initialisation"], *kept, rate, f"{r['seconds']:.3g}"))
     first = result["records"][0]

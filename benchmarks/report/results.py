@@ -28,7 +28,7 @@ FIELDS: dict[str, set[str]] = {
     "end": {"finished", "interrupted", "reason"},
 }  # fmt: skip
 # Results that are one JSON object, by the name of their benchmark.
-OBJECTS = ("migration", "analysis", "front door")
+OBJECTS = ("migration", "analysis", "front door", "retention")
 
 
 @dataclasses.dataclass
