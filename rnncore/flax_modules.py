@@ -79,7 +79,7 @@ def check_is_cell(cell: Any, example: str) -> None:
     """ValueError unless an RNN module is given a Flax cell that has been made."""
     if isinstance(cell, type) or not hasattr(type(cell), "initialize_carry"):
         shown = cell.__name__ if isinstance(cell, type) else type(cell).__name__
-        why = "made and not its class" if isinstance(cell, type) else "of Flax or of this module"
+        why = "an instance and not the class" if isinstance(cell, type) else "of Flax or of this module"
         if isinstance(cell, PointwiseCell):
             why += "; `rnncore.unroll` takes this one"
         raise ValueError(f"`RNN(cell=<{shown}>)`: expected a cell, such as {example}, {why}.")
@@ -91,9 +91,8 @@ def check_are_rnns(layer: Any) -> None:
         rnn = getattr(layer, name)
         if isinstance(rnn, type) or hasattr(type(rnn), "initialize_carry") or not callable(rnn):
             shown = rnn.__name__ if isinstance(rnn, type) else type(rnn).__name__
-            raise ValueError(
-                f"`Bidirectional({name}=<{shown}>)`: expected an RNN module, such as RNN(cell), made and not its class."
-            )
+            why = ", an instance and not the class" if isinstance(rnn, type) else ""
+            raise ValueError(f"`Bidirectional({name}=<{shown}>)`: expected an RNN module, such as RNN(cell){why}.")
 
 
 def check_dtypes(layer: Any) -> None:

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnncore.kernels import kernel_body
+from rnncore.kernels import host, kernel_body
 from rnncore.kernels.cuda import kernels
 
 
 def problem(
     cell: Any, rows: int, steps: int, dtype: str, *, lengths: bool = False, resets: bool = False, mask: bool = False,
     zoneout: tuple[int, ...] | None = None, seed: int = 0,
-) -> tuple[kernels.Run, Any]:  # fmt: skip
+) -> tuple[host.Loop, Any]:  # fmt: skip
     """(run, z), drawn."""
     draw = np.random.default_rng(seed)
     count, hidden = len(cell.gates), cell.hidden_size
@@ -32,7 +32,7 @@ def problem(
         shares = draw.random((steps, rows, hidden) if kind < 3 else ())
         return None if kind == 0 else jnp.asarray(shares < 0.3) if kind == 1 else jnp.asarray(shares, "float32")
 
-    run = kernels.Run(
+    run = host.Loop(
         kernel=normal(heads, size, count, size, scale=size**-0.5, of=dtype),
         rest_bias=normal(rest, hidden) if rest else None,
         units=tuple(normal(hidden, scale=0.5) for _ in cell.units),
@@ -46,7 +46,7 @@ def problem(
     return run, normal(steps, rows, count * hidden, of=dtype)
 
 
-def plain(cell: Any, run: kernels.Run, z: Any, rounded: Any = None) -> tuple[Any, Any]:
+def plain(cell: Any, run: host.Loop, z: Any, rounded: Any = None) -> tuple[Any, Any]:
     """(hs, last, others, gates), step by step; `rounded` is applied to h where it enters the product."""
     heads, size, count, _ = run.kernel.shape
     rows, hidden = run.start[0].shape

@@ -154,7 +154,7 @@ ENTRIES: dict[str, Entry] = {
         analysis.lyapunov_exponents(run, 2).exponents, analysis.finite_time_lyapunov(run, 2, 2),
     ]),
     "singular_spectrum": of_run(CELL, lambda run: [
-        analysis.singular_spectrum(run, 3), analysis.singular_value_exponents(run, 3),
+        analysis.singular_spectrum(run, 3),
     ]),
     "jacobian_eigenvalues": of_run(CELL, lambda run: jnp.abs(analysis.jacobian_eigenvalues(run, 2)).sum(-1)),
     "norms": of_run(CELL, lambda run: [
@@ -163,7 +163,7 @@ ENTRIES: dict[str, Entry] = {
     "paths": of_run(rnncore.LSTM(H), lambda run: [
         analysis.cell_products(run), analysis.lstm_paths(run), analysis.two_step_residual(run),
     ]),
-    "gru_paths": of_run(GRU, lambda run: analysis.path_shares(analysis.gru_paths(run))),
+    "shares": of_run(GRU, analysis.path_shares),
     "gate_paths": of_run(GRU, analysis.gate_paths),
     "window": of_run(CELL, lambda run: [analysis.effective_window(run), analysis.input_influence(run)]),
     "gate_statistics": of_run(CELL, lambda run: jax.tree.leaves(analysis.gate_statistics(run))),

@@ -45,7 +45,7 @@ class Group(NamedTuple):
 
 GROUPS = (
     Group(("W1-768x1",), ("bfloat16",), (*OWN, "torch", PLAIN[0], FLAX[0])),
-    Group(("W1-64x12",), ("bfloat16",), (*KERNELS, OWN_CELLS[0]), "given"),
+    Group(("W1-64x12",), ("bfloat16",), (*KERNELS, OWN_CELLS[0], "FlashRNN triton_fused"), "given"),
     Group(("W4-lstm768",), ("float32",), (*OWN, "torch", PLAIN[0], FLAX[0])),
     Group(("W4-lstm768",), ("float16",), (*OWN, "torch")),
     Group(("W12-H256", "W12-H512"), ("float32",), ("rnncore cuda", "rnncore cudnn", "torch")),

@@ -43,11 +43,7 @@ class TorchPeer(Peer):
 
         pin_precision(torch, case.precision)
         device = "cuda" if case.platform == "gpu" else "cpu"
-        workload, kind = case.workload, getattr(torch, case.dtype)
-
-        def tensor(array: Any) -> Any:
-            # NumPy's bfloat16 is unknown to PyTorch, so it goes through float32.
-            return torch.tensor(np.asarray(array).astype(np.float32), dtype=kind, device=device)
+        workload, kind, tensor = case.workload, getattr(torch, case.dtype), to_tensor(torch, case.dtype, device)
 
         make = {"lstm": torch.nn.LSTM, "gru": torch.nn.GRU, "elman": torch.nn.RNN}[workload.cell]
         module = make(workload.features, workload.hidden, batch_first=True, device=device, dtype=kind)
@@ -58,36 +54,54 @@ class TorchPeer(Peer):
         module.flatten_parameters()
         module.train(measurement != "forward")
         xs, cotangent = tensor(problem.xs), tensor(problem.cotangent)
-        names, inputs = zip(*module.named_parameters(), strict=True)
-        inputs = (xs.requires_grad_(measurement == "gradient"), *inputs)
         if device == "cuda":
             how, threads = cudnn_algorithm(torch, case, measurement), None
         else:
             threads = 1 if contender == ONE_THREAD else timing.cores()
             how = f"CPU threads: {threads}"
 
-        def call() -> Any:
-            # Threads are the process's, and another contender may have set them; a call that changes nothing is free.
-            if threads is not None and torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
-            if measurement == "forward":
-                with torch.inference_mode():
-                    return module(xs)[0]
-            return torch.autograd.grad(torch.sum(module(xs)[0] * cotangent), inputs)
+        def back(grads: dict[str, np.ndarray]) -> Any:
+            return to_core(grads, workload.hidden, workload.cell)
 
-        def result() -> Any:
-            out = call()
-            if measurement == "forward":
-                return _numpy(torch, out)
-            dxs, *grads = (_numpy(torch, one) for one in out)
-            return to_core(dict(zip(names, grads, strict=True)), workload.hidden, workload.cell), dxs
+        named = dict(module.named_parameters())
+        return program(torch, lambda xs: module(xs)[0], named, back, xs, cotangent, measurement, how, threads)
 
-        wait = (lambda _: torch.cuda.synchronize()) if device == "cuda" else lambda _: None
-        return Built(call, wait, result, {"compile_seconds": None, "temporary_bytes": None}, how)
+
+def program(
+    torch: Any, run: Any, named: dict[str, Any], back: Any, xs: Any, cotangent: Any, measurement: str, how: str,
+    threads: int | None = None,
+) -> Built:  # fmt: skip
+    """One measurement of `run(xs)`, with the gradients of `named`, which `back` brings into rnncore's layout."""
+    inputs = (xs.requires_grad_(measurement == "gradient"), *named.values())
+
+    def call() -> Any:
+        # Threads are the process's, and another contender may have set them; a call that changes nothing is free.
+        if threads is not None and torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)
+        if measurement == "forward":
+            with torch.inference_mode():
+                return run(xs)
+        return torch.autograd.grad(torch.sum(run(xs) * cotangent), inputs)
+
+    def result() -> Any:
+        out = call()
+        if measurement == "forward":
+            return _numpy(torch, out)
+        dxs, *grads = (_numpy(torch, one) for one in out)
+        return back(dict(zip(named, grads, strict=True))), dxs
+
+    wait = (lambda _: torch.cuda.synchronize()) if xs.is_cuda else lambda _: None
+    return Built(call, wait, result, {"compile_seconds": None, "temporary_bytes": None}, how)
 
 
 def _numpy(torch: Any, tensor: Any) -> np.ndarray:
     return tensor.detach().to("cpu", torch.float64).numpy()
+
+
+def to_tensor(torch: Any, dtype: str, device: str) -> Any:
+    """A function from arrays to tensors; NumPy's bfloat16 is unknown to PyTorch, so it goes through float32."""
+    kind = getattr(torch, dtype)
+    return lambda array: torch.tensor(np.asarray(array).astype(np.float32), dtype=kind, device=device)
 
 
 def pin_precision(torch: Any, precision: str) -> None:

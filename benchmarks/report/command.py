@@ -60,6 +60,7 @@ TABLES: dict[str, dict[str, tuple[Table, str]]] = {
         "cpu": (functools.partial(contenders.table, tag="cpu"), CPU),
         "gpu": (functools.partial(contenders.table, tag="gpu"), "python -m benchmarks.gpu_check"),
         "compile": (others.compiling, "python -m benchmarks.compile"),
+        "retention": (of_object("retention", earlier.retention), "python -m benchmarks.retention --out FILE"),
     },
 }  # fmt: skip
 

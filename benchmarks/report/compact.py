@@ -1,9 +1,8 @@
-"""The short tables of the CPU: one row a shape, rnncore beside the best JAX peer, torch and the products alone."""
+"""The short tables of the CPU: one row a shape, rnncore beside the best JAX peer and PyTorch."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
 
 from benchmarks.report import words
 from benchmarks.report.results import Record, Results, Run, groups
@@ -11,12 +10,9 @@ from rnncore._command import timing
 
 OURS = {"scan": ("rnncore scan", "rnncore reverse"), "cpp": ("rnncore cpp",)}
 """By the names that they have had."""
-PAIRS = (("best", "scan"), ("best", "cpp"), ("torch", "scan"), ("torch", "cpp"))
-RATIOS = tuple(f"{'best JAX' if slow == 'best' else slow} / {fast}" for slow, fast in PAIRS)
-HEAD = (
-    "(B, T, D, H)", "best JAX peer", "its ms", "torch ms", *(f"`{name}` ms" for name in OURS), *RATIOS,
-    "products alone ms", "fastest of ours / products",
-)  # fmt: skip
+PEERS = {"best": "that peer", "torch": "PyTorch"}
+HEAD = ("(B, T, D, H)", "best JAX peer, ms", "PyTorch, ms", *(f"`{n}`, ms" for n in OURS),
+        *(f"`cpp`: times the speed of {name}" for name in PEERS.values()))  # fmt: skip
 
 
 def shapes(run: Run, measurement: str) -> dict[str, list[Record]]:
@@ -32,15 +28,13 @@ def run_of(results: Results, measurement: str) -> Run | None:
     return max(runs, key=lambda run: len({r["contender"] for r in run.of("time")}), default=None)
 
 
-def parts(run: Run, records: list[Record], measurement: str) -> dict[str, Any]:
-    """Who stands in a row: best, torch, those of OURS, products; None for what was not measured."""
+def parts(records: list[Record]) -> dict[str, Record | None]:
+    """The contenders of a row: best, torch, those of OURS; None for what was not measured."""
     by = {r["contender"]: r for r in records}
-    bounds = run.of("bound", workload=records[0]["workload"], bound="products", measurement=measurement)
     return {
         "best": words.fastest(r for r in records if words.is_jax_peer(r)),
         "torch": words.fastest(r for r in records if r["library"] == "torch"),
         **{name: next((by[n] for n in names if n in by), None) for name, names in OURS.items()},
-        "products": words.fastest(r for r in bounds if r["dtype"] == "float32"),
     }  # fmt: skip
 
 
@@ -51,33 +45,21 @@ def cpu(results: Results, measurement: str) -> str | None:
         return None
     rows, ratios = [], []
     for records in shapes(run, measurement).values():
-        p = parts(run, records, measurement)
-        quotients = [words.ratio(p[slow], p[fast]) if p[slow] and p[fast] else None for slow, fast in PAIRS]
-        ours = words.fastest(p[name] for name in OURS if p[name])
-        above = words.ratio(ours, p["products"]) if ours and p["products"] else None
-        ratios.append([*quotients, above])
-        name = p["best"]["contender"] if p["best"] else words.NONE
-        ms = [words.number(p[who] and p[who]["median_ms"]) for who in ("best", "torch", *OURS, "products")]
-        if p["torch"] and p["torch"]["contender"] != "torch":
-            ms[1] += f" ({p['torch']['contender'].removeprefix('torch, ')})"
-        title = f"{records[0]['workload']} {words.shape(records[0])}"
-        rows.append([title, name, *ms[:-1], *map(words.times, quotients), ms[-1], words.times(above)])
+        found = parts(records)
+        own = found["cpp"]
+        quotients = [words.ratio(peer, own) if own and (peer := found[name]) else None for name in PEERS]
+        ratios.append(quotients)
+        ms = [words.number(r["median_ms"]) if r else words.NONE for r in found.values()]
+        for n, r in enumerate((found["best"], found["torch"])):
+            if r and r["contender"] != "torch":
+                ms[n] += f" ({r['contender'].removeprefix('torch, ')})"
+        rows.append([words.shape(records[0]), *ms, *map(words.times, quotients)])
     # A mean over some of the shapes would not compare with one over all.
     means = [timing.geometric_mean(list(column)) if all(column) else None for column in zip(*ratios, strict=True)]
-    blank = [""] * (3 + len(OURS))
-    rows.append(["geometric mean", *blank, *map(words.times, means[:-1]), "", words.times(means[-1])])
-    return words.table(HEAD, rows) + "\n\n" + caption(run, measurement)
-
-
-def caption(run: Run, measurement: str) -> str:
-    """What was measured where, and who is missing."""
+    rows.append(["geometric mean", *[""] * (len(HEAD) - 1 - len(PEERS)), *map(words.times, means)])
     records = [r for found in shapes(run, measurement).values() for r in found]
-    told = [
+    caption = (
         f"{words.conditions(run, records)}. Ratios are times as fast, medians over rounds of the ratio within a round. "
-        "`scan` and `cpp` are rnncore's backends; "
-        "products alone: the matrix products of the step, by XLA, with no loop around them. "
-        f"{words.place(run)}. {words.NOISE}",
-        words.state(run),
-        words.missing(run, records),
-    ]
-    return "\n\n".join(filter(None, told))
+        f"`scan` and `cpp` are rnncore's backends. {words.place(run)}. {words.NOISE}"
+    )
+    return "\n\n".join(filter(None, (words.table(HEAD, rows), caption, words.state(run))))

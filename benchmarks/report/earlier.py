@@ -1,4 +1,4 @@
-"""The tables of the benchmarks that keep one JSON object: migration, analysis."""
+"""The tables of the benchmarks that keep one JSON object: migration, analysis, retention."""
 
 from __future__ import annotations
 
@@ -64,6 +64,27 @@ def analysis(result: dict[str, Any]) -> str:
              f"{record['record_seconds']:.2g} s", f"{100 * record['share_of_100_steps']:.1f} % of 100 training steps")
         )  # fmt: skip
     return f"{table(('what', 'time', 'beside'), rows)}\n\n{run_of(result)}. {NOISE}"
+
+
+def retention(result: dict[str, Any]) -> str:
+    """One row for each cell and initialisation."""
+    rows = []
+    for r in result["records"]:
+        kept = ["-inf" if v is None else f"{v:.1f}" for v in r["log10_retention"].values()]
+        rate = "-" if r["decay_rate"] is None else f"{r['decay_rate']:.3f}"
+        rows.append((r["cell"], r["initialisation"], *kept, rate, f"{r['seconds']:.3g}"))
+    first = result["records"][0]
+    batch, steps, features, hidden = first["shape_BTDH"]
+    head = ("cell", "initialisation", *(f"k = {k}" for k in first["log10_retention"]), "decay rate", "seconds")
+    machine = result["machine"]
+    return (
+        f"{table(head, rows)}\n\n"
+        f"log10 of ||d s_T / d s_(T-k)||_F / sqrt n of the whole carry, the mean over a batch of its logarithm, and "
+        f"minus the slope of ln retention per step over the last four fifths of the lags: medians of {first['draws']} "
+        f"draws. Seconds: their curves of 100 lags together, exact. B={batch}, T={steps}, D={features}, H={hidden}, "
+        f"float32, {machine['device']}, JAX {machine['jax']}; commit {machine['commit']}, {result['started'][:10]}. "
+        f"{NOISE}"
+    )
 
 
 def run_of(result: dict[str, Any]) -> str:

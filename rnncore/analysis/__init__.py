@@ -10,7 +10,6 @@ from rnncore.analysis.dynamics.lyapunov import lyapunov_exponents_of_map as lyap
 from rnncore.analysis.dynamics.lyapunov_result import LyapunovResult as LyapunovResult
 from rnncore.analysis.dynamics.spectra import jacobian_eigenvalues as jacobian_eigenvalues
 from rnncore.analysis.dynamics.spectra import singular_spectrum as singular_spectrum
-from rnncore.analysis.dynamics.spectra import singular_value_exponents as singular_value_exponents
 from rnncore.analysis.gradients.gate_table import GateTable as GateTable
 from rnncore.analysis.gradients.gate_table import gate_table as gate_table
 from rnncore.analysis.gradients.monitor import Monitor as Monitor
@@ -36,8 +35,6 @@ from rnncore.analysis.paths.cell_products import cell_products as cell_products
 from rnncore.analysis.paths.cell_products import two_step_residual as two_step_residual
 from rnncore.analysis.paths.gates import GatePaths as GatePaths
 from rnncore.analysis.paths.gates import gate_paths as gate_paths
-from rnncore.analysis.paths.gru import GRUPaths as GRUPaths
-from rnncore.analysis.paths.gru import gru_paths as gru_paths
 from rnncore.analysis.paths.lstm import LSTMPaths as LSTMPaths
 from rnncore.analysis.paths.lstm import lstm_paths as lstm_paths
 from rnncore.analysis.paths.shares import AblatedRetention as AblatedRetention

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from rnncore._types import Activation, Array
@@ -18,7 +19,7 @@ class Leaky(PointwiseCell):
     tau dh/dt = -h + phi(W x + U h + b)
     h_t = (1 - alpha) h_{t-1} + alpha phi(W x_t + U h_{t-1} + b),   alpha = dt / tau
 
-    Feed noise as additional columns of x.
+  `with_noise` feeds noise as additional columns of x.
 
     Args:
       hidden_size: H.
@@ -70,6 +71,38 @@ class Leaky(PointwiseCell):
             return params
         log_tau = jnp.broadcast_to(jnp.log(jnp.asarray(self.tau, dtype)), (self.hidden_size,))
         return params._replace(units=type(params.units)(log_tau))
+
+    def with_noise(self, key: Array, params: CellParams, xs: Array, sigma: Any) -> tuple[CellParams, Array]:
+        """Parameters and inputs of a run with noise: H more inputs, one drawn for each unit and step.
+
+        tau dh/dt = -h + phi(W x + U h + b + sigma sqrt(2 tau) xi);   in a step sigma sqrt(2 tau / dt) N(0, 1)
+
+        Args:
+          key: decides the noise; the same key draws the same again.
+          params: the cell's own, to which the noise adds constant rows of W: gradients reach those that there were.
+          xs: (*batch, T, D), or (*batch, D) for one step.
+          sigma: a number, or (H,); the standard deviation of a unit that does nothing but leak, as far as dt is small
+            beside tau.
+
+        Returns:
+          (parameters for D + H features, inputs (..., D + H)), for `unroll` or `project`.
+
+        Example:
+          >>> import jax, jax.numpy as jnp, rnncore
+          >>> cell = rnncore.Leaky(4, tau=10.0)
+          >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+          >>> carry, ys = rnncore.unroll(cell, *cell.with_noise(jax.random.key(1), params, xs, 0.1))
+          >>> ys.shape, cell.with_noise(jax.random.key(1), params, xs[:, 0], 0.1)[1].shape
+          ((2, 5, 4), (2, 7))
+
+        Source: Yang et al. (2019), doi:10.1038/s41593-018-0310-2, whose noise, too, is inside of phi.
+        """
+        tau = jnp.exp(params.units.log_tau) if self.units else self.tau  # type: ignore[attr-defined]
+        scale = jnp.broadcast_to(sigma * jnp.sqrt(2 * tau / self.dt), (self.hidden_size,))
+        kernel = params.input_kernel
+        rows = jnp.diag(scale.astype(kernel.dtype))[:, None]
+        drawn = jax.random.normal(key, (*jnp.shape(xs)[:-1], self.hidden_size), jnp.result_type(xs))
+        return params._replace(input_kernel=jnp.concatenate([kernel, rows])), jnp.concatenate([xs, drawn], -1)
 
     def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
         alpha = self.dt * jnp.exp(-p.log_tau) if self.units else self.dt / self.tau  # type: ignore[operator]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import abc
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import Cell, CellParams, PointwiseCell
+from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Heads
 from rnncore.kernels import kernel_body
 from rnncore.recurrence import mesh, primitives
@@ -40,10 +40,12 @@ class Loop(NamedTuple):
       kernel: (N, H/N, G, H/N), N = 1 for a dense one.
       rest_bias: (n, H) float32, added to r of the gates in `Body.rest`; None where there are none.
       units: per-unit parameters, each (H,) float32.
-      start, reset_carry: (B, H) per field of the carry: the carry before the first step, and the one that
+      start, reset_carry: (B, H) float32 per field of the carry: the carry before the first step, and the one that
         resets return to, None without resets.
       lengths: (B,) int32 from 0 to T, or None.
       resets: (T, B) booleans, or None.
+      mask: (B, H), multiplies h where it enters the product, or None; as zoneout, for kernels that take it.
+      zoneout: for each field of the carry None or what of it stays, (T, B, H) booleans or shares or one share; or None.
     """
 
     kernel: Array
@@ -51,8 +53,21 @@ class Loop(NamedTuple):
     units: tuple[Array, ...]
     start: tuple[Array, ...]
     reset_carry: tuple[Array, ...] | None
-    lengths: Array | None
-    resets: Array | None
+    lengths: Array | None = None
+    resets: Array | None = None
+    mask: Array | None = None
+    zoneout: tuple[Array | None, ...] | None = None
+
+
+class Operands(NamedTuple):
+    """What is differentiable of a run, as the kernels have it: z (T, B, G*H), and the first fields of `Loop`."""
+
+    z: Array
+    kernel: Array
+    rest_bias: Array | None
+    units: tuple[Array, ...]
+    start: tuple[Array, ...]
+    reset_carry: tuple[Array, ...] | None
 
 
 class Outputs(NamedTuple):
@@ -124,96 +139,105 @@ class KernelBackend(LoopBackend):
         return mesh.by_device(functools.partial(primitives.run, self), request, differentiable, constants)
 
     def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return self._run(_Arrays(request, differentiable, constants), None)[0]
+        return self._run(request, differentiable, constants, None)[0]
 
     def forward_with_residuals(
         self, request: Request, differentiable: Differentiable, constants: Constants
     ) -> tuple[Result, PyTree]:
-        return self._run(_Arrays(request, differentiable, constants), request.residual_dtype or request.dtype)
+        return self._run(request, differentiable, constants, request.residual_dtype or request.dtype)
 
-    def _run(self, arrays: _Arrays, keep: str | None) -> tuple[Result, PyTree]:
-        forward, cell, request = self.kernels().forward, arrays.cell, arrays.request
-        differentiable = arrays.differentiable
-        found = _call(lambda loop, z: forward(cell, loop, z, keep), arrays.loop, arrays.z)
-        last = jax.tree.map(
-            lambda a, b: a.reshape(b.shape).astype(b.dtype), cell.Carry(*found.last), differentiable.initial_carry
-        )
-        hs = found.hs.reshape(request.steps, *request.batch_shape, cell.hidden_size)
-        batched = jax.tree.map(lambda a: a.reshape(request.steps, *request.batch_shape, -1), (arrays.z, found.others))
-        return Result(last, hs, None, None), batched
+    def _run(
+        self, request: Request, differentiable: Differentiable, constants: Constants, keep: str | None
+    ) -> tuple[Result, PyTree]:
+        forward, arrays = self.kernels().forward, Arrays(request, differentiable, constants)
+        operands, batch = arrays.operands(differentiable), request.batch_shape
+        found = _call(lambda loop, z: forward(arrays.cell, loop, z, keep), arrays.loop(operands), operands.z)
+        last = [a.reshape(*batch, -1) for a in found.last]
+        hs, *kept = (a.reshape(request.steps, *batch, -1) for a in (found.hs, operands.z, *found.others))
+        return result(request, arrays.part, arrays.dtypes, last, hs, (), ()), (kept[0], tuple(kept[1:]))
 
     def backward(
         self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
         cotangents: Result, wanted: Differentiable,
     ) -> Differentiable:  # fmt: skip
         cotangents = dense(cotangents, result)
-        rows = math.prod(request.batch_shape)
-        z, others = jax.tree.map(lambda a: a.reshape(request.steps, rows, a.shape[-1]), residuals)
-        arrays = _Arrays(request, differentiable, constants, z)
-        cell, part, loop = arrays.cell, arrays.part, arrays.loop
+        arrays = Arrays(request, differentiable, constants)
+        operands, back = jax.vjp(arrays.operands, differentiable)
+        cell, part, loop = arrays.cell, arrays.part, arrays.loop(operands)
+        z, others = jax.tree.map(arrays.flat, residuals)
         count, stored = len(cell.gates), request.residual_dtype or request.dtype
-        dhs = arrays.flat(cotangents.outputs, 1)
-        dlast = tuple(arrays.flat(a, 0).astype(jnp.float32) for a in cotangents.carry)
-        stacks = (*others[: part.hidden], arrays.flat(result.outputs, 1), *others[part.hidden :])
+        stacks = (*others[: part.hidden], arrays.flat(result.outputs), *others[part.hidden :])
         before = tuple(previous(loop, n, a) for n, a in enumerate(stacks))
-        kernel = differentiable.params.recurrent_kernel
-        h = before[part.hidden].astype(kernel.dtype)
-        r = _gates(recurrent_matmul(cell, kernel, h), count)
-        zs = [zg.astype(jnp.float32) for zg in _gates(z, count)]
+        h = before[part.hidden].astype(loop.kernel.dtype)
+        r = jnp.split(recurrent_matmul(cell, loop.kernel, h), count, -1)
+        zs = [zg.astype(jnp.float32) for zg in jnp.split(z, count, -1)]
         sums = tuple(zg + rg if a else zg for zg, rg, a in zip(zs, r, part.additive, strict=True))
         bias = () if loop.rest_bias is None else loop.rest_bias
         rest = tuple(r[g] + b for g, b in zip(part.rest, bias, strict=True))
         needed = tuple(a.astype(stored) for a in part.residuals(loop.units, sums, rest, before))
+        dhs, dlast = arrays.flat(cotangents.outputs), arrays.carry(cotangents.carry)
         found = _call(lambda *a: self.kernels().backward(cell, *a), loop, needed, dhs, dlast)
-
-        dr, drest, dunits, dstart = summed(part, found, loop.lengths, dlast)
-        through: Any = jax.vjp(arrays.prepared, differentiable.params, differentiable.xs)[1]
-        shared = jax.tree.map(lambda a, b: a.astype(b.dtype), (drest, dunits), tuple(arrays.shared))
-        dparams, dxs = through((found.z.astype(z.dtype), *shared))
-        dkernel = kernel_cotangent(loop.kernel, h, dr.astype(h.dtype)).reshape(kernel.shape).astype(kernel.dtype)
-        dparams = dparams._replace(recurrent_kernel=dkernel)
-
-        def carry(found: Any, like: Any) -> Any:
-            if like is None:
-                return None
-            return jax.tree.map(lambda a, b: a.reshape(b.shape).astype(b.dtype), type(like)(*found), like)
-
-        _, _, start, reset_carry = differentiable
-        return Differentiable(dparams, dxs, carry(dstart, start), carry(found.reset_carry, reset_carry))
+        return back(arrays.cotangents(operands, found, h, dlast))[0]
 
 
-class _Arrays:
+class Arrays:
     """The arrays of a run as the kernels have them, with one batch axis."""
 
-    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants, z: Array | None = None):
+    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
         assert isinstance(request.cell, PointwiseCell)
-        self.request, self.cell, self.differentiable = request, request.cell, differentiable
-        self.part = kernel_body.of(self.cell, (1, 1))
+        self.request, self.cell, self.constants = request, request.cell, constants
+        self.part = kernel_body.of(self.cell, (1, 1), "float32", request.return_states)
         self.rows = math.prod(request.batch_shape)
-        projected, *self.shared = self.prepared(differentiable.params, differentiable.xs)
-        self.z = projected if z is None else z
-        size, count = head_size(self.cell), len(self.cell.gates)
-        bias, units = jax.tree.map(lambda a: a.astype(jnp.float32), tuple(self.shared))
-        lengths, resets = constants.lengths, constants.resets
-        _, _, start, reset_carry = differentiable
-        self.loop = Loop(
-            differentiable.params.recurrent_kernel.reshape(-1, size, count, size).astype(self.z.dtype), bias, units,
-            tuple(self.flat(a, 0) for a in start),
-            None if resets is None else tuple(self.flat(a, 0) for a in reset_carry),
-            None if lengths is None else lengths.reshape(self.rows),
-            None if resets is None else resets.reshape(request.steps, self.rows),
+        self.dtypes = [a.dtype for a in differentiable.initial_carry]
+
+    def operands(self, differentiable: Differentiable) -> Operands:
+        """What the kernels read of what is differentiable."""
+        params, xs, start, reset_carry = differentiable
+        count, size = len(self.cell.gates), head_size(self.cell)
+        z = self.cell.project(params, xs.reshape(self.request.steps, self.rows, -1))
+        added, rest = self.part.recurrent_biases(params)
+        z = z if added is None else z + added.reshape(-1)
+        return Operands(
+            z, params.recurrent_kernel.reshape(-1, size, count, size).astype(z.dtype),
+            jnp.stack(rest).astype(jnp.float32) if rest else None,
+            tuple(a.astype(jnp.float32) for a in params.units), self.carry(start),
+            None if self.constants.resets is None else self.carry(reset_carry),
         )  # fmt: skip
 
-    def flat(self, a: Array, axis: int) -> Array:
-        """(..., *batch, H) with one batch axis."""
-        return a.reshape(*a.shape[:axis], self.rows, a.shape[-1])
+    def loop(self, operands: Operands) -> Loop:
+        """The same but z, with the constants."""
+        lengths, resets, mask, zoneout = self.constants
+        return Loop(
+            *operands[1:],
+            lengths=None if lengths is None else lengths.reshape(self.rows),
+            resets=None if resets is None else resets.reshape(self.request.steps, self.rows),
+            mask=None if mask is None else mask.reshape(self.rows, -1),
+            zoneout=jax.tree.map(lambda a: self.flat(a) if a.ndim else a, None if zoneout is None else tuple(zoneout)),
+        )
 
-    def prepared(self, params: CellParams, xs: Array) -> tuple[Array, Array | None, tuple[Array, ...]]:
-        """What a loop reads of parameters and inputs but the kernel: z, the rest's biases, per-unit parameters."""
-        z = self.cell.project(params, xs.reshape(self.request.steps, self.rows, -1))
-        added, rest_bias = self.part.recurrent_biases(params)
-        z = z if added is None else z + added.reshape(-1)
-        return z, jnp.stack(rest_bias) if rest_bias else None, tuple(params.units)
+    def flat(self, a: Array) -> Array:
+        """(T, *batch, H) with one batch axis."""
+        return a.reshape(self.request.steps, self.rows, a.shape[-1])
+
+    def carry(self, fields: Any) -> tuple[Array, ...]:
+        """(*batch, H) each, as (B, H) in float32."""
+        return tuple(a.reshape(self.rows, a.shape[-1]).astype(jnp.float32) for a in fields)
+
+    def cotangents(self, operands: Operands, found: Cotangents, h: Array, dlast: tuple[Array, ...]) -> Operands:
+        """The cotangents of the operands, from those that a backward kernel gave and h as it entered the product."""
+        dr, drest, dstart, lengths = found.z, None, found.start, self.constants.lengths
+        if found.rest is not None:
+            apart = iter(jnp.split(found.rest, len(self.part.rest), -1))
+            pairs = zip(jnp.split(found.z, len(self.part.additive), -1), self.part.additive, strict=True)
+            dr = jnp.concatenate([dz if additive else next(apart) for dz, additive in pairs], -1)
+            drest = jnp.sum(found.rest.astype(jnp.float32), (0, 1)).reshape(len(self.part.rest), -1)
+        if lengths is not None:
+            never = (lengths.reshape(self.rows) == 0)[:, None]
+            dstart = tuple(a + jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
+        dunits = tuple(jnp.sum(a, 0) for a in found.units)
+        dkernel = _kernel_cotangent(operands.kernel, h, dr.astype(h.dtype))
+        made = Operands(found.z, dkernel, drest, dunits, dstart, found.reset_carry)
+        return jax.tree.map(lambda d, a: d.astype(a.dtype), made, operands)
 
 
 def why_no_kernel(cell: Cell) -> str | None:
@@ -236,35 +260,43 @@ def head_size(cell: PointwiseCell) -> int:
     return cell.hidden_size // head_count(cell)
 
 
-def _gates(slab: Array, count: int) -> list[Array]:
-    return jnp.split(slab, count, -1)
-
-
-def previous(loop: Any, field: int, stack: Array) -> Array:
+def previous(loop: Loop, field: int, stack: Array) -> Array:
     """A field of the carry, (T, B, H) after every step, as each step began with it: after resets."""
     before = jnp.concatenate([loop.start[field].astype(stack.dtype)[None], stack[:-1]])
     if loop.resets is None:
         return before
+    assert loop.reset_carry is not None
     return jnp.where(loop.resets[..., None], loop.reset_carry[field].astype(stack.dtype), before)
 
 
-def summed(
-    part: kernel_body.Body, found: Cotangents, lengths: Array | None, dlast: tuple[Array, ...]
-) -> tuple[Array, Array | None, tuple[Array, ...], tuple[Array, ...]]:
-    """The cotangents of r (T, B, G*H), of biases and per-unit parameters, and of the carry before step 0."""
-    dr, drest, dstart = found.z, None, found.start
-    if found.rest is not None:
-        apart = iter(_gates(found.rest, len(part.rest)))
-        pairs = zip(_gates(found.z, len(part.additive)), part.additive, strict=True)
-        dr = jnp.concatenate([dz if additive else next(apart) for dz, additive in pairs], -1)
-        drest = jnp.sum(found.rest.astype(jnp.float32), (0, 1)).reshape(len(part.rest), -1)
-    if lengths is not None:
-        never = (lengths == 0)[:, None]
-        dstart = tuple(a + jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
-    return dr, drest, tuple(jnp.sum(a, 0) for a in found.units), dstart
+def result(
+    request: Request, part: kernel_body.Body, dtypes: Sequence[Any], last: Sequence[Array], outputs: Array,
+    others: Sequence[Array], gates: Sequence[Array],
+) -> Result:  # fmt: skip
+    """A run's result with its states, where they are asked for, in the dtypes of the carry.
+
+    Args:
+      request, part, dtypes: of the run; dtypes by field of the carry.
+      last: (*batch, H) per field.
+      outputs: with time along the request's axis.
+      others, gates: the carry's fields but h, and the gates, (T, *batch, H) each.
+    """
+
+    def carry(arrays: Sequence[Array]) -> Any:
+        return part.cell.Carry(*(a.astype(d) for a, d in zip(arrays, dtypes, strict=True)))
+
+    outputs = outputs.astype(dtypes[part.hidden])
+    if not request.return_states:
+        return Result(carry(last), outputs, None, None)
+    hs = jnp.moveaxis(outputs, request.time_axis, 0)
+    leaves, tree = jax.tree.flatten(part.gates)
+    # Gates are of the dtype of what they are made of; a cell may call a boolean or an integer one.
+    types = [request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
+    named = jax.tree.unflatten(tree, [a.astype(d) for a, d in zip(gates, types, strict=True)])
+    return Result(carry(last), outputs, carry([*others[: part.hidden], hs, *others[part.hidden :]]), named)
 
 
-def kernel_cotangent(kernel: Array, h: Array, dr: Array) -> Array:
+def _kernel_cotangent(kernel: Array, h: Array, dr: Array) -> Array:
     """dU (N, d, G, d), summed over steps and sequences in float32."""
     heads, size, count, _ = kernel.shape
     h, slab = h.reshape(*h.shape[:-1], heads, size), dr.reshape(*h.shape[:-1], count, heads, size)
@@ -281,7 +313,7 @@ def recurrent_matmul(cell: PointwiseCell, kernel: Array, h: Array) -> Array:
 
 
 # Where the batch lies in each field of a loop; None: the sequences share it.
-_BATCH: dict[str, int | None] = dict(zip(Loop._fields, (None, None, None, 0, 0, 0, 1), strict=True))
+_BATCH: dict[str, int | None] = dict(zip(Loop._fields, (None, None, None, 0, 0, 0, 1, 0, 1), strict=True))
 
 
 def _call(kernel: Callable, loop: Loop, *stacks: Any) -> Any:

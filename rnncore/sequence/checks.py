@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -139,7 +140,7 @@ def check_cell(name: str, cell: Any) -> None:
             )
         return
     shown = cell.__name__ if isinstance(cell, type) else type(cell).__name__
-    expected = "expected an rnncore cell, such as rnncore.LSTM(256), made and not its class"
+    expected = "expected an rnncore cell, such as rnncore.LSTM(256), an instance and not the class"
     if any(base.__module__.partition(".")[0] == "flax" for base in type(cell).__mro__):
         expected = (
             "a Flax module; expected an rnncore cell. rnncore.linen.functional(cell, params) and "
@@ -169,7 +170,9 @@ def _shown(value: Any) -> str:
 def refuse_removed(name: str, options: Mapping[str, Any], known: Collection[str]) -> None:
     """TypeError for unknown options: those of earlier versions and of other libraries."""
     for option, value in options.items():
-        why = _arguments.known_as(option, known) or "there is no such option"
+        near = difflib.get_close_matches(option, known, 1)
+        unknown = "there is no such option" + (f"; the nearest name is {near[0]}" if near else "")
+        why = _arguments.known_as(option, known) or unknown
         raise TypeError(f"`{name}({option}={value!r})`: {why}.")
 
 

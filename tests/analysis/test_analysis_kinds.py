@@ -204,8 +204,8 @@ def test_matrix_free_norms_of_ten_thousand_steps_in_float32():
 def test_bad_arguments_of_matrix_free_norms():
     run = linear(np.eye(2), 4)
     for call, message in (
-        (lambda: analysis.operator_norm(run, 5), r"`operator_norm\(lag=5\)`: expected 0 to 4, the steps"),
-        (lambda: analysis.frobenius_norm(run, -1), r"`frobenius_norm\(lag=-1\)`: expected 0 to 4"),
+        (lambda: analysis.operator_norm(run, 5), r"`operator_norm\(lag=5\)`: expected an integer of 0 to 4, the steps"),
+        (lambda: analysis.frobenius_norm(run, -1), r"`frobenius_norm\(lag=-1\)`: expected an integer of 0 to 4"),
         (lambda: analysis.frobenius_norm(run, 2, anchor="top"), "expected 'end' or 'start'"),
         (lambda: analysis.frobenius_norm(run, 2, probes=1), r"probes=1\)`: expected at least 2"),
     ):

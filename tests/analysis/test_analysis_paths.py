@@ -75,7 +75,7 @@ def test_lstm_paths_are_differences_of_one_gate_at_a_time(t, example):
 @pytest.mark.parametrize("form", GRUS)
 def test_gru_paths_are_differences_of_one_gate_at_a_time(form):
     run = run_of(GRUS[form])
-    u, paths, t, example = matrices(run), analysis.gru_paths(run), 3, 1
+    u, paths, t, example = matrices(run), analysis.gate_paths(run), 3, 1
     z, (before,) = at_step(run, t, example)
 
     def hidden(direct=before, update=before, candidate=before, reset=before):
@@ -87,11 +87,11 @@ def test_gru_paths_are_differences_of_one_gate_at_a_time(form):
         return (1 - keep) * np.tanh(z["n"] + a) + keep * direct
 
     close(hidden(), run.carries.h[example, t + 1])
-    close(np.diag(paths.update_direct[example, t]), differences(lambda h: hidden(direct=h), before), 1e-9)
-    for name in ("update", "candidate", "reset"):
+    close(paths.direct[example, t], differences(lambda h: hidden(direct=h), before), 1e-9)
+    for name, gate in (("update", "z"), ("candidate", "n"), ("reset", "r")):
         want = differences(lambda h, name=name: hidden(**{name: h}), before)
         assert np.abs(want).max() > 0.01
-        close(getattr(paths, f"via_{name}")[example, t], want, 1e-9)
+        close(getattr(paths.gates, gate)[example, t], want, 1e-9)
     close(paths.total(), analysis.step_jacobians(run), EXACT)
 
 
@@ -238,12 +238,8 @@ def test_resets_cut_every_path_and_padding_stands_still(cell):
     ragged = analysis.trajectory(cell, run.params, run.xs, first, seq_lengths=lengths, resets=resets)
     jacobians = np.asarray(analysis.step_jacobians(ragged))
     assert np.all(jacobians[0, 3] == 0) and np.all(jacobians[1, 4:] == np.eye(jacobians.shape[-1]))
-    if cell is not LSTM:
-        close(analysis.gru_paths(ragged).total(), jacobians, EXACT)
-        assert np.all(analysis.gru_paths(ragged).update_direct[1, 4:] == 1)
-    if cell is GRUS["before"]:
-        return
     close(analysis.gate_paths(ragged).total(), jacobians, EXACT)
+    assert np.all(analysis.gate_paths(ragged).direct[1, 4:] == np.eye(jacobians.shape[-1]))
     with pytest.raises(NotImplementedError, match=r"ablation'\)` of a trajectory with seq_lengths.*`traj.take"):
         analysis.path_shares(ragged, by="ablation")
     if cell is not LSTM:
@@ -314,10 +310,12 @@ def test_cells_without_the_paths_of_an_lstm(cell, error, message):
 
 
 def test_cells_without_other_paths():
-    with pytest.raises(NotImplementedError, match=r"not for MGU; use `gate_paths\(traj\)`"):
-        analysis.gru_paths(run_of(rnncore.MGU(4, recurrence=rnncore.Diagonal())))
-    with pytest.raises(NotImplementedError, match=r"ResetBeforeGRU is not a PointwiseCell.*`step_jacobians\(traj\)`"):
-        analysis.gate_paths(run_of(GRUS["before"]))
+    class Subclass(rnncore.ResetBeforeGRU):
+        def update(self, params, carry, z):
+            return super().update(params, carry, z)
+
+    with pytest.raises(NotImplementedError, match=r"Subclass is not a PointwiseCell.*`step_jacobians\(traj\)`"):
+        analysis.gate_paths(run_of(Subclass(4)))
     with pytest.raises(NotImplementedError, match="LSTMPaths>, by='ablation'.*pass the trajectory"):
         analysis.path_shares(analysis.lstm_paths(run_of(LSTM)), by="ablation")
 

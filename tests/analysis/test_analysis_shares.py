@@ -24,7 +24,7 @@ def inner(terms, name):
 @pytest.mark.parametrize("cell", [LSTM, GRU_BEFORE, USER], ids=["lstm", "gru_before", "user"])
 def test_shares_add_up_to_one(cell):
     run = run_of(cell)
-    paths = analysis.gru_paths(run) if cell is GRU_BEFORE else analysis.gate_paths(run)
+    paths = analysis.gate_paths(run)
     shares = analysis.path_shares(run)
     assert list(shares) == list(paths.terms())
     for name, share in shares.items():
@@ -72,7 +72,7 @@ def test_shares_of_nothing_are_zero():
 
 def test_ablation_takes_a_path_out_of_every_step():
     run = run_of(rnncore.GRU(4))
-    paths = analysis.gru_paths(run)
+    paths = analysis.gate_paths(run)
     left = analysis.path_shares(paths, by="ablation", lags=(0, 2, 6))
     assert left.lags.tolist() == [0, 2, 6] and list(left.without) == list(paths.terms())
     whole = analysis.step_jacobians(run)

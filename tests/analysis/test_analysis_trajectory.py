@@ -148,7 +148,7 @@ def test_matrix_free_norms_end_where_each_sequence_ends():
     close(analysis.operator_norm(run, 3).log_norm, product.log_operator_norm()[:, 3], 1e-9)
     estimate = analysis.frobenius_norm(run, 3)
     assert np.all(np.abs(estimate.log_norm - product.log_frobenius_norm()[:, 3]) < 4 * estimate.error)
-    with pytest.raises(ValueError, match=r"`operator_norm\(lag=4\)`: expected 0 to 3, the steps of the trajectory or"):
+    with pytest.raises(ValueError, match=r"`operator_norm\(lag=4\)`: expected an integer of 0 to 3, the steps of"):
         analysis.operator_norm(run, 4)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 import types
 from collections import Counter
 
@@ -11,7 +13,7 @@ import pytest
 
 import rnncore
 from benchmarks import workloads
-from benchmarks.peers import Case, rnncore_peer, torch_peer
+from benchmarks.peers import Case, Peer, flashrnn_peer, rnncore_peer, torch_peer
 from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import make_problem
 from benchmarks.peers.reference import reference
@@ -25,14 +27,49 @@ MOSAIC, OWN, TPU = "rnncore mosaic_gpu", "rnncore mosaic_gpu, own cell", "rnncor
 PEER = rnncore_peer.RnncorePeer()
 
 
-def errors(contender: str, case: Case) -> dict[str, float]:
+def errors(contender: str, case: Case, peer: Peer = PEER) -> dict[str, float]:
     """The errors against float64."""
     problem = make_problem(case.workload, case.dtype, case.input_product)
     right = reference(case.workload, problem, case.input_product)
     return {
-        m: timing.relative_error(PEER.build(contender, case, problem, m).result(), right[m])
+        m: timing.relative_error(peer.build(contender, case, problem, m).result(), right[m])
         for m in workloads.MEASUREMENTS
     }
+
+
+def plain_flashrnn(Wx, R, b, states, function, backend, dtype):
+    """What FlashRNN documents, in plain PyTorch: outputs (states, B, T, heads, d), the first state being h."""
+    import torch
+
+    assert (states, function, backend, dtype) == (None, "lstm", "triton_fused", "float32")
+    h = c = torch.zeros(Wx.shape[0], *Wx.shape[3:])
+    path = []
+    for t in range(Wx.shape[1]):
+        i, f, z, o = (Wx[:, t] + torch.einsum("ghdp,bhp->bghd", R, h) + b).unbind(1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(z)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        path.append(torch.stack([h, c]))
+    return torch.stack(path, 2), None
+
+
+@pytest.mark.parametrize("product", [True, False])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_flashrnn_runs_as_documented(heads, product, monkeypatch):
+    pytest.importorskip("torch")
+    module = types.ModuleType("flashrnn.flashrnn")
+    monkeypatch.setattr(module, "flashrnn", plain_flashrnn, raising=False)
+    monkeypatch.setitem(sys.modules, "flashrnn", types.ModuleType("flashrnn"))
+    monkeypatch.setitem(sys.modules, "flashrnn.flashrnn", module)
+    case = Case(dataclasses.replace(LSTM, hidden=4, heads=heads), input_product=product)
+    found = errors("FlashRNN triton_fused", case, flashrnn_peer.FlashRNNPeer())
+    assert max(found.values()) < 2e-6 and min(found.values()) > 0
+
+
+def test_flashrnn_says_what_it_cannot_do():
+    peer = flashrnn_peer.FlashRNNPeer()
+    wide = Case(workloads.WORKLOADS["W1-768x1"], "bfloat16", "default", False, "gpu")
+    assert "up to 128 units" in peer.why_not("FlashRNN triton_fused", wide)
+    assert peer.why_not("FlashRNN cuda_fused", wide) is None and "NVIDIA" in peer.absent("FlashRNN cuda_fused", "cpu")
 
 
 def test_torch_is_told_its_precision():

@@ -31,7 +31,7 @@ FLAX = {
     "gru": {"flax.linen GRUCell"},
     "elman": {"flax.linen SimpleCell"},
 }
-OPTIONAL = {"equinox": ("equinox",), "torch": ("torch", torch_peer.ONE_THREAD)}
+OPTIONAL = {"haiku": ("haiku",), "equinox": ("equinox",), "torch": ("torch", torch_peer.ONE_THREAD)}
 
 
 def is_here(module: str) -> bool:
@@ -46,7 +46,11 @@ def expected(workload: workloads.Workload, input_product: bool) -> set[str]:
         return ours
     names = ours | FLAX[workload.cell]
     for module, contenders in OPTIONAL.items():
-        if is_here(module) and (module, workload.cell) != ("equinox", "elman"):
+        if is_here(module) and (module, workload.cell) not in (
+            ("equinox", "elman"),
+            ("haiku", "gru"),
+            ("haiku", "elman"),
+        ):
             names |= set(contenders)
     return names
 

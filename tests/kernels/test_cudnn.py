@@ -561,7 +561,7 @@ def test_what_it_cannot_do_has_a_reason(cudnn: Recorder, name: str):
 def test_every_field_of_a_request_is_thought_of():
     """A new kind of request must not run here by oversight: it is named in one of these."""
     looked_at = {key for changes, _ in REFUSED.values() for key in changes}
-    of_no_matter = {"steps", "input_size", "devices", "lengths", "time_axis"}
+    of_no_matter = {"steps", "input_size", "devices", "lengths", "time_axis", "linear"}
     assert {field.name for field in dataclasses.fields(Request)} == looked_at | of_no_matter
 
 

@@ -43,6 +43,7 @@ def test_python_blocks_of_the_recipes_run():
     assert names["losses"][-1] < 0.2 * names["losses"][0]
     assert jnp.abs(names["pieces"] - names["whole"]).max() < 1e-6
     assert jnp.abs(names["y"] - names["whole"][:, 0]).max() < 1e-6
+    assert names["translation_losses"][-1] < 0.1 * names["translation_losses"][0]
     assert names["outputs"].shape == (4, 8, 12, 16) and names["gradients"].bias.shape == (3, 16)
 
 
@@ -64,6 +65,19 @@ def test_links_of_the_readme_and_the_pages_lead_somewhere():
                 missing.append(f"{page.name}: {target}")
     assert not missing
     assert len(README.read_text().splitlines()) <= 120
+
+
+def test_the_messages_of_the_questions_are_those_of_the_library():
+    source = " ".join(path.read_text() for path in (README.parent / "rnncore").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # strings over several lines
+    titles = re.findall(r"^### (.*)$", (README.parent / "docs" / "questions.md").read_text(), re.MULTILINE)
+    assert len(titles) > 10
+    symptoms = {
+        "float64 where float32 was expected",
+        "The first call takes 5 to 15 seconds",
+        "My gradient under vmap is wrong",
+    }
+    assert [title for title in titles if title not in symptoms and title not in source] == []
 
 
 def test_python_blocks_of_the_migration_guide_run():

@@ -36,11 +36,11 @@ def init(layer: Any) -> Any:
 WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
     "class in linen.RNN": (
         lambda: linen.RNN(linen.LSTMCell),
-        "`RNN(cell=<LSTMCell>)`: expected a cell, such as LSTMCell(256), made and not its class.",
+        "`RNN(cell=<LSTMCell>)`: expected a cell, such as LSTMCell(256), an instance and not the class.",
     ),
     "class in nnx.RNN": (
         lambda: nnx.RNN(nnx.LSTMCell),
-        "`RNN(cell=<LSTMCell>)`: expected a cell, such as LSTMCell(3, 256, rngs=rngs), made and not its class.",
+        "`RNN(cell=<LSTMCell>)`: expected a cell, such as LSTMCell(3, 256, rngs=rngs), an instance and not the class.",
     ),
     "string in linen.RNN": (lambda: linen.RNN("lstm"), "`RNN(cell=<str>)`: expected a cell"),
     "functional cell in nnx.RNN": (lambda: nnx.RNN(CELL), "`rnncore.unroll` takes this one"),
@@ -99,7 +99,7 @@ WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "class for a cell": (
         lambda: rnncore.unroll(rnncore.LSTM, PARAMS, XS),
-        "`unroll(cell=<LSTM>)`: expected an rnncore cell, such as rnncore.LSTM(256), made and not its class.",
+        "`unroll(cell=<LSTM>)`: expected an rnncore cell, such as rnncore.LSTM(256), an instance and not the class.",
     ),
     "string in Stack": (lambda: rnncore.Stack("lstm"), "`Stack(cell='lstm')`: expected an rnncore cell"),
     "cell for a stack": (
@@ -213,6 +213,9 @@ def test_words_of_other_libraries(name: str) -> None:
 
 
 def test_options_that_nobody_has() -> None:
+    nearest = "`unroll(chekpoint_every=2)`: there is no such option; the nearest name is checkpoint_every."
+    with pytest.raises(TypeError, match=re.escape(nearest)):
+        rnncore.unroll(CELL, PARAMS, XS, chekpoint_every=2)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=re.escape("`unroll(nonsense=1)`: there is no such option.")):
         rnncore.unroll(CELL, PARAMS, XS, nonsense=1)
     with pytest.raises(TypeError, match="nonsense"):

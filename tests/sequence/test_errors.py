@@ -166,8 +166,8 @@ def test_resets_that_do_not_fit(resets: Any):
     [
         (
             {"backend": "fast"},
-            "`unroll(backend='fast')`: unknown; expected one of mosaic_gpu, cuda, pallas_tpu, cudnn, cpp, scan, "
-            "autodiff, or None",
+            "`unroll(backend='fast')`: unknown; expected one of mosaic_gpu, cuda, pallas_tpu, cudnn, "
+            "associative_scan, cpp, scan, autodiff, or None",
         ),
         ({"recompute": "all"}, "`unroll(recompute='all')`: expected one of 'nothing', 'gates', 'chunk'"),
         ({"recompute": None}, "`unroll(recompute=None)`: expected one of 'nothing', 'gates', 'chunk'"),

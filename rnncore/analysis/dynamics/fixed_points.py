@@ -128,8 +128,7 @@ def fixed_points(
         np.asarray(ends)[reached], np.asarray(residuals)[reached], math.sqrt(tolerance) if merge is None else merge
     )
     found = jnp.asarray(points, dtype).reshape(-1, n)
-    jacobians = np.asarray(_jacobians(cell, params, x.astype(dtype), found))
-    residuals = np.asarray(_residuals(cell, params, x.astype(dtype), found))
+    residuals, jacobians = map(np.asarray, _linearised(cell, params, x.astype(dtype), found))
     values = np.linalg.eigvals(jacobians).astype(complex) if len(found) else np.zeros((0, n), complex)
     values = np.take_along_axis(values, np.argsort(-np.abs(values), -1, kind="stable"), -1)
     unstable = (np.abs(values) >= 1).sum(-1)
@@ -157,16 +156,11 @@ def _map(cell: Cell, params: PyTree, x: Array) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _jacobians(cell: Cell, params: PyTree, x: Array, states: Array) -> Array:
-    eye = jnp.eye(states.shape[-1], dtype=states.dtype)
+def _linearised(cell: Cell, params: PyTree, x: Array, states: Array) -> tuple[Array, Array]:
+    """(residuals (K,), dF/ds (K, n, n))."""
+    change, eye = _map(cell, params, x), jnp.eye(states.shape[-1], dtype=states.dtype)
     with jax.default_matmul_precision("highest"):
-        return jax.vmap(lambda s: jax.jacrev(_map(cell, params, x))(s) + eye)(states)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _residuals(cell: Cell, params: PyTree, x: Array, states: Array) -> Array:
-    with jax.default_matmul_precision("highest"):
-        return jnp.linalg.norm(jax.vmap(_map(cell, params, x))(states), axis=-1)
+        return jnp.linalg.norm(jax.vmap(change)(states), axis=-1), jax.vmap(jax.jacrev(change))(states) + eye
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))

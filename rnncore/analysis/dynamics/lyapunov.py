@@ -153,8 +153,8 @@ def finite_time_lyapunov(
 
     lambda_i(w) = (1 / window) * sum over the steps of window w of ln |R_t,ii|
 
-    Not the logarithms of singular values of the windows' products: those are `singular_value_exponents`,
-    and agree with these for long windows only.
+    Not the logarithms of singular values of the windows' products: those are `singular_spectrum`
+    over the lag, and agree with these for long windows only.
 
     Args:
       traj: a trajectory of T steps.

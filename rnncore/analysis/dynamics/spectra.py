@@ -13,7 +13,7 @@ from rnncore._types import Array
 from rnncore.analysis.dynamics._frames import first_frame, graded_qr, matrix_of
 from rnncore.analysis.dynamics._jacobi import NOTHING, log_singular_values
 from rnncore.analysis.jacobians.products import renormalise
-from rnncore.analysis.run._alignment import ending_together, shortest
+from rnncore.analysis.run._alignment import check_lag, ending_together
 from rnncore.analysis.run.flat import flat, jacobian, state_dtype, state_size
 from rnncore.analysis.run.trajectory import Trajectory, check_finite
 
@@ -53,6 +53,8 @@ def jacobian_eigenvalues(traj: Trajectory, t: int) -> Array:
 def singular_spectrum(traj: Trajectory, lag: int, anchor: str = "end") -> Array:
     """ln of all singular values of the product of `lag` step Jacobians, however far they lie apart.
 
+    Over the lag they are rates of growth, which come to the Lyapunov exponents as the lag goes to infinity.
+
     anchor "end":   P = J_T J_{T-1} ... J_{T-lag+1}
     anchor "start": P = J_lag J_{lag-1} ... J_1
 
@@ -87,51 +89,19 @@ def singular_spectrum(traj: Trajectory, lag: int, anchor: str = "end") -> Array:
     Source: Bojanczyk, Ewerbring, Luk and Van Dooren (1991) for products that are kept in factors; one-sided
     rotations Hestenes (1958), their accuracy Demmel and Veselic (1992).
     """
-    call = f"singular_spectrum(lag={lag})"
-    most = shortest(traj)
-    if not isinstance(lag, int | np.integer) or not 0 <= lag <= most:
-        raise ValueError(
-            f"`{call}`: expected an integer of 0 to {most}, the steps of the (shortest) sequence; run a longer one."
-        )
-    if anchor not in ("end", "start"):
-        raise ValueError(f"`singular_spectrum(anchor={anchor!r})`: expected 'end' or 'start'.")
+    lag = check_lag("singular_spectrum", traj, lag, anchor)
     run = ending_together(traj) if anchor == "end" else traj
     n, dtype = state_size(traj), state_dtype(traj)
     if lag == 0:
         return jnp.zeros((*traj.batch_shape, n), dtype)
     frame = first_frame(jax.random.key(0), n, n, dtype)
-    logs = _log_spectrum(run, frame, traj.steps - lag if anchor == "end" else 0, int(lag))
+    logs = _log_spectrum(run, frame, traj.steps - lag if anchor == "end" else 0, lag)
     if not isinstance(logs, jax.core.Tracer) and not np.all(np.asarray(logs) < np.inf):
-        raise ValueError(f"`{call}`: the Jacobian of a single step leaves the range of {logs.dtype}; use float64.")
+        raise ValueError(
+            f"`singular_spectrum(lag={lag})`: the Jacobian of a single step leaves the range of {logs.dtype}; use "
+            "float64."
+        )
     return logs
-
-
-def singular_value_exponents(traj: Trajectory, lag: int, anchor: str = "end") -> Array:
-    """Growth rates of the singular values over `lag` steps; the Lyapunov exponents only for lag to infinity.
-
-    ln sigma_i(P) / lag
-
-    Args:
-      traj: a trajectory of T steps.
-      lag, anchor: as in `singular_spectrum`; lag at least 1.
-
-    Returns:
-      (*batch, n), largest first.
-
-    Raises:
-      ValueError: as `singular_spectrum`; lag 0.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.Elman(4, activation_fn=jax.nn.identity)  # its initial U is orthogonal
-      >>> run = analysis.trajectory(cell, cell.init(jax.random.key(0), 3), jnp.ones((50, 3)))
-      >>> bool(jnp.abs(analysis.singular_value_exponents(run, 50)).max() < 1e-5)
-      True
-    """
-    if lag == 0:
-        raise ValueError("`singular_value_exponents(lag=0)`: a rate needs at least 1 step.")
-    return singular_spectrum(traj, lag, anchor) / lag
 
 
 @functools.partial(jax.jit, static_argnums=1)

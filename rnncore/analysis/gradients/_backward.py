@@ -17,7 +17,8 @@ import jax.numpy as jnp
 
 from rnncore import _lengths
 from rnncore._types import Array, PyTree
-from rnncore.analysis.run.trajectory import check_finite
+from rnncore.analysis.run.flat import states_of
+from rnncore.analysis.run.trajectory import check_finite, check_loss
 from rnncore.cells.base import Cell
 from rnncore.layers.recording import Moved, without_gaps
 from rnncore.sequence.call import explain_backend, unroll
@@ -93,29 +94,14 @@ def backward(
 
     wide = jnp.concatenate([xs.astype(dtype), zeros], -1)
     ends, pull, (before, ran, zs) = jax.vjp(run, initial_carry, wide, has_aux=True)
-    value, d_ends = _pull_loss(call, loss, *ends)
-    first, wide = pull(d_ends)
-    lead, size = len(xs.shape) - 1, xs.shape[-1]
+    value, pull_loss = jax.vjp(loss, *ends)
+    check_loss(call, value)
+    first, wide = pull(pull_loss(jnp.ones_like(value)))
+    size = xs.shape[-1]
     check_finite(f"{call}(...)", (first, wide), "the gradient leaves the floating-point range; shorten or use float64")
 
-    leaves, tree = jax.tree.flatten(first)
-    pieces = jax.lax.split(wide[..., size:], [math.prod(shape) for shape in moved.shapes], lead)
-    states = [
-        jnp.concatenate([a[(slice(None),) * (lead - 1) + (None,)], move.reshape(*xs.shape[:-1], *shape)], lead - 1)
-        for a, move, shape in zip(leaves, pieces, moved.shapes, strict=True)
-    ]
-    return Backward(value, jax.tree.unflatten(tree, states), wide[..., :size].astype(xs.dtype), before, ran, zs)
-
-
-def _pull_loss(call: str, loss: Callable, carry: Any, outputs: Array) -> tuple[Array, Any]:
-    """(value, gradients in the last carry and the outputs)."""
-    value, pull = jax.vjp(loss, carry, outputs)
-    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
-        raise ValueError(
-            f"`{call}(loss=...)`: it returned <{jnp.result_type(value)} {jnp.shape(value)}>, expected one "
-            "floating-point number for the whole batch; sum or average it, or pick one loss term."
-        )
-    return value, pull(jnp.ones_like(value))
+    states = states_of(first, wide[..., size:], xs.ndim - 2)
+    return Backward(value, states, wide[..., :size].astype(xs.dtype), before, ran, zs)
 
 
 def _check_values(call: str, params: PyTree, xs: Array, initial_carry: Any, seq_lengths: Any) -> None:

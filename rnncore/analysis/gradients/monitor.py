@@ -17,6 +17,8 @@ import numpy as np
 from rnncore._types import Array, PyTree
 from rnncore.analysis.dynamics.lyapunov import lyapunov_exponents
 from rnncore.analysis.retention._chains import pull_back
+from rnncore.analysis.run._alignment import chosen_lags
+from rnncore.analysis.run.flat import state_size
 from rnncore.analysis.run.gate_statistics import gate_statistics
 from rnncore.analysis.run.trajectory import Trajectory, cell_trajectory
 from rnncore.cells.base import Cell, PointwiseCell
@@ -83,11 +85,8 @@ class Monitor:
         ):  # fmt: skip
             if value < least:
                 raise ValueError(f"`Monitor({name}={value})`: expected at least {least}.")
-        chosen = tuple(int(lag) for lag in lags)
-        if not chosen or chosen[0] < 0 or any(b <= a for a, b in zip(chosen, chosen[1:], strict=False)):
-            raise ValueError(f"`Monitor(lags={lags!r})`: expected increasing integers of at least 0.")
         self.path = Path(path)
-        self.every, self.lags, self.exponents = every, chosen, exponents
+        self.every, self.lags, self.exponents = every, chosen_lags("Monitor", tuple(lags)), exponents
         self.sequences, self.probes = sequences, probes
         self.key = jax.random.key(0) if key is None else key
         self.records: list[dict[str, Any]] = read_records(self.path)
@@ -121,11 +120,8 @@ class Monitor:
         settings = (self.lags, self.exponents, self.probes)
         measured = _measure(stack, settings, given, xs[: self.sequences], self.key)
         names = [name for row in stack.names for name in row]
-        n = sum(a.size for a in jax.tree.leaves(stack.cell.initial_carry()))
-        record = {
-            "step": int(step),
-            "layers": [self._layer(name, n, found) for name, found in zip(names, measured, strict=True)],
-        }
+        layers = [self._layer(name, found) for name, found in zip(names, measured, strict=True)]
+        record = {"step": int(step), "layers": layers}
         if self.records and self.records[-1]["step"] >= step:
             self.records = [r for r in self.records if r["step"] < step]
             _write(self.path, self.records)
@@ -135,11 +131,11 @@ class Monitor:
             file.write(json.dumps(record) + "\n")
         return record
 
-    def _layer(self, name: str, n: int, measured: dict[str, Any]) -> dict[str, Any]:
+    def _layer(self, name: str, measured: dict[str, Any]) -> dict[str, Any]:
         logs = np.asarray(measured["retention"], np.float64) / math.log(10)
         return {
             "name": name,
-            "n": n,
+            "n": int(measured["n"]),
             "log10_retention": {str(lag): _number(log) for lag, log in zip(self.lags, logs, strict=True)},
             "gates": {g: {k: _number(v) for k, v in s.items()} for g, s in measured["gates"].items()},
             "exponents": [_number(v) for v in np.atleast_1d(measured["exponents"])],
@@ -152,8 +148,16 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     Args:
       path: of the file.
 
+    Returns:
+      A list of dicts, as `Monitor` describes them.
+
     Raises:
       ValueError: a line that is no record, and is not the last.
+
+    Example:
+      >>> from rnncore import analysis
+      >>> analysis.read_records("no_such_file.jsonl")
+      []
     """
     path = Path(path)
     lines = path.read_text().splitlines() if path.exists() else []
@@ -179,10 +183,10 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
 def _measure(stack: Stack, settings: tuple, params: StackParams, xs: Array, key: Array) -> list[dict[str, Any]]:
     """What is measured of every cell of the stack over its own inputs, without dropout, in the order of the names."""
     found = []
-    carries = stack.start(params, xs.shape[:1], _wide(xs).dtype)
+    carries = stack.start(params, xs.shape[:1], jnp.promote_types(xs.dtype, jnp.float32))
     for level, (layer, starts) in enumerate(zip(params.layers, carries, strict=True)):
         for way, (own, start) in enumerate(zip(layer, starts, strict=True)):
-            own, ordered = jax.tree.map(_wide, (own, jnp.flip(xs, 1) if way else xs))
+            ordered = jnp.flip(xs, 1) if way else xs
             found.append(_layer(cell_trajectory(stack.cell, own, ordered, start), settings, key))
         if level + 1 < stack.num_layers:
             this = Stack(stack.cell, bidirectional=stack.bidirectional, merge=stack.merge)
@@ -192,14 +196,13 @@ def _measure(stack: Stack, settings: tuple, params: StackParams, xs: Array, key:
 
 def _layer(run: Trajectory, settings: tuple, key: Array) -> dict[str, Any]:
     lags, exponents, probes = settings
-    n = sum(math.prod(a.shape[2:]) for a in jax.tree.leaves(run.carries))
-    batch = run.batch_shape[0]
-    rows = jax.random.normal(key, (batch, probes, n), run.xs.dtype)
+    n = state_size(run)
+    rows = jax.random.normal(key, (*run.batch_shape, probes, n), run.xs.dtype)
 
     def log_rms(block: Array, _: Any) -> Array:
         return 0.5 * jnp.log(jnp.mean(jnp.sum(block * block, -1), -1) / n)
 
-    measured: dict[str, Any] = {"retention": jnp.mean(pull_back(run, rows, lambda _: log_rms, None, lags), -1)}
+    measured: dict[str, Any] = {"n": n, "retention": jnp.mean(pull_back(run, rows, lambda _: log_rms, None, lags), -1)}
     burn_in = run.steps // 4
     kept = min(exponents, n) if run.steps > burn_in else 0
     measured["exponents"] = jnp.zeros((0,), run.xs.dtype)
@@ -212,12 +215,6 @@ def _layer(run: Trajectory, settings: tuple, key: Array) -> dict[str, Any]:
             for gate, s in gate_statistics(run).items()
         }
     return measured
-
-
-def _wide(a: Array) -> Array:
-    """Half precision as float32: products over many steps need it."""
-    narrow = jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32
-    return a.astype(jnp.float32) if narrow else a
 
 
 def _number(value: Any) -> float | None:

@@ -150,14 +150,50 @@ def _found(
 def state_gradients(
     loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
 ) -> Any:
-    """dL/ds_t: `gradients_over_time(...).states`."""
+    """The gradient of a loss at every state: `gradients_over_time(...).states`.
+
+    Args:
+      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
+
+    Returns:
+      A carry of arrays (*batch, T + 1, ...), the initial state first.
+
+    Raises:
+      ValueError: as `gradients_over_time`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.GRU(4)
+      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+      >>> analysis.state_gradients(lambda carry, outputs: jnp.sum(carry.h ** 2), cell, params, xs).h.shape
+      (2, 6, 4)
+    """
     return _found("state_gradients", loss, cell, params, xs, initial_carry, **options).states
 
 
 def input_gradients(
     loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
 ) -> Any:
-    """dL/dx_t: `gradients_over_time(...).inputs`."""
+    """The gradient of a loss at every input: `gradients_over_time(...).inputs`.
+
+    Args:
+      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
+
+    Returns:
+      (*batch, T, D).
+
+    Raises:
+      ValueError: as `gradients_over_time`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.GRU(4)
+      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+      >>> analysis.input_gradients(lambda carry, outputs: jnp.sum(carry.h ** 2), cell, params, xs).shape
+      (2, 5, 3)
+    """
     return _found("input_gradients", loss, cell, params, xs, initial_carry, **options).inputs
 
 
@@ -165,11 +201,26 @@ def gate_gradients(
     loss: Loss, cell: PointwiseCell, params: PyTree, xs: Array, initial_carry: Any = None, *, wrt: str = "input",
     **options: Any,
 ) -> Any:  # fmt: skip
-    """The gradient at every gate: `gradients_over_time(...).gates`, or `.recurrent` wrt "recurrent".
+    """The gradient of a loss at every gate: `gradients_over_time(...).gates`, or `.recurrent`.
+
+    Args:
+      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
+      wrt: "input", at z = W x + b; "recurrent", at r = U h.
+
+    Returns:
+      A named tuple by gate of arrays (*batch, T, H).
 
     Raises:
-      ValueError: as `gradients_over_time` does; unknown wrt.
+      ValueError: as `gradients_over_time`; unknown wrt.
       NotImplementedError: the cell is not a `PointwiseCell`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.GRU(4)
+      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+      >>> analysis.gate_gradients(lambda carry, outputs: jnp.sum(carry.h ** 2), cell, params, xs).z.shape
+      (2, 5, 4)
     """
     if wrt not in ("input", "recurrent"):
         raise ValueError(f"`gate_gradients(wrt={wrt!r})`: expected 'input' or 'recurrent'.")
@@ -185,7 +236,26 @@ def gate_gradients(
 def per_step_parameter_gradients(
     loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
 ) -> PyTree:
-    """What every step adds to dL/dtheta: `gradients_over_time(...).parameters`."""
+    """What every step adds to the gradient of the parameters: `gradients_over_time(...).parameters`.
+
+    Args:
+      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
+
+    Returns:
+      The parameters' tree of arrays (T, ...), summed over the batch; with `norms` of norms (T,).
+
+    Raises:
+      ValueError: as `gradients_over_time`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, rnncore
+      >>> from rnncore import analysis
+      >>> cell = rnncore.GRU(4)
+      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
+      >>> loss = lambda carry, outputs: jnp.sum(carry.h ** 2)
+      >>> analysis.per_step_parameter_gradients(loss, cell, params, xs).bias.shape
+      (5, 3, 4)
+    """
     return _found("per_step_parameter_gradients", loss, cell, params, xs, initial_carry, **options).parameters
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array
-from rnncore.analysis.run._alignment import ending_together, mask_missing
+from rnncore.analysis.run._alignment import check_anchor, ending_together, mask_missing
 from rnncore.analysis.run.trajectory import Trajectory
 from rnncore.cells.lstm import LSTM
 
@@ -77,8 +77,7 @@ def direct_retention(traj: Trajectory, anchor: str = "end") -> Array:
     Gers, Schmidhuber and Cummins (2000).
     """
     lstm_of(traj, "direct_retention(...)")
-    if anchor not in ("end", "start"):
-        raise ValueError(f"`direct_retention(anchor={anchor!r})`: expected 'end' or 'start'.")
+    check_anchor("direct_retention", anchor)
     logs = forget_logs(ending_together(traj) if anchor == "end" else traj, anchor)
     logs = jnp.concatenate([jnp.zeros_like(logs[..., :1, :]), jnp.cumsum(logs, -2)], -2)
     return jnp.moveaxis(mask_missing(traj, jnp.arange(traj.steps + 1), jnp.moveaxis(logs, -1, 0)), 0, -1)

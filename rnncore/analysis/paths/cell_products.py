@@ -13,6 +13,7 @@ from rnncore.analysis.jacobians.steps import step_coefficients, step_jacobians
 from rnncore.analysis.paths._lstm_state import output_slope
 from rnncore.analysis.paths.gates import diagonal, row_scaled
 from rnncore.analysis.paths.lstm import first_slope, lstm_paths, plain_lstm
+from rnncore.analysis.run._alignment import check_anchor
 from rnncore.analysis.run.trajectory import Trajectory
 from rnncore.cells.lstm import LSTM
 
@@ -71,8 +72,7 @@ def cell_products(traj: Trajectory, *, anchor: str = "end", h0_tied: Array | boo
             "`cell_products(...)` of a trajectory with seq_lengths: its sequences do not end together; take one, "
             "`traj.take(i)`."
         )
-    if anchor not in ("end", "start"):
-        raise ValueError(f"`cell_products(anchor={anchor!r})`: expected 'end' or 'start'.")
+    check_anchor("cell_products", anchor)
     first_slope(traj, h0_tied, "cell_products", 1)
     paths, hidden = lstm_paths(traj, h0_tied=h0_tied), traj.cell.hidden_size
     whole = jacobian_product(step_jacobians(traj)[..., paths.first - 1 :, :, :], anchor)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from rnncore._types import Array
 from rnncore.analysis.jacobians.steps import step_coefficients
 from rnncore.analysis.run.flat import flatten_carry
-from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.analysis.run.trajectory import Trajectory, trailing
 from rnncore.cells.base import PointwiseCell
+from rnncore.cells.gru_reset_before import ResetBeforeGRU
 
 
 class Paths(abc.ABC):
@@ -66,18 +67,23 @@ class GatePaths(Paths):
 
 
 def gate_paths(traj: Trajectory) -> GatePaths:
-    """Every step Jacobian of a pointwise cell as a direct path and one path for each gate.
+    """Every step Jacobian of a cell as a direct path and one path for each gate.
 
     d s_t / d s_{t-1} = direct + sum_g diag(d s_t / d r_g) U_g,   r_g = U_g h_{t-1}
+    GRU:              direct = diag(z),   z: diag((h_{t-1} - n) z (1 - z)) U_z
+      reset after:    n: diag((1 - z) (1 - n^2) r) U_n,
+                      r: diag((1 - z) (1 - n^2) (U_n h_{t-1} + b_hn) r (1 - r)) U_r
+      reset before:   n: diag((1 - z) (1 - n^2)) U_n diag(r),
+                      r: diag((1 - z) (1 - n^2)) U_n diag(h_{t-1} r (1 - r)) U_r
 
     Args:
-      traj: a trajectory of T steps of any pointwise cell, a user's too.
+      traj: a trajectory of T steps of any pointwise cell, a user's too, or of a `ResetBeforeGRU`.
 
     Returns:
       `GatePaths`; `.total()` is `step_jacobians(traj)`.
 
     Raises:
-      NotImplementedError: the cell is not a `PointwiseCell`.
+      NotImplementedError: another cell.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -87,11 +93,15 @@ def gate_paths(traj: Trajectory) -> GatePaths:
       >>> paths = analysis.gate_paths(run)
       >>> list(paths.terms()), paths.gates.f.shape
       (['direct', 'via_f', 'via_n'], (2, 5, 4, 4))
+
+    Source: for GRUs Cho et al. (2014), arXiv:1406.1078, v3 for the reset after the product and v1 for that before.
     """
+    if isinstance(traj.cell, ResetBeforeGRU) and type(traj.cell).update is ResetBeforeGRU.update:
+        return _reset_before(traj)
     if not isinstance(traj.cell, PointwiseCell):
         raise NotImplementedError(
             f"`gate_paths(...)`: {type(traj.cell).__name__} is not a PointwiseCell, so its step does not show what "
-            "enters each gate; use `step_jacobians(traj)`, or `gru_paths(traj)` for rnncore.ResetBeforeGRU."
+            "enters each gate; use `step_jacobians(traj)`."
         )
     return _gate_paths(traj)
 
@@ -126,3 +136,26 @@ def _gate_paths(traj: Trajectory) -> GatePaths:
         return rows(lambda to: row_scaled(getattr(getattr(coefficients.recurrent, to), gate), wide))
 
     return GatePaths(rows(direct), cell.Gates(*map(through, cell.gates, matrices)), traj.lengths is not None)
+
+
+@jax.jit
+def _reset_before(traj: Trajectory) -> GatePaths:
+    cell, h = traj.cell, traj.before.h
+    assert isinstance(cell, ResetBeforeGRU)
+    u_r, u_z, u_n = jnp.transpose(traj.params.recurrent_kernel, (1, 2, 0))
+    z_r, z_z, z_n = jnp.split(traj.zs, 3, -1)
+
+    def with_slope(fn: Any, a: Array) -> tuple[Array, Array]:
+        return jax.jvp(fn, (a,), (jnp.ones_like(a),))
+
+    with jax.default_matmul_precision("highest"):
+        r, r_slope = with_slope(cell.gate_fn, z_r + h @ u_r.T)
+        z, z_slope = with_slope(cell.gate_fn, z_z + h @ u_z.T)
+        n, n_slope = with_slope(cell.activation_fn, z_n + (r * h) @ u_n.T)
+        candidate = ((1 - z) * n_slope)[..., None] * u_n
+        reset = (candidate * (h * r_slope)[..., None, :]) @ u_r
+    parts = [z, reset, ((h - n) * z_slope)[..., None] * u_z, candidate * r[..., None, :]]
+    for mask, stays in ((traj.resets, 0.0), (traj.padding, 1.0)):
+        if mask is not None:
+            parts = [jnp.where(trailing(mask, a), 0.0 if i else stays, a) for i, a in enumerate(parts)]
+    return GatePaths(diagonal(parts[0]), type(traj.gates)(*parts[1:]), traj.lengths is not None)

@@ -14,11 +14,9 @@ import numpy as np
 from rnncore._types import Array
 from rnncore.analysis.jacobians.products import jacobian_product
 from rnncore.analysis.paths.gates import Paths, gate_paths
-from rnncore.analysis.paths.gru import gru_paths
 from rnncore.analysis.paths.lstm import LSTMPaths
 from rnncore.analysis.run._alignment import chosen_lags
 from rnncore.analysis.run.trajectory import Trajectory, check_finite
-from rnncore.cells.base import PointwiseCell
 
 WAYS = ("inner", "adjoint", "ablation", "norm_ratio")
 
@@ -48,8 +46,8 @@ def path_shares(
     by "ablation":    retention over k steps with J_t - J_p in J_t's place, for each path in turn
 
     Args:
-      source: a trajectory, which is taken apart by `gate_paths` (`gru_paths` for ResetBeforeGRU); or what
-        `gate_paths`, `lstm_paths` or `gru_paths` returned.
+      source: a trajectory, which is taken apart by `gate_paths`; or what `gate_paths` or `lstm_paths`
+        returned.
       by: as above.
       adjoint: with "adjoint", the T + 1 gradients of `state_gradients`.  For `lstm_paths` v is dL/dc_t with
         h_t moving along.
@@ -68,9 +66,9 @@ def path_shares(
       >>> from rnncore import analysis
       >>> cell = rnncore.GRU(4)
       >>> run = analysis.trajectory(cell, cell.init(jax.random.key(0), 3), jnp.ones((5, 3)))
-      >>> shares = analysis.path_shares(analysis.gru_paths(run))
+      >>> shares = analysis.path_shares(run)
       >>> list(shares)
-      ['update_direct', 'via_update', 'via_candidate', 'via_reset']
+      ['direct', 'via_r', 'via_z', 'via_n']
       >>> bool(jnp.allclose(sum(shares.values()), 1.0))
       True
     """
@@ -97,10 +95,10 @@ def _paths(source: Any) -> Paths:
         return source
     if not isinstance(source, Trajectory):
         raise ValueError(
-            f"`path_shares(<{type(source).__name__}>)`: expected a trajectory, or what `gate_paths`, `lstm_paths` or "
-            "`gru_paths` returned."
+            f"`path_shares(<{type(source).__name__}>)`: expected a trajectory, or what `gate_paths` or `lstm_paths` "
+            "returned."
         )
-    return gate_paths(source) if isinstance(source.cell, PointwiseCell) else gru_paths(source)
+    return gate_paths(source)
 
 
 @jax.jit

@@ -10,9 +10,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from rnncore.analysis.plots.style import (
-    edges,
     finish,
     floored,
+    heat,
     increasing,
     line,
     named,
@@ -196,10 +196,8 @@ def retention_over_training(
     lost = np.isneginf(logs)
     low, high = (logs[~lost].min(), logs[~lost].max()) if not lost.all() else (-1.0, 0.0)
     ax.patch.set(hatch="////", edgecolor="0.5")  # seen where nothing is drawn above it
-    mesh = ax.pcolormesh(
-        edges(steps), edges(lags), np.ma.masked_where(lost, logs).T, cmap=shade_map(), vmin=low,
-        vmax=high if high > low else low + 1.0, rasterized=True,
-    )  # fmt: skip
+    shown_logs, top = np.ma.masked_where(lost, logs), high if high > low else low + 1.0
+    mesh = heat(ax, steps, lags, shown_logs, cmap=shade_map(), vmin=low, vmax=top)
     text = r"$\log_{10}$ retention" + (" (hatched: exactly 0)" if lost.any() else "")
     ax.figure.colorbar(mesh, ax=ax).set_label(text)
     ax = finish(ax, "training step", "lag k (steps)")

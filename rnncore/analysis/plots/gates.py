@@ -8,10 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from rnncore.analysis.plots.style import COLOURS, GUIDE, HATCHES, MARKERS, OKABE_ITO, finish, named, new_axes, numbers
-
-AREAS = tuple(OKABE_ITO[name] for name in ("blue", "orange", "sky", "vermillion", "yellow", "green", "purple"))
-"""Of areas side by side: neighbours differ in lightness."""
+from rnncore.analysis.plots.style import GUIDE, area, finish, finite, named, new_axes, numbers, points
 
 
 def path_shares(shares: Any, *, first: int = 1, ax: Axes | None = None) -> Axes:
@@ -49,12 +46,8 @@ def path_shares(shares: Any, *, first: int = 1, ax: Axes | None = None) -> Axes:
         array = np.asarray(value)
         averaged |= array.ndim > 1
         array = array.reshape(-1, array.shape[-1]) if array.ndim and array.size else array
-        array = numbers("path_shares", array, 2, f"shares (S,) or (*batch, S) for {name!r}").mean(0)
-        if not np.all(np.isfinite(array)):
-            raise ValueError(
-                f"`path_shares`: -inf among the shares of {name!r}; expected shares, not their logarithms."
-            )
-        rows[str(name)] = array
+        expected = f"shares (S,) or (*batch, S) for {name!r}"
+        rows[str(name)] = finite("path_shares", array, 2, expected, "shares").mean(0)
     lengths = {name: len(a) for name, a in rows.items()}
     if len(set(lengths.values())) != 1:
         raise ValueError(f"`path_shares`: expected the same number of steps for every path, got {lengths}.")
@@ -68,10 +61,7 @@ def path_shares(shares: Any, *, first: int = 1, ax: Axes | None = None) -> Axes:
             part = np.where(sign * row > 0, row, 0.0)
             if label is None and not part.any():
                 continue
-            ax.fill_between(
-                *_steps(steps, base, base + part), facecolor=AREAS[i % len(AREAS)], hatch=HATCHES[i % len(HATCHES)],
-                edgecolor="0.2", linewidth=0.3, label=label,
-            )  # fmt: skip
+            ax.fill_between(*_steps(steps, base, base + part), linewidth=0.3, label=label, **area(i))
             base += part
     ax.axhline(0.0, **GUIDE)
     ax.plot(steps, sum(rows.values()), color="black", linewidth=1.6, linestyle=(0, (4, 2)), label="sum")
@@ -117,7 +107,7 @@ def gate_saturation(statistics: Any, *, ax: Axes | None = None) -> Axes:
             f"`gate_saturation(<{type(statistics).__name__}>)`: expected a mapping from gates to statistics, as "
             "`gate_statistics(traj)` returns it."
         )
-    points = {}
+    found = {}
     for name, one in statistics.items():
         pair = (one.unit.left, one.unit.right) if hasattr(one, "unit") else tuple(one)
         if len(pair) != 2:
@@ -128,15 +118,11 @@ def gate_saturation(statistics: Any, *, ax: Axes | None = None) -> Axes:
             raise ValueError(
                 f"`gate_saturation`: expected as many fractions from 0 to 1, left and right, for {name!r}."
             )
-        points[str(name)] = (left, right)
+        found[str(name)] = (left, right)
     ax = new_axes(ax, (7.2, 4.6))
     ax.plot([0, 1], [1, 0], linestyle="--", label="always saturated", **GUIDE)
-    for i, (name, (left, right)) in enumerate(points.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        ax.scatter(
-            left, right, s=30, marker=MARKERS[i % len(MARKERS)], facecolors=colour if i % 2 == 0 else "none",
-            edgecolors=colour, linewidths=1.1, alpha=0.8, label=f"gate {name}", zorder=2.5, clip_on=False,
-        )  # fmt: skip
+    for i, (name, (left, right)) in enumerate(found.items()):
+        ax.scatter(left, right, alpha=0.8, label=f"gate {name}", clip_on=False, **points(i))
     ax.set_xlim(-0.02, 1.02)
     ax.set_ylim(-0.02, 1.02)
     return finish(ax, "fraction of steps left-saturated", "fraction of steps right-saturated")
@@ -186,10 +172,7 @@ def timescale_histogram(timescales: Any, *, bins: int = 30, ax: Axes | None = No
     ratio = max(borders[1] / borders[0], (high / low) ** 0.04)
     ax = new_axes(ax)
     for i, (name, values) in enumerate(groups.items()):
-        look: dict[str, Any] = {
-            "facecolor": AREAS[i % len(AREAS)], "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "0.2",
-            "linewidth": 0.5, "alpha": 1.0 if len(groups) == 1 else 0.6,
-        }  # fmt: skip
+        look = area(i) | {"linewidth": 0.5, "alpha": 1.0 if len(groups) == 1 else 0.6}
         ends = (("0", low / ratio**2, np.sum(values == 0)), ("\N{INFINITY}", high * ratio, np.sum(np.isinf(values))))
         counts, _ = np.histogram(values[(values > 0) & np.isfinite(values)], borders)
         ax.bar(borders[:-1], counts / len(values), np.diff(borders), align="edge", label=name or None, **look)

@@ -9,20 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 from rnncore.analysis.plots.style import (
     COLOURS,
     GUIDE,
     OKABE_ITO,
-    diverging_map,
-    edges,
     finish,
+    finite,
     floored,
     named,
     new_axes,
-    numbers,
+    signed_map,
+    time_by_unit,
 )
 from rnncore.analysis.retention.window import effective_window
 
@@ -60,34 +59,16 @@ def gradient_heatmap(
       >>> ax.get_xlabel(), ax.get_ylabel()
       ('step t', 'unit')
     """
-    values = _finite("gradient_heatmap", gradients, "(T, H), the gradients of one sequence")
+    values = finite("gradient_heatmap", gradients, 2, "(T, H), the gradients of one sequence")
     top = float(np.abs(values).max()) or 1.0
     linear = top * 10.0**-DECADES if linear_below is None else float(linear_below)
     if not 0 < linear < math.inf:
         raise ValueError(f"`gradient_heatmap(linear_below={linear_below!r})`: expected a size above 0.")
-    top = max(top, linear)
     ax = new_axes(ax)
-    steps, units = values.shape
-    # Numbers at the very end of the range would leave it inside the colour map.
-    scale = 10.0 ** math.floor(math.log10(top)) if not 1e-250 < top < 1e250 else 1.0
-    norm = SymLogNorm(linthresh=linear / scale, linscale=0.5, vmin=-top / scale, vmax=top / scale, base=10)
-    mesh = ax.pcolormesh(
-        edges(np.arange(steps, dtype=float) + first), edges(np.arange(units, dtype=float)), values.T / scale, norm=norm,
-        cmap=diverging_map(), rasterized=True,
-    )  # fmt: skip
-    ax.figure.colorbar(mesh, ax=ax, ticks=_ticks(linear / scale, top / scale)).set_label(
-        label if scale == 1 else f"{label} / {scale:.0e}"
-    )
+    signed_map(ax, values, first, max(top, linear), linear, label)
     ax = finish(ax, "step t", "unit")
     ax.grid(False)
     return ax
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """0 and at most four powers of ten on either side."""
-    top, bottom = math.floor(math.log10(high) + 1e-9), math.ceil(math.log10(low) - 1e-9)
-    powers = [10.0**p for p in range(top, bottom - 1, -max(1, math.ceil((top - bottom + 1) / 4)))]
-    return [-p for p in powers] + [0.0] + powers[::-1]
 
 
 def gradient_maps(
@@ -126,7 +107,7 @@ def gradient_maps(
         )
     found = {}
     for name, one in named("gradient_maps", gradients).items():
-        sizes = np.abs(_finite("gradient_maps", one, "(T, H), one sequence, by the name of the network"))
+        sizes = np.abs(finite("gradient_maps", one, 2, "(T, H), one sequence, by the name of the network"))
         if not sizes.any():
             raise ValueError(f"`gradient_maps({name!r})`: no gradient at any step, there is nothing to show.")
         found[name] = sizes / sizes.max()
@@ -137,13 +118,10 @@ def gradient_maps(
     panels = figure.subplots(len(found), squeeze=False)[:, 0]
     mesh: Any = None
     for ax, (name, sizes) in zip(panels, found.items(), strict=True):
-        steps, units = sizes.shape
+        steps = len(sizes)
         with np.errstate(divide="ignore"):
             logs = np.maximum(np.log10(sizes), -decades)
-        mesh = ax.pcolormesh(
-            edges(np.arange(steps, dtype=float) + first), edges(np.arange(units, dtype=float)), logs.T, vmin=-decades,
-            vmax=0, cmap=PALE, rasterized=True,
-        )  # fmt: skip
+        mesh = time_by_unit(ax, logs, first, vmin=-decades, vmax=0, cmap=PALE)
         norms = np.linalg.norm(sizes, axis=-1)
         begin = int(np.argmax(norms >= level * norms.max()))
         reach = f"the last {steps - begin} of {steps}" if begin else f"all {steps}"
@@ -194,7 +172,7 @@ def weight_gradient_bars(parameters: Any, *, share: float = 0.99, first: int = 1
             "for each step, as `per_step_parameter_gradients` returns them."
         )
     values = np.concatenate([a.reshape(len(a), -1) for a in leaves], -1)
-    values = _finite("weight_gradient_bars", values, "arrays (T, ...) with at least one step")
+    values = finite("weight_gradient_bars", values, 2, "arrays (T, ...) with at least one step")
     norms, before = np.linalg.norm(values, axis=-1), np.linalg.norm(np.cumsum(values, 0), axis=-1)
     if not before[-1]:
         raise ValueError("`weight_gradient_bars(...)`: the steps add up to no gradient, there is nothing to spend.")
@@ -235,7 +213,7 @@ def saliency(gradients: Any, *, share: float = 0.9, first: int = 1, ax: Axes | N
       >>> ax.get_legend().get_texts()[0].get_text()
       'last 1 of 3 steps: 90 %'
     """
-    values = _finite("saliency", gradients, "(T, D), the gradients at the inputs of one sequence")
+    values = finite("saliency", gradients, 2, "(T, D), the gradients at the inputs of one sequence")
     # Of size 1 first: without x64 an array of 1e-60 would be one of zeros.
     window = int(effective_window(jnp.asarray(values / (np.abs(values).max() or 1.0)), share))
     size = np.abs(values).max(-1, keepdims=True)
@@ -252,12 +230,3 @@ def saliency(gradients: Any, *, share: float = 0.9, first: int = 1, ax: Axes | N
         )  # fmt: skip
     ax.plot(steps, floored(ax, [logs])[0], color=COLOURS[0], linewidth=1.6, marker="o", markersize=3, zorder=2.5)
     return finish(ax, "step t", r"$\log_{10}\,\|dL/dx_t\|_2$")
-
-
-def _finite(call: str, value: Any, expected: str) -> np.ndarray:
-    array = numbers(call, value, 2, expected)
-    if not np.all(np.isfinite(array)):
-        raise ValueError(
-            f"`{call}(<{array.shape}>)`: -inf among the numbers; expected gradients, not their logarithms."
-        )
-    return array

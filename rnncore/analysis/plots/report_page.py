@@ -14,11 +14,10 @@ import jax
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import SymLogNorm
 from matplotlib.figure import Figure
 
 import rnncore
-from rnncore.analysis.plots.style import COLOURS, DASHES, diverging_map, edges
+from rnncore.analysis.plots.style import COLOURS, DASHES, signed_map
 from rnncore.analysis.report.measured import LayerReport
 
 DPI = 150
@@ -290,17 +289,7 @@ def _heatmap(one: LayerReport, everyone: Sequence[LayerReport]) -> Picture | Non
         return None
 
     def draw(ax: Axes) -> None:
-        scale = 10.0 ** math.floor(math.log10(top)) if not 1e-250 < top < 1e250 else 1.0
-        norm = SymLogNorm(10.0**-BELOW * top / scale, linscale=0.5, vmin=-top / scale, vmax=top / scale, base=10)
-        steps, units = values.shape
-        mesh = ax.pcolormesh(
-            edges(np.arange(steps, dtype=float)), edges(np.arange(units, dtype=float)), values.T / scale, norm=norm,
-            cmap=diverging_map(), rasterized=True,
-        )  # fmt: skip
-        decade = math.floor(math.log10(top / scale))
-        ticks = [10.0**decade, 10.0 ** (decade - 4)]
-        bar = ax.figure.colorbar(mesh, ax=ax, ticks=[-t for t in ticks] + [0] + ticks[::-1])
-        bar.set_label(r"$dL/dh_t$" if scale == 1 else rf"$dL/dh_t$ / {scale:.0e}")
+        signed_map(ax, values, 0, top, 10.0**-BELOW * top, r"$dL/dh_t$")
         ax.set_xlabel("step t, in the layer's order")
         ax.set_ylabel("unit")
 

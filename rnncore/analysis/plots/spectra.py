@@ -10,10 +10,8 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from rnncore.analysis.plots.style import (
-    COLOURS,
     GUIDE,
     LOST,
-    MARKERS,
     finish,
     floored,
     increasing,
@@ -21,6 +19,7 @@ from rnncore.analysis.plots.style import (
     named,
     new_axes,
     numbers,
+    points,
     shades,
 )
 
@@ -106,11 +105,7 @@ def eigenvalues(eigs: Any, *, labels: Any = None, ax: Axes | None = None) -> Axe
     turn = np.linspace(0, 2 * np.pi, 361)
     ax.plot(np.cos(turn), np.sin(turn), label="unit circle", **GUIDE)
     for i, (name, a) in enumerate(chosen.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        ax.scatter(
-            a.real, a.imag, s=26, marker=MARKERS[i % len(MARKERS)], facecolors="none" if i % 2 else colour,
-            edgecolors=colour, linewidths=1.0, label=name or None, zorder=2.5,
-        )  # fmt: skip
+        ax.scatter(a.real, a.imag, label=name or None, **points(i))
     ax.set_aspect("equal", adjustable="datalim")
     return finish(ax, r"Re $\lambda(J_t)$", r"Im $\lambda(J_t)$")
 

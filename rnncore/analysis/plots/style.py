@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import Colormap, LinearSegmentedColormap
+from matplotlib.collections import QuadMesh
+from matplotlib.colors import Colormap, LinearSegmentedColormap, SymLogNorm
 
 OKABE_ITO = {
     "blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "orange": "#E69F00",
@@ -22,6 +24,8 @@ DASHES: tuple[Any, ...] = (
 )  # fmt: skip
 MARKERS = "os^DvPX"
 HATCHES = ("", "////", "....", "\\\\\\\\", "xx", "++", "oo", "--")
+AREAS = tuple(OKABE_ITO[name] for name in ("blue", "orange", "sky", "vermillion", "yellow", "green", "purple"))
+"""Of areas side by side: neighbours differ in lightness."""
 GUIDE: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "zorder": 1}
 """Of lines that are no data: thresholds, zeros, floors."""
 FLOOR = "exactly 0: log is \N{MINUS SIGN}\N{INFINITY}"
@@ -52,6 +56,46 @@ def line(i: int, points: int = 1, marked: bool = True) -> dict[str, Any]:
         look |= {"marker": MARKERS[(place + turn) % len(MARKERS)], "markersize": 4.5,
                  "markevery": (i * every // 3 % every, every)}  # fmt: skip
     return look
+
+
+def points(i: int, size: float = 28.0) -> dict[str, Any]:
+    """How the i-th set of points looks; every other one is hollow."""
+    colour = COLOURS[i % len(COLOURS)]
+    return {
+        "s": size, "marker": MARKERS[i % len(MARKERS)], "facecolors": "none" if i % 2 else colour,
+        "edgecolors": colour, "linewidths": 1.0, "zorder": 2.5,
+    }  # fmt: skip
+
+
+def area(i: int) -> dict[str, Any]:
+    """How the i-th area looks, a hatch of its own with it."""
+    return {"facecolor": AREAS[i % len(AREAS)], "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "0.2"}
+
+
+def heat(ax: Axes, x: np.ndarray, y: np.ndarray, values: np.ndarray, **look: Any) -> QuadMesh:
+    """A map of values (N, M) at the N centres x and the M centres y, without a grid."""
+    ax.grid(False)
+    return ax.pcolormesh(edges(x), edges(y), values.T, rasterized=True, **look)
+
+
+def time_by_unit(ax: Axes, values: np.ndarray, first: int, **look: Any) -> QuadMesh:
+    """`heat` of values (T, H), the first of them at step `first`."""
+    steps, units = values.shape
+    return heat(ax, np.arange(steps, dtype=float) + first, np.arange(units, dtype=float), values, **look)
+
+
+def signed_map(ax: Axes, values: np.ndarray, first: int, top: float, linear: float, label: str) -> None:
+    """`time_by_unit` in colours of the signed logarithm up to `top`, linear below `linear`, with its colour bar."""
+    # Numbers at the very end of the range would leave it inside the colour map.
+    scale = 10.0 ** math.floor(math.log10(top)) if not 1e-250 < top < 1e250 else 1.0
+    linear, top = linear / scale, top / scale
+    norm = SymLogNorm(linthresh=linear, linscale=0.5, vmin=-top, vmax=top, base=10)
+    mesh = time_by_unit(ax, values / scale, first, norm=norm, cmap=diverging_map())
+    # 0 and at most four powers of ten on either side.
+    high, low = math.floor(math.log10(top) + 1e-9), math.ceil(math.log10(linear) - 1e-9)
+    powers = [10.0**p for p in range(high, low - 1, -max(1, math.ceil((high - low + 1) / 4)))]
+    bar = ax.figure.colorbar(mesh, ax=ax, ticks=[-p for p in powers] + [0.0] + powers[::-1])
+    bar.set_label(label if scale == 1 else f"{label} / {scale:.0e}")
 
 
 def shades(count: int) -> list[Any]:
@@ -86,6 +130,14 @@ def numbers(call: str, value: Any, ndim: int, expected: str) -> np.ndarray:
             f"`{call}(<{array.shape}>)`: NaN or +inf among the numbers, which no plot shows; find where they come from "
             "(-inf, the logarithm of 0, is fine)."
         )
+    return array
+
+
+def finite(call: str, value: Any, ndim: int, expected: str, what: str = "gradients") -> np.ndarray:
+    """`numbers` without -inf."""
+    array = numbers(call, value, ndim, expected)
+    if not np.all(np.isfinite(array)):
+        raise ValueError(f"`{call}(<{array.shape}>)`: -inf among the numbers; expected {what}, not their logarithms.")
     return array
 
 

@@ -14,7 +14,7 @@ from rnncore._types import Array
 from rnncore.analysis.jacobians.products import log_frobenius_norm, nats
 from rnncore.analysis.retention._chains import carry_block
 from rnncore.analysis.retention._lanczos import top_right_vectors
-from rnncore.analysis.run._alignment import ending_together, mask_missing, shortest
+from rnncore.analysis.run._alignment import check_lag, ending_together, mask_missing
 from rnncore.analysis.run.flat import Flat, columns_through, flat, rows_through
 from rnncore.analysis.run.trajectory import Trajectory
 
@@ -71,7 +71,7 @@ def frobenius_norm(
 
     Source: Hutchinson (1990), "A stochastic estimator of the trace of the influence matrix".
     """
-    lag = _check(traj, "frobenius_norm", lag, anchor)
+    lag = check_lag("frobenius_norm", traj, lag, anchor)
     if operator.index(probes) < 2:
         raise ValueError(f"`frobenius_norm(probes={probes})`: expected at least 2, whose spread is the error.")
     return _frobenius(traj, jax.random.key(0) if key is None else key, lag, anchor, operator.index(probes))
@@ -103,19 +103,7 @@ def operator_norm(traj: Trajectory, lag: int, *, anchor: str = "end") -> NormEst
       >>> bool(jnp.allclose(analysis.operator_norm(run, 50).log_norm, curve.log_retention[:, 0], rtol=1e-4))
       True
     """
-    return _operator(traj, _check(traj, "operator_norm", lag, anchor), anchor)
-
-
-def _check(traj: Trajectory, call: str, lag: Any, anchor: str) -> int:
-    if anchor not in ("end", "start"):
-        raise ValueError(f"`{call}(anchor={anchor!r})`: expected 'end' or 'start'.")
-    most = shortest(traj)
-    if not 0 <= operator.index(lag) <= most:
-        raise ValueError(
-            f"`{call}(lag={lag})`: expected 0 to {most}, the steps of the trajectory or of its shortest sequence; "
-            "run more steps, or pick longer sequences by `traj.take(index)`."
-        )
-    return operator.index(lag)
+    return _operator(traj, check_lag("operator_norm", traj, lag, anchor), anchor)
 
 
 def _steps(traj: Trajectory, lag: int, anchor: str) -> tuple[Flat, Any]:
@@ -144,12 +132,11 @@ def _operator(traj: Trajectory, lag: int, anchor: str) -> NormEstimate:
     # The vectors are constants to a derivative.
     fixed, held = jax.lax.stop_gradient((ending_together(traj) if anchor == "end" else traj, now))
     step = flat(fixed).step
-    push, pull = columns_through(step), rows_through(step)
     upside_down = jax.tree.map(lambda a: jnp.flip(a, 0), held)
 
     def gram(v: Array) -> tuple[Array, Array]:
-        block, there = carry_block(push, v[:, None, :], held)
-        block, back = carry_block(pull, block, upside_down)
+        block, there = carry_block(columns_through(step), v[:, None, :], held)
+        block, back = carry_block(rows_through(step), block, upside_down)
         return block[:, 0], there + back
 
     found, residual = top_right_vectors(gram, count, n, now[0].dtype)

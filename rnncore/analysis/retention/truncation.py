@@ -41,9 +41,10 @@ def choose_truncation(
     from a curve:  sum_{k >= K} R_k / sum_k R_k,   R_k = E ||dl_T/ds_{T-k}||
 
     From gradients over time the terms add up as vectors, so this is the bias of that very batch, against the gradient
-    over all of its T steps; of several batches the root of the mean squares.  From a curve norms of states stand for
-    those of the parameters' gradient, as in the source, and beyond the last lag they go on by a factor beta a step,
-    fitted to the second half: good to a factor of about 2 in a network that forgets evenly, of 5 and more in others.
+    over all of its T steps; of several batches the geometric mean, which is the bias of a typical one.  From a curve
+    norms of states stand for those of the parameters' gradient, as in the source, and beyond the last lag they go on
+    by a factor beta a step, fitted to the second half: good to a factor of about 2 in a network that forgets evenly,
+    of 5 and more in others.
 
     Args:
       source: `gradients_over_time` of a loss at the last step, or several of them; or a curve of kind "adjoint" at
@@ -106,7 +107,10 @@ def _of_curve(call: str, curve: RetentionCurve) -> tuple[np.ndarray, float]:
 
 
 def _of_gradients(call: str, source: GradientsOverTime | Sequence[GradientsOverTime]) -> np.ndarray:
-    """Norm of the sum of the terms from lag K on over that of all, K = 1 .. T / 2; over batches in the mean square."""
+    """Norm of the sum of the terms from lag K on over that of all, K = 1 .. T / 2: the geometric mean over batches.
+
+    Few sequences remember for long and make up the mean of the squares: it differs between samples by factors of 2.
+    """
     batches = [source] if isinstance(source, GradientsOverTime) else list(source)
     steps = {batch.inputs.shape[-2] for batch in batches}
     if any(batch.norms for batch in batches) or len(steps) != 1 or min(steps) < 10:
@@ -114,11 +118,16 @@ def _of_gradients(call: str, source: GradientsOverTime | Sequence[GradientsOverT
             f"`{call}`: expected a curve, or what `gradients_over_time(..., norms=False)` returns, of at least 10 "
             f"steps and as many in every batch; got {len(batches)} of {sorted(steps)} steps."
         )
-    cut = np.zeros(min(steps))
-    for batch in batches:
+    squares = np.zeros((len(batches), min(steps)))
+    for row, batch in zip(squares, batches, strict=True):
         for leaf in jax.tree.leaves(batch.parameters):
-            by_lag = np.asarray(leaf, np.float64).reshape(len(leaf), -1)[::-1]
-            cut += np.sum(np.cumsum(by_lag[::-1], 0)[::-1] ** 2, -1)
-    if not cut[0] > 0:
+            sums = np.cumsum(np.asarray(leaf, np.float64).reshape(len(leaf), -1), 0)
+            row += np.sum(sums[::-1] ** 2, -1)
+    squares = squares[squares[:, 0] > 0]
+    if not len(squares):
         raise ValueError(f"`{call}`: the gradient of the parameters is 0, there is nothing to truncate.")
-    return np.sqrt(cut[1 : len(cut) // 2 + 1] / cut[0])
+    biases = np.sqrt(squares[:, 1 : squares.shape[1] // 2 + 1] / squares[:, :1])
+    with np.errstate(divide="ignore"):
+        typical = np.exp(np.log(biases).mean(0))
+    # A batch that lost all of it must not hide the others.
+    return np.where(typical > 0, typical, np.median(biases, 0))

@@ -51,6 +51,24 @@ def mask_missing(traj: Trajectory, lags: Any, logs: Array, spare: int = 0) -> Ar
     return jnp.where(jnp.asarray(lags) > traj.lengths[..., None] - spare, jnp.inf, logs)
 
 
+def check_anchor(call: str, anchor: str) -> None:
+    """Refuses all but "end" and "start"."""
+    if anchor not in ("end", "start"):
+        raise ValueError(f"`{call}(anchor={anchor!r})`: expected 'end' or 'start'.")
+
+
+def check_lag(call: str, traj: Trajectory, lag: Any, anchor: str) -> int:
+    """One lag that the trajectory has."""
+    check_anchor(call, anchor)
+    most = shortest(traj)
+    if not isinstance(lag, int | np.integer) or not 0 <= lag <= most:
+        raise ValueError(
+            f"`{call}(lag={lag})`: expected an integer of 0 to {most}, the steps of the (shortest) sequence; run more "
+            "steps, or pick longer sequences by `traj.take(index)`."
+        )
+    return int(lag)
+
+
 def chosen_lags(call: str, lags: Any) -> tuple[int, ...]:
     """An integer K as 0 to K; a sequence as it is."""
     try:

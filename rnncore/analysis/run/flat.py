@@ -116,6 +116,18 @@ def unflatten_carry(like: Any) -> Callable[[Array], Any]:
     return unflatten
 
 
+def states_of(first: Any, rest: Array, lead: int) -> Any:
+    """A carry (*batch, ...) and what follows it, (*batch, T, n), as one carry of arrays (*batch, T + 1, ...)."""
+    leaves, tree = jax.tree.flatten(first)
+    shapes = [a.shape[lead:] for a in leaves]
+    pieces = jax.lax.split(rest, list(map(math.prod, shapes)), lead + 1)
+    states = [
+        jnp.concatenate([jnp.expand_dims(a, lead), piece.reshape(*piece.shape[:-1], *shape)], lead)
+        for a, piece, shape in zip(leaves, pieces, shapes, strict=True)
+    ]
+    return jax.tree.unflatten(tree, states)
+
+
 def one_carry(traj: Trajectory) -> Any:
     """Shapes and dtypes of the carry of one example."""
     lead = len(traj.batch_shape) + 1

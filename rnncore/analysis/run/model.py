@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -11,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
-from rnncore.analysis.run.flat import one_carry
-from rnncore.analysis.run.trajectory import Trajectory, cell_trajectory, check_finite
+from rnncore.analysis.run.flat import states_of
+from rnncore.analysis.run.trajectory import Trajectory, cell_trajectory, check_finite, check_loss
 from rnncore.cells.base import Cell
 from rnncore.layers.recording import Layer, LayerRun, Moves, run_moved, run_stack, zero_moves
 from rnncore.layers.stack import Stack, StackParams
@@ -232,11 +231,7 @@ def record(call: str, recorder: Any, loss: Callable[[Any], Array] | None = None)
         def whole(moves: dict[str, Moves]) -> tuple[Array, dict[str, LayerRun]]:
             outputs, runs = recorder(moves)
             value = jnp.asarray(loss(outputs))
-            if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
-                raise ValueError(
-                    f"`{call}(loss=...)`: it returned <{value.dtype} {value.shape}>, expected one floating-point "
-                    "number for the whole batch; sum or average it, or pick one loss term."
-                )
+            check_loss(call, value)
             return value, runs
 
         value, pull, runs = jax.vjp(whole, zeros, has_aux=True)
@@ -249,19 +244,8 @@ def record(call: str, recorder: Any, loss: Callable[[Any], Array] | None = None)
             layer.cell, arrays.params, arrays.xs, arrays.initial_carry, seq_lengths=arrays.seq_lengths,
             resets=arrays.resets, reset_carry=arrays.reset_carry,
         )  # fmt: skip
-        states, inputs = (None, None) if gradients[name] is None else _gradients(gradients[name], run)
+        moves, states, inputs = gradients[name], None, None
+        if moves is not None:  # dL/ds_t and dL/dx_t
+            states, inputs = states_of(moves.start, moves.states, len(run.batch_shape)), moves.inputs
         found[name] = RecurrentLayer(name, layer.cell, arrays.params, run, layer.reverse, layer.dtype, states, inputs)
     return Record(value, found, dict(recorder.left_out))
-
-
-def _gradients(moves: Moves, run: Trajectory) -> tuple[Any, Array]:
-    """(dL/ds_t as a carry of arrays (*batch, T + 1, ...), dL/dx_t)."""
-    lead = len(run.batch_shape)
-    start, tree = jax.tree.flatten(moves.start)
-    shapes = [a.shape for a in jax.tree.leaves(one_carry(run))]
-    pieces = jax.lax.split(moves.states, list(map(math.prod, shapes)), lead + 1)
-    states = [
-        jnp.concatenate([jnp.expand_dims(a, lead), piece.reshape(*piece.shape[:-1], *shape)], lead)
-        for a, piece, shape in zip(start, pieces, shapes, strict=True)
-    ]
-    return jax.tree.unflatten(tree, states), moves.inputs

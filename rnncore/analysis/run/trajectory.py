@@ -183,31 +183,7 @@ def cell_trajectory(
     resets: Any = None,
     reset_carry: Any = None,
 ) -> Trajectory:
-    """Runs a cell and keeps every carry and gate.
-
-    s_t, gates_t = update(params, s_{t-1}, z_t),   z_t = project(params, x_t),   t = 1 .. T
-
-    A step with a reset takes `reset_carry`, a constant, for s_{t-1}: its Jacobian d s_t / d s_{t-1} is
-    exactly 0, and so is every product across it.  A step in the padding leaves the carry alone: its
-    Jacobian is the identity.
-
-    Args:
-      cell: any rnncore cell.
-      params: its parameters.
-      xs: inputs (*batch, T, D); any number of batch axes, none too.  Half precision is analysed in float32.
-      initial_carry: carry of (*batch, H) arrays; zeros by default.
-      seq_lengths: integers (*batch), 0 to T; what the inputs hold past them plays no role.  Each sequence then
-        ends at its own last step, and anchor "end" means that step.
-      resets: booleans (*batch, T), as in `rnncore.unroll`.
-      reset_carry: the carry that resets return to; the initial carry by default.
-
-    Returns:
-      `Trajectory`.
-
-    Raises:
-      ValueError: inputs that are not floating point or have no step; parameters, inputs or states
-        that are not finite.  Inside jit the values cannot be seen and are not checked.
-    """
+    """`trajectory` of one cell, whose docstring says it all."""
     xs = jnp.asarray(xs)
     if not jnp.issubdtype(xs.dtype, jnp.floating):
         raise ValueError(
@@ -272,6 +248,15 @@ def check_finite(call: str, tree: PyTree, advice: str) -> None:
                 f"`{call}`: {jax.tree_util.keystr(path) or 'the array'} of shape {leaf.shape} holds {bad} NaN or "
                 f"infinite numbers; {advice}."
             )
+
+
+def check_loss(call: str, value: Any) -> None:
+    """Refuses a loss that is not one number."""
+    if jnp.shape(value) != () or not jnp.issubdtype(jnp.result_type(value), jnp.floating):
+        raise ValueError(
+            f"`{call}(loss=...)`: it returned <{jnp.result_type(value)} {jnp.shape(value)}>, expected one "
+            "floating-point number for the whole batch; sum or average it, or pick one loss term."
+        )
 
 
 def refuse_ragged(traj: Trajectory, call: str) -> None:

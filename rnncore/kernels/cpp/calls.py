@@ -86,12 +86,12 @@ class Calls:
     """The handlers of one compiled cell.
 
     Fields:
-      targets: names of the handlers, as `compiler.HANDLERS`.
+      targets: names of the handlers, as `handlers.HANDLERS`.
       variant: the types of the arrays, and whether there are states.
       width, fields, emitted: what is kept of a step, fields of the carry, gates that the update returns.
       time_major: whether x and y have time first.
       zoneout: NONE, SHARE, CHOSEN or SHARES for each field of the carry.
-      every: 0, or to keep of every so many steps `begins` fields of the carry.
+      chunk_size: 0, or to keep of every so many steps `begins` fields of the carry.
       begins: those that are formed again between them; all of them where the steps between are run again.
       rematerialize: whether they are.
     """
@@ -103,7 +103,7 @@ class Calls:
     emitted: int
     time_major: bool
     zoneout: tuple[int, ...]
-    every: int
+    chunk_size: int
     begins: int
     rematerialize: bool
 
@@ -123,7 +123,7 @@ class Calls:
     ) -> tuple[Out, tuple[Array, Array]]:
         """(results, what `backward` needs: empty unless it is wanted).
 
-        That is (T, B, width, padded H), and the carry of some steps (T / every, B, begins, padded H).
+        That is (T, B, width, padded H), and the carry of some steps (T / chunk_size, B, begins, padded H).
         """
 
         def run(groups: int, *args: Array) -> Any:
@@ -135,7 +135,7 @@ class Calls:
             kept: tuple[int, ...] = (steps, rows, self.width, padded) if keep and not self.rematerialize else (0,)
             begins: tuple[int, ...] = (0,)
             if keep and self.begins:
-                begins = (-(-steps // self.every), rows, self.begins, padded)
+                begins = (-(-steps // self.chunk_size), rows, self.begins, padded)
             states = (self.fields - 1 + self.emitted, steps, rows, hidden) if self.variant.states else (0,)
             real, stored, residual, _ = self.variant
             y = (*arrays.x.shape[:2], hidden)
@@ -176,6 +176,6 @@ class Calls:
         if not rows:
             return tuple(jnp.zeros(*one) for one in shapes)
         return ffi.call(
-            self.targets[handler], shapes, args, time_major=self.time_major, groups=groups, every=self.every,
+            self.targets[handler], shapes, args, time_major=self.time_major, groups=groups, every=self.chunk_size,
             again=self.rematerialize, zoneout=np.asarray(self.zoneout, np.int64),
         )  # fmt: skip

@@ -107,9 +107,9 @@ class _Run:
         self.variant = variant_of(request)
         self.part = emit.body(cell, self.variant)
         self.plan, self.rematerialize = emit.plan(cell, self.variant), request.recompute != "nothing"
-        self.every, self.begins = STRETCH, len(self.plan.reformed)
+        self.chunk_size, self.begins = STRETCH, len(self.plan.reformed)
         if self.rematerialize:
-            self.every = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
+            self.chunk_size = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
             self.begins = len(cell.Carry._fields)
         self.axes = _compat.varying_axes(differentiable.xs)
         steps, hidden, real = request.steps, cell.hidden_size, self.variant.real
@@ -124,7 +124,7 @@ class _Run:
     @property
     def compiled(self) -> Calls:
         return _calls(
-            self.cell, self.variant, self.time_major, self.zoneout, self.every, self.begins, self.rematerialize
+            self.cell, self.variant, self.time_major, self.zoneout, self.chunk_size, self.begins, self.rematerialize
         )
 
     def residuals(self, kept: tuple[Array, Array]) -> tuple[Array, ...]:
@@ -243,24 +243,13 @@ class _Run:
     def result(self, out: Out) -> Result:
         """What the calls gave as the caller has it."""
         steps, batch, hidden = self.request.steps, self.request.batch_shape, self.cell.hidden_size
-        fields, h = self.cell.Carry._fields, self.part.hidden
-
-        def carry(arrays: Sequence[Array]) -> Any:
-            return self.cell.Carry(*(a.astype(dtype) for a, dtype in zip(arrays, self.dtypes, strict=True)))
-
-        last = carry([a.reshape(*batch, hidden) for a in out.last])
-        shape = (steps, *batch) if self.time_major else (*batch, steps)
-        outputs = out.y.reshape(*shape, hidden).astype(self.dtypes[h])
-        if not self.request.return_states:
-            return Result(last, outputs, None, None)
-        stacks = list(out.states.reshape(out.states.shape[0], steps, *batch, hidden))
-        others, gates = stacks[: len(fields) - 1], stacks[len(fields) - 1 :]
-        carries = carry([*others[:h], jnp.moveaxis(outputs, self.request.time_axis, 0), *others[h:]])
-        leaves, tree = jax.tree.flatten(self.part.gates)
-        # Gates are of the dtype of what they are made of; a cell may call a boolean or an integer one.
-        dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
-        named = jax.tree.unflatten(tree, [a.astype(d) for a, d in zip(gates, dtypes, strict=True)])
-        return Result(last, outputs, carries, named)
+        last = [a.reshape(*batch, hidden) for a in out.last]
+        outputs = out.y.reshape(*((steps, *batch) if self.time_major else (*batch, steps)), hidden)
+        stacks = (
+            list(out.states.reshape(out.states.shape[0], steps, *batch, hidden)) if self.request.return_states else []
+        )
+        others = len(last) - 1
+        return host.result(self.request, self.part, self.dtypes, last, outputs, stacks[:others], stacks[others:])
 
     def cotangents(self, of: Result) -> Out:
         """The transpose of `result`, of cotangents that may be None."""
@@ -283,22 +272,9 @@ def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
 
 
 @functools.lru_cache(maxsize=256)
-def _calls(
-    cell: PointwiseCell, variant: emit.Variant, time_major: bool, zoneout: tuple[int, ...], every: int, begins: int,
-    rematerialize: bool,
-) -> Calls:  # fmt: skip
+def _calls(cell: PointwiseCell, variant: emit.Variant, *settings: Any) -> Calls:
+    """`settings`: the fields of `Calls` from `time_major` on."""
     part, width = emit.body(cell, variant), len(emit.plan(cell, variant).kept)
     names = handlers.targets(emit.source(cell, variant), described(cell, variant))
     targets = names["forward"], names["forward_keeping"], names["backward"]
-    return Calls(
-        targets,
-        variant,
-        width,
-        len(cell.Carry._fields),
-        part.emitted,
-        time_major,
-        zoneout,
-        every,
-        begins,
-        rematerialize,
-    )
+    return Calls(targets, variant, width, len(cell.Carry._fields), part.emitted, *settings)

@@ -13,7 +13,7 @@ from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cuda import emit
 from rnncore.kernels.cuda.plan import Device, Plan, Shape, plan_of
-from rnncore.kernels.host import Cotangents
+from rnncore.kernels.host import Cotangents, Loop
 
 
 class Call(NamedTuple):
@@ -37,33 +37,6 @@ class Call(NamedTuple):
 
 Launch = Callable[[Call], list[Any]]
 """Runs a call: its outputs, None where there are none."""
-
-
-class Run(NamedTuple):
-    """What both loops read besides their stacks.
-
-    Fields:
-      kernel: (N, d, G, d) for N heads of d units, in the dtype of the product.
-      rest_bias: (n, H), added to r of the gates in `Body.rest`; None where there are none.
-      units: per-unit parameters, each (H,).
-      start, reset_carry: (B, H) per field of the carry: the carry before the first step, and the one that resets return
-        to, None without resets.
-      mask: (B, H), multiplies h where it enters the product; or None.
-      lengths: (B,) int32 from 0 to T, or None.
-      resets: (T, B) booleans, or None.
-      zoneout: for each field of the carry None or what of it stays, (T, B, H) booleans or shares or one share;
-        or None.
-    """
-
-    kernel: Array
-    rest_bias: Array | None
-    units: tuple[Array, ...]
-    start: tuple[Array, ...]
-    reset_carry: tuple[Array, ...] | None
-    mask: Array | None
-    lengths: Array | None
-    resets: Array | None
-    zoneout: tuple[Array | None, ...] | None
 
 
 class Outputs(NamedTuple):
@@ -93,7 +66,7 @@ class Settings(NamedTuple):
 
 
 def layout(
-    settings: Settings, cell: PointwiseCell, direction: str, run: Run, rows: int, stored: str, *, keeps: bool = False,
+    settings: Settings, cell: PointwiseCell, direction: str, run: Loop, rows: int, stored: str, *, keeps: bool = False,
     states: bool = False,
 ) -> Plan | str:  # fmt: skip
     """The layout of a run of so many sequences, or the reason why there is none."""
@@ -108,14 +81,14 @@ def layout(
 
 
 def step(
-    settings: Settings, cell: PointwiseCell, direction: str, run: Run, rows: int, stored: str, **more: bool
+    settings: Settings, cell: PointwiseCell, direction: str, run: Loop, rows: int, stored: str, **more: bool
 ) -> float | None:
     """Predicted microseconds of a step, or None where the run is parted."""
     found = layout(settings, cell, direction, run, rows, stored, **more)
     return None if isinstance(found, str) else found.step
 
 
-def _parted(one: Callable[..., Any], run: Run, rows: int, why: str, *stacks: Any) -> Any:
+def _parted(one: Callable[..., Any], run: Loop, rows: int, why: str, *stacks: Any) -> Any:
     """`one(run, *stacks)` of the first half of the sequences, and of the others; stacks are (..., B, H)."""
     if rows == 1:
         raise NotImplementedError(f"`unroll(backend='cuda')`: {why}. Use backend='scan'.")
@@ -136,7 +109,7 @@ def _parted(one: Callable[..., Any], run: Run, rows: int, why: str, *stacks: Any
 
 
 def forward(
-    settings: Settings, cell: PointwiseCell, run: Run, z: Array, stored: str | None, states: bool = False
+    settings: Settings, cell: PointwiseCell, run: Loop, z: Array, stored: str | None, states: bool = False
 ) -> Outputs:
     """The loop over z (T, B, G*H), which has the kernel's dtype; residuals in `stored`, or none.
 
@@ -178,7 +151,7 @@ def forward(
 
 
 def backward(
-    settings: Settings, cell: PointwiseCell, run: Run, residuals: Array, dhs: Array, dlast: tuple[Array, ...],
+    settings: Settings, cell: PointwiseCell, run: Loop, residuals: Array, dhs: Array, dlast: tuple[Array, ...],
     dothers: Array | None = None, dgates: Array | None = None, *, states: bool = False,
 ) -> Cotangents:  # fmt: skip
     """The transposed loop over dhs (T, B, H); dlast enters after step length - 1, nowhere for length 0."""
@@ -190,7 +163,7 @@ def backward(
     if isinstance(plan, str):
         stacks = (residuals, dhs, dlast, dothers, dgates)
 
-        def part(run: Run, *stacks: Any) -> Cotangents:
+        def part(run: Loop, *stacks: Any) -> Cotangents:
             return backward(settings, cell, run, *stacks, states=states)
 
         return _parted(part, run, rows, plan, *stacks)

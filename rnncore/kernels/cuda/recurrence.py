@@ -2,75 +2,26 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array
-from rnncore.cells.base import PointwiseCell
-from rnncore.kernels import host, kernel_body
+from rnncore.kernels import host
 from rnncore.kernels.cuda import kernels
 from rnncore.recurrence.batching import HEADS, LAST, Units, over_batch
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+from rnncore.recurrence.run import Differentiable, Result
 
 
-class Operands(NamedTuple):
-    """What is differentiable, as the kernels have it: z (T, B, G*H), and see `kernels.Run`."""
+class Arrays(host.Arrays):
+    """The arrays of a run, to the kernels and back."""
 
-    z: Array
-    kernel: Array
-    rest_bias: Array | None
-    units: tuple[Array, ...]
-    start: tuple[Array, ...]
-    reset_carry: tuple[Array, ...] | None
-
-
-class Arrays:
-    """The arrays of a run as the kernels have them, with one batch axis."""
-
-    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
-        assert isinstance(request.cell, PointwiseCell)
-        self.request, self.cell, self.constants = request, request.cell, constants
-        self.part = kernel_body.of(self.cell, (1, 1), "float32", request.return_states)
-        self.rows = math.prod(request.batch_shape)
-        self.heads = host.head_count(self.cell)
-        self.stored = request.residual_dtype or request.dtype
-        self.dtypes = [a.dtype for a in differentiable.initial_carry]
-
-    # ------------------------------------------------------------------------------------ there
-
-    def operands(self, differentiable: Differentiable) -> Operands:
-        """What the kernels read of what is differentiable."""
-        params, xs, start, reset_carry = differentiable
-        count, size = len(self.cell.gates), self.cell.hidden_size // self.heads
-        z = self.cell.project(params, xs.reshape(self.request.steps, self.rows, -1))
-        added, rest = self.part.recurrent_biases(params)
-        z = z if added is None else z + added.reshape(-1)
-        return Operands(
-            z, params.recurrent_kernel.reshape(self.heads, size, count, size).astype(z.dtype),
-            jnp.stack(rest).astype(jnp.float32) if rest else None,
-            tuple(a.astype(jnp.float32) for a in params.units), self._carry(start),
-            None if self.constants.resets is None else self._carry(reset_carry),
-        )  # fmt: skip
-
-    def run(self, operands: Operands) -> kernels.Run:
-        """The same, with the constants."""
-        lengths, resets, mask, zoneout = self.constants
-        steps, hidden = self.request.steps, self.cell.hidden_size
-        return kernels.Run(
-            *operands[1:],
-            mask=None if mask is None else mask.reshape(self.rows, hidden),
-            lengths=None if lengths is None else lengths.reshape(self.rows),
-            resets=None if resets is None else resets.reshape(steps, self.rows),
-            zoneout=jax.tree.map(lambda a: self.flat(a) if a.ndim else a, None if zoneout is None else tuple(zoneout)),
-        )
-
-    def flat(self, a: Array) -> Array:
-        """(T, *batch, H) with one batch axis."""
-        return a.reshape(self.request.steps, self.rows, -1)
+    @property
+    def _stored(self) -> str:
+        """The dtype of the residuals."""
+        return self.request.residual_dtype or self.request.dtype
 
     def residuals(self, slab: Array) -> tuple[Array, ...]:
         """Each (T, *batch, H)."""
@@ -81,59 +32,42 @@ class Arrays:
         """(T, B, n*H) as n arrays (T, B, H)."""
         return jnp.split(slab, slab.shape[-1] // self.cell.hidden_size, -1)
 
-    def _carry(self, fields: Any) -> tuple[Array, ...]:
-        return tuple(a.reshape(self.rows, -1).astype(jnp.float32) for a in fields)
-
-    # ------------------------------------------------------------------------------------- back
-
     def result(self, found: kernels.Outputs) -> Result:
         steps, batch, hidden = self.request.steps, self.request.batch_shape, self.cell.hidden_size
 
-        def carry(arrays: Any) -> Any:
-            return self.cell.Carry(*(a.astype(d) for a, d in zip(arrays, self.dtypes, strict=True)))
+        def stacks(slab: Array | None) -> list[Array]:
+            return [] if slab is None else [a.reshape(steps, *batch, hidden) for a in self._apart(slab)]
 
-        def stack(a: Array) -> Array:
-            return a.reshape(steps, *batch, hidden)
-
-        last = carry([a.reshape(*batch, hidden) for a in found.last])
-        outputs = stack(found.hs).astype(self.dtypes[self.part.hidden])
-        if not self.request.return_states:
-            return Result(last, outputs, None, None)
-        carries = [] if found.others is None else [stack(a) for a in self._apart(found.others)]
-        carries.insert(self.part.hidden, outputs)
-        leaves, tree = jax.tree.flatten(self.part.gates)
-        # A cell may call a boolean or an integer a gate.
-        dtypes = [self.request.dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype for a in leaves]
-        slabs = [] if found.gates is None else self._apart(found.gates)
-        gates = [stack(a).astype(d) for a, d in zip(slabs, dtypes, strict=True)]
-        return Result(last, outputs, carry(carries), jax.tree.unflatten(tree, gates))
+        last = [a.reshape(*batch, hidden) for a in found.last]
+        (outputs,) = stacks(found.hs)
+        return host.result(
+            self.request, self.part, self.dtypes, last, outputs, stacks(found.others), stacks(found.gates)
+        )  # fmt: skip
 
     def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Outputs:
         operands = self.operands(differentiable)
-        states, stored = self.request.return_states, self.stored if keep else None
+        states, stored = self.request.return_states, self._stored if keep else None
 
-        def step(run: kernels.Run, rows: int) -> float | None:
+        def step(run: host.Loop, rows: int) -> float | None:
             of = stored or run.kernel.dtype.name
             return kernels.step(settings, self.cell, "forward", run, rows, of, keeps=keep, states=states)
 
-        return _mapped(
-            lambda run, z: kernels.forward(settings, self.cell, run, z, stored, states),
-            step,
-            self.run(operands),
-            operands.z,
-        )
+        def call(run: host.Loop, z: Array) -> kernels.Outputs:
+            return kernels.forward(settings, self.cell, run, z, stored, states)
+
+        return _mapped(call, step, self.loop(operands), operands.z)
 
     def backward(
         self, settings: kernels.Settings, differentiable: Differentiable, hs: Array, residuals: Array,
         cotangents: Result,
     ) -> Differentiable:  # fmt: skip
         """The cotangents of what is differentiable; hs are the outputs, (T, B, H)."""
-        part = self.part
+        part, states = self.part, self.request.return_states
         operands, back = jax.vjp(self.operands, differentiable)
-        run = self.run(operands)
+        run = self.loop(operands)
         dhs = self.flat(cotangents.outputs)
         dothers = dgates = None
-        if self.request.return_states:
+        if states:
             stacks = [self.flat(a).astype(jnp.float32) for a in cotangents.carries]
             dhs = dhs.astype(jnp.float32) + stacks.pop(part.hidden)
             dothers = jnp.concatenate(stacks, -1) if stacks else None
@@ -143,23 +77,18 @@ class Arrays:
             zeros = jnp.zeros_like(dhs)
             slabs = [self.flat(a).astype(jnp.float32) if m else zeros for a, m in zip(gates, floating, strict=True)]
             dgates = jnp.concatenate(slabs, -1) if slabs else None
-        dlast = self._carry(cotangents.carry)
+        dlast = self.carry(cotangents.carry)
 
-        def call(run: kernels.Run, *stacks: Any) -> host.Cotangents:
-            return kernels.backward(settings, self.cell, run, *stacks, states=self.request.return_states)
+        def call(run: host.Loop, *stacks: Any) -> host.Cotangents:
+            return kernels.backward(settings, self.cell, run, *stacks, states=states)
 
-        def step(run: kernels.Run, rows: int) -> float | None:
-            return kernels.step(
-                settings, self.cell, "backward", run, rows, self.stored, states=self.request.return_states
-            )
+        def step(run: host.Loop, rows: int) -> float | None:
+            return kernels.step(settings, self.cell, "backward", run, rows, self._stored, states=states)
 
         found = _mapped(call, step, run, residuals, dhs, dlast, dothers, dgates)
         h = host.previous(run, part.hidden, hs.astype(jnp.float32))
         h = (h if run.mask is None else h * run.mask.astype(jnp.float32)).astype(run.kernel.dtype)
-        dr, drest, dunits, dstart = host.summed(part, found, run.lengths, dlast)
-        dkernel = host.kernel_cotangent(run.kernel, h, dr.astype(h.dtype))
-        cotangents_of = Operands(found.z, dkernel, drest, dunits, dstart, found.reset_carry)
-        return back(jax.tree.map(lambda d, a: d.astype(a.dtype), cotangents_of, operands))[0]
+        return back(self.cotangents(operands, found, h, dlast))[0]
 
 
 _SHARED = ("kernel", "rest_bias", "units")
@@ -167,7 +96,7 @@ _SHARED = ("kernel", "rest_bias", "units")
 
 
 def _mapped(
-    call: Callable[..., Any], step: Callable[[kernels.Run, int], float | None], run: kernels.Run, *stacks: Any
+    call: Callable[..., Any], step: Callable[[host.Loop, int], float | None], run: host.Loop, *stacks: Any
 ) -> Any:
     """`call(run, *stacks)` under any number of maps; stacks are (..., B, H), and so are the results.
 

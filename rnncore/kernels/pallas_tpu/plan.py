@@ -90,7 +90,7 @@ def forward(cell: PointwiseCell, steps: int, rows: int, dtype: Any, kept: Any | 
     load = Load(
         step=item * (len(cell.gates) + 1) + other * (fields - 1),
         # Two buffers of start, reset_carry and last, and the running carry.
-        row=fields * (2 * (item + item + 4) + 4),
+        row=fields * (2 * 3 * 4 + 4),
         unit=len(cell.units) + len(cell.gates),
         live=2 * (len(cell.gates) + fields),
         sublanes=_sublanes(dtype, kept),

@@ -144,7 +144,7 @@ def test_cells_and_dtypes_that_it_cannot_take():
 
 @pytest.mark.slow
 def test_the_python_block_of_the_page_runs(capsys):
-    page = Path(__file__).parents[1] / "docs" / "parallel.md"
+    page = Path(__file__).parents[2] / "docs" / "parallel.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     names: dict = {}
     with jax.enable_x64(False):
