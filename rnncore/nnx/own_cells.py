@@ -221,7 +221,8 @@ class MinLSTMCell(MinGRUCell):
     """Minimal LSTM, whose gates see the inputs alone: `rnncore.MinLSTM`.  Carry h, output h.
 
     Args:
-      All: as in `MinGRUCell`.
+      in_features, hidden_features: D and H.
+      All others: as in `MinGRUCell`.
 
     Example:
       >>> import jax.numpy as jnp

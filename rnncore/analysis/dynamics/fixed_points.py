@@ -160,7 +160,7 @@ def _linearised(cell: Cell, params: PyTree, x: Array, states: Array) -> tuple[Ar
     """(residuals (K,), dF/ds (K, n, n))."""
     change, eye = _map(cell, params, x), jnp.eye(states.shape[-1], dtype=states.dtype)
     with jax.default_matmul_precision("highest"):
-        return jnp.linalg.norm(jax.vmap(change)(states), axis=-1), jax.vmap(jax.jacrev(change))(states) + eye
+        return jnp.linalg.norm(jax.vmap(change)(states), axis=-1), jax.vmap(jax.jacrev(change))(states) + eye[None]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 4, 5))
