@@ -1,6 +1,7 @@
 """Settings that hold for every test."""
 
 import os
+import random
 
 # The interpreter of GPU kernels holds a thread of XLA's pool for every thread that waits at a barrier:
 # with a pool of two, one waits for the other endlessly.
@@ -59,33 +60,39 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Tests of the scripts wait for `--all` or for being named."""
-    return (collection_path.parent.name in SCRIPTS and not config.getoption("--all") and not names(config)) or None
+    """Tests of the scripts wait for `--all` or for being named, or their folder."""
+    waits = collection_path.parent.name in SCRIPTS and not config.getoption("--all")
+    return (waits and not named(config) & {collection_path, collection_path.parent}) or None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `--all`, of the tests that compile much: none that is marked `slow`, `n` cases of a `sample(n)`."""
-    if config.getoption("--all") or names(config):
+    """Without `--all`, of the tests that compile much: none that is marked `slow`, some cases of a `sample`."""
+    if config.getoption("--all"):
         return
+    files = named(config)
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    left = set()
-    for same in cases.values():
-        slow, sample = (same[0].get_closest_marker(name) for name in ("slow", "sample"))
-        count = 0 if slow else min(sample.args[0], len(same)) if sample else len(same)
-        left |= {same[len(same) * n // count] for n in range(count)}
+    left: set[pytest.Item] = set()
+    for name, same in cases.items():
+        slow, sample = (same[0].get_closest_marker(mark) for mark in ("slow", "sample"))
+        if same[0].path in files or not (slow or sample):
+            left |= {*same}
+        elif sample and isinstance(sample.args[0], int):
+            left |= {*random.Random(name).sample(same, min(sample.args[0], len(same)))}
+        elif sample:
+            left |= {item for item in same if item.name.partition("[")[2][:-1] in sample.args}
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = [item for item in items if item in left]
 
 
-def names(config: pytest.Config) -> bool:
-    """Whether files are named: then all of their tests run."""
-    return any(argument.partition("::")[0].endswith(".py") for argument in config.invocation_params.args)
+def named(config: pytest.Config) -> set[Path]:
+    """The files and folders on the command line; all tests of a file that is named run."""
+    return {(config.invocation_params.dir / argument.partition("::")[0]).resolve() for argument in config.args}
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Many tests are about cells under Flax's scan; test_explain_modules.py is about the warning."""
     config.addinivalue_line("filterwarnings", "ignore::rnncore.SlowPathWarning")
     config.addinivalue_line("markers", "slow: runs with --all, or where its file is named")
-    config.addinivalue_line("markers", "sample(n): n of its cases, spread over all, unless --all or its file is named")
+    config.addinivalue_line("markers", "sample(n, or ids): n of its cases, or these, unless --all or its file is named")

@@ -21,7 +21,7 @@ def failures(records: list[Record]) -> list[str]:
     """What is here, and the parts that failed."""
     lines = []
     for r in records:
-        if r["part"] in ("environment", "versions", "graph") or (r["part"] == "ran" and r.get("failed")):
+        if r["part"] in ("environment", "versions", "graph", "programs") or (r["part"] == "ran" and r.get("failed")):
             lines.append(" ".join(f"{k}={v}" for k, v in r.items() if k not in ("at", "options"))[:300])
     return lines
 

@@ -137,7 +137,6 @@ def test_omega_without_any_gradient():
 # ------------------------------------------------------------------------------------- flossing
 
 
-@pytest.mark.slow
 def test_flossing_has_the_gradient_of_finite_differences():
     cell, k, target, options = rnncore.LSTM(3), 4, 0.3, {"burn_in": 1, "qr_every": 2}
     params, xs, carry = problem(cell)

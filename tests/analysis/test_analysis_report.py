@@ -51,7 +51,6 @@ def last(outputs, _):
     return jnp.sum(outputs[:, -1])
 
 
-@pytest.mark.slow
 def test_findings_of_a_known_decay():
     model, variables = known(cut=True)
     found = analysis.report(model, variables, XS, last)

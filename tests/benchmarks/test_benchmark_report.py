@@ -189,7 +189,7 @@ def test_numbers_have_three_digits():
 def test_the_names_are_those_of_the_peers():
     libraries = {peer.library for peer in PEERS}
     jax = {name for name in libraries if words.is_jax_peer({"library": name})}
-    assert jax == {"flax.linen", "equinox"} and "torch" in libraries
+    assert jax == {"flax.linen", "haiku", "equinox"} and "torch" in libraries
     assert {name for name in libraries if not words.is_peer({"library": name})} == {"rnncore"}
     assert {names[0] for names in compact.OURS.values()} <= set(CONTENDERS)
     assert set(MEASUREMENTS) <= {"forward", "gradient"}

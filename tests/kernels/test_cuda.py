@@ -62,7 +62,7 @@ CASES = {  # cell, dtype, product, layout, sequences, options
 }  # fmt: skip
 
 
-@pytest.mark.sample(1)
+@pytest.mark.sample("none, everything at once")
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name: str):
     cell, dtype, product, layout, rows, options = CASES[name]

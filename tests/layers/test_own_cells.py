@@ -1,4 +1,4 @@
-"""The cells that Flax has not, as modules of linen and nnx: the functional cells under other hands."""
+"""The cells that Flax does not have, as modules of linen and nnx, compared with the functional cells."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def runs(name: str) -> Any:
     return jax.jit(lambda: {way: of(run, weights, xs) for way, run in ways.items()} | {"flax": by_flax(weights, xs)})()
 
 
-@pytest.mark.parametrize("name", ["SLSTMCell", "LSTMPCell", "LayerNormGRUCell", "QRNNCell", "LeakyCell"])
+@pytest.mark.sample(3)
+@pytest.mark.parametrize("name", OPTIONS)
 def test_every_way_to_run_it_gives_the_same(name: str):
     found = runs(name)
     close(found["linen"], found["unroll"])
