@@ -116,7 +116,8 @@ def test_head_and_end_of_a_run_and_what_is_missing(tmp_path, monkeypatch):
     assert [(r["interrupted"], r["reason"]) for r in ends] == [(False, None)] * 2
     absent = {r["contender"]: r["reason"] for r in of(found, "missing") if r["workload"] is None}
     for module, names in OPTIONAL.items():
-        assert {absent[name] for name in names} == {f"{module} is not installed"}
+        package = "dm-haiku" if module == "haiku" else module
+        assert {absent[name] for name in names} == {f"{package} is not installed"}
     assert "needs an NVIDIA Hopper GPU, and JAX runs on cpu" in absent["rnncore mosaic_gpu"]
     assert "needs a TPU" in absent["rnncore pallas_tpu"] and "needs an NVIDIA GPU" in absent["rnncore cuda, own cell"]
     cannot = {r["contender"]: r for r in of(found, "missing") if r["workload"] == "tiny-lstm"}
