@@ -118,7 +118,7 @@ def checked_reset_carry(reset_carry: Any, carry: Any, resets: Any) -> Any:
         return None
     got = "`RNN(cell)(reset_carry=...)`"
     if resets is None:
-        raise ValueError(f"{got}: means something with resets only.")
+        raise ValueError(f"{got}: has an effect only with resets.")
     if not pointwise.same_structure(reset_carry, carry) or any(
         jnp.shape(a) != jnp.shape(b) for a, b in zip(jax.tree.leaves(reset_carry), jax.tree.leaves(carry), strict=True)
     ):

@@ -21,26 +21,26 @@ class Leaky(PointwiseCell):
 
     `with_noise` feeds noise as additional columns of x.
 
-      Args:
-        hidden_size: H.
-        dt: length of a step, in the unit of tau.
-        tau: time constant, at least dt; or a tuple of H, one for each unit.
-        learn_tau: the logarithms of tau are per-unit parameters, `units.log_tau`, and tau is their initial value.  This
-          also holds where tau is a tuple; to keep those fixed, mask their updates.
-        activation_fn: phi, any elementwise function; tanh by default.
-        recurrence, kernel_init, recurrent_init, bias_init: as in `PointwiseCell`.
+    Args:
+      hidden_size: H.
+      dt: length of a step, in the unit of tau.
+      tau: time constant, at least dt; or a tuple of H, one for each unit.
+      learn_tau: the logarithms of tau are per-unit parameters, `units.log_tau`, and tau is their initial value.  This
+        also holds where tau is a tuple; to keep those fixed, mask their updates.
+      activation_fn: phi, any elementwise function; tanh by default.
+      recurrence, kernel_init, recurrent_init, bias_init: as in `PointwiseCell`.
 
-      Raises:
-        ValueError: a dt that is not above 0, a tau below dt or for another number of units.
+    Raises:
+      ValueError: a dt that is not above 0, a tau below dt or for another number of units.
 
-      Example:
-        >>> import jax, rnncore
-        >>> cell = rnncore.Leaky(4, dt=1.0, tau=(10.0, 20.0, 50.0, 100.0))
-        >>> cell.init(jax.random.key(0), 3).units.log_tau.shape
-        (4,)
+    Example:
+      >>> import jax, rnncore
+      >>> cell = rnncore.Leaky(4, dt=1.0, tau=(10.0, 20.0, 50.0, 100.0))
+      >>> cell.init(jax.random.key(0), 3).units.log_tau.shape
+      (4,)
 
-      Source: Beer (1995) and, in this form, Song, Yang and Wang (2016), doi:10.1371/journal.pcbi.1004792.  Neither
-      PyTorch nor Flax has it.
+    Source: Beer (1995) and, in this form, Song, Yang and Wang (2016), doi:10.1371/journal.pcbi.1004792.  Neither
+    PyTorch nor Flax has it.
     """
 
     dt: float = dataclasses.field(default=1.0, kw_only=True)
@@ -49,6 +49,7 @@ class Leaky(PointwiseCell):
     activation_fn: Activation = dataclasses.field(default=jnp.tanh, kw_only=True)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         got = f"`Leaky(hidden_size={self.hidden_size}, dt={self.dt}, tau={self.tau})`"
         several = isinstance(self.tau, tuple)
         if several and len(self.tau) != self.hidden_size:  # type: ignore[arg-type]

@@ -16,7 +16,8 @@ from rnncore.cells.structured_kernels import Unconnected
 FREE, AFFINE, OTHER = 0, 1, 2
 """How a value depends on the old carry: not at all, by an affine function, in another way."""
 
-_KEEPS = frozenset("add sub neg add_any convert_element_type reduce_precision copy copy_p stop_gradient".split())
+_KEEPS = frozenset("add sub neg add_any convert_element_type reduce_precision copy copy_p".split())
+# Not stop_gradient: the slope of the update is not that of its derivative then.
 
 
 @functools.lru_cache(maxsize=256)
@@ -48,7 +49,11 @@ def linear_fields(cell: Cell) -> tuple[str, ...] | None:
 
     for eqn in jaxpr.eqns:
         orders = [of(v) for v in eqn.invars]
-        order.update(dict.fromkeys(eqn.outvars, _order(eqn.primitive.name, orders)))
+        found = _order(eqn.primitive.name, orders)
+        # A conversion to whole numbers rounds.
+        if found == AFFINE and not all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in eqn.outvars):
+            found = OTHER
+        order.update(dict.fromkeys(eqn.outvars, found))
     return tuple(n for n in names if n in read) if all(of(new[n]) < OTHER for n in read) else None
 
 

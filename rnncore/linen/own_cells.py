@@ -49,6 +49,28 @@ class OwnCell(nn.RNNCellBase):
         del given["hidden_size"]
         return self.kind(self.features, **{n: v for n, v in given.items() if v is not None})
 
+    @property
+    def drawing(self) -> Any:
+        """The same, whose initialisers refuse to draw boxes: an entry here is a part of one array that they draw."""
+        core = self.core
+
+        def plain(field: str) -> Initializer:
+            init = getattr(core, field)
+
+            def draw(*arguments: Any) -> Array:
+                made = init(*arguments)
+                if isinstance(made, nn.meta.AxisMetadata):
+                    raise NotImplementedError(
+                        f"`{type(self).__name__}({field}=...)`: draws a <{type(made).__name__}>, and this cell keeps "
+                        "plain arrays; give a plain initialiser and partition the parameters after `init`."
+                    )
+                return made
+
+            return draw
+
+        fields = [name for name in ("kernel_init", "recurrent_init", "bias_init") if getattr(core, name, None)]
+        return dataclasses.replace(core, **{name: plain(name) for name in fields})
+
     @nn.compact
     def __call__(self, carry: Any, inputs: Array) -> tuple[Any, Array]:
         """One step.
@@ -60,7 +82,7 @@ class OwnCell(nn.RNNCellBase):
         Returns:
           (new carry, outputs).
         """
-        core, size = self.core, jnp.shape(inputs)[-1]
+        core, size = self.drawing, jnp.shape(inputs)[-1]
 
         def draw(key: Array, name: str) -> Array:
             return to_entries(core.init(key, size, self.param_dtype))[name]

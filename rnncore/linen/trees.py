@@ -139,7 +139,7 @@ class Entries:
 
     def expected(self, module: Any) -> list[str]:
         """The names of all entries, sorted."""
-        return sorted(to_entries(jax.eval_shape(lambda: module.core.init(jax.random.key(0), 1))))
+        return sorted(to_entries(jax.eval_shape(lambda: module.drawing.init(jax.random.key(0), 1))))
 
     def is_complete(self, module: Any, weights: Mapping[str, Any]) -> bool:
         """Whether every array is there."""
@@ -148,7 +148,7 @@ class Entries:
     def check_shapes(self, name: str, module: Any, weights: Mapping[str, Array]) -> None:
         """ValueError for arrays of other shapes than the cell's."""
         size = jnp.shape(weights["input_kernel"])[0]
-        made = to_entries(jax.eval_shape(lambda: module.core.init(jax.random.key(0), size)))
+        made = to_entries(jax.eval_shape(lambda: module.drawing.init(jax.random.key(0), size)))
         for entry, array in made.items():
             if jnp.shape(weights[entry]) != array.shape:
                 raise ValueError(
@@ -167,7 +167,7 @@ class Entries:
 
     def disassemble(self, module: Any, params: Any) -> dict[str, Array]:
         """The inverse of `assemble`."""
-        whole = jax.eval_shape(lambda: module.core.init(jax.random.key(0), params.input_kernel.shape[0]))
+        whole = jax.eval_shape(lambda: module.drawing.init(jax.random.key(0), params.input_kernel.shape[0]))
         entries, made = to_entries(params), {}
         for name, like in to_entries(whole).items():
             made[name] = entries.get(name, jnp.zeros(like.shape, params.input_kernel.dtype))

@@ -179,7 +179,8 @@ def unroll(
       backend: name of a backend, which then runs or raises; None chooses one, see `explain_backend`.  "scan"
         and "autodiff" run everywhere.  "cpp" compiles any pointwise cell for this machine's CPU and is fastest there;
         "cuda" compiles it for an NVIDIA GPU, as one kernel; "mosaic_gpu" (Hopper GPUs, 16 bits) and "pallas_tpu" are
-        kernels by Pallas; "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks.
+        kernels by Pallas; "cudnn" is NVIDIA's library, for plain LSTMs, GRUs and Elman networks;
+        "associative_scan" runs all steps at once, of cells with a linear state.
 
     Returns:
       (carry, outputs), or (carry, outputs, States) with `return_states`.  The carry has no time axis,

@@ -123,3 +123,9 @@ def test_what_makes_no_sense():
     cell = rnncore.MinGRU(H + 1)
     with pytest.raises(ValueError, match="input_kernel has shape"):
         nnx.from_functional(nnx.MinGRUCell(D, H, rngs=flax_nnx.Rngs(0)), cell.init(jax.random.key(0), D))
+
+
+def test_initialisers_that_draw_boxes_are_refused():
+    init = flax_linen.with_partitioning(flax_linen.initializers.lecun_normal(), (None, "h"))
+    with pytest.raises(NotImplementedError, match=r"MinGRUCell\(kernel_init=...\)`: draws a <Partitioned>"):
+        linen.RNN(linen.MinGRUCell(H, kernel_init=init)).init(jax.random.key(0), jnp.ones((B, T, D)))

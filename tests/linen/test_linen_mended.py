@@ -121,7 +121,7 @@ def test_resets_return_to_another_carry_than_the_stored_one(cell: type) -> None:
         ys.append(y)
     got = layer.apply(variables, xs, initial_carry=stored, resets=resets, reset_carry=own)
     close(got, (carry, jnp.stack(ys, 1)))
-    with pytest.raises(ValueError, match="means something with resets only"):
+    with pytest.raises(ValueError, match="has an effect only with resets"):
         layer.apply(variables, xs, reset_carry=own)
     with pytest.raises(ValueError, match="expected those of the initial carry"):
         layer.apply(variables, xs, resets=resets, reset_carry=own[0])

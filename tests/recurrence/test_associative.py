@@ -127,3 +127,17 @@ def test_half_precision_forms_states_in_single():
     want = rnncore.unroll(cell, *wide, backend="scan")[1]
     assert ys.dtype == carry.h.dtype == jnp.bfloat16
     assert float(jnp.abs(ys.astype(jnp.float32) - want).max()) < 0.05 * float(jnp.abs(want).max())
+
+
+@pytest.mark.parametrize("seen", [jax.lax.stop_gradient, lambda h: (4 * h).astype(jnp.int32).astype(h.dtype)])
+def test_what_only_looks_affine_is_refused(seen: Any):
+    """A stopped gradient hides the slope; whole numbers have none."""
+
+    class Own(rnncore.PointwiseCell):
+        gates = ("a", "b")
+
+        def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
+            h = jax.nn.sigmoid(z.a) * seen(carry.h) + z.b
+            return self.Carry(h), self.Gates(z.a, h)
+
+    assert linear_fields(Own(3, recurrence=NONE)) is None
