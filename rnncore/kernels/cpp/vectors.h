@@ -202,7 +202,10 @@ RNN_INLINE Reduced reduced_exp(vec x) {
   p = p * f + real(1.0 / 6);
   p = p * f + real(0.5);
   constexpr integer kOne = integer(1) << 23;  // of the exponent
-  const mask power = (mask)look_up(kPowers.bits, shifted) + (mask)shifted * (kOne / kTable) - Less * kOne;
+  // Unsigned, for the product may leave the range of integers, and its lowest bits are what counts.
+  using Unsigned = std::make_unsigned_t<integer>;
+  typedef Unsigned bits __attribute__((vector_size(kBytes)));
+  const bits power = (bits)look_up(kPowers.bits, shifted) + (bits)shifted * Unsigned(kOne / kTable) - Unsigned(Less * kOne);
   return {(vec)power, (p * f) * f + (f + look_up(kPowers.lost, shifted))};
 }
 
