@@ -330,3 +330,16 @@ def assert_expected(
     want_results, want_gradients = expected(case, problem, d_results, **options)
     assert_close(results, want_results, tolerance)
     assert_close((as_reference(gradients[0]), *gradients[1:]), want_gradients, tolerance)
+
+
+# ----------------------------------------------------------------------- what a call must refuse
+
+BAD_MASKS = [
+    (dict(seq_lengths=np.array([1])), r"seq_lengths=<int64 \(1,\)>.*expected the batch shape \(2,\)"),
+    (dict(seq_lengths=np.array([1, 6])), "values from 1 to 6; expected 0 to T = 5"),
+    (dict(seq_lengths=np.array([-1, 5])), "values from -1 to 5"),
+    (dict(seq_lengths=np.array([1.0, 2.0])), "expected integers"),
+    (dict(resets=np.zeros((5, 2), bool)), r"resets=<bool \(5, 2\)>.*expected bool \(2, 5\)"),
+    (dict(resets=np.zeros((2, 5))), r"resets=<float64 \(2, 5\)>.*expected bool"),
+]
+"""Lengths and resets that do not fit inputs (2, 5, D), and the message."""

@@ -169,6 +169,12 @@ class TranslatedCell(Cell):
         """The equivalent zoneout of the pointwise cell, or None if there is no equivalent."""
 
 
+@functools.lru_cache(maxsize=256)
+def parameter_shapes(cell: Cell, input_size: int) -> PyTree:
+    """The shapes of the parameters that `cell.init` makes."""
+    return jax.eval_shape(lambda: cell.init(jax.random.key(0), input_size))
+
+
 def check_init(what: Any, key: Any, input_size: Any, dtype: Any) -> None:
     """ValueError where parameters cannot be drawn from these arguments of `init`."""
     call = f"{type(what).__name__}(...).init"

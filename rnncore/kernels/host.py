@@ -8,7 +8,7 @@ from them what the derivative needs of every step (`Body.residuals`); its kernel
 
 and dU = sum_t h_{t-1}^T dr_t is one product again: no weight gradient in the loop, no atomic sums.
 
-vmap over sequences becomes more of a batch; over parameters it runs one call after the other.
+vmap over sequences becomes more of a batch; over parameters it runs one call after the other, or one of more heads.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from rnncore.cells.recurrent_kernels import Dense, Heads
 from rnncore.kernels import kernel_body
 from rnncore.recurrence import mesh, primitives
 from rnncore.recurrence.backend import LoopBackend, without
-from rnncore.recurrence.batching import over_batch
+from rnncore.recurrence.batching import HEADS, LAST, Units, over_batch
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
 
 
@@ -151,7 +151,7 @@ class KernelBackend(LoopBackend):
     ) -> tuple[Result, PyTree]:
         forward, arrays = self.kernels().forward, Arrays(request, differentiable, constants)
         operands, batch = arrays.operands(differentiable), request.batch_shape
-        found = _call(lambda loop, z: forward(arrays.cell, loop, z, keep), arrays.loop(operands), operands.z)
+        found = mapped(lambda loop, z: forward(arrays.cell, loop, z, keep), arrays.loop(operands), operands.z)
         last = [a.reshape(*batch, -1) for a in found.last]
         hs, *kept = (a.reshape(request.steps, *batch, -1) for a in (found.hs, operands.z, *found.others))
         return result(request, arrays.part, arrays.dtypes, last, hs, (), ()), (kept[0], tuple(kept[1:]))
@@ -176,7 +176,7 @@ class KernelBackend(LoopBackend):
         rest = tuple(r[g] + b for g, b in zip(part.rest, bias, strict=True))
         needed = tuple(a.astype(stored) for a in part.residuals(loop.units, sums, rest, before))
         dhs, dlast = arrays.flat(cotangents.outputs), arrays.carry(cotangents.carry)
-        found = _call(lambda *a: self.kernels().backward(cell, *a), loop, needed, dhs, dlast)
+        found = mapped(lambda *a: self.kernels().backward(cell, *a), loop, needed, dhs, dlast)
         return back(arrays.cotangents(operands, found, h, dlast))[0]
 
 
@@ -312,18 +312,52 @@ def recurrent_matmul(cell: PointwiseCell, kernel: Array, h: Array) -> Array:
     return r.reshape(*h.shape[:-1], -1)
 
 
-# Where the batch lies in each field of a loop; None: the sequences share it.
-_BATCH: dict[str, int | None] = dict(zip(Loop._fields, (None, None, None, 0, 0, 0, 1, 0, 1), strict=True))
+_SHARED = ("kernel", "rest_bias", "units")
+"""The fields of a loop that all sequences share."""
 
 
-def _call(kernel: Callable, loop: Loop, *stacks: Any) -> Any:
-    """A kernel of (loop, *stacks) under any number of maps; stacks are (T, B, ...), or (B, H), and so are results."""
+def mapped(
+    kernel: Callable[..., Any], loop: Loop, *stacks: Any, step: Callable[[Loop, int], float | None] | None = None
+) -> Any:
+    """`kernel(loop, *stacks)` under any number of maps; stacks are (..., B, H), and so are the results.
+
+    Maps of sequences are more of the batch; those of parameters one call after the other, or more heads of one where
+    that is predicted to be faster.
+
+    Args:
+      step: what a step of a loop over so many sequences is predicted to take, or None where that is not known; for a
+        kernel that reads the number of heads off the loop.
+    """
     leaves, tree = jax.tree.flatten((loop, stacks))
-    known: list[int | None] = [axis for name, axis in _BATCH.items() for _ in jax.tree.leaves(getattr(loop, name))]
-    known += [a.ndim - 2 for a in jax.tree.leaves(stacks)]
-    return over_batch(lambda groups, *flat: kernel(*_joined(tree, flat)), known, lambda a: a.ndim - 2)(*leaves)
+    names = [name for name, field in loop._asdict().items() for _ in jax.tree.leaves(field)]
+    names += ["stack"] * (len(leaves) - len(names))
+
+    def whole(groups: int, *flat: Array) -> Any:
+        loop, stacks = jax.tree.unflatten(tree, flat)
+        return kernel(loop, *stacks)
+
+    def worthwhile(size: int, together: Sequence[Any], one: Sequence[Any]) -> bool:
+        assert step is not None
+        wide, single = (jax.tree.unflatten(tree, flat)[0] for flat in (together, one))
+        rows = single.start[0].shape[0]
+        at_once, alone = step(wide, rows), step(single, rows)
+        return at_once is not None and alone is not None and at_once <= size * alone
+
+    units = None
+    if step is not None:
+        units = Units(loop.start[0].shape[-1], list(map(_units_of, names, leaves)), worthwhile)
+    return over_batch(whole, list(map(_batch_of, names, leaves)), lambda a: a.ndim - 2, units)(*leaves)
 
 
-def _joined(tree: Any, flat: Any) -> tuple[Any, ...]:
-    loop, stacks = jax.tree.unflatten(tree, flat)
-    return loop, *stacks
+def _batch_of(field: str, a: Array) -> int | None:
+    """Where the batch lies in an array of a field of a loop; None: the sequences share it."""
+    if field in _SHARED or a.ndim == 0:
+        return None
+    return 0 if field == "lengths" else 1 if field == "resets" else a.ndim - 2
+
+
+def _units_of(field: str, a: Array) -> int | None:
+    """The same of heads and units, as `Units` has it."""
+    if field in ("lengths", "resets") or a.ndim == 0:
+        return None
+    return HEADS if field == "kernel" else LAST

@@ -8,10 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from rnncore._types import Array, PyTree
-from rnncore.cells.base import Cell
+from rnncore.cells.base import Cell, parameter_shapes
 
 _OPTIONAL = ("bias", "recurrent_bias")
 
@@ -23,9 +21,14 @@ def to_entries(params: Any) -> dict[str, Array]:
     return entries | ({f"units_{n}": a for n, a in units._asdict().items()} if units else {})
 
 
+def entry_shapes(cell: Cell, input_size: int) -> dict[str, Any]:
+    """The shapes of the entries of the parameters that `cell.init` makes."""
+    return to_entries(parameter_shapes(cell, input_size))
+
+
 def from_entries(cell: Cell, entries: Mapping[str, Array]) -> PyTree:
     """The cell's parameters; KeyError for one that is not among the entries."""
-    like: Any = jax.eval_shape(lambda: cell.init(jax.random.key(0), 1))
+    like: Any = parameter_shapes(cell, 1)
     own = {n: entries.get(n) if n in _OPTIONAL else entries[n] for n in like._fields if n != "units"}
     if "units" in like._fields:
         own["units"] = type(like.units)(*(entries[f"units_{n}"] for n in getattr(like.units, "_fields", ())))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import field
 from typing import Any, ClassVar
 
@@ -15,8 +16,26 @@ from rnncore import flax_modules as modules
 from rnncore._types import Activation, Array, Initializer
 from rnncore.cells.qrnn import Pooling
 from rnncore.cells.recurrent_kernels import Recurrence
-from rnncore.layers.entries import to_entries
+from rnncore.layers.entries import entry_shapes, to_entries
 from rnncore.linen import trees
+
+
+@functools.lru_cache(maxsize=256)
+def _unboxed(cell: str, name: str, init: Initializer) -> Initializer:
+    """An initialiser that refuses to draw boxes: an entry here is a part of one array that it draws."""
+    if init in (initializers.lecun_normal, initializers.zeros):
+        return init
+
+    def draw(*arguments: Any) -> Array:
+        made = init(*arguments)
+        if isinstance(made, nn.meta.AxisMetadata):
+            raise NotImplementedError(
+                f"`{cell}({name}=...)`: draws a <{type(made).__name__}>, and this cell keeps plain arrays; give a "
+                "plain initialiser and partition the parameters after `init`."
+            )
+        return made
+
+    return draw
 
 
 class OwnCell(nn.RNNCellBase):
@@ -47,29 +66,9 @@ class OwnCell(nn.RNNCellBase):
         given = {f.name: getattr(self, f.name, None) for f in dataclasses.fields(self.kind)}
         given["recurrent_init"] = self.recurrent_kernel_init
         del given["hidden_size"]
-        return self.kind(self.features, **{n: v for n, v in given.items() if v is not None})
-
-    @property
-    def drawing(self) -> Any:
-        """The same, whose initialisers refuse to draw boxes: an entry here is a part of one array that they draw."""
-        core = self.core
-
-        def plain(field: str) -> Initializer:
-            init = getattr(core, field)
-
-            def draw(*arguments: Any) -> Array:
-                made = init(*arguments)
-                if isinstance(made, nn.meta.AxisMetadata):
-                    raise NotImplementedError(
-                        f"`{type(self).__name__}({field}=...)`: draws a <{type(made).__name__}>, and this cell keeps "
-                        "plain arrays; give a plain initialiser and partition the parameters after `init`."
-                    )
-                return made
-
-            return draw
-
-        fields = [name for name in ("kernel_init", "recurrent_init", "bias_init") if getattr(core, name, None)]
-        return dataclasses.replace(core, **{name: plain(name) for name in fields})
+        given = {n: v for n, v in given.items() if v is not None}
+        inits = {n: _unboxed(type(self).__name__, n, v) for n, v in given.items() if n.endswith("_init")}
+        return self.kind(self.features, **given | inits)
 
     @nn.compact
     def __call__(self, carry: Any, inputs: Array) -> tuple[Any, Array]:
@@ -82,13 +81,12 @@ class OwnCell(nn.RNNCellBase):
         Returns:
           (new carry, outputs).
         """
-        core, size = self.drawing, jnp.shape(inputs)[-1]
+        core, size = self.core, jnp.shape(inputs)[-1]
 
         def draw(key: Array, name: str) -> Array:
             return to_entries(core.init(key, size, self.param_dtype))[name]
 
-        names = to_entries(jax.eval_shape(lambda: core.init(jax.random.key(0), size)))
-        weights = {name: self.param(name, draw, name) for name in names}
+        weights = {name: self.param(name, draw, name) for name in entry_shapes(core, size)}
         core, params = trees.Entries().assemble(self, weights, inputs)
         zs = core.project(params, jnp.asarray(inputs, params.input_kernel.dtype))
         new, y = core.step(params, modules.to_core(core, carry), zs)

@@ -17,7 +17,7 @@ from flax.linen.dtypes import canonicalize_dtype
 from rnncore._types import Array
 from rnncore.cells import GRU, LSTM, MGU, Cell, CellParams, Elman, PointwiseCell
 from rnncore.cells.base import named
-from rnncore.layers.entries import from_entries, to_entries
+from rnncore.layers.entries import entry_shapes, from_entries, to_entries
 
 Weights = Mapping[str, Mapping[str, Array]]
 """{name: {"kernel": (., H)[, "bias": (H,)]}} by the names of a `Tree`."""
@@ -139,7 +139,7 @@ class Entries:
 
     def expected(self, module: Any) -> list[str]:
         """The names of all entries, sorted."""
-        return sorted(to_entries(jax.eval_shape(lambda: module.drawing.init(jax.random.key(0), 1))))
+        return sorted(entry_shapes(module.core, 1))
 
     def is_complete(self, module: Any, weights: Mapping[str, Any]) -> bool:
         """Whether every array is there."""
@@ -148,8 +148,7 @@ class Entries:
     def check_shapes(self, name: str, module: Any, weights: Mapping[str, Array]) -> None:
         """ValueError for arrays of other shapes than the cell's."""
         size = jnp.shape(weights["input_kernel"])[0]
-        made = to_entries(jax.eval_shape(lambda: module.drawing.init(jax.random.key(0), size)))
-        for entry, array in made.items():
+        for entry, array in entry_shapes(module.core, size).items():
             if jnp.shape(weights[entry]) != array.shape:
                 raise ValueError(
                     f"`functional({name}, params)`: params['{entry}'] has shape {jnp.shape(weights[entry])}, expected "
@@ -167,9 +166,8 @@ class Entries:
 
     def disassemble(self, module: Any, params: Any) -> dict[str, Array]:
         """The inverse of `assemble`."""
-        whole = jax.eval_shape(lambda: module.drawing.init(jax.random.key(0), params.input_kernel.shape[0]))
         entries, made = to_entries(params), {}
-        for name, like in to_entries(whole).items():
+        for name, like in entry_shapes(module.core, params.input_kernel.shape[0]).items():
             made[name] = entries.get(name, jnp.zeros(like.shape, params.input_kernel.dtype))
             if made[name].shape != like.shape:
                 raise ValueError(

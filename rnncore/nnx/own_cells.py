@@ -1,4 +1,4 @@
-"""Cells that Flax has not: functional cells as modules, with the arrays of their parameters under the same names."""
+"""Cells that Flax does not have: functional cells as modules, with their parameters under the same names."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flax.nnx.nn import dtypes
 from rnncore import cells
 from rnncore import flax_modules as modules
 from rnncore._types import Array, Initializer
-from rnncore.layers.entries import from_entries, to_entries
+from rnncore.layers.entries import entry_shapes, from_entries, to_entries
 from rnncore.nnx import initial
 
 
@@ -64,8 +64,7 @@ class OwnCell(initial.Cell):
 
     def entries(self) -> dict[str, Any]:
         """The parameters by their names."""
-        names = to_entries(jax.eval_shape(lambda: self.core.init(jax.random.key(0), self.in_features)))
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in entry_shapes(self.core, self.in_features)}
 
     def functional_params(self, inputs: Any = None) -> Any:
         """The functional parameters, in the dtype in which the cell computes for these inputs."""

@@ -16,14 +16,7 @@ from jax.export import is_symbolic_dim
 from rnncore import _arguments
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import Cell, CellParams, GatedCell
-
-
-@functools.lru_cache(maxsize=256)
-def _expected_params(cell: Cell, input_size: int) -> PyTree:
-    """Shapes of the parameters that `cell.init` makes."""
-    return jax.eval_shape(lambda: cell.init(jax.random.key(0), input_size))
-
+from rnncore.cells.base import Cell, CellParams, GatedCell, parameter_shapes
 
 _CACHED = functools.cached_property
 
@@ -31,7 +24,7 @@ _CACHED = functools.cached_property
 def check_params(cell: Cell, params: PyTree, xs: Any) -> None:
     """Structure and shapes of the parameters; a bias may be None."""
     got = f"`unroll({type(cell).__name__}, params, xs=<{xs.dtype} {xs.shape}>)`"
-    want = _expected_params(cell, xs.shape[-1])
+    want = parameter_shapes(cell, xs.shape[-1])
     if isinstance(cell, GatedCell) and isinstance(params, CellParams):
         want = want._replace(**{name: None for name in ("bias", "recurrent_bias") if getattr(params, name) is None})
         # Without per-unit parameters any empty tuple is accepted.

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from cases import BAD_MASKS
 from linen_cases import (
     OPTIONS,
     B,
@@ -184,18 +185,7 @@ def test_fields_of_unroll_are_refused_under_nn_scan(fields: dict[str, Any]) -> N
 
 
 @pytest.mark.parametrize("cell", [ours.GRUCell, foreign("GRUCell")], ids=["ours", "foreign"])
-@pytest.mark.parametrize(
-    "kwargs,message",
-    [
-        (dict(seq_lengths=jnp.array([1])), r"seq_lengths=<int64 \(1,\)>.*expected the batch shape \(2,\)"),
-        (dict(seq_lengths=jnp.array([1, T + 1])), "values from 1 to 6; expected 0 to T = 5"),
-        (dict(seq_lengths=jnp.array([-1, T])), "values from -1 to 5"),
-        (dict(seq_lengths=jnp.array([1.0, 2.0])), "expected integers"),
-        (dict(resets=jnp.zeros((T, B), bool)), r"resets=<bool \(5, 2\)>.*expected bool \(2, 5\)"),
-        (dict(resets=jnp.zeros((B, T))), r"resets=<float64 \(2, 5\)>.*expected bool"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kwargs,message", BAD_MASKS, ids=str)
 def test_bad_calls(cell: type, kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ours.RNN(cell(H), return_carry=True).init(jax.random.key(0), jnp.ones((B, T, D)), **kwargs)

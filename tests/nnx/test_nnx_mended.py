@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cases import BAD_MASKS
 from flax import nnx as theirs
 from nnx_cases import B, D, H, T, bf16, both, close, f32, f64, make, noisy, normal, projected, same_bits, start
 
@@ -141,18 +142,7 @@ def test_several_batch_axes_with_lengths() -> None:
 
 
 @WAYS
-@pytest.mark.parametrize(
-    "kwargs,message",
-    [
-        (dict(seq_lengths=jnp.array([1])), r"seq_lengths=<int64 \(1,\)>.*expected the batch shape \(2,\)"),
-        (dict(seq_lengths=jnp.array([1, T + 1])), "values from 1 to 6; expected 0 to T = 5"),
-        (dict(seq_lengths=jnp.array([-1, T])), "values from -1 to 5"),
-        (dict(seq_lengths=jnp.array([1.0, 2.0])), "expected integers"),
-        (dict(resets=jnp.zeros((T, B), bool)), r"resets=<bool \(5, 2\)>.*expected bool \(2, 5\)"),
-        (dict(resets=jnp.zeros((B, T))), r"resets=<float64 \(2, 5\)>.*expected bool"),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("kwargs,message", BAD_MASKS, ids=str)
 def test_bad_lengths_and_resets(way: int, kwargs: dict[str, Any], message: str) -> None:
     cell, xs = kinds()[way], jnp.ones((B, T, D))
     with pytest.raises(ValueError, match=message):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +10,6 @@ import jax.numpy as jnp
 from rnncore._types import Array
 from rnncore.kernels import host
 from rnncore.kernels.cuda import kernels
-from rnncore.recurrence.batching import HEADS, LAST, Units, over_batch
 from rnncore.recurrence.run import Differentiable, Result
 
 
@@ -55,7 +53,7 @@ class Arrays(host.Arrays):
         def call(run: host.Loop, z: Array) -> kernels.Outputs:
             return kernels.forward(settings, self.cell, run, z, stored, states)
 
-        return _mapped(call, step, self.loop(operands), operands.z)
+        return host.mapped(call, self.loop(operands), operands.z, step=step)
 
     def backward(
         self, settings: kernels.Settings, differentiable: Differentiable, hs: Array, residuals: Array,
@@ -85,52 +83,7 @@ class Arrays(host.Arrays):
         def step(run: host.Loop, rows: int) -> float | None:
             return kernels.step(settings, self.cell, "backward", run, rows, self._stored, states=states)
 
-        found = _mapped(call, step, run, residuals, dhs, dlast, dothers, dgates)
+        found = host.mapped(call, run, residuals, dhs, dlast, dothers, dgates, step=step)
         h = host.previous(run, part.hidden, hs.astype(jnp.float32))
         h = (h if run.mask is None else h * run.mask.astype(jnp.float32)).astype(run.kernel.dtype)
         return back(self.cotangents(operands, found, h, dlast))[0]
-
-
-_SHARED = ("kernel", "rest_bias", "units")
-"""What all sequences of a run share."""
-
-
-def _mapped(
-    call: Callable[..., Any], step: Callable[[host.Loop, int], float | None], run: host.Loop, *stacks: Any
-) -> Any:
-    """`call(run, *stacks)` under any number of maps; stacks are (..., B, H), and so are the results.
-
-    Maps of parameters are more heads where that is predicted to be faster, `step` being what a step of a run of so many
-    sequences is predicted to take, or None.
-    """
-    leaves, tree = jax.tree.flatten((run, stacks))
-    names = [name for name, field in run._asdict().items() for _ in jax.tree.leaves(field)]
-    axes = [_axis(name, a) for name, a in zip(names, leaves, strict=False)]
-    axes += [a.ndim - 2 for a in jax.tree.leaves(stacks)]
-
-    def whole(groups: int, *flat: Array) -> Any:
-        run, stacks = jax.tree.unflatten(tree, flat)
-        return call(run, *stacks)
-
-    def worthwhile(size: int, together: Sequence[Any], one: Sequence[Any]) -> bool:
-        wide, single = (jax.tree.unflatten(tree, flat)[0] for flat in (together, one))
-        rows = single.start[0].shape[0]
-        at_once, alone = step(wide, rows), step(single, rows)
-        return at_once is not None and alone is not None and at_once <= size * alone
-
-    of_units: list[int | None] = [_units(name, a) for name, a in zip(names, leaves, strict=False)]
-    of_units += [LAST] * len(jax.tree.leaves(stacks))
-    units = Units(run.start[0].shape[-1], of_units, worthwhile)
-    return over_batch(whole, axes, lambda a: a.ndim - 2, units)(*leaves)
-
-
-def _axis(field: str, a: Array) -> int | None:
-    if field in _SHARED or a.ndim == 0:
-        return None
-    return 0 if field == "lengths" else 1 if field == "resets" else a.ndim - 2
-
-
-def _units(field: str, a: Array) -> int | None:
-    if field in ("lengths", "resets") or a.ndim == 0:
-        return None
-    return HEADS if field == "kernel" else LAST
