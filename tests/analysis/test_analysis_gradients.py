@@ -219,6 +219,7 @@ def test_inside_jit_in_float32_and_sequence_by_sequence():
     jax.tree.map(lambda a, b: close(a, b, 2e-5), got.parameters, want.parameters)
 
 
+@pytest.mark.slow
 def test_padding_may_hold_nan_and_zero_states_are_the_default():
     cell = rnncore.GRU(3)
     params = cell.init(jax.random.key(0), 2, jnp.float64)

@@ -10,6 +10,7 @@ import pytest
 import rnncore
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rate", "power", "sensitivity"), [(0.9, 5.263, 263.887), (0.99, 50.25, 251262.6)])
 def test_curse_of_memory(rate: float, power: float, sensitivity: float):
     """h = sum_k l^k x_{t-k} over white inputs: E h^2 = 1/(1-l^2), E (dh/dl)^2 = (1+l^2)/(1-l^2)^3."""

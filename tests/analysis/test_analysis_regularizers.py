@@ -65,6 +65,7 @@ def test_omega_is_the_formula_of_exact_jacobians():
     close(omegas(params), [((ratio - 1) ** 2).sum(-1).mean(), ((ratio**2 - 1) ** 2).mean()])
 
 
+@pytest.mark.slow
 def test_gradient_of_omega_is_the_immediate_one_in_u():
     """h_t = tanh(h U + ...): with h_t and v_t as numbers, v (1 - h^2) U^T is all that U does."""
     cell = rnncore.Elman(3)
@@ -272,6 +273,7 @@ def test_errors():
         analysis.gradient_flossing(cell, params._replace(recurrent_kernel=0 * params.recurrent_kernel), xs, 4)
 
 
+@pytest.mark.slow
 def test_sparsity_is_the_mean_of_a_gate_without_the_padding():
     cell = rnncore.LSTM(4)
     params, xs, carry = problem(cell)

@@ -192,12 +192,14 @@ def test_lost_directions_are_minus_infinity():
     assert np.all(analysis.singular_spectrum(nilpotent, 2) == -np.inf)
 
 
+@pytest.mark.slow
 def test_a_product_does_not_know_when_it_starts():
     run = lstm_run()
     cut = analysis.trajectory(run.cell, run.params, run.xs[:, :20])
     close(analysis.singular_spectrum(cut, 20), analysis.singular_spectrum(run, 20, "start"))
 
 
+@pytest.mark.slow
 def test_each_sequence_has_its_own_end_and_resets_cut():
     run = lstm_run((60, 35))
     got = analysis.singular_spectrum(run, 20)

@@ -86,6 +86,7 @@ def test_zoneout_of_c_and_of_h():
         cases.runner(case, "scan", zoneout=of_h)(*drawn)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(cpp.missing_compiler("cpu") is not None, reason="no C++ compiler")
 def test_runs_in_the_compiled_loop():
     case, drawn = problem(lengths=True, resets=True, dtype=jnp.float32)

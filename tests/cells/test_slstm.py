@@ -51,6 +51,7 @@ D_INPUT = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", PRESENT)
 def test_is_the_cell_of_the_xlstm_package(backend: str):
     xs = 3 * wave(STEPS, BATCH, 4 * HIDDEN, speed=0.7)
@@ -69,7 +70,7 @@ def test_is_the_cell_of_the_xlstm_package(backend: str):
     cases.assert_close((d_params.bias.reshape(-1), d_xs[0, 0]), (np.array(D_BIAS), np.array(D_INPUT)), 1e-9)
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", PRESENT)
 def test_neither_overflows_nor_divides_by_zero(backend: str):
     """Gates of hundreds in float32, where exp alone is 0 or inf from 104 on; against float64 in its own range."""

@@ -56,7 +56,7 @@ def dense_of(kernel: str, weights: np.ndarray) -> tuple[np.ndarray, Any]:
     return dense, lambda d: mask * (sign * np.sign(weights) * d if dale else d)
 
 
-@pytest.mark.sample(3)
+@pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", PRESENT)
 @pytest.mark.parametrize(("cell", "kernel"), ROWS)
 def test_runs_and_gradients_are_those_of_the_dense_kernel(cell: str, kernel: str, backend: str):

@@ -38,7 +38,7 @@ def pair(kind: str, **options: Any) -> tuple[Any, Any, Any]:
     return getattr(linen, kind)(H, **options), modern, {"params": state}
 
 
-@pytest.mark.sample(1)
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_both_are_the_stack_with_everything_on(kind: str):
     more = {"forget_bias": 1.0} if kind != "Elman" else {}

@@ -85,7 +85,7 @@ def with_examples() -> list[str]:
     return [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in paths]
 
 
-@pytest.mark.sample(50)
+@pytest.mark.sample(15)
 @pytest.mark.parametrize("name", with_examples())
 def test_examples_run(name: str):
     failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)

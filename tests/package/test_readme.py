@@ -35,6 +35,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
     assert names["ys"].shape == (8, 100, 128)
 
 
+@pytest.mark.slow
 def test_python_blocks_of_the_recipes_run():
     names: dict = {}
     with jax.enable_x64(False):

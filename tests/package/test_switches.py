@@ -229,7 +229,7 @@ def test_traced_under(name: str, switch: Callable[[], Any]) -> None:
             jax.jit(ENTRIES[name]).trace(jax.ShapeDtypeStruct(XS.shape, f32))
 
 
-@pytest.mark.sample(4)
+@pytest.mark.sample(2)
 @pytest.mark.parametrize("name", ENTRIES)
 def test_run_under(name: str) -> None:
     """Checks of NaN and inf; nothing moved to a device that is not asked for; every operation by itself."""
