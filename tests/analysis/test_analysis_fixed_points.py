@@ -119,7 +119,10 @@ def test_gradients_over_time_say_the_bias_of_their_own_truncation():
         close(analysis.choose_truncation(found, 0.99).predicted[k - 1], want, 1e-10)
         want = np.linalg.norm(missing[0]) / np.linalg.norm(whole[0])
         close(analysis.choose_truncation(found[0], 0.99).predicted[k - 1], want, 1e-10)
-    assert len(analysis.choose_truncation(found, 0.99).predicted) == steps // 2
+    both, single = (analysis.choose_truncation(one, 0.99) for one in (found, found[0]))
+    assert len(both.predicted) == steps // 2 and single.error is None
+    # The standard error of the mean of two logarithms: half their difference.
+    close(both.error, np.abs(np.log(both.predicted / single.predicted)), 1e-10)
     norms = analysis.gradients_over_time(loss, cell, params, batches[0], norms=True)
     with pytest.raises(ValueError, match=r"gradients_over_time\(..., norms=False\)"):
         analysis.choose_truncation(norms)

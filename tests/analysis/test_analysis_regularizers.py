@@ -54,7 +54,7 @@ def test_omega_is_the_formula_of_exact_jacobians():
     params, xs, carry = problem(cell)
     run = analysis.trajectory(cell, params, xs, carry)
     jacobians = np.asarray(analysis.step_jacobians(run))
-    rows = np.concatenate(list(analysis.state_gradients(loss_of_all, cell, params, xs, carry)), -1)[:, 1:]
+    rows = np.concatenate(list(analysis.gradients_over_time(loss_of_all, cell, params, xs, carry).states), -1)[:, 1:]
     pulled = np.einsum("bti,btij->btj", rows, jacobians)
     ratio = np.linalg.norm(pulled, axis=-1) / np.linalg.norm(rows, axis=-1)
 
@@ -71,7 +71,7 @@ def test_gradient_of_omega_is_the_immediate_one_in_u():
     cell = rnncore.Elman(3)
     params, xs, carry = problem(cell)
     h = analysis.trajectory(cell, params, xs, carry).carries.h[:, 1:]
-    v = analysis.state_gradients(loss_of_last, cell, params, xs, carry).h[:, 1:]
+    v = analysis.gradients_over_time(loss_of_last, cell, params, xs, carry).states.h[:, 1:]
 
     def written_out(kernel, form):
         square = jnp.sum(((v * (1 - h**2)) @ kernel[:, 0].T) ** 2, -1) / jnp.sum(v**2, -1)

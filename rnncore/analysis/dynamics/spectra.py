@@ -15,7 +15,7 @@ from rnncore.analysis.dynamics._jacobi import NOTHING, log_singular_values
 from rnncore.analysis.jacobians.products import renormalise
 from rnncore.analysis.run._alignment import check_lag, ending_together
 from rnncore.analysis.run.flat import flat, jacobian, state_dtype, state_size
-from rnncore.analysis.run.trajectory import Trajectory, check_finite
+from rnncore.analysis.run.trajectory import Trajectory, check_finite, check_trajectory
 
 
 def jacobian_eigenvalues(traj: Trajectory, t: int) -> Array:
@@ -41,6 +41,7 @@ def jacobian_eigenvalues(traj: Trajectory, t: int) -> Array:
       >>> abs(analysis.jacobian_eigenvalues(run, 1)).round(4).tolist()
       [1.0, 1.0, 1.0, 1.0]
     """
+    check_trajectory("jacobian_eigenvalues", traj)
     if not isinstance(t, int | np.integer) or not 1 <= t <= traj.steps:
         raise ValueError(f"`jacobian_eigenvalues(t={t})`: expected a step from 1 to T = {traj.steps}.")
     jacobian = np.asarray(_one_jacobian(traj, int(t)))

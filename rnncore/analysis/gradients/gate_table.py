@@ -48,7 +48,7 @@ def gate_table(
     """The gradients of the weights and the bias of every gate as sums over steps, and what `jax.grad` says.
 
     dL/dW_g = sum_t delta_gt x_t^T,   dL/dU_g = sum_t delta_gt h_{t-1}^T,   dL/db_g = sum_t delta_gt
-    delta_gt = dL/da_gt, the gradient at the pre-activation of gate g, as in `gate_gradients`
+    delta_gt = dL/da_gt, the gradient at the pre-activation of gate g, `gradients_over_time(...).gates`
 
     For a GRU that of U_n has r_t delta_nt in delta_nt's place.  The sums are formed from the gradients at the gates,
     not by differentiating the run once more, so the last column is a check of these closed forms.
@@ -75,7 +75,7 @@ def gate_table(
     if isinstance(cell, Cell) and not (isinstance(cell, PointwiseCell) and isinstance(cell.recurrence, Dense)):
         raise NotImplementedError(
             f"`gate_table({type(cell).__name__})`: expected a PointwiseCell with a dense recurrent kernel, whose gates "
-            "have matrices of their own; `per_step_parameter_gradients` takes any cell."
+            "have matrices of their own; `gradients_over_time(...).parameters` takes any cell."
         )
     found = gradients_over_time(loss, cell, params, xs, initial_carry, **options)
     done = found._pass

@@ -63,7 +63,7 @@ class GradientsOverTime:
         LSTM: dL/da_f = dc_t c_{t-1} f (1 - f),  dL/da_i = dc_t g i (1 - i),  dL/da_g = dc_t i (1 - g^2),
               dL/da_o = dL/dh_t tanh(c_t) o (1 - o),   dc_t = dL/dc_t + o_t (1 - tanh^2 c_t) dL/dh_t
 
-        None for a cell that is not pointwise.
+        NotImplementedError for a cell that is not a `PointwiseCell`.
         """
         return self._by_gate[0]
 
@@ -89,7 +89,12 @@ class GradientsOverTime:
 
     @property
     def _by_gate(self) -> tuple[Any, Any]:
-        return _gates(self.cell, self.params, self._pass) if isinstance(self.cell, PointwiseCell) else (None, None)
+        if not isinstance(self.cell, PointwiseCell):
+            raise NotImplementedError(
+                f"`gradients_over_time(...).gates`: {type(self.cell).__name__} is not a PointwiseCell, so it does not "
+                "show what enters its gates; use `.states`, `.inputs` or `.parameters`, which any cell has."
+            )
+        return _gates(self.cell, self.params, self._pass)
 
 
 def gradients_over_time(
@@ -136,127 +141,9 @@ def gradients_over_time(
 
     Source: backpropagation through time, Werbos (1990).
     """
-    options = {"seq_lengths": seq_lengths, "resets": resets, "reset_carry": reset_carry}
-    return _found("gradients_over_time", loss, cell, params, xs, initial_carry, norms=norms, **options)
-
-
-def _found(
-    call: str, loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any, *, norms: bool = False,
-    **options: Any,
-) -> GradientsOverTime:  # fmt: skip
-    return GradientsOverTime(cell, params, norms, backward(call, loss, cell, params, xs, initial_carry, **options))
-
-
-def state_gradients(
-    loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
-) -> Any:
-    """The gradient of a loss at every state: `gradients_over_time(...).states`.
-
-    Args:
-      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
-
-    Returns:
-      A carry of arrays (*batch, T + 1, ...), the initial state first.
-
-    Raises:
-      ValueError: as `gradients_over_time`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.GRU(4)
-      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-      >>> analysis.state_gradients(lambda carry, outputs: jnp.sum(carry.h ** 2), cell, params, xs).h.shape
-      (2, 6, 4)
-    """
-    return _found("state_gradients", loss, cell, params, xs, initial_carry, **options).states
-
-
-def input_gradients(
-    loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
-) -> Any:
-    """The gradient of a loss at every input: `gradients_over_time(...).inputs`.
-
-    Args:
-      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
-
-    Returns:
-      (*batch, T, D).
-
-    Raises:
-      ValueError: as `gradients_over_time`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.GRU(4)
-      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-      >>> analysis.input_gradients(lambda carry, outputs: jnp.sum(carry.h ** 2), cell, params, xs).shape
-      (2, 5, 3)
-    """
-    return _found("input_gradients", loss, cell, params, xs, initial_carry, **options).inputs
-
-
-def gate_gradients(
-    loss: Loss, cell: PointwiseCell, params: PyTree, xs: Array, initial_carry: Any = None, *, wrt: str = "input",
-    **options: Any,
-) -> Any:  # fmt: skip
-    """The gradient of a loss at every gate: `gradients_over_time(...).gates`, or `.recurrent`.
-
-    Args:
-      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
-      wrt: "input", at z = W x + b; "recurrent", at r = U h.
-
-    Returns:
-      A named tuple by gate of arrays (*batch, T, H).
-
-    Raises:
-      ValueError: as `gradients_over_time`; unknown wrt.
-      NotImplementedError: the cell is not a `PointwiseCell`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.GRU(4)
-      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-      >>> analysis.gate_gradients(lambda carry, outputs: jnp.sum(carry.h ** 2), cell, params, xs).z.shape
-      (2, 5, 4)
-    """
-    if wrt not in ("input", "recurrent"):
-        raise ValueError(f"`gate_gradients(wrt={wrt!r})`: expected 'input' or 'recurrent'.")
-    if isinstance(cell, Cell) and not isinstance(cell, PointwiseCell):
-        raise NotImplementedError(
-            f"`gate_gradients(...)`: {type(cell).__name__} is not a PointwiseCell, so it does not show what enters its "
-            "gates; `state_gradients`, `input_gradients` and `per_step_parameter_gradients` take any cell."
-        )
-    found = _found("gate_gradients", loss, cell, params, xs, initial_carry, **options)
-    return found.gates if wrt == "input" else found.recurrent
-
-
-def per_step_parameter_gradients(
-    loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
-) -> PyTree:
-    """What every step adds to the gradient of the parameters: `gradients_over_time(...).parameters`.
-
-    Args:
-      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
-
-    Returns:
-      The parameters' tree of arrays (T, ...), summed over the batch; with `norms` of norms (T,).
-
-    Raises:
-      ValueError: as `gradients_over_time`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.GRU(4)
-      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-      >>> loss = lambda carry, outputs: jnp.sum(carry.h ** 2)
-      >>> analysis.per_step_parameter_gradients(loss, cell, params, xs).bias.shape
-      (5, 3, 4)
-    """
-    return _found("per_step_parameter_gradients", loss, cell, params, xs, initial_carry, **options).parameters
+    options = (initial_carry, seq_lengths, resets, reset_carry)
+    done = backward("gradients_over_time", loss, cell, params, xs, *options)
+    return GradientsOverTime(cell, params, norms, done)
 
 
 @functools.partial(jax.jit, static_argnums=0)

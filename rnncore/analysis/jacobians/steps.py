@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.analysis.run.flat import batch_major, flat, flatten_carry, time_major
-from rnncore.analysis.run.trajectory import Trajectory, trailing
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory, trailing
 from rnncore.cells.base import Cell, PointwiseCell
 
 _FIELD = {"hidden": "h", "cell": "c"}
@@ -54,6 +54,7 @@ def step_coefficients(traj: Trajectory) -> StepCoefficients:
       >>> bool(jnp.allclose(analysis.step_coefficients(run).state.c.c, run.gates.f))
       True
     """
+    check_trajectory("step_coefficients", traj)
     _pointwise_cell(traj.cell, "step_coefficients(...)")
     return _coefficients(traj)
 
@@ -88,6 +89,7 @@ def step_jacobians(traj: Trajectory, *, wrt: str = "state", method: str = "vjp",
       >>> analysis.step_jacobians(run).shape, analysis.step_jacobians(run, wrt="hidden").shape
       ((2, 5, 8, 8), (2, 5, 4, 4))
     """
+    check_trajectory("step_jacobians", traj)
     if method not in METHODS:
         raise ValueError(f"`step_jacobians(method={method!r})`: expected one of {', '.join(map(repr, METHODS))}.")
     if wrt != "state" and wrt not in _FIELD:

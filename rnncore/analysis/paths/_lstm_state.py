@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.analysis.run._alignment import check_anchor, ending_together, mask_missing
-from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 from rnncore.cells.lstm import LSTM
 
 
 def lstm_of(traj: Trajectory, call: str, advice: str = "use path='state'") -> LSTM:
     """The cell of a trajectory, if it is an LSTM; else an error that says what to use instead."""
+    check_trajectory(call, traj)
     cell, name = traj.cell, type(traj.cell).__name__
     if "c" not in traj.fields:
         raise ValueError(f"`{call}`: {name} carries {', '.join(traj.fields)} and has no cell state c; {advice}.")

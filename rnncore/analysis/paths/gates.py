@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rnncore._types import Array
 from rnncore.analysis.jacobians.steps import step_coefficients
 from rnncore.analysis.run.flat import flatten_carry
-from rnncore.analysis.run.trajectory import Trajectory, trailing
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory, trailing
 from rnncore.cells.base import PointwiseCell
 from rnncore.cells.gru_reset_before import ResetBeforeGRU
 
@@ -96,6 +96,7 @@ def gate_paths(traj: Trajectory) -> GatePaths:
 
     Source: for GRUs Cho et al. (2014), arXiv:1406.1078, v3 for the reset after the product and v1 for that before.
     """
+    check_trajectory("gate_paths", traj)
     if isinstance(traj.cell, ResetBeforeGRU) and type(traj.cell).update is ResetBeforeGRU.update:
         return _reset_before(traj)
     if not isinstance(traj.cell, PointwiseCell):

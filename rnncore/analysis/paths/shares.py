@@ -16,7 +16,7 @@ from rnncore.analysis.jacobians.products import jacobian_product
 from rnncore.analysis.paths.gates import Paths, gate_paths
 from rnncore.analysis.paths.lstm import LSTMPaths
 from rnncore.analysis.run._alignment import chosen_lags
-from rnncore.analysis.run.trajectory import Trajectory, check_finite
+from rnncore.analysis.run.trajectory import Trajectory, check_finite, check_trajectory
 
 WAYS = ("inner", "adjoint", "ablation", "norm_ratio")
 
@@ -49,8 +49,8 @@ def path_shares(
       source: a trajectory, which is taken apart by `gate_paths`; or what `gate_paths` or `lstm_paths`
         returned.
       by: as above.
-      adjoint: with "adjoint", the T + 1 gradients of `state_gradients`.  For `lstm_paths` v is dL/dc_t with
-        h_t moving along.
+      adjoint: with "adjoint", the T + 1 gradients `gradients_over_time(...).states`.  For `lstm_paths` v is dL/dc_t
+        with h_t moving along.
       lags: with "ablation", increasing integers, an integer K for 0 to K, None for all; at most T.
 
     Returns:
@@ -75,7 +75,7 @@ def path_shares(
     if by not in WAYS:
         raise ValueError(f"`path_shares(by={by!r})`: expected one of {', '.join(map(repr, WAYS))}.")
     if (adjoint is None) == (by == "adjoint"):
-        need = "needs adjoint=, what `state_gradients` returns" if adjoint is None else "takes no adjoint"
+        need = "needs adjoint=, `gradients_over_time(...).states`" if adjoint is None else "takes no adjoint"
         raise ValueError(f"`path_shares(by={by!r})` {need}.")
     if lags is not None and by != "ablation":
         raise ValueError(f"`path_shares(by={by!r})` takes no lags: its shares are those of single steps.")
@@ -93,11 +93,7 @@ def path_shares(
 def _paths(source: Any) -> Paths:
     if isinstance(source, Paths):
         return source
-    if not isinstance(source, Trajectory):
-        raise ValueError(
-            f"`path_shares(<{type(source).__name__}>)`: expected a trajectory, or what `gate_paths` or `lstm_paths` "
-            "returned."
-        )
+    check_trajectory("path_shares", source)
     return gate_paths(source)
 
 
@@ -182,7 +178,7 @@ def _check_adjoint(paths: Paths, adjoint: Any) -> None:
         shapes = ", ".join(f"{jnp.result_type(a)} {jnp.shape(a)}" for a in leaves)
         raise ValueError(
             f"`path_shares(adjoint=<{type(adjoint).__name__} of {shapes}>)`: expected the carry of the cell, floating "
-            f"point with leading axes {lead}, one entry for each of T + 1 = {lead[-1]} states, as `state_gradients` "
-            "returns it."
+            f"point with leading axes {lead}, one entry for each of T + 1 = {lead[-1]} states, as in "
+            "`gradients_over_time(...).states`."
         )
     check_finite("path_shares(adjoint=...)", adjoint, "no share follows from it")

@@ -39,9 +39,9 @@ def gradient_heatmap(
     Dark is negative, light positive, the grey between them 0; in grey print too.
 
     Args:
-      gradients: (T, H), as one sequence of a field of `state_gradients`; 0 is a value like others.
+      gradients: (T, H), as one sequence of a field of `gradients_over_time(...).states`.
       linear_below: size below which colours are linear and so run into 0; by default 1e-8 of the largest.
-      first: the step that the first row belongs to; 0 for `state_gradients`.
+      first: the step that the first row belongs to; 0 where the initial state is among them.
       label: of the colours.
       ax: axes to draw into; None makes a new figure.
 
@@ -80,7 +80,8 @@ def gradient_maps(
     reach:  steps from the first with ||dL/dh_t|| >= level max_t ||dL/dh_t|| to the last, marked by a line
 
     Args:
-      gradients: a mapping from the names of networks to (T, H), one sequence of a field of `state_gradients`.
+      gradients: a mapping from the names of networks to (T, H), one sequence of
+        `gradients_over_time(...).states.h`.
       level: the part of the largest norm that counts as arriving.
       decades: how far the colours go down.
       first: the number of the first step; 0 where the initial state is among them.
@@ -143,8 +144,8 @@ def weight_gradient_bars(parameters: Any, *, share: float = 0.99, first: int = 1
     spent: at the first t with ||g_1 + ... + g_t|| > (1 - share) ||dL/dtheta||; what lies before makes less difference
 
     Args:
-      parameters: arrays (T, ...), as `per_step_parameter_gradients` returns them, or some of them; with `norms` the
-        sums are those of norms.
+      parameters: arrays (T, ...), `gradients_over_time(...).parameters` or some of them; with `norms` the sums
+        are those of norms.
       share: of the whole, above 0 and below 1.
       first: the number of the first step.
       ax: axes to draw into; None makes a new figure.
@@ -169,7 +170,7 @@ def weight_gradient_bars(parameters: Any, *, share: float = 0.99, first: int = 1
     if not leaves or any(a.ndim < 1 or len(a) != len(leaves[0]) for a in leaves):
         raise ValueError(
             f"`weight_gradient_bars(<{', '.join(str(a.shape) for a in leaves)}>)`: expected arrays (T, ...), one entry "
-            "for each step, as `per_step_parameter_gradients` returns them."
+            "for each step, as in `gradients_over_time(...).parameters`."
         )
     values = np.concatenate([a.reshape(len(a), -1) for a in leaves], -1)
     values = finite("weight_gradient_bars", values, 2, "arrays (T, ...) with at least one step")
@@ -194,7 +195,7 @@ def saliency(gradients: Any, *, share: float = 0.9, first: int = 1, ax: Axes | N
     log10 ||dL/dx_t||_2 against t; shaded, the last `effective_window(gradients, share)` steps
 
     Args:
-      gradients: (T, D), as one sequence of `input_gradients`.
+      gradients: (T, D), one sequence of `gradients_over_time(...).inputs`.
       share: of the sum of squares that the window holds.
       first: the number of the first step.
       ax: axes to draw into; None makes a new figure.

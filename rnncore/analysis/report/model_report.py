@@ -17,7 +17,7 @@ from rnncore.analysis.gradients.over_time import gradients_over_time
 from rnncore.analysis.report.findings import findings, warnings
 from rnncore.analysis.report.measured import LayerReport, measure
 from rnncore.analysis.run.model import Call, RecurrentLayer, record, recorder_of
-from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 
 HEADER = (
     "layer", "cell", "n", "T", "sequences", "90 % within (steps)", "half gone after (steps)", "ln per step",
@@ -163,6 +163,7 @@ def of_trajectory(
     traj: Trajectory, adjoint: Any = None, *, title: str | None = None, dense_up_to: int = 256, exponents: int = 4
 ) -> Report:
     """The report of a single run; see `plots.report_trajectory`."""
+    check_trajectory("report_trajectory", traj)
     name, given = type(traj.cell).__name__, traj.narrow or jax.tree.leaves(traj.carries)[0].dtype.name
     layer = RecurrentLayer(name, traj.cell, traj.params, traj, False, given)
     if adjoint is not None:

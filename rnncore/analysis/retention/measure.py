@@ -16,7 +16,7 @@ from rnncore.analysis.retention.bounds import gradient_bound
 from rnncore.analysis.retention.curve import RetentionCurve
 from rnncore.analysis.run._alignment import chosen_lags, mask_missing, shortest
 from rnncore.analysis.run.flat import state_dtype, state_size
-from rnncore.analysis.run.trajectory import Trajectory, check_finite
+from rnncore.analysis.run.trajectory import Trajectory, check_finite, check_trajectory
 
 NORMS = {
     "operator": "largest singular value",
@@ -117,6 +117,7 @@ def retention_curve(
 
 def _check(traj: Trajectory, kind: str, path: str, lags: Any, anchor: str, adjoint: Any) -> tuple[int, ...]:
     """All checks of a call; returns the lags."""
+    check_trajectory("retention_curve", traj)
     for name, value, allowed in (("kind", kind, NORMS), ("path", path, PATHS), ("anchor", anchor, ("end", "start"))):
         if value not in allowed:
             raise ValueError(f"`retention_curve({name}={value!r})`: expected one of {', '.join(map(repr, allowed))}.")

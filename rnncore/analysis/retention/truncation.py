@@ -21,12 +21,15 @@ class Truncation(NamedTuple):
       bias: predicted at K.
       predicted: (L,) of every K = 1 .. L that a curve has lags for, or up to T / 2 of gradients over time.
       decay: beta, the factor per step by which the tail beyond a curve goes on; 0 where there is none.
+      error: (L,), the standard error of ln predicted over the batches: exp(2 error) is the factor within which
+        another sample of as many batches lies, about.  None of a curve or a single batch.
     """
 
     steps: int
     bias: float
     predicted: np.ndarray
     decay: float
+    error: np.ndarray | None = None
 
     def __index__(self) -> int:
         return self.steps
@@ -73,16 +76,16 @@ def choose_truncation(
     if not 0 < bias < 1:
         raise ValueError(f"`{call}`: expected more than 0 and less than 1.")
     if isinstance(source, RetentionCurve):
-        predicted, beta = _of_curve(call, source)
+        (predicted, beta), error = _of_curve(call, source), None
     else:
-        predicted, beta = _of_gradients(call, source), 0.0
+        (predicted, error), beta = _of_gradients(call, source), 0.0
     enough = np.flatnonzero(np.maximum.accumulate(predicted[::-1])[::-1] <= bias)
     if not len(enough):
         raise ValueError(
             f"`{call}`: with {len(predicted)} steps, the most that can be judged, the predicted bias is "
             f"{predicted[-1]:.3g}; measure over more steps, or allow more."
         )
-    return Truncation(int(enough[0]) + 1, float(predicted[enough[0]]), predicted, beta)
+    return Truncation(int(enough[0]) + 1, float(predicted[enough[0]]), predicted, beta, error)
 
 
 def _of_curve(call: str, curve: RetentionCurve) -> tuple[np.ndarray, float]:
@@ -106,7 +109,9 @@ def _of_curve(call: str, curve: RetentionCurve) -> tuple[np.ndarray, float]:
     return cut[1:] / cut[0], float(beta)
 
 
-def _of_gradients(call: str, source: GradientsOverTime | Sequence[GradientsOverTime]) -> np.ndarray:
+def _of_gradients(
+    call: str, source: GradientsOverTime | Sequence[GradientsOverTime]
+) -> tuple[np.ndarray, np.ndarray | None]:
     """Norm of the sum of the terms from lag K on over that of all, K = 1 .. T / 2: the geometric mean over batches.
 
     Few sequences remember for long and make up the mean of the squares: it differs between samples by factors of 2.
@@ -127,7 +132,9 @@ def _of_gradients(call: str, source: GradientsOverTime | Sequence[GradientsOverT
     if not len(squares):
         raise ValueError(f"`{call}`: the gradient of the parameters is 0, there is nothing to truncate.")
     biases = np.sqrt(squares[:, 1 : squares.shape[1] // 2 + 1] / squares[:, :1])
-    with np.errstate(divide="ignore"):
-        typical = np.exp(np.log(biases).mean(0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(biases)
+        typical = np.exp(logs.mean(0))
+        error = logs.std(0, ddof=1) / math.sqrt(len(logs)) if len(logs) > 1 else None
     # A batch that lost all of it must not hide the others.
-    return np.where(typical > 0, typical, np.median(biases, 0))
+    return np.where(typical > 0, typical, np.median(biases, 0)), error

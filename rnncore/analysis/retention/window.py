@@ -13,7 +13,7 @@ from rnncore._types import Array
 from rnncore.analysis.jacobians.products import log_frobenius_norm
 from rnncore.analysis.retention._chains import Measure, pull_back
 from rnncore.analysis.run.flat import batch_major, flat, one_carry, state_dtype, state_size, time_major, unflatten_carry
-from rnncore.analysis.run.trajectory import StepInput, Trajectory, check_finite
+from rnncore.analysis.run.trajectory import StepInput, Trajectory, check_finite, check_trajectory
 
 
 def input_influence(traj: Trajectory, of: str | None = None) -> Array:
@@ -42,6 +42,7 @@ def input_influence(traj: Trajectory, of: str | None = None) -> Array:
       >>> analysis.input_influence(run).shape
       (2, 5)
     """
+    check_trajectory("input_influence", traj)
     if of is not None and of not in traj.fields:
         raise ValueError(
             f"`input_influence(of={of!r})`: the carry of {type(traj.cell).__name__} has no {of!r}, only "
@@ -57,7 +58,7 @@ def effective_window(source: Trajectory | Array | np.ndarray, share: float = 0.9
     m_t = ||d c_T / d x_t||_F^2 of a trajectory, or ||dL/dx_t||^2 of input gradients
 
     Args:
-      source: a trajectory of T steps, or the gradients (*batch, T, D) that `input_gradients` returns.
+      source: a trajectory of T steps, or gradients (*batch, T, D), such as `gradients_over_time(...).inputs`.
       share: above 0, at most 1.
       of: with a trajectory, as in `input_influence`: c where there is one.
 
@@ -83,11 +84,14 @@ def effective_window(source: Trajectory | Array | np.ndarray, share: float = 0.9
     else:
         if of is not None:
             raise ValueError("`effective_window(<gradients>, of=...)`: `of` means something for a trajectory only.")
+        if not hasattr(source, "shape"):
+            check_trajectory("effective_window", source)
         gradients = jnp.asarray(source)
         what = f"effective_window(<{gradients.dtype} {gradients.shape}>)"
         if gradients.ndim < 2 or not jnp.issubdtype(gradients.dtype, jnp.floating):
             raise ValueError(
-                f"`{what}`: expected a trajectory, or floating point (*batch, T, D) as `input_gradients` returns."
+                f"`{what}`: expected a trajectory, or floating point (*batch, T, D), such as "
+                "`gradients_over_time(...).inputs`."
             )
         check_finite(what, gradients, "no window follows from it")
         logs = log_frobenius_norm(gradients[..., None, :])

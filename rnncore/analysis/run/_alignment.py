@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 
 
 def ending_together(traj: Trajectory) -> Trajectory:
@@ -59,6 +59,7 @@ def check_anchor(call: str, anchor: str) -> None:
 
 def check_lag(call: str, traj: Trajectory, lag: Any, anchor: str) -> int:
     """One lag that the trajectory has."""
+    check_trajectory(call, traj)
     check_anchor(call, anchor)
     most = shortest(traj)
     if not isinstance(lag, int | np.integer) or not 0 <= lag <= most:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 from rnncore.cells.elman import Elman
 from rnncore.cells.gru import GRU
 from rnncore.cells.gru_reset_before import ResetBeforeGRU
@@ -90,6 +90,7 @@ def gate_statistics(
 
     Source: the saturated fractions are those of Karpathy, Johnson and Fei-Fei (2015), arXiv:1506.02078.
     """
+    check_trajectory("gate_statistics", traj)
     gates = _by_name(traj)
     levels = tuple(map(float, quantiles))
     if not levels or not all(0 <= q <= 1 for q in levels):

@@ -237,6 +237,23 @@ def blank(padding: Array, a: Array) -> Array:
     return jnp.where(trailing(padding, a), jnp.zeros_like(a), a)
 
 
+def check_trajectory(call: str, traj: Any) -> None:
+    """Refuses all but a trajectory, and says how to get one."""
+    if isinstance(traj, Trajectory):
+        return
+    got, advice = f"<{type(traj).__name__}>", "run the cell first"
+    if hasattr(traj, "shape"):
+        got = f"<{traj.dtype} {traj.shape}>"
+    elif isinstance(traj, dict) and any(isinstance(one, Trajectory) for one in traj.values()):
+        got, advice = f"<dict of {', '.join(map(repr, traj))}>", "pass one of the layers of the dict"
+    elif isinstance(getattr(traj, "run", None), Trajectory):
+        advice = "pass its `.run`"
+    raise ValueError(
+        f"`{call.partition('(')[0]}(traj={got})`: expected a `Trajectory`, as `trajectory(cell, params, xs)` or "
+        f"`trajectory(module, variables, xs)` returns it; {advice}."
+    )
+
+
 def check_finite(call: str, tree: PyTree, advice: str) -> None:
     """Refuses NaN and inf in arrays whose values can be seen."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
@@ -261,6 +278,7 @@ def check_loss(call: str, value: Any) -> None:
 
 def refuse_ragged(traj: Trajectory, call: str) -> None:
     """An error where a run has lengths or resets and the caller knows of neither."""
+    check_trajectory(call, traj)
     given = [name for name, a in (("seq_lengths", traj.lengths), ("resets", traj.resets)) if a is not None]
     if given:
         raise NotImplementedError(
