@@ -20,7 +20,7 @@ from rnncore.analysis.run.model import Call, RecurrentLayer, record, recorder_of
 from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 
 HEADER = (
-    "layer", "cell", "n", "T", "sequences", "90 % within (steps)", "half gone after (steps)", "ln per step",
+    "layer", "cell", "n", "T", "sequences", "90 % within (steps)", "half gone after (steps)", "decay (ln per step)",
     "log10 left at T", "largest exponent",
 )  # fmt: skip
 
