@@ -19,8 +19,9 @@ from rnncore import _lengths
 from rnncore._types import Array, PyTree
 from rnncore.analysis.run.flat import states_of
 from rnncore.analysis.run.trajectory import check_finite, check_loss
-from rnncore.cells.base import Cell
+from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.layers.recording import Moved, without_gaps
+from rnncore.recurrence.step import spread_units
 from rnncore.sequence.call import explain_backend, unroll
 
 Loss = Callable[[Any, Array], Array]
@@ -102,6 +103,21 @@ def backward(
 
     states = states_of(first, wide[..., size:], xs.ndim - 2)
     return Backward(value, states, wide[..., :size].astype(xs.dtype), before, ran, zs)
+
+
+def through_gates(cell: PointwiseCell, params: PyTree, done: Backward) -> tuple[Any, Any, Any]:
+    """(dL/dz, dL/dr, dL/ds_{t-1} with r held fixed), the first two by gate: elementwise in dL/ds_t."""
+    before = done.before
+    with jax.default_matmul_precision("highest"):
+        r = cell.split(cell.recurrent_matmul(params, before.h))
+    units = spread_units(params, before.h)
+
+    def new(z: Any, r: Any, carry: Any) -> Any:
+        moved, _ = cell.pointwise(units, z, r, carry)
+        return jax.tree.map(lambda n, c: n.astype(c.dtype), moved, carry)
+
+    _, pull = jax.vjp(new, cell.split(done.zs), r, before)
+    return pull(done.after)
 
 
 def _check_values(call: str, params: PyTree, xs: Array, initial_carry: Any, seq_lengths: Any) -> None:

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
-from rnncore.analysis.gradients._backward import Backward, Loss, backward
+from rnncore.analysis.gradients._backward import Backward, Loss, backward, through_gates
 from rnncore.cells.base import Cell, PointwiseCell
+
+_through_gates = jax.jit(through_gates, static_argnums=0)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "_pass"), meta_fields=("cell", "norms"))
@@ -94,7 +96,7 @@ class GradientsOverTime:
                 f"`gradients_over_time(...).gates`: {type(self.cell).__name__} is not a PointwiseCell, so it does not "
                 "show what enters its gates; use `.states`, `.inputs` or `.parameters`, which any cell has."
             )
-        return _gates(self.cell, self.params, self._pass)
+        return _through_gates(self.cell, self.params, self._pass)[:2]
 
 
 def gradients_over_time(
@@ -144,22 +146,6 @@ def gradients_over_time(
     options = (initial_carry, seq_lengths, resets, reset_carry)
     done = backward("gradients_over_time", loss, cell, params, xs, *options)
     return GradientsOverTime(cell, params, norms, done)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _gates(cell: PointwiseCell, params: PyTree, done: Backward) -> tuple[Any, Any]:
-    """(dL/dz, dL/dr), each a named tuple by gate; elementwise in dL/ds_t."""
-    before = done.before
-    with jax.default_matmul_precision("highest"):
-        r = cell.split(cell.recurrent_matmul(params, before.h))
-    p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), params.units)
-
-    def new(z: Any, r: Any) -> Any:
-        carry, _ = cell.pointwise(p, z, r, before)
-        return jax.tree.map(lambda n, c: n.astype(c.dtype), carry, before)
-
-    _, pull = jax.vjp(new, cell.split(done.zs), r)
-    return pull(done.after)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
 from rnncore.analysis.dynamics.lyapunov import lyapunov_exponents
-from rnncore.analysis.gradients._backward import backward
+from rnncore.analysis.gradients._backward import backward, through_gates
 from rnncore.analysis.run.trajectory import cell_trajectory, trailing
 from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
+from rnncore.recurrence.step import spread_units
 from rnncore.sequence.call import unroll
 
 NO_GRADIENT = 1e-20
@@ -77,23 +78,17 @@ def pascanu_omega(
     _pointwise("pascanu_omega", cell)
     fixed = jax.lax.stop_gradient(params)
     given = (xs, initial_carry, seq_lengths, resets, reset_carry)
-    done = backward("pascanu_omega", loss, cell, fixed, *given)
-    before, after, zs = jax.lax.stop_gradient((done.before, done.after, done.zs))
-    p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), fixed.units)
-
-    def new(r: Any, carry: Any) -> Any:
-        moved, _ = cell.pointwise(p, cell.split(zs), r, carry)
-        return jax.tree.map(lambda n, c: n.astype(c.dtype), moved, carry)
-
+    done = jax.lax.stop_gradient(backward("pascanu_omega", loss, cell, fixed, *given))
+    _, d_r, d_before = through_gates(cell, fixed, done)
     with jax.default_matmul_precision("highest"):
-        _, pull = jax.vjp(new, cell.split(cell.recurrent_matmul(fixed, before.h)), before)
-        d_r, d_before = pull(after)
         # The only place where U is not a constant.
-        d_h = jax.linear_transpose(lambda h: cell.recurrent_matmul(params._replace(recurrent_bias=None), h), before.h)
+        d_h = jax.linear_transpose(
+            lambda h: cell.recurrent_matmul(params._replace(recurrent_bias=None), h), done.before.h
+        )
         (through,) = d_h(jnp.concatenate(list(d_r), -1))
     d_before = d_before._replace(h=d_before.h + through)
 
-    square, of = _square_norm(d_before), _square_norm(after)
+    square, of = _square_norm(d_before), _square_norm(done.after)
     counts = of >= NO_GRADIENT
     if resets is not None:
         counts &= ~jnp.asarray(resets)
@@ -280,8 +275,8 @@ class _Detached(Cell):
         z, blocked = z
         cell, h = self.cell, carry.h
         h = jnp.where(blocked > 0.5, jax.lax.stop_gradient(h), h)
-        p = jax.tree.map(lambda u: jnp.broadcast_to(u, h.shape), params.units)
-        return cell.pointwise(p, cell.split(z), cell.split(cell.recurrent_matmul(params, h)), carry)
+        units = spread_units(params, h)
+        return cell.pointwise(units, cell.split(z), cell.split(cell.recurrent_matmul(params, h)), carry)
 
     def output(self, carry: Any) -> Array:
         return self.cell.output(carry)

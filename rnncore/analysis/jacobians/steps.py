@@ -12,6 +12,7 @@ from rnncore._types import Array
 from rnncore.analysis.run.flat import batch_major, flat, flatten_carry, time_major
 from rnncore.analysis.run.trajectory import Trajectory, check_trajectory, trailing
 from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.recurrence.step import spread_units
 
 _FIELD = {"hidden": "h", "cell": "c"}
 METHODS = ("vjp", "jvp", "analytic")
@@ -186,8 +187,8 @@ def _coefficients(traj: Trajectory) -> StepCoefficients:
     with jax.default_matmul_precision("highest"):
         r = cell.split(cell.recurrent_matmul(params, before.h))
     z = cell.split(traj.zs)
-    p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), params.units)
-    _, push = jax.linearize(lambda r, carry: cell.pointwise(p, z, r, carry)[0], r, before)
+    units = spread_units(params, before.h)
+    _, push = jax.linearize(lambda r, carry: cell.pointwise(units, z, r, carry)[0], r, before)
     zeros = jax.tree.map(jnp.zeros_like, (r, before))
 
     def by_input(which: int) -> Any:

@@ -25,22 +25,17 @@ from rnncore.analysis.plots.style import (
 )
 from rnncore.analysis.retention.window import effective_window
 
-DECADES = 8
-"""How far below the largest entry the logarithmic colours begin, unless told."""
 PALE = "Blues"
 """From white, for pictures that are mostly empty."""
 
 
-def gradient_heatmap(
-    gradients: Any, *, linear_below: float | None = None, first: int = 0, label: str = "dL/dh", ax: Axes | None = None
-) -> Axes:
+def gradient_heatmap(gradients: Any, *, first: int = 0, label: str = "dL/dh", ax: Axes | None = None) -> Axes:
     """The gradient at every unit and step, in colours of its signed logarithm.
 
-    Dark is negative, light positive, the grey between them 0; in grey print too.
+    Dark is negative, light positive, grey 0, in grey print too; below 1e-8 of the largest the colours are linear.
 
     Args:
       gradients: (T, H), as one sequence of a field of `gradients_over_time(...).states`.
-      linear_below: size below which colours are linear and so run into 0; by default 1e-8 of the largest.
       first: the step that the first row belongs to; 0 where the initial state is among them.
       label: of the colours.
       ax: axes to draw into; None makes a new figure.
@@ -49,7 +44,7 @@ def gradient_heatmap(
       The axes.
 
     Raises:
-      ValueError: another shape, numbers that are not finite, a linear_below that is not above 0.
+      ValueError: another shape, numbers that are not finite.
 
     Example:
       >>> import numpy as np
@@ -60,12 +55,8 @@ def gradient_heatmap(
       ('step t', 'unit')
     """
     values = finite("gradient_heatmap", gradients, 2, "(T, H), the gradients of one sequence")
-    top = float(np.abs(values).max()) or 1.0
-    linear = top * 10.0**-DECADES if linear_below is None else float(linear_below)
-    if not 0 < linear < math.inf:
-        raise ValueError(f"`gradient_heatmap(linear_below={linear_below!r})`: expected a size above 0.")
     ax = new_axes(ax)
-    signed_map(ax, values, first, max(top, linear), linear, label)
+    signed_map(ax, values, first, float(np.abs(values).max()) or 1.0, label)
     ax = finish(ax, "step t", "unit")
     ax.grid(False)
     return ax

@@ -24,8 +24,6 @@ from rnncore.analysis.report.measured import LayerReport
 DPI = 150
 SIZE = (4.3, 2.9)
 """Inches of a picture: wide enough for a telephone at the size of its own letters."""
-BELOW = 8
-"""Decades below the largest gradient from which on colours run into that of 0."""
 ROOM = 3.0
 """Decades above or below what was measured that a bound may lie and still be in the picture."""
 PAPER = {"light": ("#ffffff", "#1a1a1a", "#e4e4e4"), "dark": ("#16181c", "#e6e6e6", "#33363c")}
@@ -299,7 +297,7 @@ def _heatmap(one: LayerReport, everyone: Sequence[LayerReport]) -> Picture | Non
         return None
 
     def draw(ax: Axes) -> None:
-        signed_map(ax, values, 0, top, 10.0**-BELOW * top, r"$dL/dh_t$")
+        signed_map(ax, values, 0, top, r"$dL/dh_t$")
         ax.set_xlabel("step t, in the layer's order")
         ax.set_ylabel("unit")
 

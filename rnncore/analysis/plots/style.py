@@ -30,6 +30,8 @@ GUIDE: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "zorder": 1}
 """Of lines that are no data: thresholds, zeros, floors."""
 FLOOR = "exactly 0: log is \N{MINUS SIGN}\N{INFINITY}"
 LOST = "\N{MINUS SIGN}\N{INFINITY}: nothing is left"
+DECADES = 8
+"""How far below the largest entry the colours of signed data turn linear, into that of 0."""
 SHADES = "cividis"
 """From dark blue to light yellow, evenly in lightness: in grey print dark stays low and light stays high."""
 
@@ -84,11 +86,12 @@ def time_by_unit(ax: Axes, values: np.ndarray, first: int, **look: Any) -> QuadM
     return heat(ax, np.arange(steps, dtype=float) + first, np.arange(units, dtype=float), values, **look)
 
 
-def signed_map(ax: Axes, values: np.ndarray, first: int, top: float, linear: float, label: str) -> None:
-    """`time_by_unit` in colours of the signed logarithm up to `top`, linear below `linear`, with its colour bar."""
+def signed_map(ax: Axes, values: np.ndarray, first: int, top: float, label: str) -> None:
+    """`time_by_unit` in colours of the signed logarithm up to `top`, linear in its lowest part, with its colour bar."""
     # Numbers at the very end of the range would leave it inside the colour map.
     scale = 10.0 ** math.floor(math.log10(top)) if not 1e-250 < top < 1e250 else 1.0
-    linear, top = linear / scale, top / scale
+    top = top / scale
+    linear = top * 10.0**-DECADES
     norm = SymLogNorm(linthresh=linear, linscale=0.5, vmin=-top, vmax=top, base=10)
     mesh = time_by_unit(ax, values / scale, first, norm=norm, cmap=diverging_map())
     # 0 and at most four powers of ten on either side.

@@ -23,7 +23,7 @@ def log_smallest(traj: Trajectory, anchor: str, lags: Sequence[int]) -> Array:
     keeps just these.  -inf from the first step on whose Jacobian is singular to working precision.
     """
     run = flat(traj)
-    _, count, n = run.sizes
+    _, count, n = run.before.shape
     dtype, linear = run.before.dtype, jax.vmap(jacobian(run.step))
     top = lags[-1]
     chosen = slice(traj.steps - top, traj.steps) if anchor == "end" else slice(0, top)

@@ -39,12 +39,6 @@ class Flat(NamedTuple):
         """(before, inputs): what a scan over the steps runs through."""
         return self.before, self.inputs
 
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """(T, B, n)."""
-        steps, count, n = self.before.shape
-        return steps, count, n
-
 
 def flat(traj: Trajectory) -> Flat:
     """The flat form of a run."""
