@@ -345,7 +345,7 @@ def test_a_foreign_cell_of_one_sequence_at_a_time_with_gates():
 
 def test_what_cannot_be_found_is_said():
     dense = fnn.Dense(2)
-    with pytest.raises(ValueError, match="no recurrent layer that can be taken apart runs in the model;"):
+    with pytest.raises(ValueError, match="the model runs no recurrent layer that can be analysed;"):
         analysis.recurrent_layers(dense, dense.init(jax.random.key(0), XS), XS)
     layer = linen.LSTM(H, dropout=0.5, num_layers=2)
     variables = layer.init(jax.random.key(0), XS, deterministic=True)

@@ -322,7 +322,7 @@ def test_cells_without_other_paths():
 
 def test_bad_starts():
     run, short = run_of(LSTM), run_of(LSTM, (2,), 1)
-    with pytest.raises(ValueError, match=r"start at t = 2, the trajectory has T = 1; run at least 2 steps, or say"):
+    with pytest.raises(ValueError, match=r"start at t = 2, the trajectory has T = 1; run at least 2 steps, or pass"):
         analysis.lstm_paths(short)
     with pytest.raises(ValueError, match=r"`two_step_residual\(...\)`: the trajectory has T = 1; run at least 2"):
         analysis.two_step_residual(short, h0_tied=False)

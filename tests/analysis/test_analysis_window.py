@@ -74,7 +74,7 @@ def test_window_of_input_gradients():
         (XS, {"of": "c"}, "`of` means something for a trajectory only"),
         (jnp.ones((2, 4, 2), int), {}, r"<int64 \(2, 4, 2\)>\)`: expected a trajectory, or floating point"),
         (jnp.ones(4), {}, r"expected a trajectory, or floating point \(\*batch, T, D\)"),
-        (XS * jnp.nan, {}, "holds 16 NaN or infinite numbers; no window"),
+        (XS * jnp.nan, {}, "holds 16 NaN or infinite numbers; find out"),
     ],
 )
 def test_bad_windows(source, options, message):

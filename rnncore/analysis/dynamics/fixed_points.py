@@ -15,6 +15,7 @@ from rnncore._types import Array, PyTree
 from rnncore.analysis.run.flat import flatten_carry, unflatten_carry
 from rnncore.analysis.run.trajectory import check_finite
 from rnncore.cells.base import Cell
+from rnncore.sequence.checks import check_cell
 
 HALVINGS = 12
 """How often a Newton step that does not lower the residual is halved."""
@@ -110,6 +111,7 @@ def fixed_points(
     method with a line search and damping as in Nocedal and Wright (2006), chapters 10 and 11.
     """
     call = "fixed_points"
+    check_cell(call, cell)
     x = jnp.asarray(x)
     one = jax.eval_shape(functools.partial(cell.initial_carry, (), _dtype(params)))
     n = sum(math.prod(a.shape) for a in jax.tree.leaves(one))
@@ -119,7 +121,7 @@ def fixed_points(
             f"`{call}(x=<{x.shape}>, starts=<{states.shape}>)`: expected an input (D,) and states (K, {n}), or a "
             "carry of arrays (K, H)."
         )
-    check_finite(f"{call}(starts=...)", (states, x), "no search begins there")
+    check_finite(f"{call}(starts=...)", (states, x))
     dtype = _dtype(params)
     tolerance = (1e-12 if dtype == jnp.float64 else 1e-5) if tolerance is None else tolerance
     ends, residuals = _search(cell, params, x.astype(dtype), states.astype(dtype), iterations, float(tolerance))

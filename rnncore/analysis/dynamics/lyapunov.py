@@ -124,7 +124,7 @@ def lyapunov_exponents_of_map(
     state = jnp.asarray(state)
     if state.ndim < 1 or not jnp.issubdtype(state.dtype, jnp.floating):
         raise ValueError(f"`{call}(state=<{state.dtype} {state.shape}>)`: expected floating point (*batch, n).")
-    check_finite(f"{call}(state=...)", state, "no orbit starts there")
+    check_finite(f"{call}(state=...)", state)
     leaves = jax.tree.leaves(inputs)
     if (steps is None) != bool(leaves):
         raise ValueError(f"`{call}`: expected inputs, whose first axis is T, or else steps=T.")

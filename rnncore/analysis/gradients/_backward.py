@@ -121,11 +121,10 @@ def through_gates(cell: PointwiseCell, params: PyTree, done: Backward) -> tuple[
 
 
 def _check_values(call: str, params: PyTree, xs: Array, initial_carry: Any, seq_lengths: Any) -> None:
-    advice = "find out where they come from before measuring gradients"
-    check_finite(f"{call}(params=...)", params, advice)
-    check_finite(f"{call}(initial_carry=...)", initial_carry, advice)
+    check_finite(f"{call}(params=...)", params)
+    check_finite(f"{call}(initial_carry=...)", initial_carry)
     if seq_lengths is not None:
         # As in `unroll`, NaN in the padding is none of ours.
         lengths = _lengths.check_lengths(seq_lengths, xs.shape[:-2], xs.shape[-2])
         xs = _lengths.blank_padding(jnp.moveaxis(xs, -2, 0), lengths)
-    check_finite(f"{call}(xs=...)", xs, advice)
+    check_finite(f"{call}(xs=...)", xs)

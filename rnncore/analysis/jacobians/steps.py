@@ -1,4 +1,4 @@
-"""Jacobians of single steps along a trajectory: by autodiff, and as elementwise coefficients times U."""
+"""Jacobians of single steps along a trajectory, by autodiff or as elementwise coefficients times U."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ METHODS = ("vjp", "jvp", "analytic")
 
 
 class StepCoefficients(NamedTuple):
-    """The diagonals from which every step Jacobian of a pointwise cell is made.
+    """The diagonals that make up every step Jacobian of a pointwise cell.
 
     Fields:
       state: state.a.b is d a_t / d b_{t-1} with r_t held fixed, for fields a, b of the carry; (*batch, T, H).
@@ -36,7 +36,7 @@ def step_coefficients(traj: Trajectory) -> StepCoefficients:
     d s_t / d s_{t-1} = diag(state) + sum_g diag(recurrent_g) U_g
 
     For an LSTM without peepholes state.c.c is f_t and recurrent.h.o is tanh(c_t) o_t (1 - o_t).  At a reset all
-    are 0; past the length of a sequence the state's own diagonals are 1, all others 0.
+    are 0; in the padding d a_t / d a_{t-1} is 1 and all others are 0.
 
     Args:
       traj: a trajectory of T steps.
@@ -65,7 +65,7 @@ def step_jacobians(traj: Trajectory, *, wrt: str = "state", method: str = "vjp",
 
     J_t = d s_t / d s_{t-1},   s = the fields of the carry side by side, [c; h] for an LSTM
 
-    Exactly 0 at a reset; the identity past the length of a sequence, where the carry stays.
+    Exactly 0 at a reset; the identity in the padding, where the carry stays the same.
 
     Args:
       traj: a trajectory of T steps.
@@ -73,7 +73,7 @@ def step_jacobians(traj: Trajectory, *, wrt: str = "state", method: str = "vjp",
         "cell", d c_t / d c_{t-1} with h_{t-1} held fixed.
       method: "vjp", `jax.vjp` of one step for every unit cotangent, any cell; "jvp", `jax.linearize` for
         every unit tangent, any cell; "analytic", the `step_coefficients` times U, pointwise cells only.
-      chunk: how many steps run at once; None for all T, which takes the most memory.
+      chunk: how many steps to compute at once; None for all T, which takes the most memory.
 
     Returns:
       Array (*batch, T, n, n); [..., t, :, :] is the Jacobian of step t + 1.
@@ -163,7 +163,7 @@ def _over_steps(make: Any, now: Any, chunk: int | None) -> Array:
 def _assemble(matrices: Array, names: tuple[str, ...], coefficients: StepCoefficients) -> Array:
     """The Jacobian from coefficients (..., H), as one elementwise expression over (..., to, i, source, j).
 
-    U_g with zeros for all sources but h makes it one: the result is written once and nothing beside it.
+    U_g is padded with zeros for all sources but h, so that the result is written once, without temporaries.
     """
     size = matrices.shape[-1]
     none = jnp.zeros_like(matrices)
@@ -180,7 +180,7 @@ def _assemble(matrices: Array, names: tuple[str, ...], coefficients: StepCoeffic
 
 @jax.jit
 def _coefficients(traj: Trajectory) -> StepCoefficients:
-    """One tangent of ones for each elementwise input: for such a function that reads off the diagonal."""
+    """One tangent of ones for each elementwise input, which reads off the diagonal."""
     cell, params = traj.cell, traj.params
     assert isinstance(cell, PointwiseCell)
     before = traj.before

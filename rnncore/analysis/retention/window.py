@@ -93,7 +93,7 @@ def effective_window(source: Trajectory | Array | np.ndarray, share: float = 0.9
                 f"`{what}`: expected a trajectory, or floating point (*batch, T, D), such as "
                 "`gradients_over_time(...).inputs`."
             )
-        check_finite(what, gradients, "no window follows from it")
+        check_finite(what, gradients)
         logs = log_frobenius_norm(gradients[..., None, :])
     return jnp.maximum(_window(logs, share) - late, 0)
 
