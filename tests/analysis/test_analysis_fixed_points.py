@@ -133,9 +133,9 @@ def test_gradients_over_time_say_the_bias_of_their_own_truncation():
 
 
 def test_what_no_truncation_follows_from():
-    with pytest.raises(ValueError, match="the gradient grows by 1.05 a step"):
+    with pytest.raises(ValueError, match="the gradient grows by 1.05 per step"):
         analysis.choose_truncation(curve_of(np.arange(40) * math.log(1.05)))
-    with pytest.raises(ValueError, match="with 19 steps, the most that can be judged, the predicted bias is 0.8"):
+    with pytest.raises(ValueError, match="the predicted bias is still 0.8.* after 19 steps"):
         analysis.choose_truncation(curve_of(np.arange(20) * math.log(0.99)))
     with pytest.raises(ValueError, match="at least 10 of them"):
         analysis.choose_truncation(curve_of(np.zeros(3)))

@@ -353,7 +353,7 @@ def test_what_cannot_be_found_is_said():
         analysis.recurrent_layers(
             layer, variables, XS, call=lambda m, b: m(b, deterministic=False), rngs={"dropout": jax.random.key(1)}
         )
-    with pytest.raises(ValueError, match=r"expected \(model, variables, batch\).*got 1 after the model"):
+    with pytest.raises(ValueError, match=r"expected \(model, variables, batch\).*got 1 argument"):
         analysis.recurrent_layers(layer, XS)
     with pytest.raises(ValueError, match="expected a flax.linen or flax.nnx model"):
         analysis.recurrent_layers(3, XS)

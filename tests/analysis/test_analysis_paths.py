@@ -329,7 +329,7 @@ def test_bad_starts():
     for wrong in (True, jnp.ones(4), jnp.ones((2, 4), int)):
         with pytest.raises(ValueError, match=r"expected None, False, or d h_0 / d c_0 as a floating-point array"):
             analysis.lstm_paths(run, h0_tied=wrong)
-    with pytest.raises(ValueError, match="holds 8 NaN or infinite numbers; no path"):
+    with pytest.raises(ValueError, match="holds 8 NaN or infinite numbers; find out"):
         analysis.lstm_paths(run, h0_tied=jnp.full((2, 4), jnp.nan))
     with pytest.raises(ValueError, match=r"`cell_products\(anchor='middle'\)`: expected 'end' or 'start'"):
         analysis.cell_products(run, anchor="middle")

@@ -257,7 +257,7 @@ def test_errors():
         lambda: analysis.pascanu_omega(loss_of_all, other, problem(other)[0], xs),
         lambda: analysis.h_detach(other, problem(other)[0], xs, key),
     ):
-        with pytest.raises(NotImplementedError, match=r"\(ResetBeforeGRU\)`: not a PointwiseCell"):
+        with pytest.raises(NotImplementedError, match=r"\(ResetBeforeGRU\)`: expected a PointwiseCell"):
             call()
     with pytest.raises(ValueError, match=r"`h_detach\(cell=<str>\)`: expected an rnncore cell"):
         analysis.h_detach("lstm", params, xs, key)
@@ -288,5 +288,5 @@ def test_sparsity_is_the_mean_of_a_gate_without_the_padding():
     close(analysis.gate_sparsity(gates, "f"), np.mean(gates.f))
     pushed = jax.tree.map(lambda a, b: a - 20 * b, params, jax.grad(penalty)(params))
     assert penalty(pushed) < 0.8 * penalty(params)
-    with pytest.raises(ValueError, match="no gate of that name, only i, f, g, o"):
+    with pytest.raises(ValueError, match="expected one of the gates of the run, i, f, g, o"):
         analysis.gate_sparsity(gates, "z")

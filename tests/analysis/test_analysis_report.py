@@ -120,7 +120,7 @@ def test_what_is_wrong_is_said_by_name():
     model, variables = known()
     with pytest.raises(ValueError, match=r"`report\(loss=...\)`: it returned <float64 \(4, 3\)>"):
         analysis.report(model, variables, XS, lambda outputs, _: outputs[:, -1])
-    with pytest.raises(ValueError, match=r"loss=<ArrayImpl>\)`: expected last a function of outputs and batch"):
+    with pytest.raises(ValueError, match=r"loss=<ArrayImpl>\)`: expected the loss last, a function"):
         analysis.report(model, variables, XS)
     with pytest.raises(ValueError, match=r"`report\(model\)`: expected \(model, variables, batch, loss\)"):
         analysis.report(model)

@@ -200,7 +200,7 @@ def test_a_step_that_knows_of_neither_is_refused():
 
     for options, named in (({"lengths": True}, "seq_lengths"), ({"resets": True}, "resets")):
         run = run_of(**options)
-        with pytest.raises(NotImplementedError, match=rf"of a trajectory with {named}: not known here; .*traj.take"):
+        with pytest.raises(NotImplementedError, match=rf"of a trajectory with {named}: not supported; .*traj.take"):
             flat_step(run)(jnp.zeros(6), run.zs[0, 0])
 
 

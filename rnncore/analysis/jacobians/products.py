@@ -125,7 +125,7 @@ def jacobian_product(
 
     Args:
       jacobians: (*batch, T, n, n), as `step_jacobians(traj)` returns them.
-      anchor: which end stays where it is.
+      anchor: which end is fixed.
       associative: multiply in about log2(T) rounds of independent products instead of T products one after the
         other, for devices with parallelism to spare.  Twice the work; equal up to rounding.
       seq_lengths: integers (*batch) as given to `trajectory`: with anchor "end" every sequence then ends at its own

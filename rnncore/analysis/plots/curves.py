@@ -19,15 +19,15 @@ LN10 = math.log(10.0)
 def retention(
     curves: Any, *, bound: Any = None, fit: Any = None, average: str = "mean_log", ax: Axes | None = None
 ) -> Axes:
-    """How much of a gradient is left against the lag, for curves of any kinds and paths.
+    """Plots how much of a gradient is left against the lag, for curves of any kinds and paths.
 
     Args:
-      curves: what `retention_curve` returns; a sequence of such curves, named by kind and path; a mapping from
-        labels to them; or ablated retention, which `path_shares(by="ablation")` of `rnncore.analysis` returns.
-      bound: one more curve, drawn thin and black, as those of kind "bound" and "a_priori_bound" are anyway.
-      fit: what `RetentionCurve.fit` returns, one of its two lines, or a sequence or mapping of these; drawn
-        thin over its window.
-      average: over the batch, "mean_log" (the typical sequence) or "log_mean" (ruled by the few largest).
+      curves: what `retention_curve` returns; a sequence of such curves, labelled by kind and path; a mapping from
+        labels to them; or the result of `path_shares(by="ablation")` of `rnncore.analysis`.
+      bound: another curve, drawn thin and black, as those of kind "bound" and "a_priori_bound" always are.
+      fit: what `RetentionCurve.fit` returns, one of its two lines, or a sequence or mapping of these; drawn in grey
+        over its window.
+      average: over the batch, "mean_log" (a typical sequence) or "log_mean" (dominated by the few largest).
       ax: axes to draw into; None makes a new figure.
 
     Returns:
@@ -35,7 +35,7 @@ def retention(
       floor.
 
     Raises:
-      ValueError: something else than curves and fits, unknown average, NaN.
+      ValueError: anything but curves and fits, unknown average, NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -59,7 +59,7 @@ def retention(
         look = line(i, len(lags))
         if is_bound:
             look = {"color": "black", "linewidth": 1.0, "linestyle": "-." if kind == "a_priori_bound" else (0, (5, 4))}
-        # The last row is the mean, the others are the sequences.
+        # The last row is the mean, the others are single sequences.
         ax.plot(lags, examples[-1], label=name, **look)
         if not is_bound and len(examples) > 2:
             low, high = np.quantile(examples[:-1], (0.25, 0.75), axis=0, method="nearest")
@@ -90,7 +90,7 @@ def _labelled(curves: Any) -> dict[str, Any]:
 
 
 def _curve(one: Any, average: str) -> tuple[np.ndarray, np.ndarray, str]:
-    """(lags, the sequences and below them their mean (B + 1, L), kind)."""
+    """(lags, the sequences and then their mean (B + 1, L), kind)."""
     if isinstance(one, tuple) and len(one) == 2:
         lags, logs = one
         logs = logs.reshape(-1, logs.shape[-1])
@@ -111,7 +111,7 @@ def _curve(one: Any, average: str) -> tuple[np.ndarray, np.ndarray, str]:
 
 
 def _fits(fit: Any) -> list[tuple[str, Any]]:
-    """By name where names are given."""
+    """Fits with their names, "" without."""
     return [(name if isinstance(fit, Mapping) else "", one) for name, one in named("retention(fit=...)", fit).items()]
 
 
@@ -120,7 +120,7 @@ def _fit(name: str, fit: Any) -> tuple[str, Any]:
     if not hasattr(one, "window") or not hasattr(one, "log_retention"):
         raise ValueError(
             f"`retention(fit=<{type(fit).__name__}>)`: expected what `curve.fit()` returns, or its `.exponential` or "
-            "`.power`; a `DecayRate` has a slope and no height to draw it at."
+            "`.power`; a `DecayRate` has a slope but no offset."
         )
     return name, one
 
@@ -130,7 +130,7 @@ def _law(fit: Any) -> str:
 
 
 def retention_over_training(steps: Any, lags: Any, log10: Any, *, ax: Axes | None = None) -> Axes:
-    """How retention changes while a model is trained: training step against lag, dark for little.
+    """Plots how retention changes in training: a map of training step against lag, dark for little.
 
     Args:
       steps: (S,) training steps, increasing.
@@ -142,7 +142,7 @@ def retention_over_training(steps: Any, lags: Any, log10: Any, *, ax: Axes | Non
       The axes.  -inf is hatched, with a label.
 
     Raises:
-      ValueError: shapes that do not fit, NaN.
+      ValueError: shapes that do not match, NaN.
 
     Example:
       >>> import numpy as np

@@ -91,7 +91,7 @@ def _exponents(layers: Sequence[LayerReport]) -> list[str]:
         if not np.all(np.isfinite(leading)):
             continue
         spread = leading.std(ddof=1) / math.sqrt(len(leading)) if len(leading) > 1 else errors[0]
-        error = f" \N{PLUS-MINUS SIGN} {spread:.2g}" if math.isfinite(spread) else ""
+        error = f" ± {spread:.2g}" if math.isfinite(spread) else ""
         value = float(leading.mean())
         sure = math.isfinite(spread) and abs(value) > 2 * spread
         verb = "perturbations grow" if value > 0 else "perturbations decay"

@@ -138,7 +138,7 @@ def flat_step(traj: Trajectory) -> Step:
 
     def step(state: Array, now: PyTree) -> Array:
         if not isinstance(now, StepInput):
-            refuse_ragged(traj, "this analysis")
+            refuse_ragged(traj, "flat_step")
         z, reset, padding = now if isinstance(now, StepInput) else (now, None, None)
         kept = state if reset is None else jnp.where(reset, jax.lax.stop_gradient(state), state)
         carry, _ = traj.cell.update(traj.params, unflatten(kept), z)

@@ -143,7 +143,7 @@ def recorder_of(name: str, model: Any, arguments: tuple, call: Call | None, rngs
         want = "(model, variables, batch)" if kind == "linen" else "(model, batch)"
         raise ValueError(
             f"`{name}` of a flax.{kind} model: expected {want} and options by name, got "
-            f"{len(arguments)} arguments after the model."
+            f"{len(arguments)} argument(s) after the model."
         )
     *variables, batch = arguments
     chosen = _call_inputs if call is None else call
