@@ -357,5 +357,5 @@ def test_what_cannot_be_found_is_said():
         analysis.recurrent_layers(layer, XS)
     with pytest.raises(ValueError, match="expected a flax.linen or flax.nnx model"):
         analysis.recurrent_layers(3, XS)
-    with pytest.raises(ValueError, match="say by call=lambda model, batch"):
+    with pytest.raises(ValueError, match="pass call=lambda model, batch"):
         analysis.recurrent_layers(layer, variables, {"x": XS})

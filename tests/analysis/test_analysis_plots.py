@@ -337,7 +337,7 @@ BAD = {
     "heatmap-nan": (lambda: plots.gradient_heatmap(np.array([[np.nan]])), "`gradient_heatmap"),
     "heatmap-logs": (lambda: plots.gradient_heatmap(np.array([[-INF]])), "not their logarithms"),
     "heatmap-words": (lambda: plots.gradient_heatmap("dL/dh"), "`gradient_heatmap"),
-    "maps-nothing": (lambda: plots.gradient_maps({"a": np.zeros((3, 2))}), r"`gradient_maps\('a'\)`: the gradient is 0 at every step"),
+    "maps-nothing": (lambda: plots.gradient_maps({"a": np.zeros((3, 2))}), r"`gradient_maps\('a'\)`: .* is 0"),
     "maps-level": (lambda: plots.gradient_maps(np.ones((3, 2)), level=1.0), "level=1.0"),
     "bars-steps": (lambda: plots.weight_gradient_bars([np.ones(3), np.ones(2)]), r"expected arrays \(T, ...\)"),
     "bars-nothing": (lambda: plots.weight_gradient_bars(np.array([1.0, -1.0])), "the contributions add up to 0"),
