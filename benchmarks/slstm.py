@@ -115,7 +115,8 @@ def side(name: str, cores: int, seconds: float) -> None:
         call = ours(arrays) if name == "rnncore" else theirs(arrays, name.startswith("whole"))
         ys = call()
         ready = time.perf_counter() - begin
-        spent, until = [], time.perf_counter() + seconds
+        spent: list[float] = []
+        until = time.perf_counter() + seconds
         while len(spent) < 5 or time.perf_counter() < until:
             begin = time.perf_counter()
             call()
