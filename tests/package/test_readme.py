@@ -41,11 +41,13 @@ def test_the_chinese_readme_has_the_same_code():
 
 
 @pytest.mark.slow
-def test_python_blocks_of_the_recipes_run():
+def test_python_blocks_of_the_recipes_run(capsys):
     names: dict = {}
     with jax.enable_x64(False):
         for block in blocks_of(README.parent / "docs" / "recipes.md"):
             exec(compile(block, "recipe", "exec"), names)
+    shown = re.findall(r"```text\n(.*?)```", (README.parent / "docs" / "recipes.md").read_text(), re.DOTALL)
+    assert capsys.readouterr().out == "".join(shown)
     assert names["losses"][-1] < 0.2 * names["losses"][0]
     assert jnp.abs(names["pieces"] - names["whole"]).max() < 1e-6
     assert jnp.abs(names["y"] - names["whole"][:, 0]).max() < 1e-6
