@@ -1,1 +1,1 @@
-"""Loops made from a cell's pointwise update for one kind of machine, and NVIDIA's library."""
+"""Loops generated from a cell's pointwise update, one package for each kind of machine, and calls of cuDNN."""

@@ -1,4 +1,4 @@
-"""Where compiled files are kept, which get loaded into the process: whose they must be, and how they are made whole."""
+"""The cache of compiled files on disk: who may own them, since they are loaded into the process, and atomic writes."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STALE = 3600.0
 
 
 class UntrustedError(RuntimeError):
-    """Somebody else could have written what would be loaded."""
+    """Another user could have written a file that would be loaded."""
 
 
 def directory() -> Path | None:
@@ -44,7 +44,7 @@ def directory() -> Path | None:
 
 
 def find(key: str) -> ctypes.CDLL | None:
-    """The library of a key, if there is one on the disk; raises UntrustedError if somebody else can write it."""
+    """The library of a key, if it is on disk; raises UntrustedError if another user can write it."""
     where = directory()
     if where is None or not where.is_dir():
         return None
@@ -80,7 +80,7 @@ def _found(where: Path, key: str) -> ctypes.CDLL | None:
         try:
             if path.name == _name(path.name.rpartition("-")[0], path):
                 return ctypes.CDLL(str(path))
-        except OSError as error:  # such as one for another machine
+        except OSError as error:  # for example, built for another machine
             _log.info("%s is made again: %s", path, error)
         path.unlink(missing_ok=True)
     return None
@@ -93,7 +93,7 @@ def _made(where: Path, key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
         make(made)
         path = where / _name(key, made)
         made.chmod(0o600)
-        os.replace(made, path)  # whole or not at all
+        os.replace(made, path)  # atomic
     return ctypes.CDLL(str(path))
 
 
@@ -102,7 +102,7 @@ def _name(key: str, path: Path) -> str:
 
 
 def _check(path: Path, kind: str) -> None:
-    """UntrustedError unless it is this user's, or the administrator's, and nobody else can write it."""
+    """UntrustedError unless it belongs to this user or root, and no one else can write it."""
     if not hasattr(os, "getuid"):
         return
     found = path.stat()
@@ -127,7 +127,7 @@ def _remove_stale(where: Path) -> None:
 
 @contextlib.contextmanager
 def _turn(path: Path) -> Iterator[None]:
-    """Of several processes one makes a file, and the others wait for it; not for ever."""
+    """A lock: one process makes a file while the others wait, up to a time limit."""
     if fcntl is None:
         yield
         return

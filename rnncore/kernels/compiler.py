@@ -1,4 +1,4 @@
-"""The C++ compiler of the machine, and sources made into libraries with it, once, which are kept on the disk."""
+"""Finds the machine's C++ compiler, and compiles sources to libraries, once, into the cache on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _log = logging.getLogger("rnncore")
 
 
 class CompilerError(RuntimeError):
-    """The compiler refused what rnncore wrote, or was not heard of again; the message has its command and its words."""
+    """The compiler rejected generated source, or timed out; the message has its command and output."""
 
 
 def find() -> tuple[str, ...] | None:
@@ -56,13 +56,13 @@ def require() -> tuple[str, ...]:
 
 
 def digest(*parts: str) -> str:
-    """A name for all that a compiled file depends on."""
+    """A hash of everything that a compiled file depends on."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:24]
 
 
 @functools.cache
 def version(command: Sequence[str]) -> str:
-    """What a compiler says of itself."""
+    """The version that a compiler reports."""
     try:
         return subprocess.run([*command, "--version"], capture_output=True, text=True, check=False, timeout=30).stdout
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -83,7 +83,7 @@ def library(source: str, what: str) -> tuple[ctypes.CDLL, str]:
 
 
 def load(key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
-    """`cache.load`; where nothing can be kept, made for this process alone."""
+    """`cache.load`, or a temporary library for this process alone if the cache cannot be written."""
     try:
         return cache.load(key, make)
     except OSError as error:
@@ -91,7 +91,7 @@ def load(key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
         with tempfile.TemporaryDirectory(prefix="rnncore-") as alone:
             made = Path(alone) / "made.so"
             make(made)
-            return ctypes.CDLL(str(made))  # loaded, it needs no name
+            return ctypes.CDLL(str(made))  # once loaded, the file is not needed
 
 
 def compile_to(to: Path, source: str, command: Sequence[str], what: str, *folders: str | Path) -> None:
@@ -101,7 +101,7 @@ def compile_to(to: Path, source: str, command: Sequence[str], what: str, *folder
     headers = [f"-I{folder}" for folder in (*folders, jax.ffi.include_dir())]
     whole = [*command, *headers, str(text), "-o", str(to)]
     _log.info("compiling %s: %s", what, shlex.join(whole))
-    # What it puts into TMPDIR goes when the directory goes.
+    # Its temporary files are removed with this directory.
     environment = os.environ | {"TMPDIR": str(to.parent)}
     try:
         process = subprocess.Popen(
@@ -124,7 +124,7 @@ def compile_to(to: Path, source: str, command: Sequence[str], what: str, *folder
 
 
 def _kill(process: subprocess.Popen) -> None:
-    """Ends a compiler and the programs that it calls."""
+    """Kills a compiler and its child processes."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""Operations that kernel languages lack, said by others that they have, exact to float32 unless a line says less."""
+"""Operations that kernel languages lack, in terms of others; exact to float32 unless a comment says otherwise."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 import ast
 import importlib
 import re
+import tomllib
 from pathlib import Path
 
 import jax
@@ -114,9 +115,20 @@ def test_python_blocks_of_the_page_on_the_compiled_loop_run(capsys):
     assert names["gradients"].bias.shape == (4, 64) and "struct Cell" in capsys.readouterr().out
 
 
-def test_the_picture_is_there():
-    for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README.read_text()):
+def test_the_pictures_are_there():
+    for path in re.findall(r"!\[[^\]]*\]\(([^)]+\.png)\)", README.read_text()):
         assert (README.parent / path).stat().st_size > 10_000
+
+
+def test_the_badges_are_true():
+    project = tomllib.loads((README.parent / "pyproject.toml").read_text())["project"]
+    (jax_lowest,) = (d.removeprefix("jax>=") for d in project["dependencies"] if d.startswith("jax>="))
+    for name, fact in (
+        ("python", project["requires-python"].removeprefix(">=") + "+"),
+        ("jax", jax_lowest + " to "),
+        ("licence", project["license"]),
+    ):
+        assert f">{fact}" in (README.parent / "docs" / f"badge_{name}.svg").read_text()
 
 
 @pytest.mark.parametrize("page", ["online", "structures"])

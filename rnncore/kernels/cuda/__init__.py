@@ -1,12 +1,12 @@
-"""Backend "cuda": a whole run in one kernel for any NVIDIA GPU, made from any pointwise cell, compiled where it runs.
+"""Backend "cuda": a whole run in one kernel for any NVIDIA GPU, generated from a pointwise cell, compiled at run time.
 
-The update, what its derivative needs, and its transpose are written as CUDA C++ (`emit.py`) and compiled with this
-library's loops (`forward.cuh`, `backward.cuh`) by NVRTC, once, and kept on the disk.  The recurrent matrix lies in
-registers and shared memory for all steps (`plan.py`).  One block runs a head alone where that is fastest; else the
-blocks of a head tell each other h after every step: in a cluster through shared memory, in a grid through the L2 cache,
-where a word that no number has says what is still to come.  Carries and sums are float32; h is rounded to the dtype
-where it enters the product, and where it is given out.  In reverse mode dU, dW, dx and biases are products over all
-steps, after the loop: no atomic sums, and the same call gives the same bits.
+The update, the residuals of its derivative, and its transpose are written as CUDA C++ (`emit.py`) and compiled with
+this library's loops (`forward.cuh`, `backward.cuh`) by NVRTC, once, and cached on disk.  The recurrent matrix stays in
+registers and shared memory for all steps (`plan.py`).  One block runs a head by itself where that is fastest; otherwise
+the blocks of a head exchange h after every step: in a cluster through shared memory, in a grid through the L2 cache,
+where a bit pattern that no number has marks what is not written yet.  Carries and sums are float32; h is rounded to the
+dtype before each product and in the outputs.  In reverse mode dU, dW, dx and biases are products over all steps, after
+the loop: there are no atomic sums, and results are deterministic.
 
 Platform: NVIDIA GPUs from compute capability 7.5 (bfloat16: 8.0) with JAX's CUDA packages, which bring NVRTC, and a C++
 compiler for the call that launches.  Cells: every PointwiseCell whose update is said in the operations of
@@ -70,7 +70,7 @@ class Cuda(LoopBackend):
         return found if isinstance(found, str) else emit.why_not(cell)
 
     def why_not_by_default(self, request: Request) -> str | None:
-        """By what was timed on an H200: 5 to 10 times as fast as the scan there, forward and in training."""
+        """The sizes timed on an H200: 5 to 10 times as fast as the scan there, forward and in training."""
         device = launch.device()
         assert device is not None and isinstance(request.cell, PointwiseCell)
         if request.devices > 1:
@@ -87,7 +87,7 @@ class Cuda(LoopBackend):
         return None
 
     def prepare(self, request: Request) -> str | None:
-        """Reason why nothing can be compiled here: the machine's C++ compiler, or NVRTC, may fail."""
+        """Reason why nothing can be compiled here, such as a missing C++ compiler or NVRTC, or None."""
         device = launch.device()
         assert device is not None
         try:
@@ -98,7 +98,7 @@ class Cuda(LoopBackend):
         return None
 
     def runs_layers(self, request: Request, layers: int, directions: int) -> bool:
-        """Both directions of a layer are the heads of one run where a step of that takes less time."""
+        """Whether both directions of a layer run as heads of one launch: where its step is predicted to be faster."""
         if directions == 1:
             return False
         rows = math.prod(request.batch_shape)

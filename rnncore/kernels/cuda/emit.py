@@ -1,4 +1,4 @@
-"""A cell and the layout of a run written as CUDA C++: what is compiled besides the headers of this directory."""
+"""Writes a cell and the layout of a run as CUDA C++, to compile together with the headers of this directory."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ Launch = Callable[[Call], list[Any]]
 
 
 class Outputs(NamedTuple):
-    """What the forward loop gives.
+    """Results of the forward loop.
 
     Fields:
       hs: (T, B, H), in z's dtype.
@@ -237,7 +237,7 @@ def _float(a: Array | None) -> Array | None:
 
 
 def _masked_h(carry: Array | None, h: int, mask: Array | None) -> Array | None:
-    """h as it enters the product."""
+    """h in the dtype of the product."""
     return None if carry is None else carry[h] if mask is None else carry[h] * mask.astype(jnp.float32)
 
 

@@ -1,4 +1,4 @@
-"""Launches through XLA: one handler for all kernels, compiled once, and the figures of the GPU that is there."""
+"""Launches through XLA: one handler for all kernels, compiled once, and the properties of the GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def launch(call: Call, device: Device) -> list[Any]:
 
 
 def target() -> str:
-    """The name under which XLA finds the handler; it is compiled where it has not been yet."""
+    """The name under which XLA finds the handler, which is compiled on first use."""
     with _lock:
         return _registered()
 
@@ -54,7 +54,7 @@ def _registered() -> str:
 
 @functools.cache
 def device() -> Device | None:
-    """The first GPU's figures, as its driver says them; None where there is no driver."""
+    """The properties of the first GPU, as its driver reports them; None without a driver."""
     try:
         driver = ctypes.CDLL("libcuda.so.1")
     except OSError:

@@ -1,4 +1,4 @@
-"""CUDA C++ to machine code by NVRTC, the compiler that JAX's own CUDA packages bring; kept on the disk as C++ is."""
+"""Compiles CUDA C++ to machine code with NVRTC, which comes with JAX's CUDA packages; cached on disk as C++ is."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _lock = threading.RLock()
 
 
 class NvrtcError(RuntimeError):
-    """NVRTC is missing or refused what rnncore wrote; the message has its words."""
+    """NVRTC is missing or rejected generated source; the message has its output."""
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """NVRTC, of the package that JAX was installed with, else of a CUDA toolkit; None where there is none."""
+    """NVRTC from JAX's CUDA packages, else from a CUDA toolkit; None if there is none."""
     for path in _candidates():
         try:
             folder = Path(path).parent
-            # NVRTC looks for this one by its name alone, which finds what has been loaded.
+            # NVRTC opens this one by its bare name, which resolves to the loaded library.
             for part in sorted(folder.glob("libnvrtc-builtins.so.*")) if folder.name else []:
                 if part.suffix != ".alt":
                     ctypes.CDLL(str(part))
@@ -70,7 +70,7 @@ def code_for(source: str, capability: int, what: str = "a cell") -> tuple[bytes,
 
 @functools.cache
 def try_out(capability: int) -> None:
-    """Compiles nothing in particular.
+    """Compiles an empty kernel, as a check.
 
     Raises:
       NvrtcError: there is no NVRTC, or it does not know the GPU.
@@ -97,7 +97,7 @@ def _code_for(source: str, capability: int, what: str) -> tuple[bytes, str]:
 
 
 def keep(to: Path, code: bytes, what: str) -> None:
-    """Writes bytes as a library with `rnn_code` and `rnn_size`: what is kept beside C++ is kept like it."""
+    """Wraps bytes as a library with `rnn_code` and `rnn_size`, so that the cache of C++ libraries can hold them."""
     command = compiler.require()
     numbers = ",".join(map(str, code))
     text = f"extern const unsigned char rnn_code[];\nconst unsigned char rnn_code[] = {{{numbers}}};\n"
@@ -107,12 +107,12 @@ def keep(to: Path, code: bytes, what: str) -> None:
 
 
 def compile_source(source: str, capability: int) -> bytes:
-    """Machine code; for a GPU that this NVRTC does not know yet, PTX, which its driver compiles."""
+    """Machine code; for a GPU newer than this NVRTC, PTX, which the driver compiles."""
     return _compiled(source, capability, ())[0]
 
 
 def figures(source: str, capability: int) -> dict[str, int]:
-    """What the compiler says of a kernel: registers of a thread, and bytes that did not fit into them."""
+    """What the compiler reports of a kernel: registers per thread, and bytes spilled."""
     said = _compiled(source, capability, ("--ptxas-options=-v",))[1]
     found = re.findall(r"(\d+) bytes (stack frame|spill stores|spill loads)", said)
     registers = re.findall(r"Used (\d+) registers", said)

@@ -1,4 +1,4 @@
-"""How a recurrence is laid over the blocks of a GPU: a pure function of shapes, cell and the device's figures.
+"""How a recurrence is mapped to the blocks of a GPU: a pure function of shapes, cell and device properties.
 
 The matrix of a head is cut into rows of 16 units (times the gates, in the forward loop) and into ranges of k.  A warp
 has one of each: its fragments of the matrix lie in its registers, then in shared memory, and what is left is read
@@ -25,7 +25,7 @@ class Device:
     """What a layout depends on.
 
     Fields:
-      name: as its maker calls it.
+      name: the vendor's name.
       processors: multiprocessors.
       shared: bytes of shared memory that a block may have.
       capability: compute capability times ten, such as 90.
@@ -178,7 +178,7 @@ class Plan:
 
 
 def products(dtype: str, precision: str | None, capability: int) -> str:
-    """The way to form the product; float32 follows `jax.default_matmul_precision`, by default TF32 as JAX does."""
+    """How the product is computed; float32 follows `jax.default_matmul_precision`, by default TF32 as JAX does."""
     if dtype != "float32":
         return "mma"
     if capability < 80:
@@ -189,7 +189,7 @@ def products(dtype: str, precision: str | None, capability: int) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def plan_of(device: Device, shape: Shape) -> Plan | str:
-    """The layout with the shortest predicted step, or the reason why there is none."""
+    """The layout with the shortest predicted step, or the reason why none fits."""
     if shape.dtype == "bfloat16" and device.capability < 80:
         return f"bfloat16 takes a GPU of compute capability 8.0, and this one has {device.capability / 10}"
     best = min(layouts(device, shape), key=lambda plan: plan.step, default=None)
@@ -208,7 +208,7 @@ def layouts(device: Device, shape: Shape) -> Iterator[Plan]:
             continue
         if tiles > 1 and COLUMNS * (tiles // 2) >= shape.sequences:
             continue
-        # What blocks tell each other is whole chunks, each unit of which somebody has to write.
+        # Blocks exchange whole chunks, and every unit of a chunk needs a block that writes it.
         together = -(-shape.padded // ROWS // groups)
         for sync in ("none",) if shape.rows <= groups else ("cluster", "grid"):
             found = _laid_out(device, shape, sync, 1 if sync == "none" else together, groups, split, tiles)
@@ -241,10 +241,10 @@ def _laid_out(device: Device, shape: Shape, sync: str, blocks: int, groups: int,
     for ahead, sums, spare in itertools.product(
         sorted({most, -(-most // 2), 1}, reverse=True), (2, 1), sorted({reserve, 0}, reverse=True)
     ):
-        # Registers of a thread: sums, chunks that have come in, what its units carry and read ahead, and the rest.
+        # Registers per thread: sums, chunks already fetched, its units' carry and prefetched inputs, and the rest.
         fetched = 4 * tiles * ahead * (2 if each > ahead else 1)
         taken = 4 * sets * tiles + fetched + own * (2 * shape.fields + inputs + 4) + 60 + 2 * tiles
-        # What the compiler takes besides is known to some registers; where it is more, some go to memory.
+        # The compiler's own use is known to within a few registers; any excess is spilled.
         taken += spare
         in_registers = min(each, max(0, limit - taken) // (8 * sets))
         partial = sums * warps * sets * tiles * 512 if split > 1 else 0
@@ -292,7 +292,7 @@ def _microseconds(device: Device, plan: Plan, own: int, registers: int) -> float
 
 
 def _waves(device: Device, plan: Plan, registers: int) -> int:
-    """How often the processors are filled.  Clusters run in parts of the chip of about 18 processors, or 16 of them."""
+    """How many waves of blocks there are.  Clusters run in parts of the chip of about 18 processors, or 16 of them."""
     if plan.sync == "grid":
         return 1
     each = max(

@@ -1,4 +1,4 @@
-"""From the arrays of a run to the kernels' and back, and what all steps have in one product: dU, dW, dx, biases."""
+"""Between the arrays of a run and the layout of the kernels; and dU, dW, dx and biases, products over all steps."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
             def product(total: Any) -> tuple[list[Array], Array]:
                 h = scratch.h.at[now]
                 multiply(total, *((mine, h) if plan.rows == "units" else (h, mine)), plan.size)
-                return ring.take(t), total[...]  # the inputs while the matrix unit works
+                return ring.take(t), total[...]  # load the inputs while the matrix unit works
 
             shape = (plan.gates * 64, plan.batch) if plan.rows == "units" else (64, plan.gates * plan.units)
             given, r = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
@@ -121,7 +121,7 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
             here = scratch.h.at[lax.rem(t + 1, SLOTS), :, tiles.inside]
             tiles.write(here, carry[body.hidden])
             plgpu.commit_smem()
-            # h first: the others wait for it, and for nothing else that is done here.
+            # h first: it is the only value that other warpgroups wait for.
             plgpu.copy_smem_to_gmem(tiles.filled(here), results.hs.at[t, tiles.sequences, tiles.units()])
             tiles.meet()
             ring.refill(t)

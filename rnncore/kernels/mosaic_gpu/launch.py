@@ -1,4 +1,4 @@
-"""What both kernels are launched with: the shared memory of a block, and the blocks of the grid."""
+"""How both kernels are launched: the shared memory of a block, and the grid of blocks."""
 
 from __future__ import annotations
 

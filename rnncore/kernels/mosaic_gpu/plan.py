@@ -1,4 +1,4 @@
-"""How a recurrence is laid over the thread blocks of a GPU: a pure function of its shapes.
+"""How a recurrence is mapped to the thread blocks of a GPU: a pure function of its shapes.
 
 A block keeps U of a whole head in shared memory.  The matrix unit of a warpgroup multiplies 64 rows at a time.  Where a
 head has a multiple of 64 units, these rows are units and the batch is the short side, so that a batch of 8 wastes
@@ -23,7 +23,7 @@ DEPTH = (4, 3)
 """Steps whose inputs are in shared memory at once, at most, forward and backward."""
 SLOTS = 2
 """Copies of h, or of dr, in shared memory: warpgroups may be a step apart."""
-_RESERVED = 2048  # barriers, and what the compiler keeps for itself
+_RESERVED = 2048  # barriers, and what the compiler reserves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Backend "pallas_tpu": a whole recurrence in two TPU kernels, forward and backward, made of any pointwise cell.
+"""Backend "pallas_tpu": a whole recurrence in two TPU kernels, forward and backward, generated from any pointwise cell.
 
 Platform: TPU.  Cell: any `rnncore.PointwiseCell` with a dense or head-wise recurrence whose update is said in the
 operations of `KNOWN`.  Dtypes: float32 or bfloat16, the same one for parameters, inputs and carry; the update itself,

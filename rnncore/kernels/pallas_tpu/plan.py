@@ -1,4 +1,4 @@
-"""Backend "pallas_tpu": how the work is laid out over the chip, a pure function of shapes and dtypes.
+"""Backend "pallas_tpu": how the work is mapped to the chip: a pure function of shapes and dtypes.
 
 A tile of registers is 8 rows of 128 lanes of 32 bits, 16 rows in bfloat16, and only slices at multiples of that
 are free.  So units are laid out in blocks of a multiple of 128, the recurrent kernel in square blocks of them for
