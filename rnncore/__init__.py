@@ -41,6 +41,7 @@ from rnncore.cells import LSTMPParams as LSTMPParams
 from rnncore.cells import MinGRU as MinGRU
 from rnncore.cells import MinLSTM as MinLSTM
 from rnncore.cells import PointwiseCell as PointwiseCell
+from rnncore.cells import ReducingCell as ReducingCell
 from rnncore.cells import ResetBeforeGRU as ResetBeforeGRU
 from rnncore.cells import SLSTMCarry as SLSTMCarry
 from rnncore.cells import windows as windows

@@ -23,6 +23,7 @@ from rnncore.cells.projected_lstm import LSTMP as LSTMP
 from rnncore.cells.projected_lstm import LSTMPParams as LSTMPParams
 from rnncore.cells.qrnn import QRNN as QRNN
 from rnncore.cells.qrnn import windows as windows
+from rnncore.cells.reductions import ReducingCell as ReducingCell
 from rnncore.cells.slstm import SLSTM as SLSTM
 from rnncore.cells.slstm import SLSTMCarry as SLSTMCarry
 

@@ -12,26 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from rnncore import _products
 from rnncore._types import Activation, Array
-from rnncore.cells.base import CellParams, GatedCell
+from rnncore.cells.base import CellParams
 from rnncore.cells.lstm import LSTMCarry
-
-
-def normalized(parts: Sequence[Array], groups: int, epsilon: float) -> list[Array]:
-    """Arrays (..., H) minus their mean, divided by their standard deviation, over all of them by groups of units."""
-    wide = jnp.promote_types(parts[0].dtype, jnp.float32)
-    grouped = [a.astype(wide).reshape(*a.shape[:-1], groups, a.shape[-1] // groups) for a in parts]
-    count = len(grouped) * grouped[0].shape[-1]
-    mean: Array = functools.reduce(operator.add, (jnp.sum(a, -1) for a in grouped)) / count
-    centered = [a - mean[..., None] for a in grouped]
-    variance: Array = functools.reduce(operator.add, (jnp.sum(jnp.square(a), -1) for a in centered)) / count
-    scale = lax.rsqrt(variance + epsilon)[..., None]
-    return [(c * scale).reshape(a.shape).astype(a.dtype) for c, a in zip(centered, parts, strict=True)]
+from rnncore.cells.reductions import ReducingCell
 
 
 @dataclasses.dataclass(frozen=True)
-class _LayerNormCell(GatedCell):
+class _LayerNormCell(ReducingCell):
     """What both share: gains by gate and unit, `units.input_g` and `units.recurrent_g`, and groups of gates."""
 
     epsilon: float = dataclasses.field(default=1e-5, kw_only=True)
@@ -59,28 +47,27 @@ class _LayerNormCell(GatedCell):
             return params
         return params._replace(bias=params.bias.at[self.gates.index(self.forgets)].add(self.forget_bias))
 
-    def project(self, params: CellParams, xs: Array) -> Array:
-        """z = gain norm(x W) + b as a slab: (..., D) to (..., G*H)."""
-        kernel = params.input_kernel
-        zs = self.split(_products.times(xs, kernel.reshape(kernel.shape[0], -1)))
-        zs = self._scaled("input", params.units, zs)
-        if params.bias is not None:
-            zs = [z + b for z, b in zip(zs, params.bias, strict=True)]
-        return jnp.concatenate(zs, -1)
+    def receive(self, p: Any, z: Any, bias: Any) -> Any:
+        """Normalized, times the gains `units.input_g`, plus the biases."""
+        return super().receive(p, self._scaled("input", p, z), bias)
 
-    @property
-    def projected_size(self) -> int | None:
-        """G*H."""
-        return len(self.gates) * self.hidden_size
+    def _normalized(self, *parts: Array) -> list[Array]:
+        """Arrays (*batch, H) minus their mean, over their standard deviation, of the units of a head in all of them."""
+        wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in parts]
 
-    def _groups(self) -> int:
-        return getattr(self.recurrence, "num_heads", 1)
+        def mean(of: Sequence[Array]) -> Array:
+            return self.mean_over_units(functools.reduce(operator.add, of) / len(of))
+
+        middle = mean(wide)
+        centered = [a - middle for a in wide]
+        scale = lax.rsqrt(mean([jnp.square(a) for a in centered]) + self.epsilon)
+        return [(c * scale).astype(a.dtype) for c, a in zip(centered, parts, strict=True)]
 
     def _scaled(self, part: str, p: Any, values: Any) -> Any:
         """The gates' values, normalized and times their gains."""
         found: dict[str, Array] = {}
         for names in self.together:
-            parts = normalized([getattr(values, n) for n in names], self._groups(), self.epsilon)
+            parts = self._normalized(*(getattr(values, n) for n in names))
             found |= {n: getattr(p, f"{part}_{n}") * a for n, a in zip(names, parts, strict=True)}
         return self.Gates(**found)
 
@@ -113,7 +100,7 @@ class LayerNormLSTM(_LayerNormCell):
 
     Source: Ba, Kiros and Hinton (2016), arXiv:1607.06450, equations 20 to 22, of which one bias b stands for the three
     that add up; the LayerNormLSTMCell of PyTorch's fastrnns is the same.  TensorFlow's LayerNormBasicLSTMCell takes
-    each gate apart, and W x + U h as one.  Not elementwise, so it runs on the scan, not in the compiled loops.
+    each gate apart, and W x + U h as one.
     """
 
     Carry: ClassVar[Any] = LSTMCarry
@@ -130,7 +117,7 @@ class LayerNormLSTM(_LayerNormCell):
         i, f, o = (self.gate_fn(getattr(z, n) + getattr(r, n)) for n in ("i", "f", "o"))
         g = self.activation_fn(z.g + r.g)
         c = f * carry.c + i * g
-        (level,) = normalized([c], self._groups(), self.epsilon)
+        (level,) = self._normalized(c)
         return LSTMCarry(c, o * self.activation_fn(p.cell * level + p.cell_shift)), self.Gates(i, f, g, o)
 
 
@@ -160,7 +147,6 @@ class LayerNormGRU(_LayerNormCell):
       (2, 5, 4)
 
     Source: Ba, Kiros and Hinton (2016), arXiv:1607.06450, equations 23 to 25, with z and 1 - z swapped as in `GRU`.
-    Not elementwise, so it runs on the scan, not in the compiled loops.
     """
 
     together = (("r", "z"), ("n",))

@@ -94,11 +94,15 @@ def same_structure(a: PyTree, b: PyTree) -> bool:
 
 
 @functools.lru_cache(maxsize=256)
-def check_elementwise(cell: PointwiseCell) -> None:
-    """ValueError, naming the operation and its line, unless the cell's `pointwise` is elementwise."""
+def check_elementwise(cell: GatedCell, reductions: tuple[str, ...] = ()) -> None:
+    """ValueError, naming the operation and its line, unless the cell's update is elementwise.
+
+    `reductions`: names of operations over units that it may apply.
+    """
     shape = (3, cell.hidden_size)
     values = jnp.zeros(shape)
-    name = f"`{type(cell).__name__}.pointwise`"
+    update = cell.pointwise if isinstance(cell, PointwiseCell) else cell.combine
+    name = f"`{type(cell).__name__}.{update.__name__}`"
     if "h" not in cell.Carry._fields:
         raise ValueError(
             f"`{type(cell).__name__}.Carry`: {cell.Carry.__name__}{cell.Carry._fields} has no field `h`, the output of "
@@ -112,7 +116,7 @@ def check_elementwise(cell: PointwiseCell) -> None:
     carry = cell.Carry(*(values for _ in cell.Carry._fields))
     gates = cell.Gates(*(values for _ in cell.gates))
     try:
-        out = jax.eval_shape(cell.pointwise, units, gates, gates, carry)
+        out = jax.eval_shape(update, units, gates, gates, carry)
         new, _ = out
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -123,7 +127,8 @@ def check_elementwise(cell: PointwiseCell) -> None:
     for leaf in jax.tree.leaves(out):
         if leaf.shape != shape:
             raise ValueError(f"{name}: returned an array of shape {leaf.shape} for inputs of shape {shape}.")
-    _check_jaxpr(jax.make_jaxpr(cell.pointwise)(units, gates, gates, carry), shape, name, "unknown line")
+    closed = jax.make_jaxpr(update)(units, gates, gates, carry)
+    _check_jaxpr(closed, shape, name, "unknown line", ELEMENTWISE.union(reductions))
 
 
 def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
@@ -149,10 +154,10 @@ def has_caught_traced(cell: GatedCell) -> bool:
     return any(isinstance(const, jax.core.Tracer) for const in consts)
 
 
-def why_not_elementwise(cell: PointwiseCell) -> str | None:
+def why_not_elementwise(cell: GatedCell, *reductions: str) -> str | None:
     """What `check_elementwise` says, or None."""
     try:
-        check_elementwise(cell)
+        check_elementwise(cell, reductions)
     except ValueError as error:
         return str(error)
     return None
@@ -194,7 +199,7 @@ def why_not_a_product(cell: GatedCell) -> str | None:
     return None
 
 
-def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> None:
+def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str, allowed: Collection[str]) -> None:
     jaxpr = getattr(closed, "jaxpr", closed)
     hint = (
         "A cell may mix units only through its recurrent kernel; write the update elementwise, "
@@ -211,13 +216,13 @@ def _check_jaxpr(closed: Any, shape: tuple[int, ...], name: str, line: str) -> N
         here = _compat.source_line(eqn) or line  # JAX's own jitted functions have none
         inner = _inner_jaxpr(eqn)
         if inner is not None and primitive in CALLS:
-            _check_jaxpr(inner, shape, name, here)
+            _check_jaxpr(inner, shape, name, here, allowed)
             continue
         scalars = all(not v.aval.shape for v in eqn.invars)
         same = all(v.aval.shape in ((), shape) for v in (*eqn.invars, *eqn.outvars))
         if scalars and primitive == "broadcast_in_dim" and same:
             continue
-        if primitive not in ELEMENTWISE or not same:
+        if primitive not in allowed or not same:
             shapes = ", ".join(str(v.aval.shape) for v in (*eqn.invars, *eqn.outvars))
             raise ValueError(f"{name} is not elementwise: it applies `{primitive}` (shapes {shapes}) at {here}. {hint}")
 

@@ -45,22 +45,49 @@ class Language:
     qualifier: str
 
 
-def why_not(part: kernel_body.Body, language: Language) -> str | None:
-    """Reason why a cell cannot be written in the language, or None."""
+def why_not(cell: Any, write: Callable[[], Any], language: Language) -> str | None:
+    """Reason why `write`, which writes the cell in the language, cannot do so, or None."""
     try:
-        struct(part, language)
+        write()
     except Unsayable as error:
-        return f"{type(part.cell).__name__} applies {error}, for which it has no {language.name}"
+        return f"{type(cell).__name__} applies {error}, for which it has no {language.name}"
     return None
 
 
-def struct(part: kernel_body.Body, language: Language) -> list[str]:
-    """The lines of `struct Cell`."""
-    cell, dtype = part.cell, part.dtype
+def struct(part: kernel_body.Body, language: Language, staged: Sequence[str] = ()) -> list[str]:
+    """The lines of `struct Cell`; `staged`: those that stand for its functions, where they are not elementwise."""
+    cell = part.cell
+    constants = {
+        "gates": len(cell.gates), "fields": len(cell.Carry._fields), "hidden": part.hidden, "units": len(cell.units),
+        "residuals": part.width, "rest": len(part.rest), "emitted": part.emitted,
+    }  # fmt: skip
+    rest_of = ", ".join(str(part.rest.index(g) if g in part.rest else -1) for g in range(len(cell.gates)))
+    lines = [
+        "struct Cell {",
+        f"  static constexpr bool states = {_said(part.states)}, reduces = {_said(bool(staged))};",
+        "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in constants.items()) + ";",
+        f"  static constexpr int rest_of[gates] = {{{rest_of}}};  // among `rest`; -1: z and r of it are added up",
+        *staged,
+    ]
+    for name, closed, inputs, outputs in () if staged else functions(part):
+        lines += function(name, closed, inputs, outputs, part.dtype, language)
+    return [*lines, "};"]
+
+
+def _said(condition: bool) -> str:
+    return "true" if condition else "false"
+
+
+Names = Sequence[tuple[str, int]]
+
+
+def functions(part: kernel_body.Body) -> list[tuple[str, Any, Names, Names]]:
+    """(name, jaxpr, inputs, outputs) of the update, of the update with what it keeps, and of its transpose."""
+    cell = part.cell
     units, gates, fields, rest = len(cell.units), len(cell.gates), len(cell.Carry._fields), len(part.rest)
     arguments = [("p", units), ("z", gates), ("r", rest), ("s", fields)]
     results = [("out", fields), ("gates", part.emitted)]
-    functions = (
+    return [
         ("forward", part.with_sums, arguments, results),
         ("keep", part.keeping, arguments, [*results, ("kept", part.width)]),
         (
@@ -68,24 +95,7 @@ def struct(part: kernel_body.Body, language: Language) -> list[str]:
             [("p", units), ("kept", part.width), ("ds", fields), ("dgates", part.emitted)],
             [("dp", units), ("dz", gates), ("dr", rest), ("dold", fields)],
         ),
-    )  # fmt: skip
-    constants = {
-        "gates": gates, "fields": fields, "hidden": part.hidden, "units": units, "residuals": part.width, "rest": rest,
-        "emitted": part.emitted,
-    }  # fmt: skip
-    rest_of = ", ".join(str(part.rest.index(g) if g in part.rest else -1) for g in range(gates))
-    lines = [
-        "struct Cell {",
-        f"  static constexpr bool states = {'true' if part.states else 'false'};",
-        "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in constants.items()) + ";",
-        f"  static constexpr int rest_of[gates] = {{{rest_of}}};  // among `rest`; -1: z and r of it are added up",
-    ]
-    for name, closed, inputs, outputs in functions:
-        lines += function(name, closed, inputs, outputs, dtype, language)
-    return [*lines, "};"]
-
-
-Names = Sequence[tuple[str, int]]
+    ]  # fmt: skip
 
 
 def function(name: str, closed: Any, inputs: Names, outputs: Names, dtype: str, language: Language) -> list[str]:
@@ -101,24 +111,41 @@ def _elements(names: Names) -> list[str]:
 
 def _statements(closed: Any, inputs: Names, outputs: Names, dtype: str, language: Language) -> list[str]:
     """A flat jaxpr, a line for each equation."""
-    jaxpr = closed.jaxpr
-    env = dict(zip(jaxpr.invars, _elements(inputs), strict=True))
-    for v, value in zip(jaxpr.constvars, closed.consts, strict=True):
-        env[v] = language.number(np.asarray(value)[()], jnp.result_type(value))
+    writer = Writer(closed, inputs, dtype, language)
+    return [*map(writer.line, closed.jaxpr.eqns), *writer.results(outputs, closed.jaxpr.outvars)]
 
-    def read(v: Any) -> str:
+
+class Writer:
+    """Equations of a flat jaxpr, written one at a time.
+
+    Attributes:
+      env: what has a name or is a number.
+      kinds: the types of what equations make.
+    """
+
+    def __init__(self, closed: Any, inputs: Names, dtype: str, language: Language):
+        self.dtype, self.language = dtype, language
+        self.env = dict(zip(closed.jaxpr.invars, _elements(inputs), strict=True))
+        for v, value in zip(closed.jaxpr.constvars, closed.consts, strict=True):
+            self.env[v] = language.number(np.asarray(value)[()], jnp.result_type(value))
+        self.kinds: dict[Any, str] = {}
+
+    def read(self, v: Any) -> str:
         is_literal = isinstance(v, _compat.Literal)
-        return language.number(np.asarray(v.val)[()], v.aval.dtype) if is_literal else env[v]
+        return self.language.number(np.asarray(v.val)[()], v.aval.dtype) if is_literal else self.env[v]
 
-    lines = []
-    for n, eqn in enumerate(jaxpr.eqns):
+    def line(self, eqn: Any) -> str:
+        """The line of the next equation."""
         out: Any = eqn.outvars[0]
-        if jnp.issubdtype(out.aval.dtype, jnp.floating) and out.aval.dtype != dtype:
+        if jnp.issubdtype(out.aval.dtype, jnp.floating) and out.aval.dtype != self.dtype:
             raise Unsayable(f"`{eqn.primitive.name}` to {out.aval.dtype}")
-        env[out] = f"v{n}"
-        expression = _expression(eqn, [read(v) for v in eqn.invars], language)
-        lines.append(f"const {_kind(out.aval.dtype, eqn)} v{n} = {expression};")
-    return lines + [f"{to} = {read(v)};" for to, v in zip(_elements(outputs), jaxpr.outvars, strict=True)]
+        self.env[out] = f"v{len(self.kinds)}"
+        expression = _expression(eqn, [self.read(v) for v in eqn.invars], self.language)
+        self.kinds[out] = _kind(out.aval.dtype, eqn)
+        return f"const {self.kinds[out]} {self.env[out]} = {expression};"
+
+    def results(self, outputs: Names, values: Sequence[Any]) -> list[str]:
+        return [f"{to} = {self.read(v)};" for to, v in zip(_elements(outputs), values, strict=True)]
 
 
 def _kind(dtype: Any, eqn: Any) -> str:

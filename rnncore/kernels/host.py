@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
-from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.cells.base import Cell, GatedCell, PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Heads
 from rnncore.kernels import kernel_body
 from rnncore.recurrence import mesh, primitives
@@ -250,7 +250,7 @@ def why_no_kernel(cell: Cell) -> str | None:
     return pointwise.why_not_as_declared(cell, "recurrent_matmul", "output", "split")
 
 
-def head_count(cell: PointwiseCell) -> int:
+def head_count(cell: GatedCell) -> int:
     """N: 1 of a dense recurrence."""
     return cell.recurrence.num_heads if isinstance(cell.recurrence, Heads) else 1
 

@@ -21,7 +21,7 @@ import numpy as np
 from rnncore import _compat
 from rnncore._types import Array
 from rnncore.cells import pointwise
-from rnncore.cells.base import CellParams, PointwiseCell, named
+from rnncore.cells.base import CellParams, GatedCell, named
 from rnncore.kernels.op_lowerings import LOWERINGS
 
 Tiles = tuple[Array, ...]
@@ -47,7 +47,7 @@ class Body:
       emitted: how many gates the update returns; 0 unless `states`.
     """
 
-    def __init__(self, cell: PointwiseCell, shape: tuple[int, ...], dtype: str = "float32", states: bool = False):
+    def __init__(self, cell: GatedCell, shape: tuple[int, ...], dtype: str = "float32", states: bool = False):
         self.cell, self.shape, self.dtype = cell, shape, dtype
         self.states = states
         count = len(cell.gates)
@@ -122,7 +122,7 @@ class Body:
 
     def _update(self, units: Any, zs: Any, rs: Any, carry: Any) -> Tiles:
         cell = self.cell
-        new, gates = cell.pointwise(
+        new, gates = cell.combine(
             type(self._units)(*units), cell.Gates(*zs), cell.Gates(*rs), cell.Carry(*carry)
         )  # fmt: skip
         results = (*new, *jax.tree.leaves(gates)) if self.states else new
@@ -132,7 +132,7 @@ class Body:
     def gates(self) -> Any:
         """What the cell calls its gates, as shapes."""
         with _alone(self.dtype):
-            return jax.eval_shape(self.cell.pointwise, self._units, self._gates, self._gates, self._carry)[1]
+            return jax.eval_shape(self.cell.combine, self._units, self._gates, self._gates, self._carry)[1]
 
     def _kept(self, split: pointwise.Linearized, args: Any) -> tuple[Tiles, Tiles]:
         """(new carry, residuals)"""
@@ -195,7 +195,7 @@ class Body:
 
 
 @functools.lru_cache(maxsize=256)
-def of(cell: PointwiseCell, shape: tuple[int, ...], dtype: str = "float32", states: bool = False) -> Body:
+def of(cell: GatedCell, shape: tuple[int, ...], dtype: str = "float32", states: bool = False) -> Body:
     """The body of a cell, traced once."""
     return Body(cell, shape, dtype, states)
 

@@ -1,4 +1,4 @@
-"""Layer normalization inside the recurrence: the definition, every mode, and what it does not run on."""
+"""Layer normalization inside the recurrence: the definition, every mode, the compiled loop, what does not run it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 
 import rnncore
 from rnncore import analysis
+from rnncore.kernels import compiler
 
 
 def test_is_the_definition_by_torchs_layer_norm():
@@ -79,11 +80,83 @@ def test_a_cell_of_a_user(batch: tuple[int, ...]):
     cases.assert_expected(case, problem, *cases.pull(cases.runner(case, "scan"), problem))
 
 
-def test_runs_on_the_scan_and_says_why():
+COMPILED = pytest.mark.skipif(compiler.find() is None, reason="no C++ compiler here")
+
+
+def sized(id: str, hidden: int) -> cases.Case:
+    case = cases.BY_ID[id]
+    return dataclasses.replace(case, cell=dataclasses.replace(case.cell, hidden_size=hidden))
+
+
+@COMPILED
+@pytest.mark.sample("layer_norm_lstm_heads")
+@pytest.mark.parametrize("id", ["layer_norm_lstm_heads", "layer_norm_gru"])
+def test_in_the_compiled_loop(id: str):
+    """In stages: against the reference, then in several vectors with every option, each head padded for itself."""
+    case = cases.BY_ID[id]
+    problem = cases.draw(case, lengths=True, resets=True)
+    cases.assert_expected(case, problem, *cases.pull(cases.runner(case, "cpp"), problem))
+
+    case = sized(id, 74)
+    problem = cases.draw(case, (5,), 9, lengths=True, resets=True)
+    mask = jnp.asarray(np.random.default_rng(0).integers(0, 2, (5, 74)) * 2.0)
+    zoneout = case.cell.Carry(*(0.3 for _ in case.cell.Carry._fields))
+    options: dict[str, Any] = {"recurrent_mask": mask, "zoneout": zoneout, "recompute": "chunk", "checkpoint_every": 4}
+    results, gradients, cotangents = cases.pull(cases.runner(case, "cpp", **options), problem)
+    want = cases.puller(cases.runner(case, "scan", **options))(problem, cotangents)
+    cases.assert_close((results, gradients), want, 1e-11)
+
+
+@COMPILED
+@pytest.mark.slow
+@pytest.mark.parametrize("id", ["layer_norm_lstm_heads", "layer_norm_gru"])
+def test_states_and_forward_mode_in_the_compiled_loop(id: str):
+    case = sized(id, 18)
+    problem = cases.draw(case, lengths=True, resets=True)
+    moved = cases.cotangents(problem[:3])
+
+    def both(backend: str) -> Any:
+        run = cases.runner(case, backend, return_states=True)
+        value = lambda *moving: run(*moving, *problem[3:])  # noqa: E731
+        squared = lambda *moving: sum(jnp.sum(jnp.square(a)) for a in jax.tree.leaves(value(*moving)))  # noqa: E731
+        twice = lambda: jax.jvp(jax.grad(squared, (0, 1, 2)), problem[:3], moved)  # noqa: E731
+        return jax.jit(lambda: (jax.jvp(value, problem[:3], moved), twice()))()
+
+    cases.assert_close(both("cpp"), both("autodiff"), 1e-11)
+
+
+@COMPILED
+@pytest.mark.slow
+def test_threads_that_share_a_step_give_the_same_bits():
+    case = sized("layer_norm_lstm_heads", 192)
+    problem = cases.draw(case, (3,), 20, 40, dtype=jnp.float32)
+    shrunk = problem._replace(params=jax.tree.map(lambda a: a / 4, problem.params))
+    results, gradients, cotangents = cases.pull(cases.runner(case, "cpp"), shrunk)
+    again = cases.puller(cases.runner(case, "cpp"))
+    for _ in range(5):
+        cases.assert_close(again(shrunk, cotangents), (results, gradients), 0.0)
+    want = cases.puller(cases.runner(case, "scan"))(shrunk, cotangents)
+    cases.assert_close((results, gradients), want, 1e-5)
+
+
+class Shares(rnncore.ReducingCell):
+    """A softmax, which is no mean."""
+
+    gates = ("h",)
+
+    def combine(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
+        h = jax.nn.softmax(z.h + r.h)
+        return self.Carry(h), self.Gates(h)
+
+
+def test_says_where_it_runs():
     cell = rnncore.LayerNormLSTM(4)
     params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
     choice = rnncore.explain_backend(cell, params, xs)
-    assert choice.name == "scan" and "not a PointwiseCell" in str(choice)
+    assert "not a PointwiseCell" in choice.rejected["cuda"] and "LayerNorm" not in choice.rejected.get("cpp", "")
+    other = Shares(4)
+    choice = rnncore.explain_backend(other, other.init(jax.random.key(0), 3), xs)
+    assert choice.name == "scan" and "Shares mixes units by other operations" in choice.rejected["cpp"]
     run = analysis.trajectory(cell, params, xs)
     assert analysis.step_jacobians(run, method="vjp").shape == (2, 5, 8, 8)
     with pytest.raises(NotImplementedError, match="no elementwise coefficients"):

@@ -26,7 +26,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 ABOVE = ("analysis", "_command", "__main__")  # Nothing of the package imports these, so they may import its front.
 FREE_WITHIN = (0,)  # The lowest floor is small leaves; it only must not go round in a circle.
-SHARED_BY_CELLS = ("base", "diagonals", "pointwise", "recurrent_kernels", "structured_kernels", "lstm")
+SHARED_BY_CELLS = ("base", "diagonals", "pointwise", "recurrent_kernels", "reductions", "structured_kernels", "lstm")
 SHARED_BY_KERNELS = ("cache", "compiler", "emit", "ffi", "host", "kernel_body", "op_lowerings")
 DRAW = ("rnncore.analysis.plots", "rnncore._command.bench")
 FLAX = ("linen", "nnx", "_command")

@@ -1,4 +1,4 @@
-"""Backend "cpp": a whole run in one C++ loop for the CPU, made from any pointwise cell and compiled where it runs.
+"""Backend "cpp": a whole run in one C++ loop for the CPU, made of a cell's update and compiled where it runs.
 
 The update, what its derivative needs, and its transpose are written as C++ (`emit.py`), compiled with this library's
 loops (`forward.h`, `backward.h`) by the C++ compiler of the machine, once, and kept on the disk (`handlers.py`).  A
@@ -10,9 +10,10 @@ projected, and in reverse mode all weight gradients summed, a few steps at a tim
 Platform: CPU, with a C++17 compiler that has GCC's vectors (GCC, Clang): what CXX names, or c++, g++, clang++.  The
 first run of a cell compiles for some seconds; RNNCORE_CACHE_DIR (by default rnncore in the user's cache directory)
 keeps the result, and shapes do not matter to it.  It is chosen by itself on one CPU device; RNNCORE_CPP=0 leaves it to
-those who name it.  Cells: every PointwiseCell whose update is said in the operations of `emit.OPERATIONS`, with a
-dense, block-diagonal or diagonal recurrence.  Dtypes: float64, float32, bfloat16, float16 in any mixture; sums and the
-carry are float32 inside, or float64 where something is; float64 applies the C library's functions, lane by lane.  All
+those who name it.  Cells: every PointwiseCell whose update is said in the operations of `emit.OPERATIONS`, and every
+ReducingCell, in stages (`stages.py`), with a dense, block-diagonal or diagonal recurrence.  Dtypes: float64, float32,
+bfloat16, float16 in any mixture; sums and the carry are float32 inside, or float64 where something is; float64 applies
+the C library's functions, lane by lane.  All
 options of `rnncore.unroll`: with `recompute`, "gates" or "chunk" alike, the carry of every K-th step is kept and the
 steps between run again; `residual_dtype` then has no meaning.  vmap over sequences becomes more of a batch, and over
 parameters runs one call after the other.  Data that is sharded over devices is gathered to each of them, unless
@@ -26,6 +27,7 @@ from __future__ import annotations
 from rnncore.cells import pointwise
 from rnncore.cells.base import PointwiseCell
 from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads
+from rnncore.cells.reductions import MEAN, ReducingCell
 from rnncore.kernels import compiler
 from rnncore.kernels.cpp import emit, handlers, recurrence
 from rnncore.recurrence.run import Request
@@ -42,7 +44,7 @@ class Cpp(recurrence.CppLoops):
 
     def unsupported(self, request: Request) -> str | None:
         cell = request.cell
-        if not isinstance(cell, PointwiseCell):
+        if not isinstance(cell, PointwiseCell | ReducingCell):
             return f"{type(cell).__name__} is not a PointwiseCell, so no loop can be made of its pointwise update"
         if type(cell.recurrence) not in (Dense, Heads, Diagonal):
             return f"{type(cell.recurrence).__name__} recurrences: it has loops for Dense, Heads and Diagonal"
@@ -51,19 +53,22 @@ class Cpp(recurrence.CppLoops):
             return f"it takes {', '.join(DTYPES)}; parameters, inputs, carry and residuals are {got}"
         if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
             return "its arrays are of known sizes, and here some are symbols"
-        changed = pointwise.why_not_as_declared(cell, "project", "recurrent_matmul", "output", "split")
+        compiled = recurrence.compiled_cell(cell)
+        projects = () if isinstance(cell, ReducingCell) else ("project",)
+        changed = pointwise.why_not_as_declared(cell, *projects, "recurrent_matmul", "output", "split", "update")
         if changed is not None:
             return changed
+        if isinstance(cell, ReducingCell) and pointwise.why_not_elementwise(compiled, MEAN):
+            return f"{type(cell).__name__} mixes units by other operations than `self.mean_over_units`"
         if request.platform != "cpu":
             return f"it needs a CPU, and JAX runs on {request.platform} here"
         variant = recurrence.variant_of(request)
-        return emit.why_not(cell, variant) or handlers.missing(emit.source(cell, variant))
+        return emit.why_not(compiled, variant) or handlers.missing(emit.source(compiled, variant))
 
     def why_not_by_default(self, request: Request) -> str | None:
         if handlers.turned_off():
             return "RNNCORE_CPP turns it off where it is not named"
-        assert isinstance(request.cell, PointwiseCell)
-        failed = handlers.failed(emit.source(request.cell, recurrence.variant_of(request)))
+        failed = handlers.failed(_source(request))
         if failed is not None:
             return failed
         if request.devices > 1:
@@ -85,9 +90,12 @@ class Cpp(recurrence.CppLoops):
         return None
 
     def prepare(self, request: Request) -> str | None:
-        cell, variant = request.cell, recurrence.variant_of(request)
-        assert isinstance(cell, PointwiseCell)
-        return handlers.why_not(emit.source(cell, variant), recurrence.described(cell, variant))
+        return handlers.why_not(_source(request), recurrence.described(request.cell, recurrence.variant_of(request)))
+
+
+def _source(request: Request) -> str:
+    """The file of a request's cell."""
+    return emit.source(recurrence.compiled_cell(request.cell), recurrence.variant_of(request))
 
 
 def missing_compiler(platform: str) -> str | None:

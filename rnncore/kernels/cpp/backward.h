@@ -75,7 +75,7 @@ class Backward {
     const int64_t m = chunk * n, fields = Cell::fields * n * s.units;
     std::vector<int64_t> all{m * ldx, again ? (every + 1) * n * ldh : m * ldh, m * ldz, Cell::rest ? m * ldz : 0,
                              fields, in.resets ? fields : 0, every ? span * n * Kept::reformed * s.units : 0,
-                             every ? Kept::reformed * n * s.units : 0};
+                             every ? Kept::reformed * n * s.units : 0, staged_size<Staged>(s)};
     if (again) {
       all.push_back(Residuals::size(s, every * n));
       for (int64_t size : forward.sizes()) all.push_back(size);
@@ -86,9 +86,10 @@ class Backward {
   void set(real* const* parts, const Sums& totals) {
     x = parts[0], entering = parts[1], dz = parts[2], dr = Cell::rest ? parts[3] : dz, ds = parts[4],
     dtarget = parts[5], olds = parts[6], reforming = parts[7], sums = totals;
+    staged = reinterpret_cast<Staged*>(parts[8]);
     if (again) {
-      kept.data = reinterpret_cast<residual*>(parts[8]);
-      forward.set(parts + 9);
+      kept.data = reinterpret_cast<residual*>(parts[9]);
+      forward.set(parts + 10);
       forward.enter_in(entering, every + 1);
     }
   }
@@ -143,6 +144,19 @@ class Backward {
   real *x, *entering, *h, *dz, *dr, *ds, *dtarget;  // x, h, dz, dr: (step, sequence) by row; ds: of the carry after
   Sums sums;
 
+  // A vector of units in a step: what its transpose reads and what it gives.
+  struct Lanes {
+    vec residuals[Cell::residuals + 1], after[Cell::fields], stays[Cell::fields], gates[Cell::emitted + 1],
+        dp[Cell::units + 1], z[kGates], rest[Cell::rest + 1], before[Cell::fields];
+  };
+  using Staged = rnn::Staged<Lanes, kTransposing>;
+  Staged* staged;  // of each vector of units
+
+  // What sequences add to the sums of a vector of units.
+  struct Added {
+    vec u[kGates] = {}, bias[kGates] = {}, rest_bias[Cell::rest + 1] = {}, units[Cell::units + 1] = {};
+  };
+
   real* field(real* of, int f, int64_t r) const { return of + (f * n + r) * s.units; }
 
   // A chunk of steps, and what it adds to the sums.
@@ -162,10 +176,16 @@ class Backward {
     if (out.x) here.phase(panels(s.inputs), [&](int64_t panel) { inputs(panel, t0, rows); });
   }
 
+  template <class C = Cell>
   void loop(Team::Member& here, int64_t t0, int64_t end) {
     for (int64_t t = end - 1; t >= t0; t--) {
       const int64_t at = (t - t0) * n, each = panels(s.head);
-      here.phase(s.blocks, [&](int64_t block) { step(t, block, at); });
+      if constexpr (C::reduces)
+        here.phase(s.heads, [&](int64_t head) {
+          for (int64_t r = 0; r < n; r++) in_stages<C>(t, head, at, r);
+        });
+      else
+        here.phase(s.blocks, [&](int64_t block) { step<C>(t, block, at); });
       if (!s.diagonal) here.phase(s.heads * each, [&](int64_t item) { recur(item / each, item % each, at); });
       if (in.resets)
         here.phase(1, [&](int64_t) {
@@ -256,64 +276,103 @@ class Backward {
   }
 
   // The transposed update of one vector of units: dz, dr, and into ds what it gives the old carry.
+  template <class C>
   void step(int64_t t, int64_t block, int64_t at) {
-    const int count = s.count(block);
-    mask there;
-    for (int lane = 0; lane < kLanes; lane++) there[lane] = lane < count ? -1 : 0;
-    vec units[Cell::units + 1], u[kGates], du[kGates] = {}, bias[kGates] = {}, rest_bias[Cell::rest + 1] = {}, dunits[Cell::units + 1] = {};
+    const mask there = first_lanes(s.count(block));
+    vec units[Cell::units + 1], u[kGates];
+    parameters(block, units, u);
+    Added added;
+    for (int64_t r = 0; r < n; r++) {
+      Lanes v;
+      begin_step(t, block, r, v);
+      C::backward(units, v.residuals, v.after, v.gates, v.dp, v.z, v.rest, v.before);
+      end_step(block, at, r, there, u, v, added);
+    }
+    add(block, added);
+  }
+
+  // That of all units of a head in one sequence.
+  template <class C>
+  void in_stages(int64_t t, int64_t head, int64_t at, int64_t r) {
+    using Stages = typename C::Transposing;
+    stages<Stages>(s, head, [&](auto stage, int64_t block, mask there, const vec* means, vec* totals) {
+      auto& v = staged[block];
+      if constexpr (stage == 0) begin_step(t, block, r, v);
+      vec units[Cell::units + 1], u[kGates];
+      parameters(block, units, u);
+      Stages::template at<stage>(units, v.residuals, v.after, v.gates, v.dp, v.z, v.rest, v.before, v.held, means,
+                                 there, totals);
+      if constexpr (stage + 1 == Stages::stages) {
+        Added added;
+        end_step(block, at, r, there, u, v, added);
+        add(block, added);
+      }
+    });
+  }
+
+  RNN_INLINE void parameters(int64_t block, vec* units, vec* u) const {
     for (int m = 0; m < Cell::units; m++) units[m] = load(p.units + (block * Cell::units + m) * kLanes);
     if (s.diagonal)
       for (int g = 0; g < kGates; g++) u[g] = load(p.u + (block * kGates + g) * kLanes);
-    for (int64_t r = 0; r < n; r++) {
-      vec residuals[Cell::residuals + 1], after[Cell::fields], stays[Cell::fields], gates[Cell::emitted + 1],
-          dp[Cell::units + 1], z[kGates], rest[Cell::rest + 1], before[Cell::fields];
-      const residual* from = kept.at(t, lo + r, block);
-      for (int m = 0; m < Cell::residuals; m++)
-        if (Kept::at[m] >= 0) residuals[m] = load(from + Kept::at[m] * s.units);
-      kept.fetch<false>(from, -1);
-      if (Kept::h_at >= 0) residuals[Kept::h_at] = previous(t, lo + r).at(s, block);
-      for (int k = 0; k < Kept::reformed; k++)
-        residuals[Kept::reformed_at[k]] = load(old(t, r) + k * s.units + block * kLanes);
-      const bool ends = t + 1 == (in.lengths ? in.lengths[lo + r] : s.steps);
-      for (int f = 0; f < Cell::fields; f++) {
-        after[f] = load(field(ds, f, r) + block * kLanes);
-        if (ends && given.last) after[f] += load(given.last + (f * s.batch + lo + r) * s.hidden + s.first(block), count);
-      }
-      if (given.y) {
-        const stored* dy = given.y + (lo + r) * s.y_row + t * s.y_step + s.first(block);
-        after[Cell::hidden] += load(dy, count);
-        __builtin_prefetch(dy - s.y_step);
-      }
-      if constexpr (Cell::states) states(t, lo + r, block, after, gates);
-      if (in.zoneout.any) stay(t, lo + r, block, after, stays);
-      Cell::backward(units, residuals, after, gates, dp, z, rest, before);
-      if (in.zoneout.any)
-        for (int f = 0; f < Cell::fields; f++) before[f] += stays[f];
-      if (s.diagonal) {
-        vec dh = all(0);
-        for (int g = 0; g < kGates; g++) {
-          const vec recurrent = Cell::rest_of[g] < 0 ? z[g] : rest[std::max(Cell::rest_of[g], 0)];
-          dh += recurrent * u[g], du[g] += select(there, recurrent * load(h + (at + r) * ldh + block * kLanes), all(0));
-        }
-        before[Cell::hidden] += masked(s, in.recurrent_mask, lo + r, block, dh);
-      }
-      for (int f = 0; f < Cell::fields; f++) store(field(ds, f, r) + block * kLanes, before[f]);
-      real* to = dz + (at + r) * ldz + block * kGates * kLanes;
-      for (int g = 0; g < kGates; g++) {
-        const vec value = select(there, z[g], all(0));
-        store(to + g * kLanes, value), bias[g] += value;
-        if constexpr (Cell::rest > 0) {
-          const int m = Cell::rest_of[g];
-          const vec recurrent = m < 0 ? value : select(there, rest[m], all(0));
-          store(dr + (at + r) * ldz + (block * kGates + g) * kLanes, recurrent);
-          if (m >= 0) rest_bias[m] += recurrent;
-        }
-      }
-      for (int m = 0; m < Cell::units; m++) dunits[m] += dp[m];
+  }
+
+  // What the transposed update of a vector of units reads.
+  RNN_INLINE void begin_step(int64_t t, int64_t block, int64_t r, Lanes& v) const {
+    const int count = s.count(block);
+    const residual* from = kept.at(t, lo + r, block);
+    for (int m = 0; m < Cell::residuals; m++)
+      if (Kept::at[m] >= 0) v.residuals[m] = load(from + Kept::at[m] * s.units);
+    kept.fetch<false>(from, -1);
+    if (Kept::h_at >= 0) v.residuals[Kept::h_at] = previous(t, lo + r).at(s, block);
+    for (int k = 0; k < Kept::reformed; k++)
+      v.residuals[Kept::reformed_at[k]] = load(old(t, r) + k * s.units + block * kLanes);
+    const bool ends = t + 1 == (in.lengths ? in.lengths[lo + r] : s.steps);
+    for (int f = 0; f < Cell::fields; f++) {
+      v.after[f] = load(field(ds, f, r) + block * kLanes);
+      if (ends && given.last)
+        v.after[f] += load(given.last + (f * s.batch + lo + r) * s.hidden + s.first(block), count);
     }
-    add(sums.bias, kGates, block, bias), add(sums.rest_bias, Cell::rest, block, rest_bias),
-        add(sums.units, Cell::units, block, dunits);
-    if (s.diagonal) add(sums.u, kGates, block, du);
+    if (given.y) {
+      const stored* dy = given.y + (lo + r) * s.y_row + t * s.y_step + s.first(block);
+      v.after[Cell::hidden] += load(dy, count);
+      __builtin_prefetch(dy - s.y_step);
+    }
+    if constexpr (Cell::states) states(t, lo + r, block, v.after, v.gates);
+    if (in.zoneout.any) stay(t, lo + r, block, v.after, v.stays);
+  }
+
+  // What it gives goes to where it is wanted.
+  RNN_INLINE void end_step(int64_t block, int64_t at, int64_t r, mask there, const vec* u, Lanes& v, Added& added) const {
+    if (in.zoneout.any)
+      for (int f = 0; f < Cell::fields; f++) v.before[f] += v.stays[f];
+    if (s.diagonal) {
+      vec dh = all(0);
+      for (int g = 0; g < kGates; g++) {
+        const vec recurrent = Cell::rest_of[g] < 0 ? v.z[g] : v.rest[std::max(Cell::rest_of[g], 0)];
+        dh += recurrent * u[g];
+        added.u[g] += select(there, recurrent * load(h + (at + r) * ldh + block * kLanes), all(0));
+      }
+      v.before[Cell::hidden] += masked(s, in.recurrent_mask, lo + r, block, dh);
+    }
+    for (int f = 0; f < Cell::fields; f++) store(field(ds, f, r) + block * kLanes, v.before[f]);
+    real* to = dz + (at + r) * ldz + block * kGates * kLanes;
+    for (int g = 0; g < kGates; g++) {
+      const vec value = select(there, v.z[g], all(0));
+      store(to + g * kLanes, value), added.bias[g] += value;
+      if constexpr (Cell::rest > 0) {
+        const int m = Cell::rest_of[g];
+        const vec recurrent = m < 0 ? value : select(there, v.rest[m], all(0));
+        store(dr + (at + r) * ldz + (block * kGates + g) * kLanes, recurrent);
+        if (m >= 0) added.rest_bias[m] += recurrent;
+      }
+    }
+    for (int m = 0; m < Cell::units; m++) added.units[m] += v.dp[m];
+  }
+
+  void add(int64_t block, const Added& added) const {
+    add(sums.bias, kGates, block, added.bias), add(sums.rest_bias, Cell::rest, block, added.rest_bias),
+        add(sums.units, Cell::units, block, added.units);
+    if (s.diagonal) add(sums.u, kGates, block, added.u);
   }
 
   // The cotangents of a step's states: of the other fields added to `after`, of the gates.

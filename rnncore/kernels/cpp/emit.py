@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rnncore.cells.base import PointwiseCell
+from rnncore.cells.base import GatedCell
+from rnncore.cells.reductions import declared
 from rnncore.kernels import emit, kernel_body
-from rnncore.kernels.cpp import residuals
+from rnncore.kernels.cpp import residuals, stages
 
 _LANE_BY_LANE = (
     "acos acosh asin asinh atan atan2 atanh cbrt ceil cos cosh erf erfc exp2 floor nextafter pow sin sinh sqrt tan"
@@ -77,7 +78,7 @@ class Variant(NamedTuple):
     states: bool = False
 
 
-def body(cell: PointwiseCell, variant: Variant) -> kernel_body.Body:
+def body(cell: GatedCell, variant: Variant) -> kernel_body.Body:
     """The update, what its derivative keeps, and its transpose."""
     return kernel_body.of(cell, (1, 1), variant.real, variant.states)
 
@@ -97,23 +98,28 @@ CPP = emit.Language("C++", OPERATIONS, _number, lambda kind, value: f"({kind})({
 
 
 @functools.lru_cache(maxsize=256)
-def why_not(cell: PointwiseCell, variant: Variant) -> str | None:
+def why_not(cell: GatedCell, variant: Variant) -> str | None:
     """Reason why the cell cannot be written in C++, or None."""
-    return emit.why_not(body(cell, variant), CPP)
+    return emit.why_not(declared(cell), lambda: _struct(cell, variant), CPP)
+
+
+def _struct(cell: GatedCell, variant: Variant) -> list[str]:
+    part = body(cell, variant)
+    return emit.struct(part, CPP, stages.lines(part, CPP) if stages.reduces(part) else ())
 
 
 _TYPES = {"float64": "double", "float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
 
 
 @functools.lru_cache(maxsize=256)
-def source(cell: PointwiseCell, variant: Variant) -> str:
+def source(cell: GatedCell, variant: Variant) -> str:
     """The whole file for one cell."""
     types = ("REAL", variant.real), ("STORED", variant.stored), ("RESIDUAL", variant.residual)
     lines = [
         *(f"#define RNN_{name} {_TYPES[of]}" for name, of in types),
         '#include "vectors.h"',
         "namespace rnn {",
-        *emit.struct(body(cell, variant), CPP),
+        *_struct(cell, variant),
         *_kept(cell, variant),
         "}  // namespace rnn",
         '#include "handlers.h"',
@@ -121,12 +127,12 @@ def source(cell: PointwiseCell, variant: Variant) -> str:
     return "\n".join([*lines, ""])
 
 
-def plan(cell: PointwiseCell, variant: Variant) -> residuals.Plan:
+def plan(cell: GatedCell, variant: Variant) -> residuals.Plan:
     """What is kept of a step; in fewer bits than the sums nothing is formed again, for errors would add up."""
     return residuals.plan(body(cell, variant), variant.residual == variant.real)
 
 
-def _kept(cell: PointwiseCell, variant: Variant) -> list[str]:
+def _kept(cell: GatedCell, variant: Variant) -> list[str]:
     """The lines of `struct Kept`."""
     part, what = body(cell, variant), plan(cell, variant)
     fields, reformed = [f for f, _ in what.reformed], [n for _, n in what.reformed]

@@ -1,7 +1,7 @@
 // The forward loop: z = x W + b for a few steps at a time, then step by step r = h U and the update.
 #pragma once
 
-#include "layout.h"
+#include "stages.h"
 #include "threads.h"
 
 namespace rnn {
@@ -94,10 +94,14 @@ class Forward {
   }
 
   std::vector<int64_t> sizes() const {
-    return {chunk * n * ldx, chunk * n * ldz, 2 * n * ldh, Cell::fields * n * s.units};
+    return {chunk * n * ldx, chunk * n * ldz, 2 * n * ldh, Cell::fields * n * s.units, Cell::reduces ? n * ldz : 0,
+            staged_size<Staged>(s)};
   }
 
-  void set(real* const* parts) { x = parts[0], z = parts[1], h = parts[2], carry = parts[3]; }
+  void set(real* const* parts) {
+    x = parts[0], z = parts[1], h = parts[2], carry = parts[3], sums = parts[4];
+    staged = reinterpret_cast<Staged*>(parts[5]);
+  }
 
   // Where what the derivative needs goes.
   void keep_in(const Residuals& rows) { kept = rows; }
@@ -144,6 +148,15 @@ class Forward {
   int64_t chunk, ldx, ldz, ldh, h_first = 0, h_steps = 2;
   bool beginning = false;  // whether `begins` is written, and not read
   real *x, *z, *h, *carry;  // h: what enters the recurrent product of the last steps, row by row
+  real* sums;               // those of a step, where it is taken in stages
+
+  // A vector of units in a step: what it reads and what it gives.
+  struct Lanes {
+    vec folded[kGates], rest[Cell::rest + 1], old[Cell::fields], fresh[Cell::fields], gates[Cell::emitted + 1],
+        values[Cell::residuals + 1];
+  };
+  using Staged = rnn::Staged<Lanes, Keep ? kKeeping : kUpdating>;
+  Staged* staged;  // of each vector of units
 
   real* field(int f, int64_t r) const { return carry + (f * n + r) * s.units; }
   real* entering(int64_t t) const { return h + (t - h_first) % h_steps * n * ldh; }
@@ -168,6 +181,7 @@ class Forward {
     }
   }
 
+  template <class C = Cell>
   void loop(Team::Member& here, int64_t t0, int64_t end) {
     for (int64_t t = t0; t < end; t++) {
       real *now = entering(t), *next = entering(t + 1);
@@ -186,6 +200,11 @@ class Forward {
         if (n < kRows && t % 2) block = s.blocks - 1 - block;  // what the cache still holds comes first
         in_blocks(n, [&](int at, auto rows) { step<rows>(t, block, at, z + ((t - t0) * n + at) * ldz, now, next); });
       });
+      // One thread for all units of a head: in the same order whatever the threads.
+      if constexpr (C::reduces)
+        here.phase(s.heads, [&](int64_t head) {
+          for (int64_t r = 0; r < n; r++) in_stages<C>(t, head, r, z + ((t - t0) * n + r) * ldz, next);
+        });
       if (in.lengths && out.last)
         here.phase(1, [&](int64_t) {
           for (int64_t r = 0; r < n; r++)
@@ -230,41 +249,84 @@ class Forward {
       for (int r = 0; r < Rows; r++)
         for (int m = 0; m < kAtOnce; m++) sums[r][g + m] = c[r][m];
     }
+    if constexpr (Cell::reduces) {
+      for (int r = 0; r < Rows; r++)
+        for (int g = 0; g < kGates; g++) store(this->sums + (at + r) * ldz + (block * kGates + g) * kLanes, sums[r][g]);
+    } else {
+      update<Cell, Rows>(t, block, at, z, sums, next);
+    }
+  }
+
+  template <class C, int Rows>
+  RNN_INLINE void update(int64_t t, int64_t block, int64_t at, const real* z, const vec (&sums)[Rows][kGates],
+                         real* next) {
     vec units[Cell::units + 1];
     for (int m = 0; m < Cell::units; m++) units[m] = load(p.units + (block * Cell::units + m) * kLanes);
-    const int count = s.count(block);
     for (int r = 0; r < Rows; r++) {
-      const int64_t row = lo + at + r;
-      vec folded[kGates], rest[Cell::rest + 1], old[Cell::fields], fresh[Cell::fields], gates[Cell::emitted + 1],
-          values[Cell::residuals + 1];
-      for (int g = 0; g < kGates; g++) {
-        folded[g] = sums[r][g];
-        if (Cell::rest_of[g] >= 0) rest[Cell::rest_of[g]] = sums[r][g], folded[g] = load(zs + r * ldz + g * kLanes);
-      }
-      for (int f = 0; f < Cell::fields; f++) old[f] = load(field(f, at + r) + block * kLanes);
-      if constexpr (Keep) {
-        Cell::keep(units, folded, rest, old, fresh, gates, values);
-        residual* to = kept.at(t, row, block);
-        kept.fetch<true>(to, 1);
-        for (int m = 0; m < Cell::residuals; m++)
-          if (Kept::at[m] >= 0) store(to + Kept::at[m] * s.units, values[m]);
-      } else {
-        Cell::forward(units, folded, rest, old, fresh, gates);
-      }
-      if (in.zoneout.any) stay(t, row, block, old, fresh);
-      for (int f = 0; f < Cell::fields; f++) store(field(f, at + r) + block * kLanes, fresh[f]);
-      const vec y = fresh[Cell::hidden];
-      if (out.y) store(out.y + row * s.y_row + t * s.y_step + s.first(block), y, count);
-      if constexpr (Cell::states)
-        if (out.states) {
-          stored* to = out.states + (t * s.batch + row) * s.hidden + s.first(block);
-          const int64_t apart = s.steps * s.batch * s.hidden;
-          for (int f = 0; f < Cell::fields; f++)
-            if (f != Cell::hidden) store(to, fresh[f], count), to += apart;
-          for (int m = 0; m < Cell::emitted; m++, to += apart) store(to, gates[m], count);
-        }
-      store(next + (at + r) * ldh + block * kLanes, masked(s, in.recurrent_mask, row, block, y));
+      Lanes v;
+      begin_step(block, at + r, z + r * ldz, sums[r], v);
+      if constexpr (Keep)
+        C::keep(units, v.folded, v.rest, v.old, v.fresh, v.gates, v.values);
+      else
+        C::forward(units, v.folded, v.rest, v.old, v.fresh, v.gates);
+      end_step(t, block, at + r, v, next);
     }
+  }
+
+  // The update of all units of a head in one sequence.
+  template <class C>
+  void in_stages(int64_t t, int64_t head, int64_t r, const real* z, real* next) {
+    using Stages = std::conditional_t<Keep, typename C::Keeping, typename C::Updating>;
+    stages<Stages>(s, head, [&](auto stage, int64_t block, mask there, const vec* means, vec* totals) {
+      auto& v = staged[block];
+      if constexpr (stage == 0) {
+        vec own[kGates];
+        for (int g = 0; g < kGates; g++) own[g] = load(sums + r * ldz + (block * kGates + g) * kLanes);
+        begin_step(block, r, z, own, v);
+      }
+      vec units[Cell::units + 1];
+      for (int m = 0; m < Cell::units; m++) units[m] = load(p.units + (block * Cell::units + m) * kLanes);
+      if constexpr (Keep)
+        Stages::template at<stage>(units, v.folded, v.rest, v.old, v.fresh, v.gates, v.values, v.held, means, there,
+                                   totals);
+      else
+        Stages::template at<stage>(units, v.folded, v.rest, v.old, v.fresh, v.gates, v.held, means, there, totals);
+      if constexpr (stage + 1 == Stages::stages) end_step(t, block, r, v, next);
+    });
+  }
+
+  // What the update of a vector of units reads; `z` of all units of the sequence, `sums` with its recurrent products.
+  RNN_INLINE void begin_step(int64_t block, int64_t r, const real* z, const vec* sums, Lanes& v) const {
+    for (int g = 0; g < kGates; g++) {
+      v.folded[g] = sums[g];
+      if (Cell::rest_of[g] >= 0) v.rest[Cell::rest_of[g]] = sums[g], v.folded[g] = load(z + (block * kGates + g) * kLanes);
+    }
+    for (int f = 0; f < Cell::fields; f++) v.old[f] = load(field(f, r) + block * kLanes);
+  }
+
+  // What it gives goes to where it is kept.
+  RNN_INLINE void end_step(int64_t t, int64_t block, int64_t r, Lanes& v, real* next) const {
+    const int64_t row = lo + r;
+    const int count = s.count(block);
+    if constexpr (Keep) {
+      residual* to = kept.at(t, row, block);
+      kept.fetch<true>(to, 1);
+      for (int m = 0; m < Cell::residuals; m++)
+        if (Kept::at[m] >= 0) store(to + Kept::at[m] * s.units, v.values[m]);
+    }
+    if (in.zoneout.any) stay(t, row, block, v.old, v.fresh);
+    for (int f = 0; f < Cell::fields; f++) store(field(f, r) + block * kLanes, v.fresh[f]);
+    const vec y = v.fresh[Cell::hidden];
+    if (out.y) store(out.y + row * s.y_row + t * s.y_step + s.first(block), y, count);
+    if constexpr (Cell::states)
+      if (out.states) {
+        stored* to = out.states + (t * s.batch + row) * s.hidden + s.first(block);
+        const int64_t apart = s.steps * s.batch * s.hidden;
+        for (int f = 0; f < Cell::fields; f++)
+          if (f != Cell::hidden) store(to, v.fresh[f], count), to += apart;
+        for (int m = 0; m < Cell::emitted; m++, to += apart) store(to, v.gates[m], count);
+      }
+    store(next + r * ldh + block * kLanes, masked(s, in.recurrent_mask, row, block, y));
   }
 
   __attribute__((noinline)) void stay(int64_t t, int64_t row, int64_t block, vec* old, vec* fresh) const {

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from rnncore import _compat
 from rnncore._types import Array, PyTree
-from rnncore.cells.base import Cell, CellParams, PointwiseCell
+from rnncore.cells.base import Cell, CellParams, GatedCell
 from rnncore.cells.recurrent_kernels import Diagonal
+from rnncore.cells.reductions import ReducingCell, Whole, declared
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.cpp import calls, emit, handlers
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Out
@@ -25,10 +26,16 @@ STRETCH = 48
 """Of every so many steps the forward loop keeps the carry's fields that the backward one forms again in between."""
 
 
+def compiled_cell(cell: Cell) -> GatedCell:
+    """The cell that is compiled: its whole update with the part of the inputs, where that takes means over units."""
+    assert isinstance(cell, GatedCell)
+    return Whole.of(cell) if isinstance(cell, ReducingCell) else cell
+
+
 def described(cell: Cell, variant: emit.Variant) -> str:
     """What is compiled, for messages."""
     types = dict.fromkeys(variant[:3])
-    return f"{type(cell).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
+    return f"{type(declared(cell)).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
 
 
 def variant_of(request: Request) -> emit.Variant:
@@ -81,6 +88,8 @@ class CppLoops(LoopBackend):
         return plain.tangent(request, differentiable, constants, result, stacks, tangents)
 
     def residuals_move(self, request: Request) -> bool:
+        if isinstance(request.cell, ReducingCell):
+            return False
         one_dtype = len({*variant_of(request)[:3], *request.dtypes}) == 1
         return one_dtype and request.recompute == "nothing" and not request.return_states
 
@@ -98,8 +107,7 @@ class _Run:
     """The arrays of a run as the calls have them: one batch axis, a carry as one array, few dtypes."""
 
     def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
-        cell = request.cell
-        assert isinstance(cell, PointwiseCell)
+        cell = compiled_cell(request.cell)
         start = differentiable.initial_carry
         self.request, self.cell, self.dtypes = request, cell, [a.dtype for a in start]
         self.rows, self.time_major = math.prod(request.batch_shape), request.time_axis == 0
@@ -210,6 +218,8 @@ class _Run:
     def arrays(self, differentiable: Differentiable) -> calls.Differentiable:
         """What the calls read, a linear function of what is differentiable."""
         params, xs, start, reset_carry = differentiable
+        if isinstance(self.cell, Whole):
+            params = self.cell.params(params)
         real, hidden = self.variant.real, self.cell.hidden_size
         params = jax.tree.map(lambda a: a.astype(real), params)
         kernel = params.recurrent_kernel
@@ -272,7 +282,7 @@ def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
 
 
 @functools.lru_cache(maxsize=256)
-def _calls(cell: PointwiseCell, variant: emit.Variant, *settings: Any) -> Calls:
+def _calls(cell: GatedCell, variant: emit.Variant, *settings: Any) -> Calls:
     """`settings`: the fields of `Calls` from `time_major` on."""
     part, width = emit.body(cell, variant), len(emit.plan(cell, variant).kept)
     names = handlers.targets(emit.source(cell, variant), described(cell, variant))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rnncore import _compat
 from rnncore.cells import pointwise
+from rnncore.cells.reductions import MEAN
 from rnncore.kernels import kernel_body
 
 
@@ -72,7 +73,7 @@ def _reform(part: Any, of_kept: Any, first: Any, known: Any, wanted: Any) -> dic
             if isinstance(v, _compat.Literal) or v in allowed:
                 continue
             eqn = maker.get(v)
-            if eqn is None or eqn.primitive.name in pointwise.TRANSCENDENTAL:
+            if eqn is None or eqn.primitive.name in (*pointwise.TRANSCENDENTAL, MEAN):
                 break
             path.append(eqn)
             todo += eqn.invars

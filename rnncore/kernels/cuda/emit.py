@@ -82,7 +82,7 @@ PRODUCTS = {"mma": 0, "tf32": 1, "3xtf32": 2, "fma": 3}
 @functools.lru_cache(maxsize=256)
 def why_not(cell: PointwiseCell) -> str | None:
     """Reason why the cell cannot be written in CUDA, or None."""
-    return emit.why_not(kernel_body.of(cell, (1, 1)), CUDA)
+    return emit.why_not(cell, lambda: emit.struct(kernel_body.of(cell, (1, 1)), CUDA), CUDA)
 
 
 @functools.lru_cache(maxsize=256)
