@@ -11,23 +11,23 @@ Platform: CPU, with a C++17 compiler that has GCC's vectors (GCC, Clang): what C
 first run of a cell compiles for some seconds; RNNCORE_CACHE_DIR (by default rnncore in the user's cache directory)
 keeps the result, and shapes do not matter to it.  It is chosen by itself on one CPU device; RNNCORE_CPP=0 leaves it to
 those who name it.  Cells: every PointwiseCell whose update is said in the operations of `emit.OPERATIONS`, and every
-ReducingCell, in stages (`stages.py`), with a dense, block-diagonal or diagonal recurrence.  Dtypes: float64, float32,
-bfloat16, float16 in any mixture; sums and the carry are float32 inside, or float64 where something is; float64 applies
-the C library's functions, lane by lane.  All
-options of `rnncore.unroll`: with `recompute`, "gates" or "chunk" alike, the carry of every K-th step is kept and the
-steps between run again; `residual_dtype` then has no meaning.  vmap over sequences becomes more of a batch, and over
-parameters runs one call after the other.  Data that is sharded over devices is gathered to each of them, unless
-shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R: LSTM 4, GRU 4, MGU 3,
-Elman 1, in which the units of a head are padded to a multiple of 16.  The same call gives the same bits on the same
-number of threads.
+ReducingCell, in stages (`stages.py`), with a dense, block-diagonal, diagonal or low-rank recurrence.  Dtypes: float64,
+float32, bfloat16, float16 in any mixture; sums and the carry are float32 inside, or float64 where something is; float64
+applies the C library's functions, lane by lane.  All options of `rnncore.unroll`: with `recompute`, "gates" or "chunk"
+alike, the carry of every K-th step is kept and the steps between run again; `residual_dtype` then has no meaning.  vmap
+over sequences becomes more of a batch, and over parameters runs one call after the other.  Data that is sharded over
+devices is gathered to each of them, unless shard_map parts it.  Memory of a gradient step, in arrays of T x B x H:
+1 + R, with R: LSTM 4, GRU 4, MGU 3, Elman 1, LayerNormLSTM 16, LayerNormGRU 13, in which the units of a head are padded
+to a multiple of 16.  The same call gives the same bits on the same number of threads.
 """
 
 from __future__ import annotations
 
 from rnncore.cells import pointwise
 from rnncore.cells.base import PointwiseCell
-from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads
+from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads, Recurrence
 from rnncore.cells.reductions import MEAN, ReducingCell
+from rnncore.cells.structured_kernels import LowRank
 from rnncore.kernels import compiler
 from rnncore.kernels.cpp import emit, handlers, recurrence
 from rnncore.recurrence.run import Request
@@ -42,12 +42,15 @@ class Cpp(recurrence.CppLoops):
     opaque = True
     keeps_time_axis = True
 
+    def takes_product(self, recurrence: Recurrence) -> bool:
+        return type(recurrence) is LowRank
+
     def unsupported(self, request: Request) -> str | None:
         cell = request.cell
         if not isinstance(cell, PointwiseCell | ReducingCell):
             return f"{type(cell).__name__} is not a PointwiseCell, so no loop can be made of its pointwise update"
-        if type(cell.recurrence) not in (Dense, Heads, Diagonal):
-            return f"{type(cell.recurrence).__name__} recurrences: it has loops for Dense, Heads and Diagonal"
+        if type(cell.recurrence) not in (Dense, Heads, Diagonal, LowRank):
+            return f"{type(cell.recurrence).__name__} recurrences: it has loops for Dense, Heads, Diagonal and LowRank"
         if not request.dtypes | {request.dtype, request.residual_dtype or "float32"} <= set(DTYPES):
             got = ", ".join(sorted(request.dtypes | {request.residual_dtype or request.dtype}))
             return f"it takes {', '.join(DTYPES)}; parameters, inputs, carry and residuals are {got}"
