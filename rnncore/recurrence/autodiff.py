@@ -14,6 +14,7 @@ from jax import lax
 
 from rnncore import _lengths
 from rnncore.cells.base import GatedCell
+from rnncore.cells.recurrent_kernels import Recurrence
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.backend import Backend
 from rnncore.recurrence.chunks import chunk_size, scan_chunks
@@ -24,8 +25,10 @@ class Autodiff(Backend):
     """See the module."""
 
     name = "autodiff"
-    takes_any_product = True
     takes_symbolic = True
+
+    def takes_product(self, recurrence: Recurrence) -> bool:
+        return True
 
     def unsupported(self, request: Request) -> str | None:
         if request.recurrent_mask and not isinstance(request.cell, GatedCell):

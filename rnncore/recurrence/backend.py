@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from rnncore._types import PyTree
+from rnncore.cells.recurrent_kernels import Recurrence
 from rnncore.recurrence import mesh, plain, primitives
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
@@ -21,7 +22,6 @@ class Backend(abc.ABC):
         it then runs in `jax.shard_map`, and `jax.export`, or another platform than JAX's default, takes `plain`.
       must_be_named: why it runs only where it is named; None if it may be chosen, see `why_not_by_default`.
       keeps_time_axis: whether it takes xs and returns outputs with the caller's time axis.
-      takes_any_product: whether it multiplies by the recurrence's own `matmul`, and need not know its structure.
       takes_symbolic: whether steps and batch may be symbolic, as under `jax.export`.
     """
 
@@ -29,12 +29,16 @@ class Backend(abc.ABC):
     opaque: ClassVar[bool] = False
     must_be_named: ClassVar[str | None] = None
     keeps_time_axis: ClassVar[bool] = False
-    takes_any_product: ClassVar[bool] = False
     takes_symbolic: ClassVar[bool] = False
 
     @abc.abstractmethod
     def unsupported(self, request: Request) -> str | None:
         """Reason why this backend cannot serve the request, or None."""
+
+    def takes_product(self, recurrence: Recurrence) -> bool:
+        """Whether it multiplies by the own `matmul` of a structure that is formed of parameters."""
+        del recurrence
+        return False
 
     def why_not_by_default(self, request: Request) -> str | None:
         """Reason why a request that it can serve runs here only where the backend is named, or None."""

@@ -25,6 +25,7 @@ from jax import lax
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
 from rnncore.cells.base import GatedCell
+from rnncore.cells.recurrent_kernels import Recurrence
 from rnncore.recurrence import plain
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.backend import LoopBackend
@@ -39,9 +40,11 @@ class Scan(LoopBackend):
 
     name = "scan"
     keeps_time_axis = True
-    takes_any_product = True
     takes_symbolic = True
     maps_into_batch = True
+
+    def takes_product(self, recurrence: Recurrence) -> bool:
+        return True
 
     def unsupported(self, request: Request) -> str | None:
         if not isinstance(request.cell, GatedCell):

@@ -332,11 +332,14 @@ def _why_not(backend: Backend, request: Request) -> str | None:
     return backend.unsupported(request)
 
 
-def _takes_any_product(backend: str | None) -> bool:
-    """Whether what runs multiplies by the recurrence's own `matmul`; a GPU's own loops are faster than any such."""
+def _takes_own_product(backend: str | None, cell: Cell) -> bool:
+    """Whether the cell's own product is the best way to run it, and what runs takes it: on a GPU none is faster."""
+    if not structured_kernels.prefers_own_product(cell):
+        return False
     if backend is None:
         return jax.default_backend() == "cpu"
-    return backend in BACKENDS and BACKENDS[backend].takes_any_product
+    assert isinstance(cell, GatedCell)
+    return backend in BACKENDS and BACKENDS[backend].takes_product(cell.recurrence)
 
 
 def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Request, Layout, tuple[Any, ...]]:
@@ -371,7 +374,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
         pointwise.check_elementwise(cell)
     _checks.check_params(cell, params, xs)
     linear = linear_state.linear_fields(cell)
-    if not (structured_kernels.prefers_own_product(cell) and _takes_any_product(options.backend)):
+    if not _takes_own_product(options.backend, cell):
         cell, params = structured_kernels.plain(cell, params)
     z = jax.eval_shape(cell.project, params, jax.ShapeDtypeStruct(xs.shape[-1:], xs.dtype))
     dtype = jax.tree.leaves(z)[0].dtype

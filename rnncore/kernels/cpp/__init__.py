@@ -26,8 +26,9 @@ from __future__ import annotations
 
 from rnncore.cells import pointwise
 from rnncore.cells.base import PointwiseCell
-from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads
+from rnncore.cells.recurrent_kernels import Dense, Diagonal, Heads, Recurrence
 from rnncore.cells.reductions import MEAN, ReducingCell
+from rnncore.cells.structured_kernels import LowRank
 from rnncore.kernels import compiler
 from rnncore.kernels.cpp import emit, handlers, recurrence
 from rnncore.recurrence.run import Request
@@ -42,12 +43,15 @@ class Cpp(recurrence.CppLoops):
     opaque = True
     keeps_time_axis = True
 
+    def takes_product(self, recurrence: Recurrence) -> bool:
+        return type(recurrence) is LowRank
+
     def unsupported(self, request: Request) -> str | None:
         cell = request.cell
         if not isinstance(cell, PointwiseCell | ReducingCell):
             return f"{type(cell).__name__} is not a PointwiseCell, so no loop can be made of its pointwise update"
-        if type(cell.recurrence) not in (Dense, Heads, Diagonal):
-            return f"{type(cell.recurrence).__name__} recurrences: it has loops for Dense, Heads and Diagonal"
+        if type(cell.recurrence) not in (Dense, Heads, Diagonal, LowRank):
+            return f"{type(cell.recurrence).__name__} recurrences: it has loops for Dense, Heads, Diagonal and LowRank"
         if not request.dtypes | {request.dtype, request.residual_dtype or "float32"} <= set(DTYPES):
             got = ", ".join(sorted(request.dtypes | {request.residual_dtype or request.dtype}))
             return f"it takes {', '.join(DTYPES)}; parameters, inputs, carry and residuals are {got}"

@@ -14,28 +14,31 @@ struct Cotangents {
 
 struct Gradients {
   stored* x;
-  real *w, *u, *bias, *rest_bias, *units, *start, *target;
+  real *w, *u, *readouts, *bias, *rest_bias, *units, *start, *target;
 };
 
 // The matrices as the backward products read them.
 struct Transposes {
-  real *w, *u, *units;  // w: null where the gradient of the inputs is not wanted
+  real *w, *u, *units;         // w: null where the gradient of the inputs is not wanted
+  real *readouts, *of_readouts;  // of a kernel of low rank, as columns and as rows
   Transposed of_w, of_u;
 
   static std::vector<int64_t> sizes(const Sizes& s, bool with_inputs) {
-    const int64_t recurrent = s.diagonal ? s.lanes : s.heads * Transposed::size(s.head, s.padded * kGates);
-    return {with_inputs ? Transposed::size(s.inputs, s.lanes) : 0, recurrent, Cell::units * s.units};
+    const int64_t recurrent = s.diagonal ? s.lanes : s.heads * Transposed::size(s.depth, s.padded * kGates);
+    return {with_inputs ? Transposed::size(s.inputs, s.lanes) : 0, recurrent, Cell::units * s.units,
+            Readouts::size(s), s.rank * s.units};
   }
-  explicit Transposes(const Sizes& s) : of_w{s.inputs, s.lanes}, of_u{s.head, s.padded * kGates} {}
+  explicit Transposes(const Sizes& s) : of_w{s.inputs, s.lanes}, of_u{s.depth, s.padded * kGates} {}
   void set(real* const* parts, bool with_inputs) {
-    w = with_inputs ? parts[0] : nullptr, u = parts[1], units = parts[2];
+    w = with_inputs ? parts[0] : nullptr, u = parts[1], units = parts[2], readouts = parts[3], of_readouts = parts[4];
   }
 
-  real* head(const Sizes& s, int64_t n) const { return u + n * Transposed::size(s.head, s.padded * kGates); }
+  real* head(const Sizes& s, int64_t n) const { return u + n * Transposed::size(s.depth, s.padded * kGates); }
 
   void pack(const Sizes& s, const Inputs& in, int64_t block) const {
     if (w) of_w.pack(in.w, s.hidden, s.first(block), s.count(block), block, w);
     pack_rows(s, in.units, Cell::units, block, units);
+    if (s.rank) Readouts::pack(s, in.readouts, block, readouts), pack_rows(s, in.readouts, s.rank, block, of_readouts);
     if (s.diagonal) return pack_rows(s, in.u, kGates, block, u);
     const int64_t n = s.head_of(block);
     of_u.pack(in.u + n * s.head * kGates * s.head, s.head, s.first(block) - n * s.head, s.count(block),
@@ -45,12 +48,12 @@ struct Transposes {
 
 // What each part of the batch sums, in the layout of `Weights`.
 struct Sums {
-  real *w, *u, *bias, *rest_bias, *units;
+  real *w, *u, *readouts, *bias, *rest_bias, *units;  // readouts: by row
 
   static std::vector<int64_t> sizes(const Sizes& s) { return Weights::sizes(s); }
   Sums() = default;
   Sums(const Sizes& s, real* all, int64_t at) {
-    real** parts[] = {&w, &u, &bias, &rest_bias, &units};
+    real** parts[] = {&w, &u, &readouts, &bias, &rest_bias, &units};
     int n = 0;
     for (int64_t size : sizes(s)) *parts[n++] = all + at, at += rounded(size, kPad);
   }
@@ -72,10 +75,10 @@ class Backward {
   }
 
   std::vector<int64_t> sizes() const {
-    const int64_t m = chunk * n, fields = Cell::fields * n * s.units;
+    const int64_t m = chunk * n, fields = Cell::fields * n * s.units, of_read = s.rank ? m * Readouts::row(s) : 0;
     std::vector<int64_t> all{m * ldx, again ? (every + 1) * n * ldh : m * ldh, m * ldz, Cell::rest ? m * ldz : 0,
                              fields, in.resets ? fields : 0, every ? span * n * Kept::reformed * s.units : 0,
-                             every ? Kept::reformed * n * s.units : 0, staged_size<Staged>(s)};
+                             every ? Kept::reformed * n * s.units : 0, staged_size<Staged>(s), of_read, of_read};
     if (again) {
       all.push_back(Residuals::size(s, every * n));
       for (int64_t size : forward.sizes()) all.push_back(size);
@@ -86,10 +89,10 @@ class Backward {
   void set(real* const* parts, const Sums& totals) {
     x = parts[0], entering = parts[1], dz = parts[2], dr = Cell::rest ? parts[3] : dz, ds = parts[4],
     dtarget = parts[5], olds = parts[6], reforming = parts[7], sums = totals;
-    staged = reinterpret_cast<Staged*>(parts[8]);
+    staged = reinterpret_cast<Staged*>(parts[8]), read = parts[9], dread = parts[10];
     if (again) {
-      kept.data = reinterpret_cast<residual*>(parts[9]);
-      forward.set(parts + 10);
+      kept.data = reinterpret_cast<residual*>(parts[11]);
+      forward.set(parts + 12);
       forward.enter_in(entering, every + 1);
     }
   }
@@ -142,6 +145,7 @@ class Backward {
   int64_t chunk, span, ldx, ldz, ldh, stretch = 0;  // span: steps of a stretch, which begins with one of `begins`
   real *olds, *reforming;  // the old carry of the steps of a stretch, (step, sequence, field), and of one step
   real *x, *entering, *h, *dz, *dr, *ds, *dtarget;  // x, h, dz, dr: (step, sequence) by row; ds: of the carry after
+  real *read, *dread;  // what a kernel of low rank reads of h, as h
   Sums sums;
 
   // A vector of units in a step: what its transpose reads and what it gives.
@@ -169,17 +173,23 @@ class Backward {
     in_turn(here, together, [&](Team::Member& here) { loop(here, t0, end); });
     // One after the other: x and h of a chunk do not fit into the cache together.
     here.phase(s.blocks, [&](int64_t block) { weights(block, x, ldx, dz, s.inputs, rows, sums.w); });
-    if (!s.diagonal)
+    if (s.rank) {
+      here.phase(panels(s.rank), [&](int64_t panel) { Readouts::read(s, p.readouts, panel, h, ldh, read, rows); });
+      here.phase(s.blocks, [&](int64_t block) {
+        weights(block, read, Readouts::row(s), dr, s.rank, rows, sums.u), readouts(block, rows);
+      });
+    } else if (!s.diagonal) {
       here.phase(s.blocks, [&](int64_t block) {
         weights(block, h + s.head_of(block) * s.padded, ldh, dr, s.head, rows, sums.u);
       });
+    }
     if (out.x) here.phase(panels(s.inputs), [&](int64_t panel) { inputs(panel, t0, rows); });
   }
 
   template <class C = Cell>
   void loop(Team::Member& here, int64_t t0, int64_t end) {
     for (int64_t t = end - 1; t >= t0; t--) {
-      const int64_t at = (t - t0) * n, each = panels(s.head);
+      const int64_t at = (t - t0) * n, each = panels(s.depth);
       if constexpr (C::reduces)
         here.phase(s.heads, [&](int64_t head) {
           for (int64_t r = 0; r < n; r++) in_stages<C>(t, head, at, r);
@@ -187,6 +197,7 @@ class Backward {
       else
         here.phase(s.blocks, [&](int64_t block) { step<C>(t, block, at); });
       if (!s.diagonal) here.phase(s.heads * each, [&](int64_t item) { recur(item / each, item % each, at); });
+      if (s.rank) here.phase(s.blocks, [&](int64_t block) { write(block, at); });
       if (in.resets)
         here.phase(1, [&](int64_t) {
           for (int64_t r = 0; r < n; r++)
@@ -194,9 +205,6 @@ class Backward {
         });
     }
   }
-
-  // How many panels of a transposed matrix there are for so many columns.
-  static int64_t panels(int64_t columns) { return (columns + kWide * kLanes - 1) / (kWide * kLanes); }
 
   void add_last(int f, int64_t r) {
     if (!given.last) return;
@@ -401,7 +409,7 @@ class Backward {
       store(to + (block * count + m) * kLanes, load(to + (block * count + m) * kLanes) + values[m]);
   }
 
-  // dh += dr U^T, one panel of a head
+  // dh += dr U^T, one panel of a head; of a kernel of low rank it is the cotangent of what it reads
   void recur(int64_t head, int64_t panel, int64_t at) {
     const int64_t j = panel * kWide * kLanes;
     in_blocks(n, [&](int first, auto rows) {
@@ -409,12 +417,41 @@ class Backward {
       const real* from = dr + (at + first) * ldz + head * s.padded * kGates;
       multiply<rows, kWide, false>(from, ldz, p.head(s, head) + panel * p.of_u.panel(), kWide * kLanes,
                                    s.padded * kGates, c);
+      if (s.rank) {
+        for (int r = 0; r < rows; r++)
+          for (int m = 0; m < kWide; m++)
+            store(dread + (at + first + r) * Readouts::row(s) + j + m * kLanes, c[r][m]);
+        return;
+      }
       for (int r = 0; r < rows; r++)
         for (int m = 0; m < kWide && j + m * kLanes < s.padded; m++) {
           const int64_t unit = head * s.padded + j + m * kLanes;
           real* to = field(ds, Cell::hidden, first + r) + unit;
           store(to, load(to) + masked(s, in.recurrent_mask, lo + first + r, unit / kLanes, c[r][m]));
         }
+    });
+  }
+
+  // dh += the cotangent of what is read, times the readouts
+  void write(int64_t block, int64_t at) {
+    const int64_t row = Readouts::row(s);
+    in_blocks(n, [&](int first, auto rows) {
+      vec c[rows][1] = {};
+      multiply<rows, 1, false>(dread + (at + first) * row, row, p.of_readouts + block * s.rank * kLanes, kLanes, s.rank, c);
+      for (int r = 0; r < rows; r++) {
+        real* to = field(ds, Cell::hidden, first + r) + block * kLanes;
+        store(to, load(to) + masked(s, in.recurrent_mask, lo + first + r, block, c[r][0]));
+      }
+    });
+  }
+
+  // The gradient of the readouts, over a chunk.
+  void readouts(int64_t block, int64_t depth) {
+    in_blocks(int(s.rank), [&](int first, auto count) {
+      vec c[count][1] = {};
+      multiply<count, 1, true>(dread + first, Readouts::row(s), h + block * kLanes, ldh, depth, c);
+      real* to = sums.readouts + (block * s.rank + first) * kLanes;
+      for (int r = 0; r < count; r++, to += kLanes) store(to, load(to) + c[r][0]);
     });
   }
 

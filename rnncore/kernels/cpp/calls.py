@@ -23,7 +23,8 @@ class Differentiable(NamedTuple):
     Fields:
       x: (B, T, D), or (T, B, D).
       input_kernel: (D, G, H).
-      kernel: (N, H/N, G, H/N), or (G, H) of a diagonal recurrence.
+      kernel: (N, H/N, G, H/N), (G, H) of a diagonal recurrence, or (r, G, H) of one of rank r.
+      readouts: (r, H), what that reads of h; (0, H) of others.
       bias: (G, H), with the recurrent bias of the gates that see z + r alone.
       rest_bias: (n, H), of r of the other gates.
       units: (P, H).
@@ -33,6 +34,7 @@ class Differentiable(NamedTuple):
     x: Array
     input_kernel: Array
     kernel: Array
+    readouts: Array
     bias: Array
     rest_bias: Array
     units: Array
@@ -74,7 +76,7 @@ class Out(NamedTuple):
     states: Array
 
 
-_SHARED = ("input_kernel", "kernel", "bias", "rest_bias", "units")
+_SHARED = ("input_kernel", "kernel", "readouts", "bias", "rest_bias", "units")
 """What all sequences share; its gradients are sums over them."""
 
 NONE, SHARE, CHOSEN, SHARES = range(4)
@@ -130,7 +132,7 @@ class Calls:
             del groups  # nothing is summed over sequences
             arrays = Differentiable(*args[: len(Differentiable._fields)])
             steps, rows, hidden = self._shape(arrays)
-            heads = arrays.kernel.shape[0] if arrays.kernel.ndim > 2 else 1
+            heads = arrays.kernel.shape[0] if arrays.kernel.ndim > 3 else 1
             padded = heads * -(-(hidden // heads) // PAD) * PAD
             kept: tuple[int, ...] = (steps, rows, self.width, padded) if keep and not self.rematerialize else (0,)
             begins: tuple[int, ...] = (0,)

@@ -9,7 +9,7 @@ namespace rnn {
 // What both loops read; null where there is none of it.
 struct Inputs {
   const stored* x;
-  const real *w, *u, *bias, *rest_bias, *units, *start, *target, *recurrent_mask;
+  const real *w, *u, *readouts, *bias, *rest_bias, *units, *start, *target, *recurrent_mask;
   const int32_t* lengths;
   const bool* resets;
   Zoneout zoneout;
@@ -39,14 +39,14 @@ struct Outputs {
 
 // The parameters as the loops read them.
 struct Weights {
-  real *w, *u, *bias, *rest_bias, *units;
+  real *w, *u, *readouts, *bias, *rest_bias, *units;
 
   static std::vector<int64_t> sizes(const Sizes& s) {
-    return {s.inputs * s.lanes, s.depth * s.lanes, s.lanes, Cell::rest * s.units, Cell::units * s.units};
+    return {s.inputs * s.lanes, s.depth * s.lanes, Readouts::size(s), s.lanes, Cell::rest * s.units, Cell::units * s.units};
   }
   Weights() = default;
   explicit Weights(real* const* parts)
-      : w(parts[0]), u(parts[1]), bias(parts[2]), rest_bias(parts[3]), units(parts[4]) {}
+      : w(parts[0]), u(parts[1]), readouts(parts[2]), bias(parts[3]), rest_bias(parts[4]), units(parts[5]) {}
 
   void pack(const Sizes& s, const Inputs& in, int64_t block) const {
     pack_columns(s, in.w, s.inputs, s.hidden, s.first(block), block, w);
@@ -54,8 +54,9 @@ struct Weights {
       pack_rows(s, in.u, kGates, block, u);
     } else {
       const int64_t head = s.head_of(block);
-      pack_columns(s, in.u + head * s.head * kGates * s.head, s.head, s.head, s.first(block) - head * s.head, block, u);
+      pack_columns(s, in.u + head * s.head * kGates * s.head, s.depth, s.head, s.first(block) - head * s.head, block, u);
     }
+    if (s.rank) Readouts::pack(s, in.readouts, block, readouts);
     pack_rows(s, in.bias, kGates, block, bias);
     pack_rows(s, in.rest_bias, Cell::rest, block, rest_bias);
     pack_rows(s, in.units, Cell::units, block, units);
@@ -95,12 +96,12 @@ class Forward {
 
   std::vector<int64_t> sizes() const {
     return {chunk * n * ldx, chunk * n * ldz, 2 * n * ldh, Cell::fields * n * s.units, Cell::reduces ? n * ldz : 0,
-            staged_size<Staged>(s)};
+            staged_size<Staged>(s), s.rank ? n * Readouts::row(s) : 0};
   }
 
   void set(real* const* parts) {
     x = parts[0], z = parts[1], h = parts[2], carry = parts[3], sums = parts[4];
-    staged = reinterpret_cast<Staged*>(parts[5]);
+    staged = reinterpret_cast<Staged*>(parts[5]), read = parts[6];
   }
 
   // Where what the derivative needs goes.
@@ -148,7 +149,7 @@ class Forward {
   int64_t chunk, ldx, ldz, ldh, h_first = 0, h_steps = 2;
   bool beginning = false;  // whether `begins` is written, and not read
   real *x, *z, *h, *carry;  // h: what enters the recurrent product of the last steps, row by row
-  real* sums;               // those of a step, where it is taken in stages
+  real *sums, *read;        // the sums of a step that is taken in stages; what a kernel of low rank reads of h
 
   // A vector of units in a step: what it reads and what it gives.
   struct Lanes {
@@ -196,6 +197,8 @@ class Forward {
           for (int64_t r = 0; r < n; r++)
             if (in.resets[t * s.batch + lo + r]) begin(r, in.target, now);
         });
+      if (s.rank)
+        here.phase(panels(s.rank), [&](int64_t panel) { Readouts::read(s, p.readouts, panel, now, ldh, read, n); });
       here.phase(s.blocks, [&](int64_t block) {
         if (n < kRows && t % 2) block = s.blocks - 1 - block;  // what the cache still holds comes first
         in_blocks(n, [&](int at, auto rows) { step<rows>(t, block, at, z + ((t - t0) * n + at) * ldz, now, next); });
@@ -217,9 +220,10 @@ class Forward {
     for (int f = 0; f < Cell::fields; f++) collect(s, field(f, r), out.last + (f * s.batch + lo + r) * s.hidden);
   }
 
-  // c += what enters the product, of `Rows` rows, times the columns of gates g to g + Columns.
+  // c += what enters the product, of `Rows` rows from `at` on, times the columns of gates g to g + Columns.
   template <int Rows, int Columns>
-  RNN_INLINE void multiply_recurrent(int64_t block, int g, const real* h, vec (&c)[Rows][Columns]) const {
+  RNN_INLINE void multiply_recurrent(int64_t block, int g, const real* now, int64_t at, vec (&c)[Rows][Columns]) const {
+    const real* h = now + at * ldh;
     if (s.diagonal) {
       for (int m = 0; m < Columns; m++) {
         const vec u = load(p.u + (block * kGates + g + m) * kLanes);
@@ -227,9 +231,11 @@ class Forward {
       }
       return;
     }
-    const real* columns = p.u + (block * kGates + g) * s.head * kLanes;
-    multiply<Rows, Columns, false, kColumns>(h + s.head_of(block) * s.padded, ldh, columns, kColumns * kLanes, s.head, c,
-                                             kColumns * kLanes * s.head);
+    const real* columns = p.u + (block * kGates + g) * s.depth * kLanes;
+    const int64_t row = s.rank ? Readouts::row(s) : ldh;
+    const real* from = s.rank ? read + at * row : h + s.head_of(block) * s.padded;
+    multiply<Rows, Columns, false, kColumns>(from, row, columns, kColumns * kLanes, s.depth, c,
+                                             kColumns * kLanes * s.depth);
   }
 
   template <int Rows>
@@ -245,7 +251,7 @@ class Forward {
           c[r][m] =
               load(rest < 0 ? zs + r * ldz + (g + m) * kLanes : p.rest_bias + (block * Cell::rest + rest) * kLanes);
       }
-      multiply_recurrent<Rows>(block, g, now + at * ldh, c);
+      multiply_recurrent<Rows>(block, g, now, at, c);
       for (int r = 0; r < Rows; r++)
         for (int m = 0; m < kAtOnce; m++) sums[r][g + m] = c[r][m];
     }

@@ -37,8 +37,8 @@ T* data(ffi::Result<B>& a) {
 inline Sizes sizes_of(const Stack& x, const Array& w, const Array& u, bool time_major) {
   auto xs = x.dimensions(), ws = w.dimensions(), us = u.dimensions();
   const bool diagonal = us.size() == 2;
-  return Sizes(time_major ? xs[0] : xs[1], time_major ? xs[1] : xs[0], xs[2], ws[2], diagonal ? 1 : us[0], diagonal,
-               time_major);
+  return Sizes(time_major ? xs[0] : xs[1], time_major ? xs[1] : xs[0], xs[2], ws[2], us.size() < 4 ? 1 : us[0],
+               us.size() == 3 ? us[0] : 0, diagonal, time_major);
 }
 
 // `kinds` of all fields; their shares for all steps, booleans and shares (T, B, H) one after the other.
@@ -70,13 +70,13 @@ ffi::Error said(Body&& body) {
 // The operands of all calls, in their order.
 #define RNN_OPERANDS                                                                                               \
   ffi::ThreadPool pool, bool time_major, int64_t groups, int64_t every, bool again, ffi::Span<const int64_t> kinds, Stack x, \
-      Array w, Array u, \
+      Array w, Array u, Array readouts, \
       Array bias, Array rest_bias, Array units, Array start, Array target, Array recurrent_mask, Integers lengths, \
       Booleans resets, Array share, Booleans chosen, Array shares
 #define RNN_INPUTS                                                                                           \
   const Sizes s = sizes_of(x, w, u, time_major);                                                             \
   const Inputs in {                                                                                          \
-    data<stored>(x), data<real>(w), data<real>(u), data<real>(bias), data<real>(rest_bias), data<real>(units), \
+    data<stored>(x), data<real>(w), data<real>(u), data<real>(readouts), data<real>(bias), data<real>(rest_bias), data<real>(units), \
         data<real>(start), data<real>(target), data<real>(recurrent_mask), data<int32_t>(lengths),           \
         data<bool>(resets), zoneout_of(s, kinds, share, chosen, shares)                                      \
   }
@@ -96,7 +96,7 @@ ffi::Error forward(RNN_OPERANDS, ResultOf<stored> y, ResultOf<real> last, Result
 
 inline ffi::Error backward(RNN_OPERANDS, Stack y, Rows kept, Array begins, Stack dy, Array dlast,
                            Stack dstates,
-                           ResultOf<stored> dx, ResultOf<real> dw, ResultOf<real> du, ResultOf<real> dbias,
+                           ResultOf<stored> dx, ResultOf<real> dw, ResultOf<real> du, ResultOf<real> dreadouts, ResultOf<real> dbias,
                            ResultOf<real> drest_bias, ResultOf<real> dunits, ResultOf<real> dstart,
                            ResultOf<real> dtarget) {
   RNN_INPUTS;
@@ -105,7 +105,7 @@ inline ffi::Error backward(RNN_OPERANDS, Stack y, Rows kept, Array begins, Stack
   return said([&] {
     run_backward(pool, groups, s, in, data<stored>(y), held, {carries, every, again},
                  {data<stored>(dy), data<stored>(dstates), data<real>(dlast)},
-                 {data<stored>(dx), data<real>(dw), data<real>(du), data<real>(dbias), data<real>(drest_bias),
+                 {data<stored>(dx), data<real>(dw), data<real>(du), data<real>(dreadouts), data<real>(dbias), data<real>(drest_bias),
                   data<real>(dunits), data<real>(dstart), data<real>(dtarget)});
   });
 }
@@ -124,6 +124,7 @@ template <class Bound>
 auto with_inputs(Bound&& bound) {
   return std::move(bound)
       .template Arg<Stack>()
+      .template Arg<Array>()
       .template Arg<Array>()
       .template Arg<Array>()
       .template Arg<Array>()
@@ -153,6 +154,7 @@ inline auto bind_backward() {
       .Arg<Array>()
       .Arg<Stack>()
       .Ret<Stack>()
+      .Ret<Array>()
       .Ret<Array>()
       .Ret<Array>()
       .Ret<Array>()

@@ -68,6 +68,31 @@ struct Transposed {
   }
 };
 
+// The readouts (rank, H) of a kernel of low rank, as columns: [rank / wide][unit][wide].
+struct Readouts {
+  static constexpr int kPanel = kWide * kLanes;
+  static int64_t size(const Sizes& s) { return panels(s.rank) * kPanel * s.units; }
+  static int64_t row(const Sizes& s) { return panels(s.rank) * kPanel + kPad; }  // between rows of what is read
+
+  static void pack(const Sizes& s, const real* from, int64_t block, real* to) {
+    for (int64_t k = 0; k < panels(s.rank) * kPanel; k++)
+      for (int lane = 0; lane < kLanes; lane++)
+        to[(k / kPanel * s.units + block * kLanes + lane) * kPanel + k % kPanel] =
+            k < s.rank && lane < s.count(block) ? from[k * s.hidden + s.first(block) + lane] : 0;
+  }
+
+  // What `count` rows of h give, a panel of it.
+  static void read(const Sizes& s, const real* columns, int64_t panel, const real* h, int64_t ldh, real* to,
+                   int64_t count) {
+    in_blocks(int(count), [&](int at, auto rows) {
+      vec c[rows][kWide] = {};
+      multiply<rows, kWide, false>(h + at * ldh, ldh, columns + panel * s.units * kPanel, kPanel, s.hidden, c);
+      for (int r = 0; r < rows; r++)
+        for (int m = 0; m < kWide; m++) store(to + (at + r) * row(s) + panel * kPanel + m * kLanes, c[r][m]);
+    });
+  }
+};
+
 // One sequence's units, (H,), to the padded ones, and back.
 inline void spread(const Sizes& s, const real* from, real* to) {
   for (int64_t block = 0; block < s.blocks; block++)

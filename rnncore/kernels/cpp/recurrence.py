@@ -15,6 +15,7 @@ from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell, CellParams, GatedCell
 from rnncore.cells.recurrent_kernels import Diagonal
 from rnncore.cells.reductions import ReducingCell, Whole, declared
+from rnncore.cells.structured_kernels import LowRank
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.cpp import calls, emit, handlers
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Out
@@ -222,12 +223,14 @@ class _Run:
             params = self.cell.params(params)
         real, hidden = self.variant.real, self.cell.hidden_size
         params = jax.tree.map(lambda a: a.astype(real), params)
-        kernel = params.recurrent_kernel
-        if not isinstance(self.cell.recurrence, Diagonal):
+        kernel, readouts = params.recurrent_kernel, jnp.zeros((0, hidden), real)
+        if isinstance(self.cell.recurrence, LowRank):
+            readouts, kernel = kernel[:, 0], kernel[:, 1:]
+        elif not isinstance(self.cell.recurrence, Diagonal):
             size = hidden // self.heads
             kernel = kernel.reshape(self.heads, size, len(self.cell.gates), size)
         arrays = calls.Differentiable(
-            xs.reshape(*self._sequences, xs.shape[-1]).astype(self.variant.stored), params.input_kernel, kernel,
+            xs.reshape(*self._sequences, xs.shape[-1]).astype(self.variant.stored), params.input_kernel, kernel, readouts,
             *self._biases(params), _rows(params.units, hidden, real), self._carry(start), self._carry(reset_carry),
         )  # fmt: skip
         return jax.tree.map(lambda a: _compat.vary_over(a, self.axes), arrays)

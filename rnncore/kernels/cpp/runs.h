@@ -77,6 +77,7 @@ void run_backward(Pool& pool, int64_t groups, const Sizes& s, const Inputs& in, 
   work.reserve(count);
   for (int64_t n = 0; n < count; n++) work.emplace_back(s, in, weights, p, y, kept, begins, given, out, split.first(n), split.end(n));
   auto sizes = Transposes::sizes(s, out.x);
+  const size_t shared_transposes = sizes.size();
   sizes.push_back(count * apart);
   if (again) append(sizes, Weights::sizes(s));
   const size_t shared = sizes.size();
@@ -84,9 +85,9 @@ void run_backward(Pool& pool, int64_t groups, const Sizes& s, const Inputs& in, 
   for (int64_t n = 0; n < split.slots(s, pool); n++) append(sizes, own);
   Memory memory;
   auto parts = memory.parts(sizes);
-  real* const sums = parts[3];
+  real* const sums = parts[shared_transposes];
   p.set(parts.data(), out.x);
-  if (again) weights = Weights(parts.data() + 4);
+  if (again) weights = Weights(parts.data() + shared_transposes + 1);
   parallel(pool, s.blocks, 8 * s.weights(), [&](int64_t block, int64_t) {
     p.pack(s, in, block);
     if (again) weights.pack(s, in, block);
@@ -109,8 +110,9 @@ void run_backward(Pool& pool, int64_t groups, const Sizes& s, const Inputs& in, 
     if (s.diagonal)
       unpack_rows(s, first.u, split.each, apart, kGates, block, out.u + of_head);
     else
-      unpack_columns(s, first.u, split.each, apart, s.head, s.head, s.first(block) - head * s.head, block,
+      unpack_columns(s, first.u, split.each, apart, s.depth, s.head, s.first(block) - head * s.head, block,
                      out.u + of_head);
+    unpack_rows(s, first.readouts, split.each, apart, s.rank, block, out.readouts + group * s.rank * s.hidden);
     unpack_rows(s, first.bias, split.each, apart, kGates, block, out.bias + group * kGates * s.hidden);
     unpack_rows(s, first.rest_bias, split.each, apart, Cell::rest, block,
                 out.rest_bias + group * Cell::rest * s.hidden);
