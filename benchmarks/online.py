@@ -6,9 +6,10 @@ python -m benchmarks.online            # writes benchmarks/results/online/cpu.js
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,10 +54,12 @@ TASKS: dict[str, Callable] = {"recall": recall, "adding": adding, "waves": waves
 CELLS: dict[str, rnncore.PointwiseCell] = {
     "LSTM": rnncore.LSTM(HIDDEN, forget_bias=1.0), "GRU": rnncore.GRU(HIDDEN), "Elman": rnncore.Elman(HIDDEN),
     "Leaky": rnncore.Leaky(HIDDEN, tau=5.0), "LSTM, diagonal": rnncore.LSTM(HIDDEN, recurrence=rnncore.Diagonal()),
+    "GRU, sparse": rnncore.GRU(HIDDEN, recurrence=rnncore.Sparse.random(HIDDEN, 0.1)),
 }  # fmt: skip
 RULES: dict[str, Any] = {
-    "RTRL": online.RTRL, "SnAp-1": online.SnAp1, "e-prop": online.EProp, "RFLO": online.RFLO, "KF-RTRL": online.KFRTRL,
-    "UORO": online.UORO,
+    "RTRL": online.RTRL, "SnAp-1": online.SnAp1, "SnAp-2": functools.partial(online.SnAp, order=2),
+    "SnAp-3": functools.partial(online.SnAp, order=3), "e-prop": online.EProp, "RFLO": online.RFLO,
+    "KF-RTRL": online.KFRTRL, "UORO": online.UORO,
 }  # fmt: skip
 
 
@@ -106,11 +109,12 @@ def trained(cell: Any, params: Any, task: Callable, updates: int) -> Any:
     return jax.jit(lambda s: jax.lax.scan(update, s, keys)[0][0])((params, optimizer.init(params)))
 
 
-def cosines(updates: int) -> list[dict[str, Any]]:
+def cosines(updates: int, cells: Sequence[str]) -> list[dict[str, Any]]:
     rows = []
     for task_name, task in TASKS.items():
         xs, targets = task(jax.random.key(100))
-        for cell_name, cell in CELLS.items():
+        for cell_name in cells:
+            cell = CELLS[cell_name]
             keys = jax.random.split(jax.random.key(0), 3)
             params = {
                 "cell": cell.init(keys[0], xs.shape[-1], jnp.float64),
@@ -125,6 +129,8 @@ def cosines(updates: int) -> list[dict[str, Any]]:
                     except NotImplementedError:
                         continue
                     if rule_name == "RFLO" and cell_name == "Elman":
+                        continue
+                    if isinstance(rule, online.SnAp) and rule.connections is None:  # over a dense kernel that is RTRL
                         continue
                     run = jax.jit(
                         lambda key, rule=rule, at=at, xs=xs, t=targets, b=back if rule_name == "RFLO" else None:
@@ -227,14 +233,18 @@ def main() -> None:
     parser.add_argument(
         "--tables", action="store_true", help="write the tables of what was measured before, and no more"
     )
+    parser.add_argument("--cells", nargs="+", choices=CELLS, help="cosines of these alone; all else stays as it was")
     options = parser.parse_args()
+    before = json.loads(options.out.read_text()) if options.tables or options.cells else {}
     if options.tables:
-        return write_tables(json.loads(options.out.read_text()), options.docs)
-    spent = times(options.rounds)
+        return write_tables(before, options.docs)
+    spent = before["times"] if options.cells else times(options.rounds)
     jax.config.update("jax_enable_x64", True)
+    kept = [row for row in before.get("cosines", ()) if row["cell"] not in (options.cells or CELLS)]
     results = {
         "jax": jax.__version__, "device": jax.devices()[0].device_kind, "hidden": HIDDEN, "batch": BATCH,
-        "steps": STEPS, "draws": DRAWS, "updates": options.updates, "times": spent, "cosines": cosines(options.updates),
+        "steps": STEPS, "draws": DRAWS, "updates": options.updates, "times": spent,
+        "cosines": kept + cosines(options.updates, options.cells or tuple(CELLS)),
     }  # fmt: skip
     options.out.write_text(json.dumps(results, indent=1) + "\n")
     write_tables(results, options.docs)

@@ -115,7 +115,7 @@ def clipping(args: argparse.Namespace, seed: int, build: _claims.Build) -> Value
     def loss(carry: Any, outputs: jax.Array) -> jax.Array:
         return LOUD * outputs[-1] @ weights
 
-    steps = analysis.per_step_parameter_gradients(loss, cell, params, xs[args.burn_in :], carry)
+    steps = analysis.gradients_over_time(loss, cell, params, xs[args.burn_in :], carry).parameters
     whole = jax.tree.map(lambda a: a.sum(0), steps)
     clip = optax.clip_by_global_norm(CLIP)
     clipped, _ = clip.update(whole, clip.init(whole))

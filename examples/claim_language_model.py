@@ -93,7 +93,7 @@ def control(model: Any, params: Any, pieces: np.ndarray, xs: jax.Array) -> float
         logits = model.apply({"params": params}, outputs, method=lambda m, h: m.readout(h))
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(pieces[:, 1:])).sum()
 
-    states = analysis.state_gradients(total, cell, weights, xs)
+    states = analysis.gradients_over_time(total, cell, weights, xs).states
     norms = jnp.linalg.norm(states.h, axis=-1)
     return float(jnp.mean(jnp.log10(norms[:, -101] / norms[:, -6])))
 

@@ -15,11 +15,7 @@ from rnncore.analysis.gradients.gate_table import gate_table as gate_table
 from rnncore.analysis.gradients.monitor import Monitor as Monitor
 from rnncore.analysis.gradients.monitor import read_records as read_records
 from rnncore.analysis.gradients.over_time import GradientsOverTime as GradientsOverTime
-from rnncore.analysis.gradients.over_time import gate_gradients as gate_gradients
 from rnncore.analysis.gradients.over_time import gradients_over_time as gradients_over_time
-from rnncore.analysis.gradients.over_time import input_gradients as input_gradients
-from rnncore.analysis.gradients.over_time import per_step_parameter_gradients as per_step_parameter_gradients
-from rnncore.analysis.gradients.over_time import state_gradients as state_gradients
 from rnncore.analysis.gradients.regularizers import gate_sparsity as gate_sparsity
 from rnncore.analysis.gradients.regularizers import gradient_flossing as gradient_flossing
 from rnncore.analysis.gradients.regularizers import h_detach as h_detach

@@ -1,5 +1,7 @@
 """Gradients over time against jax.grad, finite differences and written-out formulas."""
 
+import dataclasses
+
 import cases
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,6 @@ from rnncore.analysis.gradients._backward import backward
 
 EXACT = 1e-12
 NAMES = ("lstm_both-dense", "gru_no_recurrent_bias", "user_fast_slow-heads", "reset_before_gru")
-ALL = (
-    analysis.state_gradients, analysis.input_gradients, analysis.gate_gradients,
-    analysis.per_step_parameter_gradients, analysis.gradients_over_time,
-)  # fmt: skip
 
 
 def weights(*shape):
@@ -76,12 +74,13 @@ def test_all_gradients_with_resets_and_lengths(name):
     for state, want in zip(got.states, jax.jit(jax.grad(lambda m: plain(cell, problem, m)))(moves), strict=True):
         close(state, want, EXACT)
 
-    norms = analysis.per_step_parameter_gradients(loss, cell, *problem[:3], norms=True, **options)
+    norms = dataclasses.replace(got, norms=True).parameters
     for size, step in zip(jax.tree.leaves(norms), steps, strict=True):
         close(size, np.linalg.norm(step.reshape(5, -1), axis=-1), EXACT)
 
     if not isinstance(cell, rnncore.PointwiseCell):
-        assert got.gates is None and got.recurrent is None
+        with pytest.raises(NotImplementedError, match="ResetBeforeGRU is not a PointwiseCell.*`.states`.*any cell has"):
+            _ = got.gates
         return
     # Biases enter z and r as they are, at every step.
     close(np.stack([a.sum((0, 1)) for a in got.gates]), d_params.bias, EXACT)
@@ -89,26 +88,10 @@ def test_all_gradients_with_resets_and_lengths(name):
         close(getattr(got.recurrent, gate).sum((0, 1)), d_params.recurrent_bias[row], EXACT)
 
 
-def test_each_function_is_its_part_of_the_whole():
-    case = cases.BY_ID["gru-dense"]
-    problem = cases.draw(case, (2,), 4)
-    args = (loss, case.cell, *problem[:3])
-    whole = analysis.gradients_over_time(*args)
-    parts = (
-        (analysis.state_gradients(*args), whole.states),
-        (analysis.input_gradients(*args), whole.inputs),
-        (analysis.gate_gradients(*args), whole.gates),
-        (analysis.gate_gradients(*args, wrt="recurrent"), whole.recurrent),
-        (analysis.per_step_parameter_gradients(*args), whole.parameters),
-    )
-    for part, want in parts:
-        jax.tree.map(np.testing.assert_array_equal, part, want)
-
-
 def test_state_gradients_are_differences_of_the_numpy_reference():
     case = cases.BY_ID["gru-dense"]
     problem = cases.draw(case, (), 4)
-    states = analysis.state_gradients(last_output, case.cell, *problem[:3])
+    states = analysis.gradients_over_time(last_output, case.cell, *problem[:3]).states
     params, xs = cases.as_reference(problem.params), np.asarray(problem.xs)
     _, outputs = rnncore.unroll(case.cell, *problem[:2], initial_carry=problem.carry)
     hs = np.concatenate([problem.carry.h[None], outputs])
@@ -242,13 +225,12 @@ CELL = rnncore.LSTM(3)
 PARAMS, XS = CELL.init(jax.random.key(0), 2, jnp.float64), jnp.ones((2, 4, 2))
 
 
-@pytest.mark.parametrize("function", ALL)
-def test_bad_input_of_every_function(function):
-    name = function.__name__
+def test_bad_input():
+    function = analysis.gradients_over_time
     with pytest.raises(ValueError, match=r"xs=<int32 .*expected floating point; embed or convert"):
         function(last_output, CELL, PARAMS, XS.astype(jnp.int32))
     broken = PARAMS._replace(bias=PARAMS.bias.at[0, 0].set(jnp.nan))
-    with pytest.raises(ValueError, match=rf"`{name}\(params=...\)`: .bias of shape \(4, 3\) holds 1 NaN"):
+    with pytest.raises(ValueError, match=r"`gradients_over_time\(params=...\)`: .bias of shape \(4, 3\) holds 1 NaN"):
         function(last_output, CELL, broken, XS)
 
 
@@ -269,14 +251,6 @@ def test_bad_runs(xs, options, message):
     loss = given.pop("loss")
     with pytest.raises(ValueError, match=message):
         backward("f", loss, CELL, PARAMS, xs, reset_carry=None, **given)
-
-
-def test_gates_that_cannot_be_asked_for():
-    cell = rnncore.ResetBeforeGRU(3)
-    with pytest.raises(NotImplementedError, match="ResetBeforeGRU is not a PointwiseCell.*`state_gradients`.*any cell"):
-        analysis.gate_gradients(last_output, cell, cell.init(jax.random.key(0), 2), XS)
-    with pytest.raises(ValueError, match=r"`gate_gradients\(wrt='z'\)`: expected 'input' or 'recurrent'"):
-        analysis.gate_gradients(last_output, CELL, PARAMS, XS, wrt="z")
 
 
 @pytest.mark.sample(1)

@@ -434,10 +434,10 @@ def test_bad_windows_and_runs():
     ("state", "options", "message"),
     [
         (jnp.array([1, 2]), {"steps": 3}, r"state=<int64 \(2,\)>\)`: expected floating point \(\*batch, n\)"),
-        (jnp.array([0.1, jnp.nan]), {"steps": 3}, "holds 1 NaN .* no orbit starts there"),
-        (jnp.array([0.1, 0.1]), {}, "expected inputs, whose first axis is T, or else steps=T"),
-        (jnp.array([0.1, 0.1]), {"steps": 3, "inputs": jnp.zeros(3)}, "or else steps=T"),
-        (jnp.array([0.1, 0.1, 0.1]), {"steps": 3}, r"made float64 \(2,\) of a state float64 \(3,\)"),
+        (jnp.array([0.1, jnp.nan]), {"steps": 3}, "holds 1 NaN .* find out where"),
+        (jnp.array([0.1, 0.1]), {}, "expected either inputs, whose first axis is T, or steps=T"),
+        (jnp.array([0.1, 0.1]), {"steps": 3, "inputs": jnp.zeros(3)}, "or steps=T"),
+        (jnp.array([0.1, 0.1, 0.1]), {"steps": 3}, r"returned float64 \(2,\) for a state float64 \(3,\)"),
         (jnp.array([9.0, 9.0]), {"steps": 60}, "a state or the Jacobian of a step leaves the range"),
     ],
 )

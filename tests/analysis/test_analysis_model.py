@@ -345,7 +345,7 @@ def test_a_foreign_cell_of_one_sequence_at_a_time_with_gates():
 
 def test_what_cannot_be_found_is_said():
     dense = fnn.Dense(2)
-    with pytest.raises(ValueError, match="no recurrent layer that can be taken apart runs in the model;"):
+    with pytest.raises(ValueError, match="the model runs no recurrent layer that can be analysed;"):
         analysis.recurrent_layers(dense, dense.init(jax.random.key(0), XS), XS)
     layer = linen.LSTM(H, dropout=0.5, num_layers=2)
     variables = layer.init(jax.random.key(0), XS, deterministic=True)
@@ -353,9 +353,9 @@ def test_what_cannot_be_found_is_said():
         analysis.recurrent_layers(
             layer, variables, XS, call=lambda m, b: m(b, deterministic=False), rngs={"dropout": jax.random.key(1)}
         )
-    with pytest.raises(ValueError, match=r"expected \(model, variables, batch\).*got 1 after the model"):
+    with pytest.raises(ValueError, match=r"expected \(model, variables, batch\).*got 1 argument"):
         analysis.recurrent_layers(layer, XS)
     with pytest.raises(ValueError, match="expected a flax.linen or flax.nnx model"):
         analysis.recurrent_layers(3, XS)
-    with pytest.raises(ValueError, match="say by call=lambda model, batch"):
+    with pytest.raises(ValueError, match="pass call=lambda model, batch"):
         analysis.recurrent_layers(layer, variables, {"x": XS})

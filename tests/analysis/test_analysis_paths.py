@@ -322,14 +322,14 @@ def test_cells_without_other_paths():
 
 def test_bad_starts():
     run, short = run_of(LSTM), run_of(LSTM, (2,), 1)
-    with pytest.raises(ValueError, match=r"start at t = 2, the trajectory has T = 1; run at least 2 steps, or say"):
+    with pytest.raises(ValueError, match=r"start at t = 2, the trajectory has T = 1; run at least 2 steps, or pass"):
         analysis.lstm_paths(short)
     with pytest.raises(ValueError, match=r"`two_step_residual\(...\)`: the trajectory has T = 1; run at least 2"):
         analysis.two_step_residual(short, h0_tied=False)
     for wrong in (True, jnp.ones(4), jnp.ones((2, 4), int)):
         with pytest.raises(ValueError, match=r"expected None, False, or d h_0 / d c_0 as a floating-point array"):
             analysis.lstm_paths(run, h0_tied=wrong)
-    with pytest.raises(ValueError, match="holds 8 NaN or infinite numbers; no path"):
+    with pytest.raises(ValueError, match="holds 8 NaN or infinite numbers; find out"):
         analysis.lstm_paths(run, h0_tied=jnp.full((2, 4), jnp.nan))
     with pytest.raises(ValueError, match=r"`cell_products\(anchor='middle'\)`: expected 'end' or 'start'"):
         analysis.cell_products(run, anchor="middle")

@@ -54,7 +54,7 @@ def test_omega_is_the_formula_of_exact_jacobians():
     params, xs, carry = problem(cell)
     run = analysis.trajectory(cell, params, xs, carry)
     jacobians = np.asarray(analysis.step_jacobians(run))
-    rows = np.concatenate(list(analysis.state_gradients(loss_of_all, cell, params, xs, carry)), -1)[:, 1:]
+    rows = np.concatenate(list(analysis.gradients_over_time(loss_of_all, cell, params, xs, carry).states), -1)[:, 1:]
     pulled = np.einsum("bti,btij->btj", rows, jacobians)
     ratio = np.linalg.norm(pulled, axis=-1) / np.linalg.norm(rows, axis=-1)
 
@@ -71,7 +71,7 @@ def test_gradient_of_omega_is_the_immediate_one_in_u():
     cell = rnncore.Elman(3)
     params, xs, carry = problem(cell)
     h = analysis.trajectory(cell, params, xs, carry).carries.h[:, 1:]
-    v = analysis.state_gradients(loss_of_last, cell, params, xs, carry).h[:, 1:]
+    v = analysis.gradients_over_time(loss_of_last, cell, params, xs, carry).states.h[:, 1:]
 
     def written_out(kernel, form):
         square = jnp.sum(((v * (1 - h**2)) @ kernel[:, 0].T) ** 2, -1) / jnp.sum(v**2, -1)
@@ -257,7 +257,7 @@ def test_errors():
         lambda: analysis.pascanu_omega(loss_of_all, other, problem(other)[0], xs),
         lambda: analysis.h_detach(other, problem(other)[0], xs, key),
     ):
-        with pytest.raises(NotImplementedError, match=r"\(ResetBeforeGRU\)`: not a PointwiseCell"):
+        with pytest.raises(NotImplementedError, match=r"\(ResetBeforeGRU\)`: expected a PointwiseCell"):
             call()
     with pytest.raises(ValueError, match=r"`h_detach\(cell=<str>\)`: expected an rnncore cell"):
         analysis.h_detach("lstm", params, xs, key)
@@ -288,5 +288,5 @@ def test_sparsity_is_the_mean_of_a_gate_without_the_padding():
     close(analysis.gate_sparsity(gates, "f"), np.mean(gates.f))
     pushed = jax.tree.map(lambda a, b: a - 20 * b, params, jax.grad(penalty)(params))
     assert penalty(pushed) < 0.8 * penalty(params)
-    with pytest.raises(ValueError, match="no gate of that name, only i, f, g, o"):
+    with pytest.raises(ValueError, match="expected one of the gates of the run, i, f, g, o"):
         analysis.gate_sparsity(gates, "z")

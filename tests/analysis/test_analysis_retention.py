@@ -295,7 +295,7 @@ ADJOINT = rnncore.LSTMCarry(jnp.ones((2, 4)), jnp.ones((2, 4)))
         ({"lags": ()}, "expected increasing integers"),
         ({"kind": "adjoint"}, r"`retention_curve\(kind='adjoint'\)` needs adjoint=, the gradient of the loss"),
         ({"adjoint": ADJOINT}, r"`retention_curve\(kind='rms'\)` takes no adjoint"),
-        ({"kind": "adjoint", "adjoint": ADJOINT, "anchor": "start"}, "an adjoint lies at the end; use anchor='end'"),
+        ({"kind": "adjoint", "adjoint": ADJOINT, "anchor": "start"}, "an adjoint belongs to the end; use anchor='end'"),
         ({"kind": "adjoint", "adjoint": ADJOINT.h}, r"expected LSTMCarry\('c', 'h'\), as `jax.grad` of a loss"),
         ({"kind": "adjoint", "adjoint": ADJOINT._replace(c=jnp.ones(4))}, r"<float64 \(4,\)>.*\(2, 4\)"),
         ({"kind": "adjoint", "adjoint": ADJOINT._replace(c=jnp.ones((2, 4), int))}, "expected floating point"),
@@ -342,7 +342,7 @@ def test_bounds_that_are_not_known():
         analysis.retention_curve(run, kind="a_priori_bound")
     cell = rnncore.Elman(4, activation_fn=jax.nn.softplus)
     params = cell.init(jax.random.key(0), 3)
-    with pytest.raises(ValueError, match="activation_fn=softplus: its largest slope is not known here; pass it as"):
+    with pytest.raises(ValueError, match="activation_fn=softplus: unknown largest slope; pass it as"):
         analysis.gradient_bound(cell, params)
     assert float(analysis.gradient_bound(cell, params, slope=1.0)) == pytest.approx(1.0, abs=1e-5)
     with pytest.raises(ValueError, match=r"`gradient_bound\(slope=-1\)`: expected max .* at least 0"):

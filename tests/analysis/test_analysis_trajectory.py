@@ -1,6 +1,7 @@
 """Trajectories with lengths and resets, one sequence of a batch, and trajectories of Flax models."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import rnncore
 from rnncore import analysis
 from rnncore import linen as rnn_linen
 from rnncore import nnx as rnn_nnx
+from rnncore.analysis import plots
 
 CELL = rnncore.LSTM(3, peepholes=True)
 T, LENGTHS = 5, np.array([5, 3, 4])
@@ -198,7 +200,7 @@ def test_a_step_that_knows_of_neither_is_refused():
 
     for options, named in (({"lengths": True}, "seq_lengths"), ({"resets": True}, "resets")):
         run = run_of(**options)
-        with pytest.raises(NotImplementedError, match=rf"of a trajectory with {named}: not known here; .*traj.take"):
+        with pytest.raises(NotImplementedError, match=rf"of a trajectory with {named}: not supported; .*traj.take"):
             flat_step(run)(jnp.zeros(6), run.zs[0, 0])
 
 
@@ -301,3 +303,33 @@ def test_bad_lengths_and_resets(options, message):
     params, xs, carry = drawn()
     with pytest.raises(ValueError, match=message):
         analysis.trajectory(CELL, params, xs, carry, **options)
+
+
+def takers() -> dict[str, functools.partial]:
+    """Every public function that takes a trajectory first, with something for all else that it needs."""
+    functions = {name: f for module in (analysis, plots) for name, f in vars(module).items() if inspect.isfunction(f)}
+    found = {}
+    for name, function in functions.items():
+        first, *rest = inspect.signature(function).parameters.values()
+        if "Trajectory" in str(first.annotation):
+            found[name] = functools.partial(function, **{p.name: 1 for p in rest if p.default is p.empty})
+    return found
+
+
+def test_what_is_no_trajectory_is_refused_in_words():
+    params, xs, _ = drawn()
+    runs, layer = {"a": run_of(), "b": run_of()}, rnn_linen.LSTM(3)
+    wrong = {
+        "<CellParams>": params, "<LSTM>": layer, "<dict of 'a', 'b'>.*pass one of the layers": runs,
+        r"<float64 \(3, 5, 2\)>": xs, "<RecurrentLayer>.*pass its `.run`": analysis.RecurrentLayer(
+            "a", CELL, params, runs["a"], False, "float64"
+        ),
+    }  # fmt: skip
+    assert len(takers()) >= 18
+    for name, function in takers().items():
+        for got, value in wrong.items():
+            if name == "effective_window" and value is xs:
+                continue  # gradients
+            with pytest.raises(ValueError, match=rf"`{name}\((traj=)?{got}") as caught:
+                function(value)
+            assert "expected a `Trajectory`" in str(caught.value)

@@ -71,10 +71,10 @@ def test_window_of_input_gradients():
     [
         (XS, {"share": 0.0}, r"`effective_window\(share=0.0\)`: expected more than 0 and at most 1"),
         (XS, {"share": 1.5}, "expected more than 0"),
-        (XS, {"of": "c"}, "`of` means something for a trajectory only"),
+        (XS, {"of": "c"}, "`of` applies to a trajectory only"),
         (jnp.ones((2, 4, 2), int), {}, r"<int64 \(2, 4, 2\)>\)`: expected a trajectory, or floating point"),
         (jnp.ones(4), {}, r"expected a trajectory, or floating point \(\*batch, T, D\)"),
-        (XS * jnp.nan, {}, "holds 16 NaN or infinite numbers; no window"),
+        (XS * jnp.nan, {}, "holds 16 NaN or infinite numbers; find out"),
     ],
 )
 def test_bad_windows(source, options, message):

@@ -64,8 +64,11 @@ CELLS = (
 )
 
 
-FLOORS = {name: getattr(rnncore, name) for name in ("linen", "nnx", "online", "parallel", "training", "gpu")}
-"""Modules beside `rnncore` itself whose public names follow the same rules; the analysis has a file of its own."""
+FLOORS = {
+    name: importlib.import_module(f"rnncore.{name}")
+    for name in ("linen", "nnx", "online", "parallel", "training", "gpu", "analysis", "analysis.plots")
+}
+"""Modules beside `rnncore` itself whose public names follow the same rules."""
 
 
 def own_names(module: types.ModuleType) -> list[str]:
@@ -75,7 +78,7 @@ def own_names(module: types.ModuleType) -> list[str]:
 
 OTHERS = {f"{floor}.{name}": getattr(module, name) for floor, module in FLOORS.items() for name in own_names(module)
           if not name.startswith("_") and callable(getattr(module, name))}  # fmt: skip
-RECORDS = [name for name, value in OTHERS.items() if hasattr(value, "_fields")]
+RECORDS = [name for name, value in OTHERS.items() if hasattr(value, "_fields") or "    Fields:\n" in value.__doc__]
 
 
 def with_examples() -> list[str]:
@@ -124,7 +127,10 @@ def checks(function: Any) -> bool:
 def test_records_of_the_modules_name_their_fields(name: str):
     value = OTHERS[name]
     assert not value.__doc__.startswith(f"{value.__name__}("), "Python's own docstring"
-    assert len(value._fields) < 3 or not [field for field in value._fields if field not in value.__doc__]
+    fields = value._fields if hasattr(value, "_fields") else [field.name for field in dataclasses.fields(value)]
+    assert len(fields) < 3 or not [
+        f for f in fields if not f.startswith("_") and not re.search(rf"\b{f}\b", value.__doc__)
+    ]
 
 
 def documented() -> list[Any]:

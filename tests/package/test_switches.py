@@ -172,7 +172,6 @@ ENTRIES: dict[str, Entry] = {
         analysis.gradient_bound(rnncore.Elman(H), rnncore.Elman(H).init(key(), D, f32)),
     ]),
     "gradients_over_time": of_gradients(analysis.gradients_over_time),
-    "per_step_parameter_gradients": of_gradients(analysis.per_step_parameter_gradients),
     "pascanu_omega": of_gradients(analysis.pascanu_omega),
     "gradient_flossing": lambda xs: analysis.gradient_flossing(CELL, CELL.init(key(), D, f32), xs, 2),
     "h_detach": lambda xs: analysis.h_detach(rnncore.LSTM(H), rnncore.LSTM(H).init(key(), D, f32), xs, key()),

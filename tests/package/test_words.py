@@ -116,8 +116,8 @@ WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
     ),
     "a trajectory for its Jacobians": (
         lambda: analysis.jacobian_product(analysis.trajectory(CELL, PARAMS, XS)),
-        "`jacobian_product(<Trajectory>)`: expected the Jacobians (*batch, T, n, n) of its steps; make them by "
-        "`step_jacobians(traj)`.",
+        "`jacobian_product(<Trajectory>)`: expected Jacobians (*batch, T, n, n), as `step_jacobians(traj)` returns "
+        "them.",
     ),
     "nnx cell": (lambda: rnncore.unroll(nnx_cell(), PARAMS, XS), "rnncore.nnx.functional(cell)"),
 }

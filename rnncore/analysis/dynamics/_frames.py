@@ -1,8 +1,8 @@
-"""Orthonormal frames carried through step Jacobians and made orthonormal again: the core of every spectrum.
+"""Orthonormal frames carried through step Jacobians and orthonormalised again: the core of every spectrum.
 
-A frame of k vectors is stored as rows (B, k, n).  What QR divides out of it is the stretch of the step,
-vector by vector.  A vector whose stretch drowns in rounding is lost, and stays lost: the rank of a
-product never grows again.
+A frame of k vectors is stored as rows (B, k, n).  The diagonal of R in its QR decomposition is the stretch of
+each vector.  A vector whose stretch is below rounding is lost and stays lost: the rank of a product never
+grows again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rnncore.analysis.jacobians.products import nats, renormalise
 from rnncore.analysis.run.flat import Step, Through, columns_through, rows_through
 
 ROUNDING = 8.0
-"""Times eps: below that part of a row's size a number is what rounding has left."""
+"""Times eps: a number below that fraction of the size of its row is rounding error."""
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))
@@ -30,18 +30,18 @@ def first_frame(key: Array, n: int, k: int, dtype: Any) -> Array:
 
 
 def graded_qr(block: Array, tolerance: float) -> tuple[Array, Array, Array]:
-    """QR of columns that are given as rows, accurate though the entries of a column span many decades.
+    """QR of columns given as rows, accurate even if the entries of a column span many decades.
 
-    Householder reflections keep the relative error of every row small if the large rows come first, as
-    those of diag(phi') U do not by themselves where units saturate.
+    Householder reflections keep the relative error of every row small if the large rows come first, so rows
+    are sorted: those of diag(phi') U differ widely where units saturate.
 
     Args:
       block: (B, k, n).
       tolerance: 1 for the rounding error of the dtype, 0 for none.
 
     Returns:
-      (orthonormal rows (B, k, n), R (B, k, k), lost (B, k)): whether a vector or one before it lies in the
-      span of those before it, up to rounding.
+      (orthonormal rows (B, k, n), R (B, k, k), lost (B, k)); lost: whether the vector, or one before it, lies in
+      the span of its predecessors up to rounding.
     """
     columns = jnp.swapaxes(block, -1, -2)
     order = jnp.argsort(-jnp.max(jnp.abs(columns), -1), -1)
@@ -49,13 +49,13 @@ def graded_qr(block: Array, tolerance: float) -> tuple[Array, Array, Array]:
     q = _rows_at(q, jnp.argsort(order, -1))
     pivots = jnp.diagonal(r, axis1=-2, axis2=-1)
     stretch = jnp.abs(pivots)
-    # Rounding of a row's size in every column; those before a column reach it by the weights that span it.
+    # Each column is rounded in proportion to the size of its rows, and passes its error on to later ones.
     unit = jnp.triu(r, 1) / jnp.where(stretch > 0, pivots, 1)[..., None]
     eye = jnp.broadcast_to(jnp.eye(r.shape[-1], dtype=r.dtype), r.shape)
     weights = jax.lax.linalg.triangular_solve(unit + eye, eye, left_side=True, unit_diagonal=True)
     noise = jnp.einsum("...nk,...n->...k", jnp.abs(q), jnp.sqrt(jnp.sum(jnp.square(columns), -1)))
     noise = noise * jnp.sum(jnp.abs(weights), -2)
-    # What is NaN or infinite is not lost: it has to be seen.
+    # NaN and infinity do not count as lost: they have to show.
     lost = (stretch <= tolerance * ROUNDING * float(jnp.finfo(block.dtype).eps) * noise) & jnp.isfinite(stretch)
     return jnp.swapaxes(q, -1, -2), r, jnp.cumsum(lost, -1) > 0
 
@@ -65,17 +65,17 @@ def _rows_at(a: Array, places: Array) -> Array:
 
 
 def through(step: Step, direction: str) -> Through:
-    """(state, z, rows (k, n)) to the rows of the frame after the step, no Jacobian formed."""
+    """(state, z, rows (k, n)) to the rows of the frame after the step; no Jacobian is formed."""
     return (columns_through if direction == "forward" else rows_through)(step)
 
 
 def matrix_of(step: Step, direction: str) -> Step:
-    """(state, z) to the matrix M with which a row of the frame goes through the step: J^T or, backward, J."""
+    """(state, z) to the matrix that multiplies a row of the frame in the step: J^T or, backward, J."""
     return lambda state, z: through(step, direction)(state, z, jnp.eye(state.shape[0], dtype=state.dtype))
 
 
 def qr_times(steps: int, burn_in: int, qr_every: int) -> np.ndarray:
-    """After which steps, counted from 1, the frame is made orthonormal: every so often, and at both ends."""
+    """The steps, counted from 1, after which the frame is orthonormalised; both ends are among them."""
     times = np.arange(1, steps + 1)
     return times[(times == burn_in) | (times == steps) | ((times - burn_in) % qr_every == 0)]
 
@@ -132,7 +132,7 @@ def log_stretches(
 
 
 def log_abs_det(matrix: Array) -> Array:
-    """ln |det| of (..., n, n); -inf where it is singular up to rounding, whatever the scales of rows and columns."""
+    """ln |det| of (..., n, n); -inf where it is singular up to rounding and scaling of rows and columns."""
     rows = jnp.max(jnp.abs(matrix), -1, keepdims=True)
     matrix = matrix / jnp.where(rows > 0, rows, 1)
     columns = jnp.max(jnp.abs(matrix), -2, keepdims=True)

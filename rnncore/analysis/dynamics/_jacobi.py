@@ -1,4 +1,4 @@
-"""Singular values of a matrix whose rows are of any size at all, as logarithms."""
+"""Logarithms of the singular values of a matrix whose rows differ in size without limit."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rnncore._types import Array
 from rnncore.analysis.jacobians.products import nats
 
 SWEEPS = 40
-"""More than the rows of any well-conditioned matrix need; ten are many."""
+"""More than any well-conditioned matrix needs, for which ten are many."""
 NOTHING = -(2**28)
-"""The exponent of a row of zeros: below all that can occur."""
+"""The exponent of a row of zeros, below any other."""
 
 
 def log_singular_values(rows: Array, exponents: Array) -> Array:
     """ln of the singular values of diag(2^exponents) rows, largest first; -inf for every row of zeros.
 
-    Rows are turned pairwise until all are orthogonal; then their lengths are the singular values.  Each row
-    is kept as direction, length and exponent of its own, and a rotation needs the ratio of two lengths only,
-    so nothing underflows and the small values are as accurate as the large ones.
+    Rows are rotated pairwise until all are orthogonal; then their lengths are the singular values.  Each row
+    is kept as a direction, a length and an exponent, and a rotation needs only the ratio of two lengths, so
+    nothing underflows and small values are as accurate as large ones.
 
     Args:
-      rows: (n, n); independent but for those of zeros, and well so.
+      rows: (n, n); well-conditioned but for rows of zeros.
       exponents: (n,) integers.
 
     Returns:
@@ -51,7 +51,7 @@ def log_singular_values(rows: Array, exponents: Array) -> Array:
 
 
 def _turn(now: Any, pair: Array) -> Any:
-    """Makes the rows of disjoint pairs orthogonal; returns the largest cosine there was."""
+    """Makes the rows of disjoint pairs orthogonal; returns the largest cosine before."""
     rows, lengths, exponents = now
     first, second = pair
     swap = (exponents[second] > exponents[first]) | (

@@ -1,4 +1,4 @@
-"""What the whole Lyapunov spectrum says in one number: the dimension of the attractor, the rate of entropy."""
+"""Numbers that summarise a Lyapunov spectrum: the dimension of the attractor, the entropy rate."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from rnncore.analysis.dynamics.lyapunov_result import LyapunovResult
 
 
 def kaplan_yorke_dimension(exponents: LyapunovResult | Array) -> Array:
-    """The dimension at which a volume neither grows nor shrinks, by the conjecture that of the attractor.
+    """The Kaplan-Yorke dimension, at which a volume neither grows nor shrinks: conjectured to be that of the attractor.
 
     D = j + (lambda_1 + ... + lambda_j) / |lambda_{j+1}|,   j the largest with lambda_1 + ... + lambda_j >= 0
 
     Args:
-      exponents: a `LyapunovResult`, or (*batch, k) numbers, which then are all that there are; in any order.
+      exponents: a `LyapunovResult`, or (*batch, k) numbers, the whole spectrum in any order.
 
     Returns:
       (*batch).  0 if all exponents are negative, n if their sum is not.  A lambda_{j+1} of -inf adds nothing.
 
     Raises:
-      ValueError: NaN; a result of k < n exponents whose sum is not negative, so that D is out of its reach.
+      ValueError: NaN; a result of k < n exponents whose sum is not negative, which does not determine D.
 
     Example:
       >>> import jax.numpy as jnp
@@ -52,13 +52,13 @@ def kaplan_yorke_dimension(exponents: LyapunovResult | Array) -> Array:
 
 
 def ks_entropy(exponents: LyapunovResult | Array) -> Array:
-    """The sum of the positive exponents: the Kolmogorov-Sinai entropy in nats per step, in general a bound from above.
+    """The sum of the positive exponents, an upper bound on the Kolmogorov-Sinai entropy in nats per step.
 
     h = sum over lambda_i > 0 of lambda_i
 
     Args:
-      exponents: a `LyapunovResult` or (*batch, k) numbers.  Of k < n exponents the last should be negative, or
-        positive ones may be missing.
+      exponents: a `LyapunovResult` or (*batch, k) numbers.  If k < n, the last should be negative, or positive
+        ones may be missing.
 
     Returns:
       (*batch).
@@ -72,14 +72,14 @@ def ks_entropy(exponents: LyapunovResult | Array) -> Array:
       >>> float(analysis.ks_entropy(jnp.array([0.5, 0.25, -jnp.inf])))
       0.75
 
-    Source: Pesin (1977); the bound for any invariant measure Ruelle (1978).
+    Source: Ruelle (1978) for the bound, Pesin (1977) for when it is an equality.
     """
     values, n = _values("ks_entropy", exponents)
     positive = jnp.all(values > 0, -1)
     if values.shape[-1] < n and not isinstance(positive, jax.core.Tracer) and np.any(np.asarray(positive)):
         raise ValueError(
-            f"`ks_entropy` of {values.shape[-1]} of n = {n} exponents: all are positive, so more may be; compute more "
-            "of them."
+            f"`ks_entropy` of {values.shape[-1]} of n = {n} exponents: all are positive, so others may be too; "
+            "compute more of them."
         )
     return jnp.sum(jnp.maximum(values, 0.0), -1)
 
@@ -92,5 +92,5 @@ def _values(call: str, exponents: Any) -> tuple[Array, int]:
     if values.ndim < 1 or not values.shape[-1] or not jnp.issubdtype(values.dtype, jnp.floating):
         raise ValueError(f"`{call}(<{values.dtype} {values.shape}>)`: expected floating point (*batch, k).")
     if not isinstance(values, jax.core.Tracer) and np.any(np.isnan(np.asarray(values))):
-        raise ValueError(f"`{call}(<{values.dtype} {values.shape}>)`: NaN among the exponents; -inf is what is lost.")
+        raise ValueError(f"`{call}(<{values.dtype} {values.shape}>)`: NaN; expected numbers or -inf.")
     return values, values.shape[-1]

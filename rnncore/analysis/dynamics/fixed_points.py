@@ -15,29 +15,30 @@ from rnncore._types import Array, PyTree
 from rnncore.analysis.run.flat import flatten_carry, unflatten_carry
 from rnncore.analysis.run.trajectory import check_finite
 from rnncore.cells.base import Cell
+from rnncore.sequence.checks import check_cell
 
 HALVINGS = 12
-"""How often a Newton step that does not lower the residual is halved."""
+"""How many times a Newton step that does not lower the residual is halved."""
 SLOW = 1e-3
-"""Damping, relative to the largest diagonal, with which a point that Newton's steps cannot improve is tried on."""
+"""Damping, relative to the largest diagonal entry, for points that plain Newton steps do not improve."""
 STALLED = 1e-3
-"""Relative fall of the residual below which a step has not improved it."""
+"""A step that lowers the residual by less than this fraction has not improved it."""
 FAR_BELOW = 1e-2
-"""Part of the tolerance at which a point needs no further step."""
+"""Fraction of the tolerance at which a point needs no further step."""
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class FixedPoints:
-    """States that a step leaves where they are; the most stable first.
+    """States that a step leaves unchanged; the most stable first.
 
     Fields:
       states: (K, n), s = F(s, x).
       residuals: (K,), ||F(s, x) - s||_2.
-      eigenvalues: (K, n) complex, of dF/ds, by falling modulus.
-      stable: booleans (K,), whether all of them lie inside the unit circle.
-      unstable_directions: (K,), how many do not.
-      counts: (K,), the starts that led there.
-      lost: starts that led to no point within the tolerance.
+      eigenvalues: (K, n) complex, of dF/ds, in order of falling modulus.
+      stable: booleans (K,), whether all eigenvalues lie inside the unit circle.
+      unstable_directions: (K,), the number that do not.
+      counts: (K,), the number of starts that led there.
+      lost: the number of starts that led to no point within the tolerance.
     """
 
     states: np.ndarray
@@ -50,13 +51,13 @@ class FixedPoints:
 
     @property
     def time_constants(self) -> np.ndarray:
-        """-1 / ln |lambda| in steps, (K, n): how slowly a direction decays, below 0 how slowly it grows."""
+        """-1 / ln |lambda| in steps, (K, n): of the decay of each direction, or, if negative, of its growth."""
         with np.errstate(divide="ignore"):
             return -1.0 / np.log(np.abs(self.eigenvalues))
 
     @property
     def periods(self) -> np.ndarray:
-        """2 pi / |arg lambda| in steps, (K, n): of directions that turn; inf for those that do not."""
+        """2 pi / |arg lambda| in steps, (K, n): the period of directions that rotate; inf for others."""
         with np.errstate(divide="ignore"):
             return 2 * math.pi / np.abs(np.angle(self.eigenvalues))
 
@@ -73,23 +74,23 @@ def fixed_points(
     cell: Cell, params: PyTree, x: Array, starts: Any, *, tolerance: float | None = None, merge: float | None = None,
     iterations: int = 100,
 ) -> FixedPoints:  # fmt: skip
-    """The fixed points of a cell at a constant input that Newton's method reaches from given states.
+    """The fixed points of a cell under a constant input that Newton's method reaches from given states.
 
     F(s, x) = s;   s <- s - a (J - I)^-1 (F(s, x) - s),   J = dF/ds
 
-    The Jacobians are exact, by `jax.jacrev` of the step.  A step is halved until the residual falls; where no part of
-    it does, a damped one, (A'A + mu I)^-1 A' r with A = J - I, leads past a singular A, with mu following the residual
-    down: so slow points, whose A is nearly singular, are reached too.  All starts run together.
+    The Jacobians are exact, by `jax.jacrev` of the step.  A step is halved until the residual falls.  If it never does,
+    a damped one is taken, (A'A + mu I)^-1 A' r with A = J - I and mu proportional to the residual, so that slow points,
+    where A is nearly singular, are reached too.  All starts run together.
 
     Args:
-      cell: any rnncore cell, a `foreign_cell` too.
+      cell: any rnncore cell, a `foreign_cell` included.
       params: its parameters; float64 for residuals below 1e-12.
-      x: the input (D,), constant.
-      starts: states to start from, a carry of arrays (K, H), such as states of a run, `traj.carries` with its leading
-        axes merged; or an array (K, n) of the fields side by side.
-      tolerance: residual up to which a point counts; by default 1e-12 in float64, 1e-5 in float32.
-      merge: distance within which two points are one; by default the square root of the tolerance.
-      iterations: Newton steps at most.
+      x: the constant input (D,).
+      starts: initial states, a carry of arrays (K, H), such as `traj.carries` of a run with its leading axes merged,
+        or an array (K, n) with the fields side by side.
+      tolerance: the largest residual of a fixed point; by default 1e-12 in float64, 1e-5 in float32.
+      merge: points within this distance are one; by default the square root of the tolerance.
+      iterations: the most Newton steps to take.
 
     Returns:
       `FixedPoints`.
@@ -106,10 +107,11 @@ def fixed_points(
       >>> [round(s, 3) for s in found.states.ravel().tolist()], found.stable.tolist()
       ([-0.958, 0.958, 0.0], [True, True, False])
 
-    Source: Sussillo and Barak (2013), "Opening the black box", which minimise |F(s) - s|^2 by gradients; Newton's
+    Source: Sussillo and Barak (2013), "Opening the black box", who minimise |F(s) - s|^2 by gradient descent; Newton's
     method with a line search and damping as in Nocedal and Wright (2006), chapters 10 and 11.
     """
     call = "fixed_points"
+    check_cell(call, cell)
     x = jnp.asarray(x)
     one = jax.eval_shape(functools.partial(cell.initial_carry, (), _dtype(params)))
     n = sum(math.prod(a.shape) for a in jax.tree.leaves(one))
@@ -119,7 +121,7 @@ def fixed_points(
             f"`{call}(x=<{x.shape}>, starts=<{states.shape}>)`: expected an input (D,) and states (K, {n}), or a "
             "carry of arrays (K, H)."
         )
-    check_finite(f"{call}(starts=...)", (states, x), "no search begins there")
+    check_finite(f"{call}(starts=...)", (states, x))
     dtype = _dtype(params)
     tolerance = (1e-12 if dtype == jnp.float64 else 1e-5) if tolerance is None else tolerance
     ends, residuals = _search(cell, params, x.astype(dtype), states.astype(dtype), iterations, float(tolerance))
@@ -167,7 +169,7 @@ def _linearised(cell: Cell, params: PyTree, x: Array, states: Array) -> tuple[Ar
 def _search(
     cell: Cell, params: PyTree, x: Array, states: Array, iterations: int, tolerance: float
 ) -> tuple[Array, Array]:
-    """(states, residuals) after the iterations, or where no start that is not there yet improves any more."""
+    """(states, residuals) after the iterations, or once no start improves any more."""
     with jax.default_matmul_precision("highest"):
         change = _map(cell, params, x)
         eye = jnp.eye(states.shape[-1], dtype=states.dtype)
@@ -204,7 +206,7 @@ def _search(
 
 
 def _merged(points: np.ndarray, residuals: np.ndarray, distance: float) -> tuple[np.ndarray, np.ndarray]:
-    """(points that lie apart, how many lay there), the best of each."""
+    """(distinct points, number of starts at each); of merged points the one with the least residual."""
     kept: list[np.ndarray] = []
     counts: list[int] = []
     for i in np.argsort(residuals, kind="stable"):

@@ -29,36 +29,36 @@ def lyapunov_exponents(
     key: Array | None = None,
     rank_tolerance: float = 1.0,
 ) -> LyapunovResult:
-    """The k largest Lyapunov exponents of the run that the inputs drive, by repeated QR.
+    """The k largest Lyapunov exponents of a run driven by its inputs, by repeated QR.
 
     Q_t R_t = J_t Q_{t-1},   lambda_i = mean over t of ln |R_t,ii|
 
-    k < n goes through `jax.jvp` of the step, k columns at a time, and never forms a Jacobian: memory is that
-    of the trajectory and a few (n, k) arrays.  All n exponents form one (n, n) Jacobian at a time.
+    With k < n a frame of k columns goes through `jax.linearize` of the step and no Jacobian is formed: memory is
+    that of the trajectory and a few (n, k) arrays.  All n exponents take one (n, n) Jacobian at a time.
 
     An exponent is -inf where the product of Jacobians has lost that direction: exactly, as for dead relu
-    units or U = 0, or because its stretch in a step drowns in rounding beside the others.  In float32 the
-    deepest exponents of a saturated network do; float64 resolves them.  With k < n the others are the k: a
-    product that loses all of them in one step, not exactly but in rounding, goes unnoticed; k=None sees it.
+    units or U = 0, or because its stretch in a step is below the rounding of the others, as happens in
+    float32 to the smallest exponents of a saturated network; float64 resolves them.  With k < n only the k
+    vectors are compared: a step that loses all of them to rounding goes unnoticed; k=None detects it.
 
     Args:
       traj: a trajectory of T steps.
-      k: how many; None for all n, as many as the state has entries (2 H for an LSTM).
-      qr_every: steps from one QR to the next.  1 resolves best; more is cheaper, and of what has shrunk
-        by 1/eps beside the largest within that many steps nothing is left.
-      burn_in: first steps (last ones, backward) that turn the frame but do not count.
-      direction: "forward", or "backward" through `jax.vjp` from the end: the same exponents for T to
-        infinity, from other numbers, so a check.
-      key: of the random first frame; `jax.random.key(0)` by default.
-      rank_tolerance: how many rounding errors of its rows a stretch must exceed not to be -inf; 0 keeps
-        whatever number rounding leaves.
+      k: how many; None for all n, the number of entries of the state (2 H for an LSTM).
+      qr_every: steps from one QR to the next.  1 is the most accurate; more is cheaper, but directions that shrink by
+        1/eps relative to the largest within that many steps are lost.
+      burn_in: first steps (last ones, backward) that align the frame but do not count.
+      direction: "forward", or "backward" through `jax.vjp` from the end: the same exponents as T goes to infinity,
+        computed from other numbers, which serves as a check.
+      key: for the random first frame; `jax.random.key(0)` by default.
+      rank_tolerance: a stretch below that many rounding errors of its rows is -inf; 0 keeps whatever number
+        rounding leaves.
 
     Returns:
       `LyapunovResult` with exponents (*batch, k).
 
     Raises:
-      ValueError: k above n, burn_in that leaves no step, unknown options; a Jacobian that overflows.
-      NotImplementedError: a trajectory with lengths or resets: an exponent is one of a run without a break.
+      ValueError: k above n, a burn_in that leaves no step, unknown options; a Jacobian that overflows.
+      NotImplementedError: a trajectory with lengths or resets; exponents belong to an uninterrupted run.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -96,13 +96,13 @@ def lyapunov_exponents_of_map(
     s_t = step(s_{t-1}, x_t),   J_t = d s_t / d s_{t-1},   the rest as in `lyapunov_exponents`
 
     Args:
-      step: (state (n,), one input) to the next state (n,).  Define it once: it is compiled anew for every
-        new function object.
-      state: (*batch, n), where to start.
-      inputs: arrays (T, ...), the same for all of the batch; None for a map without inputs.
-      steps: T; needed without inputs.
-      k, qr_every, burn_in, direction, key, rank_tolerance: as in `lyapunov_exponents`.  Here burn_in is also
-        the way to the attractor.
+      step: (state (n,), one input) to the next state (n,).  Define it once: every new function object is
+        compiled anew.
+      state: (*batch, n), the initial state.
+      inputs: arrays (T, ...), shared by the batch; None for a map without inputs.
+      steps: T; required without inputs.
+      k, qr_every, burn_in, direction, key, rank_tolerance: as in `lyapunov_exponents`.  Here burn_in also lets the
+        orbit reach the attractor.
 
     Returns:
       `LyapunovResult` with exponents (*batch, k).
@@ -124,17 +124,17 @@ def lyapunov_exponents_of_map(
     state = jnp.asarray(state)
     if state.ndim < 1 or not jnp.issubdtype(state.dtype, jnp.floating):
         raise ValueError(f"`{call}(state=<{state.dtype} {state.shape}>)`: expected floating point (*batch, n).")
-    check_finite(f"{call}(state=...)", state, "no orbit starts there")
+    check_finite(f"{call}(state=...)", state)
     leaves = jax.tree.leaves(inputs)
     if (steps is None) != bool(leaves):
-        raise ValueError(f"`{call}`: expected inputs, whose first axis is T, or else steps=T.")
+        raise ValueError(f"`{call}`: expected either inputs, whose first axis is T, or steps=T.")
     total = steps if steps is not None else leaves[0].shape[0]
     options = _check(call, state.shape[-1], state.dtype, total, k, qr_every, burn_in, direction, key, rank_tolerance)
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a)[1:], jnp.result_type(a)), inputs)
     out = jax.eval_shape(step, jax.ShapeDtypeStruct(state.shape[-1:], state.dtype), one)
     if (out.shape, out.dtype) != (state.shape[-1:], state.dtype):
         raise ValueError(
-            f"`{call}(step)`: made {out.dtype} {out.shape} of a state {state.dtype} {state.shape[-1:]}; "
+            f"`{call}(step)`: returned {out.dtype} {out.shape} for a state {state.dtype} {state.shape[-1:]}; "
             "expected the same, for one state without batch axes."
         )
     return _seen(call, _of_map(step, state, inputs, total, *options))
@@ -149,16 +149,16 @@ def finite_time_lyapunov(
     direction: str = "forward",
     key: Array | None = None,
 ) -> Array:
-    """Lyapunov exponents over consecutive windows of the run, along one and the same frame.
+    """Lyapunov exponents over consecutive windows of a run, along a single frame.
 
     lambda_i(w) = (1 / window) * sum over the steps of window w of ln |R_t,ii|
 
-    Not the logarithms of singular values of the windows' products: those are `singular_spectrum`
-    over the lag, and agree with these for long windows only.
+    These are not the logarithms of singular values of the windows' products, which are `singular_spectrum`
+    over the lag and agree for long windows only.
 
     Args:
       traj: a trajectory of T steps.
-      window: steps of a window; what is left at the end is left out.
+      window: steps of a window; a remainder at the end is left out.
       k, burn_in, direction, key: as in `lyapunov_exponents`; backward, the first window is the last in time.
 
     Returns:
@@ -233,7 +233,7 @@ def _of_map(step: Step, state: Array, inputs: PyTree, steps: int, frame: Array, 
         last, states = jax.lax.scan(move, start, inputs, length=steps)
     copies = jax.tree.map(lambda a: jnp.broadcast_to(a[:, None], (steps, len(start), *a.shape[1:])), inputs)
     result = _spectrum(step, states, copies, state.shape[:-1], frame, *options)
-    # A constant Jacobian would not show it.
+    # A constant Jacobian would not show an orbit that overflows.
     broken = ~jnp.all(jnp.isfinite(last), -1).reshape(state.shape[:-1])
     return dataclasses.replace(result, exponents=jnp.where(broken[..., None], jnp.nan, result.exponents))
 
@@ -268,7 +268,7 @@ def _spectrum(
 
 
 def _standard_error(logs: Array, lengths: np.ndarray) -> Array:
-    """Of the mean over the first axis, from the means of blocks: neighbouring steps are not independent."""
+    """Of the mean over the first axis, from means of blocks, as neighbouring steps are correlated."""
     blocks = math.isqrt(len(logs))
     if blocks < 2:
         return jnp.full(logs.shape[1:], jnp.inf, logs.dtype)
@@ -283,7 +283,7 @@ def _standard_error(logs: Array, lengths: np.ndarray) -> Array:
 
 
 def _seen(call: str, result: LyapunovResult) -> LyapunovResult:
-    """Refuses NaN and +inf where they can be seen; -inf is a result."""
+    """Refuses NaN and +inf unless traced; -inf is a valid result."""
     if not isinstance(result.exponents, jax.core.Tracer) and not np.all(np.asarray(result.exponents) < np.inf):
         raise ValueError(
             f"`{call}`: a state or the Jacobian of a step leaves the range of {result.dtype}; shorten the run, or use "

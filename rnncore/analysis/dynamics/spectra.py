@@ -1,4 +1,4 @@
-"""Eigenvalues of one step, and all singular values of a product of many."""
+"""Eigenvalues of the Jacobian of one step, and all singular values of a product of many."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from rnncore.analysis.dynamics._jacobi import NOTHING, log_singular_values
 from rnncore.analysis.jacobians.products import renormalise
 from rnncore.analysis.run._alignment import check_lag, ending_together
 from rnncore.analysis.run.flat import flat, jacobian, state_dtype, state_size
-from rnncore.analysis.run.trajectory import Trajectory, check_finite
+from rnncore.analysis.run.trajectory import Trajectory, check_finite, check_trajectory
 
 
 def jacobian_eigenvalues(traj: Trajectory, t: int) -> Array:
-    """The eigenvalues of the Jacobian of one step, by falling modulus.
+    """The eigenvalues of the Jacobian of one step, in order of falling modulus.
 
     eig(J_t),   J_t = d s_t / d s_{t-1},   t = 1 .. T
 
@@ -28,7 +28,7 @@ def jacobian_eigenvalues(traj: Trajectory, t: int) -> Array:
       t: the step, 1 for the first.
 
     Returns:
-      (*batch, n) complex, computed by NumPy: not inside jit.
+      (*batch, n) complex, computed in NumPy, so not inside jit.
 
     Raises:
       ValueError: no such step.
@@ -41,6 +41,7 @@ def jacobian_eigenvalues(traj: Trajectory, t: int) -> Array:
       >>> abs(analysis.jacobian_eigenvalues(run, 1)).round(4).tolist()
       [1.0, 1.0, 1.0, 1.0]
     """
+    check_trajectory("jacobian_eigenvalues", traj)
     if not isinstance(t, int | np.integer) or not 1 <= t <= traj.steps:
         raise ValueError(f"`jacobian_eigenvalues(t={t})`: expected a step from 1 to T = {traj.steps}.")
     jacobian = np.asarray(_one_jacobian(traj, int(t)))
@@ -51,30 +52,31 @@ def jacobian_eigenvalues(traj: Trajectory, t: int) -> Array:
 
 
 def singular_spectrum(traj: Trajectory, lag: int, anchor: str = "end") -> Array:
-    """ln of all singular values of the product of `lag` step Jacobians, however far they lie apart.
+    """ln of all singular values of the product of `lag` step Jacobians, however far apart they are.
 
-    Over the lag they are rates of growth, which come to the Lyapunov exponents as the lag goes to infinity.
+    Divided by the lag they are growth rates, which tend to the Lyapunov exponents as the lag goes to infinity.
 
     anchor "end":   P = J_T J_{T-1} ... J_{T-lag+1}
     anchor "start": P = J_lag J_{lag-1} ... J_1
 
-    The product itself is never written down: in float64 all below 1e-16 of its largest entry would be gone.
-    One pass back turns a frame into the right singular vectors, one forth collects the triangular factors row
-    by row with scales of their own, and rotations of its rows do the rest.  The error of every logarithm is
-    about eps times the sum of the condition numbers of the single steps, whatever that of the product; so
-    float64 resolves steps of condition up to 1e15, float32 up to 1e6.
+    The product itself is never formed: in float64 all values below 1e-16 of the largest would be lost.
+    A backward pass aligns a frame with the right singular vectors, a forward pass collects the triangular
+    factors row by row with separate scales, and rotations of the rows do the rest.  The error of every logarithm
+    is about eps times the sum of the condition numbers of the single steps, whatever that of the product, so
+    float64 resolves steps with condition numbers up to 1e15, float32 up to 1e6.
 
     Args:
       traj: a trajectory of T steps.
-      lag: number of factors, 0 to T; with lengths at most the shortest, whose own end anchor "end" means.
-      anchor: which end stays where it is.
+      lag: the number of factors, 0 to T; with lengths at most the shortest one, and anchor "end" is the end of each
+        sequence.
+      anchor: which end is fixed.
 
     Returns:
-      (*batch, n), largest first.  -inf for directions that are lost, exactly (all of them across a reset) or in
+      (*batch, n), largest first.  -inf for directions that are lost, exactly (all of them across a reset) or to
       rounding; never NaN.
 
     Raises:
-      ValueError: a lag that the trajectory is too short for, unknown anchor; a Jacobian that overflows.
+      ValueError: a lag above the length of the trajectory, unknown anchor; a Jacobian that overflows.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -86,8 +88,8 @@ def singular_spectrum(traj: Trajectory, lag: int, anchor: str = "end") -> Array:
       >>> (analysis.singular_spectrum(run, 1000) / jnp.log(10.0)).round(1).tolist()
       [-301.0, -2000.0]
 
-    Source: Bojanczyk, Ewerbring, Luk and Van Dooren (1991) for products that are kept in factors; one-sided
-    rotations Hestenes (1958), their accuracy Demmel and Veselic (1992).
+    Source: Bojanczyk, Ewerbring, Luk and Van Dooren (1991) for products kept as factors; Hestenes (1958)
+    for one-sided rotations, Demmel and Veselic (1992) for their accuracy.
     """
     lag = check_lag("singular_spectrum", traj, lag, anchor)
     run = ending_together(traj) if anchor == "end" else traj
@@ -122,7 +124,7 @@ def _log_spectrum(run: Trajectory, frame: Array, first: int, lag: int) -> Array:
     back, forth = jax.vmap(matrix_of(step, "backward")), jax.vmap(matrix_of(step, "forward"))
 
     def turn(frame: Array, now: Any) -> tuple[Array, None]:
-        # Scaled before, never after: orthonormal rows are all that is kept.
+        # Scaled before the QR, whose orthonormal rows are all that is kept.
         block, _ = renormalise(frame @ back(*now), jnp.zeros((count,), jnp.int32))
         return graded_qr(block, 0.0)[0], None
 

@@ -1,9 +1,9 @@
-"""One run of a cell and one backward pass through it that leaves the gradient at every state.
+"""One run of a cell and one backward pass through it that yields the gradient at every state.
 
-Zeros are added to every state, and the loss is differentiated in terms of them.  They enter as further
-features of the inputs, so `unroll` itself runs and differentiates: its lengths, resets and carries hold
-here as they do there.  What else one may ask about a step (its gates, its share of a parameter's
-gradient) is local: it follows from the gradient at the state after the step, all steps at once.
+Zeros are added to every state, and the loss is differentiated with respect to them.  They enter as additional
+features of the inputs, so that `unroll` itself runs and differentiates, with its lengths, resets and carries.
+Everything else about a step (its gates, its contribution to the gradient of a parameter) is local: it follows
+from the gradient at the state after the step, for all steps at once.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from rnncore import _lengths
 from rnncore._types import Array, PyTree
 from rnncore.analysis.run.flat import states_of
 from rnncore.analysis.run.trajectory import check_finite, check_loss
-from rnncore.cells.base import Cell
+from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.layers.recording import Moved, without_gaps
+from rnncore.recurrence.step import spread_units
 from rnncore.sequence.call import explain_backend, unroll
 
 Loss = Callable[[Any, Array], Array]
@@ -28,14 +29,14 @@ Loss = Callable[[Any, Array], Array]
 
 
 class Backward(NamedTuple):
-    """What one backward pass leaves behind, batch-major.
+    """The results of one backward pass, batch-major.
 
     Fields:
       value: the loss.
       states: dL/ds_t, a carry of arrays (*batch, T + 1, ...).
       inputs: dL/dx_t, (*batch, T, D).
-      before: the carry that each step starts from, resets done, (*batch, T, ...).
-      xs: the inputs as they ran, (*batch, T, D).
+      before: the carry that each step starts from, after resets, (*batch, T, ...).
+      xs: the inputs of the run, (*batch, T, D).
       zs: the projected inputs, (*batch, T, ...).
     """
 
@@ -67,7 +68,7 @@ def backward(
     """Checks, runs the cell and the loss, and pulls the loss back once."""
     xs = jnp.asarray(xs)
     options = {"initial_carry": initial_carry, "seq_lengths": seq_lengths, "resets": resets, "reset_carry": reset_carry}
-    explain_backend(cell, params, xs, **options)  # all checks of `unroll`, in the caller's own terms
+    explain_backend(cell, params, xs, **options)  # runs the checks of `unroll` on the caller's arguments
     if xs.shape[-2] == 0:
         raise ValueError(f"`{call}(xs=<{xs.dtype} {xs.shape}>)`: no steps; expected T of at least 1.")
     _check_values(call, params, xs, initial_carry, seq_lengths)
@@ -78,9 +79,9 @@ def backward(
     if initial_carry is None:
         initial_carry = cell.initial_carry(xs.shape[:-2], dtype)
     if resets is not None and reset_carry is None:
-        # As a constant: dL/ds_0 is that of the state before the first step, not of what resets return to.
+        # As a constant: dL/ds_0 belongs to the state before the first step, not to the reset carry.
         reset_carry = initial_carry
-    # In the dtype that the projection brings them to anyway, so that no gradient is rounded to that of xs.
+    # In the dtype of the projection, so that no gradient is rounded to that of xs.
     zeros = jnp.zeros((*xs.shape[:-1], sum(map(math.prod, moved.shapes))), dtype)
     full = without_gaps(cell, params, xs.shape[-1])
 
@@ -104,12 +105,26 @@ def backward(
     return Backward(value, states, wide[..., :size].astype(xs.dtype), before, ran, zs)
 
 
+def through_gates(cell: PointwiseCell, params: PyTree, done: Backward) -> tuple[Any, Any, Any]:
+    """(dL/dz, dL/dr, dL/ds_{t-1} with r held fixed), the first two by gate: elementwise in dL/ds_t."""
+    before = done.before
+    with jax.default_matmul_precision("highest"):
+        r = cell.split(cell.recurrent_matmul(params, before.h))
+    units = spread_units(params, before.h)
+
+    def new(z: Any, r: Any, carry: Any) -> Any:
+        moved, _ = cell.pointwise(units, z, r, carry)
+        return jax.tree.map(lambda n, c: n.astype(c.dtype), moved, carry)
+
+    _, pull = jax.vjp(new, cell.split(done.zs), r, before)
+    return pull(done.after)
+
+
 def _check_values(call: str, params: PyTree, xs: Array, initial_carry: Any, seq_lengths: Any) -> None:
-    advice = "find out where they come from before measuring gradients"
-    check_finite(f"{call}(params=...)", params, advice)
-    check_finite(f"{call}(initial_carry=...)", initial_carry, advice)
+    check_finite(f"{call}(params=...)", params)
+    check_finite(f"{call}(initial_carry=...)", initial_carry)
     if seq_lengths is not None:
-        # As in `unroll`, NaN in the padding is none of ours.
+        # As in `unroll`, the padding may hold NaN.
         lengths = _lengths.check_lengths(seq_lengths, xs.shape[:-2], xs.shape[-2])
         xs = _lengths.blank_padding(jnp.moveaxis(xs, -2, 0), lengths)
-    check_finite(f"{call}(xs=...)", xs, advice)
+    check_finite(f"{call}(xs=...)", xs)

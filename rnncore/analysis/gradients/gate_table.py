@@ -1,4 +1,4 @@
-"""The gradient of every gate's parameters, as a sum over steps, beside that of `jax.grad`."""
+"""The gradient of the parameters of every gate as a sum over steps, compared with `jax.grad`."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rnncore.sequence.call import unroll
 
 
 class GateTable(NamedTuple):
-    """What `gate_table` returns; `print` shows it as a table.
+    """The result of `gate_table`; `print` shows it as a table.
 
     Fields:
-      sums: by parameter and gate, "W" to "f" to an array: the sum over steps.
-      grads: the same of `jax.grad`.
+      sums: the sum over steps, an array by parameter and gate, such as sums["W"]["f"].
+      grads: the same from `jax.grad`.
     """
 
     sums: dict[str, dict[str, Array]]
     grads: dict[str, dict[str, Array]]
 
     def difference(self, parameter: str, gate: str) -> float:
-        """Largest difference of any entry, over the largest entry that `jax.grad` has."""
+        """The largest difference of an entry, relative to the largest entry of `jax.grad`."""
         one, other = np.asarray(self.sums[parameter][gate]), np.asarray(self.grads[parameter][gate])
         return float(np.abs(one - other).max() / (np.abs(other).max() or 1.0))
 
@@ -45,13 +45,13 @@ class GateTable(NamedTuple):
 def gate_table(
     loss: Loss, cell: PointwiseCell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
 ) -> GateTable:
-    """The gradients of the weights and the bias of every gate as sums over steps, and what `jax.grad` says.
+    """The gradients of the weights and the bias of every gate as sums over steps, and from `jax.grad`.
 
     dL/dW_g = sum_t delta_gt x_t^T,   dL/dU_g = sum_t delta_gt h_{t-1}^T,   dL/db_g = sum_t delta_gt
-    delta_gt = dL/da_gt, the gradient at the pre-activation of gate g, as in `gate_gradients`
+    delta_gt = dL/da_gt, the gradient at the pre-activation of gate g, `gradients_over_time(...).gates`
 
-    For a GRU that of U_n has r_t delta_nt in delta_nt's place.  The sums are formed from the gradients at the gates,
-    not by differentiating the run once more, so the last column is a check of these closed forms.
+    For U_n of a GRU r_t delta_nt takes the place of delta_nt.  The sums are formed from the gradients at the gates,
+    not by differentiating the run again, so the last column of the table verifies these closed forms.
 
     Args:
       loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`; the recurrent kernel `Dense`.
@@ -75,7 +75,7 @@ def gate_table(
     if isinstance(cell, Cell) and not (isinstance(cell, PointwiseCell) and isinstance(cell.recurrence, Dense)):
         raise NotImplementedError(
             f"`gate_table({type(cell).__name__})`: expected a PointwiseCell with a dense recurrent kernel, whose gates "
-            "have matrices of their own; `per_step_parameter_gradients` takes any cell."
+            "have matrices of their own; `gradients_over_time(...).parameters` takes any cell."
         )
     found = gradients_over_time(loss, cell, params, xs, initial_carry, **options)
     done = found._pass

@@ -1,4 +1,4 @@
-"""A monitor for training loops: every N steps, where the gradients of the model being trained go."""
+"""A monitor for training loops that measures every N steps where the gradients of the model go."""
 
 from __future__ import annotations
 
@@ -27,31 +27,30 @@ from rnncore.layers.stack import Stack, StackParams
 
 
 class Monitor:
-    """Records retention, gate saturation and leading exponents of a model in training, one JSON line each time.
+    """Records retention, gate saturation and leading Lyapunov exponents of a model in training as JSON lines.
 
     retention(k)^2 = mean over probes v of ||P_k^T v||^2 / n,  v ~ N(0, I),  which estimates ||P_k||_F^2 / n
 
-    Where one record goes: {"step": ..., "layers": [{"name", "n", "log10_retention": {lag: number},
+    A record is {"step": ..., "layers": [{"name", "n", "log10_retention": {lag: number},
     "gates": {gate: {"mean", "left", "right"}}, "exponents": [...]}, ...]}.  Retention is the mean over
-    sequences of log10 of the rms kind, path "state", anchored at the end, `retention_curve` without forming
-    a matrix: with m probes and s sequences its error is about 0.3 / sqrt(m s) of a decade.  Exponents are
-    the largest, per step, over the last three quarters of the sequences.  A number that is -inf or NaN is
-    written as null.
+    sequences of log10 of `retention_curve` with its defaults, estimated without forming a matrix: with m
+    probes and s sequences its error is about 0.3 / sqrt(m s) of a decade.  Exponents are the largest, per
+    step, over the last three quarters of the steps.  -inf and NaN are written as null.
 
     Args:
-      path: of the JSON lines file, made or continued.
-      every: N, training steps from one record to the next.
+      path: of the JSON lines file, which is created or continued.
+      every: N, the training steps from one record to the next.
       lags: steps back, increasing, at most the length of the sequences.
       exponents: how many leading Lyapunov exponents; 0 for none.
-      sequences: how many sequences of what it is given are looked at, the first ones.
-      probes: m, random directions for retention.
-      key: of probes and frames; `jax.random.key(0)` by default, the same at every record.
+      sequences: how many sequences to measure, the first of each batch.
+      probes: m, the number of random directions for retention.
+      key: for probes and frames; `jax.random.key(0)` by default, the same for every record.
 
     Attributes:
-      records: all records, those found in the file included.
+      records: all records, including those already in the file.
 
     Raises:
-      ValueError: numbers below 1, lags that do not increase.
+      ValueError: numbers below the least allowed, lags that do not increase.
 
     Example:
       >>> import tempfile, jax, jax.numpy as jnp, rnncore
@@ -65,8 +64,8 @@ class Monitor:
       >>> [record["step"] for record in monitor.records]
       [0, 10, 20]
 
-    Source: Hutchinson (1990) for the probes.  Loggers of other libraries record norms of the gradients of
-    parameters, which add up all lags.
+    Source: Hutchinson (1990) for the probes.  Loggers of other libraries record norms of parameter gradients, which
+    sum over all lags.
     """
 
     def __init__(
@@ -92,14 +91,14 @@ class Monitor:
         self.records: list[dict[str, Any]] = read_records(self.path)
 
     def __call__(self, step: int, model: Cell | Stack, params: PyTree, xs: Array) -> dict[str, Any] | None:
-        """Takes a record if it is time for one.
+        """Takes a record if one is due.
 
-        A loop that goes on from a checkpoint writes over what an earlier run recorded at this step or later.
+        A loop restarted from a checkpoint overwrites earlier records of this step and later ones.
 
         Args:
-          step: of the training loop; a record is due where `every` divides it.
-          model, params: a cell or a `rnncore.Stack` and its parameters, as `functional` of linen and nnx
-            modules gives them.
+          step: of the training loop; a record is due if `every` divides it.
+          model, params: a cell or a `rnncore.Stack` and its parameters, as `functional` returns them for linen and
+            nnx modules.
           xs: inputs (B, T, D) of the model, of which the first `sequences` are used.
 
         Returns:
@@ -143,16 +142,16 @@ class Monitor:
 
 
 def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of a monitor's file; none where there is no file.  A last line cut short by a crash is left out.
+    """Reads the records of a monitor's file, none if it does not exist.  A last line cut short by a crash is dropped.
 
     Args:
       path: of the file.
 
     Returns:
-      A list of dicts, as `Monitor` describes them.
+      A list of dicts, see `Monitor`.
 
     Raises:
-      ValueError: a line that is no record, and is not the last.
+      ValueError: a line other than the last that is not a record.
 
     Example:
       >>> from rnncore import analysis
@@ -173,7 +172,7 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    """The whole file anew, in one move, so that no crash leaves half of it."""
+    """Replaces the whole file at once, so that a crash never leaves half of it."""
     beside = path.with_name(path.name + ".new")
     beside.write_text("".join(json.dumps(record) + "\n" for record in records))
     beside.replace(path)
@@ -181,7 +180,7 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(stack: Stack, settings: tuple, params: StackParams, xs: Array, key: Array) -> list[dict[str, Any]]:
-    """What is measured of every cell of the stack over its own inputs, without dropout, in the order of the names."""
+    """Measures every cell of the stack over its own inputs, without dropout, in the order of the names."""
     found = []
     carries = stack.start(params, xs.shape[:1], jnp.promote_types(xs.dtype, jnp.float32))
     for level, (layer, starts) in enumerate(zip(params.layers, carries, strict=True)):

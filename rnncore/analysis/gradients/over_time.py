@@ -1,4 +1,4 @@
-"""Gradients over time: of states, inputs, gates and parameters at every step, from one backward pass."""
+"""Gradients over time, at the states, inputs, gates and parameters of every step, from one backward pass."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
-from rnncore.analysis.gradients._backward import Backward, Loss, backward
+from rnncore.analysis.gradients._backward import Backward, Loss, backward, through_gates
 from rnncore.cells.base import Cell, PointwiseCell
+
+_through_gates = jax.jit(through_gates, static_argnums=0)
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "_pass"), meta_fields=("cell", "norms"))
 @dataclasses.dataclass(frozen=True, repr=False)
 class GradientsOverTime:
-    """All that one backward pass tells; a pytree.  What is local to a step is computed where it is asked for.
+    """The gradient of a loss at every step; a pytree.  `gates` and `parameters` are computed on access.
 
     Fields:
-      cell, params: what ran.
+      cell, params: the cell that ran and its parameters.
       norms: whether `parameters` are norms only.
     """
 
@@ -39,21 +41,20 @@ class GradientsOverTime:
 
     @property
     def states(self) -> Any:
-        """dL/ds_t for every state, a carry of arrays (*batch, T + 1, ...), the initial one first.
+        """dL/ds_t at every state, a carry of arrays (*batch, T + 1, ...), the initial one first.
 
-        dL/ds_{t-1} = J_t^T dL/ds_t + (what L takes from s_{t-1} directly),   J_t = d s_t / d s_{t-1}
+        dL/ds_{t-1} = J_t^T dL/ds_t + (the part of L that depends on s_{t-1} directly),   J_t = d s_t / d s_{t-1}
 
         Total over all later steps; the fields of one s_t count as independent.  So for an LSTM dL/dc_t is at a
-        fixed h_t; with h_t moving along it is dL/dc_t + o_t (1 - tanh^2 c_t) dL/dh_t.  With a loss at every step
-        the gradient is refreshed at every step: for retention give one loss term.  Entry 0 is the state before the
-        first step; what resets return to is a constant, and a reset before step t + 1 keeps entry t from all that
-        comes later.
+        fixed h_t; with h_t moving along it is dL/dc_t + o_t (1 - tanh^2 c_t) dL/dh_t.  A loss at every step adds to
+        the gradient at every step: for retention use a single loss term.  Entry 0 is the state before the first step.
+        The reset carry is a constant, and a reset before step t + 1 cuts entry t off from everything later.
         """
         return self._pass.states
 
     @property
     def inputs(self) -> Array:
-        """dL/dx_t for every step, (*batch, T, D): what in the inputs the loss depends on."""
+        """dL/dx_t at every input, (*batch, T, D)."""
         return self._pass.inputs
 
     @property
@@ -63,7 +64,7 @@ class GradientsOverTime:
         LSTM: dL/da_f = dc_t c_{t-1} f (1 - f),  dL/da_i = dc_t g i (1 - i),  dL/da_g = dc_t i (1 - g^2),
               dL/da_o = dL/dh_t tanh(c_t) o (1 - o),   dc_t = dL/dc_t + o_t (1 - tanh^2 c_t) dL/dh_t
 
-        None for a cell that is not pointwise.
+        NotImplementedError for a cell that is not a `PointwiseCell`.
         """
         return self._by_gate[0]
 
@@ -71,25 +72,30 @@ class GradientsOverTime:
     def recurrent(self) -> Any:
         """dL/dr_g, r = U h_{t-1}, as `gates`.
 
-        They differ where r does not simply add to z, as for n of a GRU: there z_n has the gradient at the
-        pre-activation, and r_n that times the reset gate.
+        The two differ where r is not simply added to z, as for n of a GRU: dL/dz_n is the gradient at the
+        pre-activation, dL/dr_n the same times the reset gate.
         """
         return self._by_gate[1]
 
     @property
     def parameters(self) -> PyTree:
-        """What every step adds to the gradient of the parameters, arrays (T, ...) summed over the batch.
+        """The contribution of every step to the gradient of the parameters, arrays (T, ...) summed over the batch.
 
         dL/dtheta = sum_t contribution_t,   contribution_t = (d+ s_t / d theta)^T dL/ds_t
 
-        d+ is the derivative of the one step, at a fixed s_{t-1}.  Their sum over T is `jax.grad`.  With `norms`
-        the Euclidean norm of each, (T,), of which no more than one step's is formed at a time.
+        d+ is the derivative of a single step, at a fixed s_{t-1}.  The sum over T is `jax.grad`.  With `norms`
+        the Euclidean norm of each, (T,), with no more than one step in memory at a time.
         """
         return _parameters(self.cell, self.params, self._pass, self.norms)
 
     @property
     def _by_gate(self) -> tuple[Any, Any]:
-        return _gates(self.cell, self.params, self._pass) if isinstance(self.cell, PointwiseCell) else (None, None)
+        if not isinstance(self.cell, PointwiseCell):
+            raise NotImplementedError(
+                f"`gradients_over_time(...).gates`: {type(self.cell).__name__} is not a PointwiseCell, so what enters "
+                "its gates is not known; use `.states`, `.inputs` or `.parameters`, which any cell has."
+            )
+        return _through_gates(self.cell, self.params, self._pass)[:2]
 
 
 def gradients_over_time(
@@ -104,15 +110,15 @@ def gradients_over_time(
     reset_carry: Any = None,
     norms: bool = False,
 ) -> GradientsOverTime:
-    """The gradient of a loss at every step, in all that a step is made of, from one backward pass.
+    """The gradient of a loss at the states, inputs, gates and parameters of every step, from one backward pass.
 
     Args:
-      loss: (carry, outputs) to one number, of what `rnncore.unroll` returns, batch axes included.
+      loss: (carry, outputs), as `rnncore.unroll` returns them, batch axes included, to one number.
       cell: any rnncore cell.
       params: its parameters.
       xs: inputs (*batch, T, D).
-      initial_carry, seq_lengths, resets, reset_carry: as in `rnncore.unroll`; constants to the parameters.
-      norms: of the parameters' gradient return the norm of every step's contribution only.
+      initial_carry, seq_lengths, resets, reset_carry: as in `rnncore.unroll`; held constant for `parameters`.
+      norms: whether `parameters` holds only the norms of the contributions.
 
     Returns:
       `GradientsOverTime`.
@@ -136,148 +142,14 @@ def gradients_over_time(
 
     Source: backpropagation through time, Werbos (1990).
     """
-    options = {"seq_lengths": seq_lengths, "resets": resets, "reset_carry": reset_carry}
-    return _found("gradients_over_time", loss, cell, params, xs, initial_carry, norms=norms, **options)
-
-
-def _found(
-    call: str, loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any, *, norms: bool = False,
-    **options: Any,
-) -> GradientsOverTime:  # fmt: skip
-    return GradientsOverTime(cell, params, norms, backward(call, loss, cell, params, xs, initial_carry, **options))
-
-
-def state_gradients(
-    loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
-) -> Any:
-    """The gradient of a loss at every state: `gradients_over_time(...).states`.
-
-    Args:
-      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
-
-    Returns:
-      A carry of arrays (*batch, T + 1, ...), the initial state first.
-
-    Raises:
-      ValueError: as `gradients_over_time`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.GRU(4)
-      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-      >>> analysis.state_gradients(lambda carry, outputs: jnp.sum(carry.h ** 2), cell, params, xs).h.shape
-      (2, 6, 4)
-    """
-    return _found("state_gradients", loss, cell, params, xs, initial_carry, **options).states
-
-
-def input_gradients(
-    loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
-) -> Any:
-    """The gradient of a loss at every input: `gradients_over_time(...).inputs`.
-
-    Args:
-      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
-
-    Returns:
-      (*batch, T, D).
-
-    Raises:
-      ValueError: as `gradients_over_time`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.GRU(4)
-      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-      >>> analysis.input_gradients(lambda carry, outputs: jnp.sum(carry.h ** 2), cell, params, xs).shape
-      (2, 5, 3)
-    """
-    return _found("input_gradients", loss, cell, params, xs, initial_carry, **options).inputs
-
-
-def gate_gradients(
-    loss: Loss, cell: PointwiseCell, params: PyTree, xs: Array, initial_carry: Any = None, *, wrt: str = "input",
-    **options: Any,
-) -> Any:  # fmt: skip
-    """The gradient of a loss at every gate: `gradients_over_time(...).gates`, or `.recurrent`.
-
-    Args:
-      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
-      wrt: "input", at z = W x + b; "recurrent", at r = U h.
-
-    Returns:
-      A named tuple by gate of arrays (*batch, T, H).
-
-    Raises:
-      ValueError: as `gradients_over_time`; unknown wrt.
-      NotImplementedError: the cell is not a `PointwiseCell`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.GRU(4)
-      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-      >>> analysis.gate_gradients(lambda carry, outputs: jnp.sum(carry.h ** 2), cell, params, xs).z.shape
-      (2, 5, 4)
-    """
-    if wrt not in ("input", "recurrent"):
-        raise ValueError(f"`gate_gradients(wrt={wrt!r})`: expected 'input' or 'recurrent'.")
-    if isinstance(cell, Cell) and not isinstance(cell, PointwiseCell):
-        raise NotImplementedError(
-            f"`gate_gradients(...)`: {type(cell).__name__} is not a PointwiseCell, so it does not show what enters its "
-            "gates; `state_gradients`, `input_gradients` and `per_step_parameter_gradients` take any cell."
-        )
-    found = _found("gate_gradients", loss, cell, params, xs, initial_carry, **options)
-    return found.gates if wrt == "input" else found.recurrent
-
-
-def per_step_parameter_gradients(
-    loss: Loss, cell: Cell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any
-) -> PyTree:
-    """What every step adds to the gradient of the parameters: `gradients_over_time(...).parameters`.
-
-    Args:
-      loss, cell, params, xs, initial_carry, options: as in `gradients_over_time`.
-
-    Returns:
-      The parameters' tree of arrays (T, ...), summed over the batch; with `norms` of norms (T,).
-
-    Raises:
-      ValueError: as `gradients_over_time`.
-
-    Example:
-      >>> import jax, jax.numpy as jnp, rnncore
-      >>> from rnncore import analysis
-      >>> cell = rnncore.GRU(4)
-      >>> params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))
-      >>> loss = lambda carry, outputs: jnp.sum(carry.h ** 2)
-      >>> analysis.per_step_parameter_gradients(loss, cell, params, xs).bias.shape
-      (5, 3, 4)
-    """
-    return _found("per_step_parameter_gradients", loss, cell, params, xs, initial_carry, **options).parameters
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _gates(cell: PointwiseCell, params: PyTree, done: Backward) -> tuple[Any, Any]:
-    """(dL/dz, dL/dr), each a named tuple by gate; elementwise in dL/ds_t."""
-    before = done.before
-    with jax.default_matmul_precision("highest"):
-        r = cell.split(cell.recurrent_matmul(params, before.h))
-    p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), params.units)
-
-    def new(z: Any, r: Any) -> Any:
-        carry, _ = cell.pointwise(p, z, r, before)
-        return jax.tree.map(lambda n, c: n.astype(c.dtype), carry, before)
-
-    _, pull = jax.vjp(new, cell.split(done.zs), r)
-    return pull(done.after)
+    options = (initial_carry, seq_lengths, resets, reset_carry)
+    done = backward("gradients_over_time", loss, cell, params, xs, *options)
+    return GradientsOverTime(cell, params, norms, done)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _parameters(cell: Cell, params: PyTree, done: Backward, norms: bool) -> PyTree:
-    """Every step on its own, given the gradient at the state after it."""
+    """Each step by itself, given the gradient at the state after it."""
 
     def contribution(now: Any) -> PyTree:
         before, x, after = now

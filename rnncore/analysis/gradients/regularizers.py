@@ -1,4 +1,4 @@
-"""What to add to a loss, or to do to a gradient, so that it survives many steps."""
+"""Penalties and gradient estimators that help gradients survive many steps."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ import jax.numpy as jnp
 
 from rnncore._types import Array, PyTree
 from rnncore.analysis.dynamics.lyapunov import lyapunov_exponents
-from rnncore.analysis.gradients._backward import backward
+from rnncore.analysis.gradients._backward import backward, through_gates
 from rnncore.analysis.run.trajectory import cell_trajectory, trailing
 from rnncore.cells import pointwise
 from rnncore.cells.base import Cell, CellParams, PointwiseCell
+from rnncore.recurrence.step import spread_units
 from rnncore.sequence.call import unroll
 
 NO_GRADIENT = 1e-20
-"""Squared norm of a gradient below which a step does not count, as in the released code."""
+"""Steps whose gradient has a squared norm below this do not count, as in the released code."""
 
 
 def pascanu_omega(
@@ -33,33 +34,33 @@ def pascanu_omega(
     resets: Any = None,
     reset_carry: Any = None,
 ) -> Array:
-    """Pascanu's regulariser: how far a step is from keeping the norm of the gradient that passes through it.
+    """Pascanu's regulariser: how far each step is from preserving the norm of the gradient that passes through it.
 
     paper: Omega = sum_t (q_t - 1)^2,   code: Omega = mean_t (q_t^2 - 1)^2,   q_t = ||J_t^T v_t|| / ||v_t||
     v_t = dL/ds_t, total over all later steps,   J_t = d s_t / d s_{t-1},   s the whole carry, [c; h] for an LSTM
 
-    As in the paper its gradient is the immediate partial derivative with respect to U alone, where U
-    multiplies in J_t: the states, the gates and v_t count as constants, so no gradient reaches the other
-    parameters and none of second order is needed.  "code" is what its authors released: squared norms, and
-    a mean over the steps that have a gradient; near q = 1 "paper" is about T / 4 times as large.
+    As in the paper, its gradient is the immediate partial derivative with respect to U in J_t alone: states,
+    gates and v_t count as constants, so the other parameters get no gradient and no second-order derivative is
+    needed.  "code" is the version that the authors released: squared norms, and a mean over the steps that have
+    a gradient; near q = 1 "paper" is about T / 4 times as large.
 
     Args:
-      loss: (carry, outputs) to one number, of what `rnncore.unroll` returns, batch axes included: the loss
-        that is trained, so that v_t is its gradient.  Its scale cancels.
+      loss: the training loss, (carry, outputs) as `rnncore.unroll` returns them, batch axes included, to one number.
+        Its scale cancels.
       cell: any pointwise cell.
       params: its parameters.
       xs: inputs (*batch, T, D).
       initial_carry, seq_lengths, resets, reset_carry: as in `rnncore.unroll`.  Padding and steps with a
         reset do not count.
-      form: "paper", the sum over steps and mean over the batch; "code", the mean over both.  In both a step
-        with ||v_t||^2 below 1e-20 does not count.
+      form: "paper", a sum over steps and a mean over the batch; "code", a mean over both.  In both, steps with
+        ||v_t||^2 below 1e-20 do not count.
 
     Returns:
-      Omega, one number, to be added to the loss with a factor.
+      Omega, one number, to add to the loss with a factor.
 
     Raises:
       ValueError: unknown form; what `unroll` refuses; values that are not finite (outside jit).
-      NotImplementedError: the cell is not a `PointwiseCell`, so that U is not known apart.
+      NotImplementedError: the cell is not a `PointwiseCell`.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -77,23 +78,17 @@ def pascanu_omega(
     _pointwise("pascanu_omega", cell)
     fixed = jax.lax.stop_gradient(params)
     given = (xs, initial_carry, seq_lengths, resets, reset_carry)
-    done = backward("pascanu_omega", loss, cell, fixed, *given)
-    before, after, zs = jax.lax.stop_gradient((done.before, done.after, done.zs))
-    p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), fixed.units)
-
-    def new(r: Any, carry: Any) -> Any:
-        moved, _ = cell.pointwise(p, cell.split(zs), r, carry)
-        return jax.tree.map(lambda n, c: n.astype(c.dtype), moved, carry)
-
+    done = jax.lax.stop_gradient(backward("pascanu_omega", loss, cell, fixed, *given))
+    _, d_r, d_before = through_gates(cell, fixed, done)
     with jax.default_matmul_precision("highest"):
-        _, pull = jax.vjp(new, cell.split(cell.recurrent_matmul(fixed, before.h)), before)
-        d_r, d_before = pull(after)
         # The only place where U is not a constant.
-        d_h = jax.linear_transpose(lambda h: cell.recurrent_matmul(params._replace(recurrent_bias=None), h), before.h)
+        d_h = jax.linear_transpose(
+            lambda h: cell.recurrent_matmul(params._replace(recurrent_bias=None), h), done.before.h
+        )
         (through,) = d_h(jnp.concatenate(list(d_r), -1))
     d_before = d_before._replace(h=d_before.h + through)
 
-    square, of = _square_norm(d_before), _square_norm(after)
+    square, of = _square_norm(d_before), _square_norm(done.after)
     counts = of >= NO_GRADIENT
     if resets is not None:
         counts &= ~jnp.asarray(resets)
@@ -102,23 +97,23 @@ def pascanu_omega(
     ratio = jnp.where(counts, square, 1.0) / jnp.where(counts, of, 1.0)
     if form == "code":
         return jnp.sum(jnp.where(counts, (ratio - 1) ** 2, 0.0)) / jnp.maximum(jnp.sum(counts), 1)
-    # The root of 0 has no derivative: a step through which nothing passes adds 1 and no gradient.
+    # The square root has no derivative at 0: a step through which nothing passes adds 1 and no gradient.
     some = ratio > 0
     root = jnp.where(some, jnp.sqrt(jnp.where(some, ratio, 1.0)), 0.0)
     return jnp.mean(jnp.sum(jnp.where(counts, (root - 1) ** 2, 0.0), -1))
 
 
 def gate_sparsity(gates: Any, gate: str = "o", seq_lengths: Any = None) -> Array:
-    """A penalty that keeps a gate sparse: the mean of its values, to be added to the loss with a factor.
+    """A penalty that makes a gate sparse: the mean of its values, to add to the loss with a factor.
 
     penalty = mean over sequences, steps and units of |o_t|
 
-    Closed output gates take the paths through h away and leave the one through the forget gates.
+    Closed output gates block the paths through h and leave the one through the forget gates.
 
     Args:
-      gates: by name: `states.gates` of `unroll(..., return_states=True)`, or `trajectory(...).gates`.
-      gate: which one.
-      seq_lengths: (*batch), as given to the run: the padding does not count.
+      gates: the gates by name, `states.gates` of `unroll(..., return_states=True)` or `trajectory(...).gates`.
+      gate: the name of the gate.
+      seq_lengths: (*batch), as in the run; padding does not count.
 
     Returns:
       One number, differentiable in the parameters.
@@ -140,7 +135,7 @@ def gate_sparsity(gates: Any, gate: str = "o", seq_lengths: Any = None) -> Array
     named = gates._asdict() if hasattr(gates, "_asdict") else gates
     if not isinstance(named, Mapping) or gate not in named:
         have = ", ".join(named) if isinstance(named, Mapping) else type(gates).__name__
-        raise ValueError(f"`gate_sparsity(gate={gate!r})`: no gate of that name, only {have}.")
+        raise ValueError(f"`gate_sparsity(gate={gate!r})`: expected one of the gates of the run, {have}.")
     values = jnp.abs(named[gate])
     if seq_lengths is None:
         return jnp.mean(values)
@@ -160,20 +155,20 @@ def gradient_flossing(
     burn_in: int = 0,
     key: Array | None = None,
 ) -> Array:
-    """Gradient flossing: pushes the k leading Lyapunov exponents to a target.
+    """Gradient flossing: a loss that pushes the k leading Lyapunov exponents towards a target.
 
     loss = mean over i <= k of (lambda_i - target)^2, mean over the batch
 
-    The derivative goes through the states, the step Jacobians and every QR, exactly.  That of a QR divides by
-    R_ii: take k below the rank of the long product, and float64 if exponents lie far apart.  A lost direction
-    (an exponent of -inf) makes the loss inf and its gradient NaN.
+    The derivative is exact, through the states, the step Jacobians and every QR.  That of a QR divides by R_ii:
+    choose k below the rank of the long product, and float64 if exponents lie far apart.  A lost direction (an
+    exponent of -inf) makes the loss inf and its gradient NaN.
 
     Args:
       cell: any rnncore cell.
       params: its parameters.
       xs: inputs (*batch, T, D).
       k: how many exponents.
-      target: where to; 0 keeps gradients at their size.
+      target: the target; 0 preserves the size of gradients.
       initial_carry: as in `rnncore.unroll`.
       qr_every, burn_in, key: as in `lyapunov_exponents`.
 
@@ -206,21 +201,21 @@ def gradient_flossing(
 
 
 def h_detach(cell: PointwiseCell, params: CellParams, xs: Array, key: Array, p: float = 0.5, **options: Any) -> Any:
-    """`rnncore.unroll` in which, step by step with probability p, no gradient passes through h_{t-1} into the gates.
+    """`rnncore.unroll` that blocks, with probability p at each step, the gradient through h_{t-1} into the gates.
 
     r_t = U stop_gradient(h_{t-1}) with probability p, else U h_{t-1};   the values are those of unroll
 
-    One draw per step, for all of the batch.  With p = 1 what is left is the direct path: d c_T / d c_0 of an
-    LSTM is the product of its forget gates.  Where h_{t-1} enters beside the product, as in z h_{t-1} of a
-    GRU, its gradient passes.
+    One draw per step, shared by the batch.  With p = 1 only the direct path is left: d c_T / d c_0 of an
+    LSTM is the product of its forget gates.  Where h_{t-1} also enters elsewhere, as in z h_{t-1} of a GRU,
+    its gradient passes.
 
     Args:
       cell: any pointwise cell.
       params: its parameters.
       xs: inputs (*batch, T, D).
-      key: of the draws; a new one for every training step.
-      p: probability; 0.25 to 0.5 in the paper.
-      options: of `rnncore.unroll`, but for recurrent_mask and backend.
+      key: for the draws; use a new one for every training step.
+      p: the probability; 0.25 to 0.5 in the paper.
+      options: of `rnncore.unroll`, except recurrent_mask and backend.
 
     Returns:
       What `rnncore.unroll` returns.
@@ -261,7 +256,7 @@ def h_detach(cell: PointwiseCell, params: CellParams, xs: Array, key: Array, p: 
 
 @dataclasses.dataclass(frozen=True)
 class _Detached(Cell):
-    """A cell whose inputs hold one more feature: whether this step's h is cut off from the gradient."""
+    """A cell with one additional input feature: whether the gradient through h is blocked in this step."""
 
     cell: PointwiseCell
     missing: tuple[str, ...]
@@ -280,8 +275,8 @@ class _Detached(Cell):
         z, blocked = z
         cell, h = self.cell, carry.h
         h = jnp.where(blocked > 0.5, jax.lax.stop_gradient(h), h)
-        p = jax.tree.map(lambda u: jnp.broadcast_to(u, h.shape), params.units)
-        return cell.pointwise(p, cell.split(z), cell.split(cell.recurrent_matmul(params, h)), carry)
+        units = spread_units(params, h)
+        return cell.pointwise(units, cell.split(z), cell.split(cell.recurrent_matmul(params, h)), carry)
 
     def output(self, carry: Any) -> Array:
         return self.cell.output(carry)
@@ -295,8 +290,8 @@ def _pointwise(call: str, cell: Any) -> None:
             f"`{call}(cell=<{type(cell).__name__}>)`: expected an rnncore cell, such as rnncore.LSTM(256)."
         )
     raise NotImplementedError(
-        f"`{call}({type(cell).__name__})`: not a PointwiseCell, so it does not show where h enters its recurrent "
-        "product; write the cell as one, see `rnncore.PointwiseCell`."
+        f"`{call}({type(cell).__name__})`: expected a PointwiseCell, whose recurrent product is known; write the "
+        "cell as one, see `rnncore.PointwiseCell`."
     )
 
 

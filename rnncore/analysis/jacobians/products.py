@@ -1,4 +1,4 @@
-"""Matrices with a scale of their own, and products of many Jacobians that neither vanish nor overflow."""
+"""Matrices with a separate scale, and products of many Jacobians that neither vanish nor overflow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LN2 = math.log(2.0)
 
 
 class ScaledMatrix(NamedTuple):
-    """exp(log_scale) * matrix, for numbers that no floating-point format holds.
+    """exp(log_scale) * matrix, for numbers beyond the range of floating point.
 
     Fields:
       matrix: (..., m, n).
@@ -124,11 +124,10 @@ def jacobian_product(
     anchor "start": P_k = J_k J_{k-1} ... J_1       = d s_k / d s_0
 
     Args:
-      jacobians: (*batch, T, n, n), as `step_jacobians(traj)` makes them.
-      anchor: which end stays where it is.
-      associative: multiply neighbours, then pairs of those, and so on: about log2(T) rounds of products that
-        are independent, for devices with parallelism to spare, instead of T products one by one.  Twice the
-        work; equal up to rounding.
+      jacobians: (*batch, T, n, n), as `step_jacobians(traj)` returns them.
+      anchor: which end is fixed.
+      associative: multiply in about log2(T) rounds of independent products instead of T products one after the
+        other, for devices with parallelism to spare.  Twice the work; equal up to rounding.
       seq_lengths: integers (*batch) as given to `trajectory`: with anchor "end" every sequence then ends at its own
         last step.  From the lag of its length on P_k stays d s_L / d s_0.
 
@@ -137,7 +136,7 @@ def jacobian_product(
       P_k, the identity at k = 0.  A product that is exactly zero has a matrix of zeros, and norms of -inf.
 
     Raises:
-      ValueError: shapes, dtype or anchor that make no sense; numbers that are not finite (outside jit).
+      ValueError: Jacobians of another shape or dtype, or not finite (outside jit); unknown anchor.
 
     Example:
       >>> import jax.numpy as jnp
@@ -148,20 +147,20 @@ def jacobian_product(
     """
     if not (hasattr(jacobians, "__array__") or isinstance(jacobians, (list, tuple))):
         raise ValueError(
-            f"`jacobian_product(<{type(jacobians).__name__}>)`: expected the Jacobians (*batch, T, n, n) of its steps; "
-            "make them by `step_jacobians(traj)`."
+            f"`jacobian_product(<{type(jacobians).__name__}>)`: expected Jacobians (*batch, T, n, n), as "
+            "`step_jacobians(traj)` returns them."
         )
     jacobians = jnp.asarray(jacobians)
     what = f"jacobian_product(<{jacobians.dtype} {jacobians.shape}>)"
     if jacobians.ndim < 3 or jacobians.shape[-1] != jacobians.shape[-2]:
-        raise ValueError(f"`{what}`: expected (*batch, T, n, n), as `step_jacobians(traj)` makes them.")
+        raise ValueError(f"`{what}`: expected (*batch, T, n, n), as `step_jacobians(traj)` returns them.")
     if not jnp.issubdtype(jacobians.dtype, jnp.floating):
         raise ValueError(f"`{what}`: expected floating point; convert the Jacobians first.")
     if anchor not in ("end", "start"):
         raise ValueError(f"`jacobian_product(anchor={anchor!r})`: expected 'end' or 'start'.")
     if seq_lengths is not None:
         seq_lengths = check_lengths(seq_lengths, jacobians.shape[:-3], jacobians.shape[-3])
-    check_finite(what, jacobians, "a product of them means nothing")
+    check_finite(what, jacobians)
     return _products(jacobians, seq_lengths, anchor, associative)
 
 
@@ -172,8 +171,8 @@ def _products(jacobians: Array, lengths: Array | None, anchor: str, associative:
     start = renormalise(first, jnp.zeros(steps.shape[1:-2], jnp.int32))
 
     def multiply(nearer: Any, further: Any) -> Any:
-        """The factors nearer to the anchor and those further off: the product grows to the right from the end
-        of time, to the left from its start."""
+        """Joins the factors near the anchor and those further away: to the right from the end of time, to the left
+        from its start."""
         (a, a_exponent), (b, b_exponent) = (nearer, further) if anchor == "end" else (further, nearer)
         return renormalise(jnp.matmul(a, b, precision="highest"), a_exponent + b_exponent)
 
@@ -194,7 +193,7 @@ def _products(jacobians: Array, lengths: Array | None, anchor: str, associative:
 
 
 def _in_order(jacobians: Array, lengths: Array | None, anchor: str) -> Array:
-    """Time-major, the one next to the anchor first; past the length of a sequence the identity."""
+    """Time-major, the Jacobian next to the anchor first; the identity in the padding."""
     if lengths is not None:
         # From its end a sequence of length L has J_L first and J_1 at L - 1; from the start it is in place.
         count = jnp.arange(jacobians.shape[-3])

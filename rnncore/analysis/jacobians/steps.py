@@ -1,4 +1,4 @@
-"""Jacobians of single steps along a trajectory: by autodiff, and as elementwise coefficients times U."""
+"""Jacobians of single steps along a trajectory, by autodiff or as elementwise coefficients times U."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.analysis.run.flat import batch_major, flat, flatten_carry, time_major
-from rnncore.analysis.run.trajectory import Trajectory, trailing
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory, trailing
 from rnncore.cells.base import Cell, PointwiseCell
+from rnncore.recurrence.step import spread_units
 
 _FIELD = {"hidden": "h", "cell": "c"}
 METHODS = ("vjp", "jvp", "analytic")
 
 
 class StepCoefficients(NamedTuple):
-    """The diagonals from which every step Jacobian of a pointwise cell is made.
+    """The diagonals that make up every step Jacobian of a pointwise cell.
 
     Fields:
       state: state.a.b is d a_t / d b_{t-1} with r_t held fixed, for fields a, b of the carry; (*batch, T, H).
@@ -35,7 +36,7 @@ def step_coefficients(traj: Trajectory) -> StepCoefficients:
     d s_t / d s_{t-1} = diag(state) + sum_g diag(recurrent_g) U_g
 
     For an LSTM without peepholes state.c.c is f_t and recurrent.h.o is tanh(c_t) o_t (1 - o_t).  At a reset all
-    are 0; past the length of a sequence the state's own diagonals are 1, all others 0.
+    are 0; in the padding d a_t / d a_{t-1} is 1 and all others are 0.
 
     Args:
       traj: a trajectory of T steps.
@@ -54,6 +55,7 @@ def step_coefficients(traj: Trajectory) -> StepCoefficients:
       >>> bool(jnp.allclose(analysis.step_coefficients(run).state.c.c, run.gates.f))
       True
     """
+    check_trajectory("step_coefficients", traj)
     _pointwise_cell(traj.cell, "step_coefficients(...)")
     return _coefficients(traj)
 
@@ -63,7 +65,7 @@ def step_jacobians(traj: Trajectory, *, wrt: str = "state", method: str = "vjp",
 
     J_t = d s_t / d s_{t-1},   s = the fields of the carry side by side, [c; h] for an LSTM
 
-    Exactly 0 at a reset; the identity past the length of a sequence, where the carry stays.
+    Exactly 0 at a reset; the identity in the padding, where the carry stays the same.
 
     Args:
       traj: a trajectory of T steps.
@@ -71,7 +73,7 @@ def step_jacobians(traj: Trajectory, *, wrt: str = "state", method: str = "vjp",
         "cell", d c_t / d c_{t-1} with h_{t-1} held fixed.
       method: "vjp", `jax.vjp` of one step for every unit cotangent, any cell; "jvp", `jax.linearize` for
         every unit tangent, any cell; "analytic", the `step_coefficients` times U, pointwise cells only.
-      chunk: how many steps run at once; None for all T, which takes the most memory.
+      chunk: how many steps to compute at once; None for all T, which takes the most memory.
 
     Returns:
       Array (*batch, T, n, n); [..., t, :, :] is the Jacobian of step t + 1.
@@ -88,6 +90,7 @@ def step_jacobians(traj: Trajectory, *, wrt: str = "state", method: str = "vjp",
       >>> analysis.step_jacobians(run).shape, analysis.step_jacobians(run, wrt="hidden").shape
       ((2, 5, 8, 8), (2, 5, 4, 4))
     """
+    check_trajectory("step_jacobians", traj)
     if method not in METHODS:
         raise ValueError(f"`step_jacobians(method={method!r})`: expected one of {', '.join(map(repr, METHODS))}.")
     if wrt != "state" and wrt not in _FIELD:
@@ -160,7 +163,7 @@ def _over_steps(make: Any, now: Any, chunk: int | None) -> Array:
 def _assemble(matrices: Array, names: tuple[str, ...], coefficients: StepCoefficients) -> Array:
     """The Jacobian from coefficients (..., H), as one elementwise expression over (..., to, i, source, j).
 
-    U_g with zeros for all sources but h makes it one: the result is written once and nothing beside it.
+    U_g is padded with zeros for all sources but h, so that the result is written once, without temporaries.
     """
     size = matrices.shape[-1]
     none = jnp.zeros_like(matrices)
@@ -177,15 +180,15 @@ def _assemble(matrices: Array, names: tuple[str, ...], coefficients: StepCoeffic
 
 @jax.jit
 def _coefficients(traj: Trajectory) -> StepCoefficients:
-    """One tangent of ones for each elementwise input: for such a function that reads off the diagonal."""
+    """One tangent of ones for each elementwise input, which reads off the diagonal."""
     cell, params = traj.cell, traj.params
     assert isinstance(cell, PointwiseCell)
     before = traj.before
     with jax.default_matmul_precision("highest"):
         r = cell.split(cell.recurrent_matmul(params, before.h))
     z = cell.split(traj.zs)
-    p = jax.tree.map(lambda u: jnp.broadcast_to(u, before.h.shape), params.units)
-    _, push = jax.linearize(lambda r, carry: cell.pointwise(p, z, r, carry)[0], r, before)
+    units = spread_units(params, before.h)
+    _, push = jax.linearize(lambda r, carry: cell.pointwise(units, z, r, carry)[0], r, before)
     zeros = jax.tree.map(jnp.zeros_like, (r, before))
 
     def by_input(which: int) -> Any:

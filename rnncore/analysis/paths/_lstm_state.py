@@ -1,4 +1,4 @@
-"""What is particular to the LSTM: how h_t hangs on c_t, and the path through the forget gates alone."""
+"""The cell state of an LSTM: how h_t depends on c_t, and the path through the forget gates alone."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.analysis.run._alignment import check_anchor, ending_together, mask_missing
-from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 from rnncore.cells.lstm import LSTM
 
 
 def lstm_of(traj: Trajectory, call: str, advice: str = "use path='state'") -> LSTM:
-    """The cell of a trajectory, if it is an LSTM; else an error that says what to use instead."""
+    """The cell of a trajectory if it is an LSTM, else an error with advice."""
+    check_trajectory(call, traj)
     cell, name = traj.cell, type(traj.cell).__name__
     if "c" not in traj.fields:
         raise ValueError(f"`{call}`: {name} carries {', '.join(traj.fields)} and has no cell state c; {advice}.")
@@ -24,7 +25,7 @@ def lstm_of(traj: Trajectory, call: str, advice: str = "use path='state'") -> LS
 def output_slope(traj: Trajectory) -> Array:
     """Delta_t = d h_t / d c_t at fixed pre-activation of the output gate, for t = 1 .. T.
 
-    o_t (1 - tanh^2 c_t); with peepholes the output gate sees c_t, and its part is included.
+    o_t (1 - tanh^2 c_t); with peepholes the derivative of the output gate with respect to c_t is included.
 
     Returns:
       (*batch, T, H), the diagonal.
@@ -44,25 +45,25 @@ def output_slope(traj: Trajectory) -> Array:
 
 
 def direct_retention(traj: Trajectory, anchor: str = "end") -> Array:
-    """ln of the product of forget gates, unit by unit: the path through the cell state alone.
+    """ln of the product of forget gates, for each unit: the path through the cell state alone.
 
     anchor "end":   f_T f_{T-1} ... f_{T-k+1}
     anchor "start": f_k f_{k-1} ... f_1
 
-    This is d c_T / d c_{T-k} with h held fixed at every step, not what the gradient does: see
-    `retention_curve`.  Peepholes, which see c too, are left out.
+    This is d c_T / d c_{T-k} with h held fixed at every step, not the derivative: see `retention_curve`.
+    Peepholes, which depend on c too, are left out.
 
     Args:
       traj: a trajectory of T steps of an LSTM.
-      anchor: which end stays where it is.
+      anchor: which end is fixed.
 
     Returns:
-      (*batch, T + 1, H); [..., k, :] is lag k.  -inf where a gate is exactly 0, and across a reset; +inf at lags that
-      the length of a sequence does not have.
+      (*batch, T + 1, H); [..., k, :] is lag k.  -inf where a gate is exactly 0, and across a reset; +inf at lags
+      above the length of a sequence.
 
     Raises:
       ValueError: the cell has no cell state; unknown anchor.
-      NotImplementedError: the cell has one and is no LSTM.
+      NotImplementedError: the cell has one but is not an LSTM.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore

@@ -1,4 +1,4 @@
-"""The cell state of an LSTM over many steps: the exact derivative beside the two products that are not it."""
+"""The cell state of an LSTM over many steps: the exact derivative, and two products often taken for it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rnncore.cells.lstm import LSTM
 
 
 class CellProducts(NamedTuple):
-    """Three matrices that are all called "the gradient through the cell state", for every lag k.
+    """Three matrices that are each called "the gradient through the cell state", for every lag k.
 
     Fields:
       direct: the product of diag(f_t), every h held fixed.
       one_step_total: the product of the one-step total derivatives A_t.
-      state: d c_T / d c_{T-k}, which alone is the derivative of the run.
+      state: d c_T / d c_{T-k}, the only one that is a derivative of the run.
     """
 
     direct: ScaledMatrix
@@ -33,14 +33,14 @@ class CellProducts(NamedTuple):
 
 
 def cell_products(traj: Trajectory, *, anchor: str = "end", h0_tied: Array | bool | None = None) -> CellProducts:
-    """d c_T / d c_{T-k} of an LSTM beside the product of the forget gates and that of the four-term sums.
+    """d c_T / d c_{T-k} of an LSTM, the product of its forget gates and that of its four-term sums.
 
     direct:          F_T F_{T-1} ... F_{T-k+1}
     one_step_total:  A_T A_{T-1} ... A_{T-k+1},   A_t = F_t + K_t Delta_{t-1},   K_t = B^f_t + B^i_t + B^g_t
     state:           [I 0] J_T J_{T-1} ... J_{T-k+1} [I; Delta_{T-k}]
 
-    All three agree at lag 0, the last two at lag 1.  From lag 2 on c_{T-k} also goes by way of the output
-    gates, which no A_t holds: see `two_step_residual`.
+    All three agree at lag 0, the last two at lag 1.  From lag 2 on c_{T-k} also acts through the output
+    gates, which no A_t includes: see `two_step_residual`.
 
     Args:
       traj: a trajectory of T steps of an `LSTM`.
@@ -69,14 +69,14 @@ def cell_products(traj: Trajectory, *, anchor: str = "end", h0_tied: Array | boo
     plain_lstm(traj, "cell_products(...)")
     if traj.lengths is not None:
         raise NotImplementedError(
-            "`cell_products(...)` of a trajectory with seq_lengths: its sequences do not end together; take one, "
-            "`traj.take(i)`."
+            "`cell_products(...)` of a trajectory with seq_lengths: its sequences do not end together; select "
+            "one by `traj.take(i)`."
         )
     check_anchor("cell_products", anchor)
     first_slope(traj, h0_tied, "cell_products", 1)
     paths, hidden = lstm_paths(traj, h0_tied=h0_tied), traj.cell.hidden_size
     whole = jacobian_product(step_jacobians(traj)[..., paths.first - 1 :, :, :], anchor)
-    # The columns say how the start moves: c with h along.
+    # The columns are the tangents at the start: c, with h moving along.
     slope = jnp.flip(paths.slope, -2) if anchor == "end" else paths.slope[..., :1, :]
     rows = whole.matrix[..., :hidden, :]
     exact = rows[..., :hidden] + rows[..., hidden:] * slope[..., None, :]
@@ -88,7 +88,7 @@ def cell_products(traj: Trajectory, *, anchor: str = "end", h0_tied: Array | boo
 
 
 def two_step_residual(traj: Trajectory, *, h0_tied: Array | bool | None = None) -> Array:
-    """What the product of two one-step totals of an LSTM lacks of the exact derivative over two steps.
+    """The exact derivative over two steps of an LSTM minus the product of its two one-step totals.
 
     d c_{k+2} / d c_k - A_{k+2} A_{k+1} = K_{k+2} G_{k+1} Delta_k
 

@@ -1,4 +1,4 @@
-"""Step Jacobians taken apart by the way that the gradient goes: straight on, or through h into one gate."""
+"""Step Jacobians split by path: directly, or through h into one of the gates."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from rnncore._types import Array
 from rnncore.analysis.jacobians.steps import step_coefficients
 from rnncore.analysis.run.flat import flatten_carry
-from rnncore.analysis.run.trajectory import Trajectory, trailing
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory, trailing
 from rnncore.cells.base import PointwiseCell
 from rnncore.cells.gru_reset_before import ResetBeforeGRU
 
@@ -21,10 +21,10 @@ from rnncore.cells.gru_reset_before import ResetBeforeGRU
 class Paths(abc.ABC):
     """Matrices for single steps that add up to a one-step derivative.
 
-    At a reset all are 0; past the length of a sequence the direct path is the identity and the others are 0.
+    At a reset all are 0; in the padding the direct path is the identity and the others are 0.
 
     Attributes:
-      padded: whether there are lengths, so that some of the last steps may be padding.
+      padded: whether the run has lengths, so that some of the last steps may be padding.
     """
 
     padded: bool
@@ -35,7 +35,7 @@ class Paths(abc.ABC):
 
     @abc.abstractmethod
     def cotangents(self, adjoint: Any) -> Array:
-        """Gradients (*batch, S, n) of what the rows stand for, from those of T + 1 carries."""
+        """Gradients (*batch, S, n) at what the rows stand for, from those at T + 1 carries."""
 
     def total(self) -> Array:
         """The sum of the paths, (*batch, S, n, n)."""
@@ -45,10 +45,10 @@ class Paths(abc.ABC):
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("direct", "gates"), meta_fields=("padded",))
 @dataclasses.dataclass(frozen=True)
 class GatePaths(Paths):
-    """The Jacobian of all of the state, n entries, by gate; the sum is exactly J_t.
+    """The Jacobian of the whole state, n entries, by gate; the sum is exactly J_t.
 
     Fields:
-      direct: (*batch, T, n, n), what reaches s_t from s_{t-1} without a recurrent weight.
+      direct: (*batch, T, n, n), from s_{t-1} to s_t without a recurrent weight.
       gates: named tuple by gate of (*batch, T, n, n), through h_{t-1} and U_g into that gate.
       padded: whether the run has lengths.
     """
@@ -67,7 +67,7 @@ class GatePaths(Paths):
 
 
 def gate_paths(traj: Trajectory) -> GatePaths:
-    """Every step Jacobian of a cell as a direct path and one path for each gate.
+    """Splits every step Jacobian of a cell into a direct path and one path for each gate.
 
     d s_t / d s_{t-1} = direct + sum_g diag(d s_t / d r_g) U_g,   r_g = U_g h_{t-1}
     GRU:              direct = diag(z),   z: diag((h_{t-1} - n) z (1 - z)) U_z
@@ -77,7 +77,7 @@ def gate_paths(traj: Trajectory) -> GatePaths:
                       r: diag((1 - z) (1 - n^2)) U_n diag(h_{t-1} r (1 - r)) U_r
 
     Args:
-      traj: a trajectory of T steps of any pointwise cell, a user's too, or of a `ResetBeforeGRU`.
+      traj: a trajectory of T steps of any pointwise cell, your own included, or of a `ResetBeforeGRU`.
 
     Returns:
       `GatePaths`; `.total()` is `step_jacobians(traj)`.
@@ -94,14 +94,15 @@ def gate_paths(traj: Trajectory) -> GatePaths:
       >>> list(paths.terms()), paths.gates.f.shape
       (['direct', 'via_f', 'via_n'], (2, 5, 4, 4))
 
-    Source: for GRUs Cho et al. (2014), arXiv:1406.1078, v3 for the reset after the product and v1 for that before.
+    Source: for GRUs Cho et al. (2014), arXiv:1406.1078, v3 for the reset after the product, v1 for the reset before.
     """
+    check_trajectory("gate_paths", traj)
     if isinstance(traj.cell, ResetBeforeGRU) and type(traj.cell).update is ResetBeforeGRU.update:
         return _reset_before(traj)
     if not isinstance(traj.cell, PointwiseCell):
         raise NotImplementedError(
-            f"`gate_paths(...)`: {type(traj.cell).__name__} is not a PointwiseCell, so its step does not show what "
-            "enters each gate; use `step_jacobians(traj)`."
+            f"`gate_paths(...)`: {type(traj.cell).__name__} is not a PointwiseCell, so what enters each "
+            "gate is not known; use `step_jacobians(traj)`."
         )
     return _gate_paths(traj)
 

@@ -29,8 +29,8 @@ class LSTMPaths(Paths):
     Fields:
       forget_direct: (*batch, S, H), the diagonal F_t = f_t.
       via_forget, via_input, via_candidate: (*batch, S, H, H), through h_{t-1} into that gate.
-      via_output: (*batch, S, H, H), G_t = d h_t / d h_{t-1} with c_t held fixed.  It does not belong to
-        the sum: it is how h_{t-1} passes by c_t, which the state Jacobian alone can see.
+      via_output: (*batch, S, H, H), G_t = d h_t / d h_{t-1} with c_t held fixed.  It is not part of the sum: it
+        bypasses c_t, which only the state Jacobian shows.
       slope: (*batch, S + 1, H), the diagonals Delta_t = d h_t / d c_t for t = first - 1 .. T.
       first: the step of the first entry, 1 or 2.
       padded: whether the run has lengths.
@@ -68,7 +68,7 @@ class LSTMPaths(Paths):
 
 
 def lstm_paths(traj: Trajectory, *, h0_tied: Array | bool | None = None) -> LSTMPaths:
-    """The four paths of d c_t / d c_{t-1} of an LSTM, and the one that goes past it.
+    """The four paths of d c_t / d c_{t-1} of an LSTM, and the one that bypasses it.
 
     d c_t / d c_{t-1} = F_t + (B^f_t + B^i_t + B^g_t) Delta_{t-1}
     F_t = diag(f_t),  B^f_t = diag(c_{t-1} f_t (1 - f_t)) U_f,  B^i_t = diag(g_t i_t (1 - i_t)) U_i,
@@ -79,15 +79,15 @@ def lstm_paths(traj: Trajectory, *, h0_tied: Array | bool | None = None) -> LSTM
 
     Args:
       traj: a trajectory of T steps of an `LSTM`; other gate functions are differentiated as they are.
-      h0_tied: how h_0 moves with c_0, which no gate says.  None: not known, the paths start at t = 2.
-        False: not at all.  An array (*batch, H): d h_0 / d c_0, where they come from a step before.
+      h0_tied: how h_0 moves with c_0, which the run does not determine.  None: not known, and the paths start at
+        t = 2.  False: not at all.  An array (*batch, H): d h_0 / d c_0, if a step before produced both.
 
     Returns:
       `LSTMPaths`.
 
     Raises:
-      ValueError: the cell has no cell state; h0_tied of another shape; one step only and no h0_tied.
-      NotImplementedError: peepholes, the coupled gate, and cells that are no `LSTM`.
+      ValueError: the cell has no cell state; h0_tied of another shape; a single step without h0_tied.
+      NotImplementedError: peepholes, the coupled gate, and cells other than `LSTM`.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -108,11 +108,11 @@ def lstm_paths(traj: Trajectory, *, h0_tied: Array | bool | None = None) -> LSTM
 
 def plain_lstm(traj: Trajectory, call: str) -> None:
     """An error unless the closed forms of an LSTM hold for the cell of a trajectory."""
-    advice = "use `gate_paths(traj)`, which takes every pointwise cell apart"
+    advice = "use `gate_paths(traj)`, which splits the steps of every pointwise cell"
     cell = lstm_of(traj, call, advice)
     if cell.peepholes or cell.coupled:
         what = "peepholes, through which c enters the gates" if cell.peepholes else "a coupled gate, so no input gate"
-        raise NotImplementedError(f"`{call}`: this LSTM has {what}, and the four paths are not its own; {advice}.")
+        raise NotImplementedError(f"`{call}`: this LSTM has {what}, for which the four paths do not hold; {advice}.")
 
 
 def first_slope(traj: Trajectory, h0_tied: Any, call: str, least: int) -> Array | None:
@@ -122,7 +122,7 @@ def first_slope(traj: Trajectory, h0_tied: Any, call: str, least: int) -> Array 
         if traj.steps - 1 < least:
             raise ValueError(
                 f"`{call}(h0_tied=None)`: the paths start at t = 2, the trajectory has T = {traj.steps}; run at least "
-                f"{least + 1} steps, or say by h0_tied= how h_0 moves with c_0 (False: not at all)."
+                f"{least + 1} steps, or pass h0_tied= for how h_0 moves with c_0 (False: not at all)."
             )
         return None
     if traj.steps < least:
@@ -135,7 +135,7 @@ def first_slope(traj: Trajectory, h0_tied: Any, call: str, least: int) -> Array 
             f"`{call}(h0_tied=<{jnp.result_type(h0_tied)} {jnp.shape(h0_tied)}>)`: expected None, False, or "
             f"d h_0 / d c_0 as a floating-point array {shape}."
         )
-    check_finite(f"{call}(h0_tied=...)", h0_tied, "no path follows from it")
+    check_finite(f"{call}(h0_tied=...)", h0_tied)
     return jnp.asarray(h0_tied, dtype)
 
 

@@ -1,4 +1,4 @@
-"""How much of a step's gradient takes which path, and what is left over many steps without one."""
+"""The share of each path in the gradient of a step, and retention with one path removed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from rnncore.analysis.jacobians.products import jacobian_product
 from rnncore.analysis.paths.gates import Paths, gate_paths
 from rnncore.analysis.paths.lstm import LSTMPaths
 from rnncore.analysis.run._alignment import chosen_lags
-from rnncore.analysis.run.trajectory import Trajectory, check_finite
+from rnncore.analysis.run.trajectory import Trajectory, check_finite, check_trajectory
 
 WAYS = ("inner", "adjoint", "ablation", "norm_ratio")
 
 
 class AblatedRetention(NamedTuple):
-    """Retention with a path taken out of every step, beside the whole.
+    """Retention with one path removed from every step, and with all of them.
 
     Fields:
       lags: (L,) integers.
       full: log10 of ||P_k||_F / sqrt(n), (*batch, L); P_k is the product of the last k step Jacobians.
-      without: the same with one path less in every step, by the name of that path; -inf where nothing is left.
+      without: the same without one path, by the name of that path; -inf where nothing is left.
     """
 
     lags: Array
@@ -43,22 +43,21 @@ def path_shares(
     by "inner":       <J_p, J>_F / ||J||_F^2, signed; the shares of a step add up to 1
     by "adjoint":     <J_p^T v, J^T v> / ||J^T v||^2 for v = dL/ds_t, signed; they add up to 1
     by "norm_ratio":  ||J_p||_F / ||J||_F, which does NOT add up to 1
-    by "ablation":    retention over k steps with J_t - J_p in J_t's place, for each path in turn
+    by "ablation":    retention over k steps with J_t - J_p in place of J_t, for each path in turn
 
     Args:
-      source: a trajectory, which is taken apart by `gate_paths`; or what `gate_paths` or `lstm_paths`
-        returned.
+      source: a trajectory, which `gate_paths` splits; or what `gate_paths` or `lstm_paths` returned.
       by: as above.
-      adjoint: with "adjoint", the T + 1 gradients of `state_gradients`.  For `lstm_paths` v is dL/dc_t with
-        h_t moving along.
-      lags: with "ablation", increasing integers, an integer K for 0 to K, None for all; at most T.
+      adjoint: with "adjoint", the T + 1 gradients `gradients_over_time(...).states`.  For `lstm_paths` v is dL/dc_t
+        with h_t moving along.
+      lags: with "ablation", increasing integers, an integer K for 0 to K, or None for all; at most T.
 
     Returns:
       A dict by path of shares (*batch, S), one for each step; 0 where J_t (or J_t^T v) is 0, as at a reset.
       By "ablation" `AblatedRetention`.
 
     Raises:
-      ValueError: unknown `by`; an adjoint that is missing, superfluous or of other shapes; bad lags.
+      ValueError: unknown `by`; an adjoint that is missing, not used or of other shapes; bad lags.
       NotImplementedError: a cell whose paths are not known; ablation of `lstm_paths`, or with lengths.
 
     Example:
@@ -75,10 +74,10 @@ def path_shares(
     if by not in WAYS:
         raise ValueError(f"`path_shares(by={by!r})`: expected one of {', '.join(map(repr, WAYS))}.")
     if (adjoint is None) == (by == "adjoint"):
-        need = "needs adjoint=, what `state_gradients` returns" if adjoint is None else "takes no adjoint"
+        need = "needs adjoint=, `gradients_over_time(...).states`" if adjoint is None else "takes no adjoint"
         raise ValueError(f"`path_shares(by={by!r})` {need}.")
     if lags is not None and by != "ablation":
-        raise ValueError(f"`path_shares(by={by!r})` takes no lags: its shares are those of single steps.")
+        raise ValueError(f"`path_shares(by={by!r})` takes no lags, since its shares are of single steps.")
     paths = _paths(source)
     terms = paths.terms()
     if by == "ablation":
@@ -93,11 +92,7 @@ def path_shares(
 def _paths(source: Any) -> Paths:
     if isinstance(source, Paths):
         return source
-    if not isinstance(source, Trajectory):
-        raise ValueError(
-            f"`path_shares(<{type(source).__name__}>)`: expected a trajectory, or what `gate_paths` or `lstm_paths` "
-            "returned."
-        )
+    check_trajectory("path_shares", source)
     return gate_paths(source)
 
 
@@ -105,7 +100,7 @@ def _paths(source: Any) -> Paths:
 def _pulled_back(terms: dict[str, Array], v: Array) -> dict[str, Array]:
     """J_p^T v as matrices of one column."""
     size = jnp.max(jnp.abs(v), -1, keepdims=True)
-    v = v / jnp.where(size > 0, size, 1)  # a gradient of 1e-30 is as good as one of 1
+    v = v / jnp.where(size > 0, size, 1)  # the shares do not depend on the size of the gradient
     return {
         name: jnp.einsum("...ij,...i->...j", a, v.astype(a.dtype), precision="highest")[..., None]
         for name, a in terms.items()
@@ -132,7 +127,7 @@ def _ratios(terms: dict[str, Array]) -> dict[str, Array]:
 
 
 def _scaled(terms: dict[str, Array]) -> tuple[dict[str, Array], Array]:
-    """The matrices with the largest entry of their sum at 1, so that no square leaves the range; and that sum."""
+    """The matrices scaled so that the largest entry of their sum is 1 and no square overflows; and that sum."""
     total = functools.reduce(jnp.add, terms.values())
     size = jnp.max(jnp.abs(total), (-2, -1), keepdims=True)
     size = jnp.where(size > 0, size, 1)
@@ -142,13 +137,13 @@ def _scaled(terms: dict[str, Array]) -> tuple[dict[str, Array], Array]:
 def _ablation(paths: Paths, terms: dict[str, Array], lags: Any) -> AblatedRetention:
     if isinstance(paths, LSTMPaths):
         raise NotImplementedError(
-            "`path_shares(<LSTMPaths>, by='ablation')`: products of its one-step totals are no derivative of the run; "
-            "pass the trajectory, whose state Jacobians are."
+            "`path_shares(<LSTMPaths>, by='ablation')`: a product of one-step totals is not a derivative of the run; "
+            "pass the trajectory instead."
         )
     if paths.padded:
         raise NotImplementedError(
             "`path_shares(by='ablation')` of a trajectory with seq_lengths: its sequences do not end together; "
-            "take one, `traj.take(i)`."
+            "select one by `traj.take(i)`."
         )
     total = paths.total()
     steps = total.shape[-3]
@@ -182,7 +177,7 @@ def _check_adjoint(paths: Paths, adjoint: Any) -> None:
         shapes = ", ".join(f"{jnp.result_type(a)} {jnp.shape(a)}" for a in leaves)
         raise ValueError(
             f"`path_shares(adjoint=<{type(adjoint).__name__} of {shapes}>)`: expected the carry of the cell, floating "
-            f"point with leading axes {lead}, one entry for each of T + 1 = {lead[-1]} states, as `state_gradients` "
-            "returns it."
+            f"point with leading axes {lead}, one entry for each of T + 1 = {lead[-1]} states, as in "
+            "`gradients_over_time(...).states`."
         )
-    check_finite("path_shares(adjoint=...)", adjoint, "no share follows from it")
+    check_finite("path_shares(adjoint=...)", adjoint)

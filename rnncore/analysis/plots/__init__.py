@@ -1,4 +1,4 @@
-"""Plots of what `rnncore.analysis` finds, and a report of a run; needs matplotlib."""
+"""Plots of the results of `rnncore.analysis`, and the report of a run; needs matplotlib."""
 
 try:
     import matplotlib as _matplotlib  # noqa: F401

@@ -9,51 +9,33 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from rnncore.analysis.plots.style import (
-    finish,
-    floored,
-    heat,
-    increasing,
-    line,
-    named,
-    new_axes,
-    numbers,
-    shade_map,
-    shades,
-)
+from rnncore.analysis.plots.style import finish, floored, heat, increasing, line, named, new_axes, numbers, shade_map
 
 BOUNDS = ("bound", "a_priori_bound")
 AVERAGES = ("mean_log", "log_mean")
+LN10 = math.log(10.0)
 
 
 def retention(
-    curves: Any,
-    *,
-    bound: Any = None,
-    fit: Any = None,
-    average: str = "mean_log",
-    spread: bool = True,
-    natural: bool = False,
-    ax: Axes | None = None,
+    curves: Any, *, bound: Any = None, fit: Any = None, average: str = "mean_log", ax: Axes | None = None
 ) -> Axes:
-    """How much of a gradient is left against the lag, for curves of any kinds and paths.
+    """Plots how much of a gradient is left against the lag, for curves of any kinds and paths.
 
     Args:
-      curves: what `retention_curve` returns; a sequence of such curves, named by kind and path; a mapping from
-        labels to them; or ablated retention, which `path_shares(by="ablation")` of `rnncore.analysis` returns.
-      bound: one more curve, drawn thin and black, as those of kind "bound" and "a_priori_bound" are anyway.
-      fit: what `RetentionCurve.fit` returns, one of its two lines, or a sequence or mapping of these; drawn
-        thin over its window.
-      average: over the batch, "mean_log" (the typical sequence) or "log_mean" (ruled by the few largest).
-      spread: shade the middle half of a batch.
-      natural: natural logarithms instead of log10.
+      curves: what `retention_curve` returns; a sequence of such curves, labelled by kind and path; a mapping from
+        labels to them; or the result of `path_shares(by="ablation")` of `rnncore.analysis`.
+      bound: another curve, drawn thin and black, as those of kind "bound" and "a_priori_bound" always are.
+      fit: what `RetentionCurve.fit` returns, one of its two lines, or a sequence or mapping of these; drawn in grey
+        over its window.
+      average: over the batch, "mean_log" (a typical sequence) or "log_mean" (dominated by the few largest).
       ax: axes to draw into; None makes a new figure.
 
     Returns:
-      The axes; the curves come first among its lines.  -inf lies on a labelled floor.
+      The axes; the curves come first among its lines, the quartiles of a batch are shaded.  -inf lies on a labelled
+      floor.
 
     Raises:
-      ValueError: something else than curves and fits, unknown average, NaN.
+      ValueError: anything but curves and fits, unknown average, NaN.
 
     Example:
       >>> import jax.numpy as jnp
@@ -61,15 +43,14 @@ def retention(
       >>> from rnncore.analysis import RetentionCurve, plots
       >>> lags = jnp.arange(11)
       >>> curve = RetentionCurve(lags, -0.1 * lags, "rms", "state", "end", "", 1, "float32")
-      >>> ax = plots.retention(curve, fit=curve.fit(), natural=True, ax=Figure().subplots())
+      >>> ax = plots.retention(curve, fit=curve.fit(), ax=Figure().subplots())
       >>> [text.get_text() for text in ax.get_legend().get_texts()]
       ['rms, state', 'exp(-0.1 k)']
     """
     if average not in AVERAGES:
         raise ValueError(f"`retention(average={average!r})`: expected 'mean_log' or 'log_mean'.")
-    unit = 1.0 if natural else math.log(10.0)
-    drawn = [(name, *_curve(one, average, unit)) for name, one in _labelled(curves).items()]
-    bounds = [] if bound is None else [(name, *_curve(one, average, unit)) for name, one in _labelled(bound).items()]
+    drawn = [(name, *_curve(one, average)) for name, one in _labelled(curves).items()]
+    bounds = [] if bound is None else [(name, *_curve(one, average)) for name, one in _labelled(bound).items()]
     fits = [] if fit is None else [_fit(name, one) for name, one in _fits(fit)]
     ax = new_axes(ax)
     logs = floored(ax, [one[2] for one in drawn + bounds])
@@ -78,9 +59,9 @@ def retention(
         look = line(i, len(lags))
         if is_bound:
             look = {"color": "black", "linewidth": 1.0, "linestyle": "-." if kind == "a_priori_bound" else (0, (5, 4))}
-        # The last row is the mean, the others are the sequences.
+        # The last row is the mean, the others are single sequences.
         ax.plot(lags, examples[-1], label=name, **look)
-        if spread and not is_bound and len(examples) > 2:
+        if not is_bound and len(examples) > 2:
             low, high = np.quantile(examples[:-1], (0.25, 0.75), axis=0, method="nearest")
             ax.fill_between(lags, low, high, color=look["color"], alpha=0.15, linewidth=0)
     for i, (name, one) in enumerate(fits):
@@ -88,16 +69,16 @@ def retention(
         dash = ("-", (0, (1, 1)), (0, (4, 1)))[i % 3]
         label = f"{name}: {_law(one)}" if name else _law(one)
         ax.plot(
-            lags, one.log_retention(lags) / unit, color="0.45", linewidth=2.8, alpha=0.7, linestyle=dash, zorder=2.2,
+            lags, one.log_retention(lags) / LN10, color="0.45", linewidth=2.8, alpha=0.7, linestyle=dash, zorder=2.2,
             label=label,
         )  # fmt: skip
-    return finish(ax, "lag k (steps)", "ln retention" if natural else r"$\log_{10}$ retention")
+    return finish(ax, "lag k (steps)", r"$\log_{10}$ retention")
 
 
 def _labelled(curves: Any) -> dict[str, Any]:
     if hasattr(curves, "full") and hasattr(curves, "without"):  # ablated retention holds log10
         parts = {"all paths": curves.full} | {f"without {name}": a for name, a in curves.without.items()}
-        return {name: (curves.lags, np.asarray(a, np.float64) * math.log(10.0)) for name, a in parts.items()}
+        return {name: (curves.lags, np.asarray(a, np.float64) * LN10) for name, a in parts.items()}
     items = named("retention", curves)
     if isinstance(curves, Mapping):
         return items
@@ -108,8 +89,8 @@ def _labelled(curves: Any) -> dict[str, Any]:
     return labelled
 
 
-def _curve(one: Any, average: str, unit: float) -> tuple[np.ndarray, np.ndarray, str]:
-    """(lags, the sequences and below them their mean (B + 1, L), kind)."""
+def _curve(one: Any, average: str) -> tuple[np.ndarray, np.ndarray, str]:
+    """(lags, the sequences and then their mean (B + 1, L), kind)."""
     if isinstance(one, tuple) and len(one) == 2:
         lags, logs = one
         logs = logs.reshape(-1, logs.shape[-1])
@@ -126,11 +107,11 @@ def _curve(one: Any, average: str, unit: float) -> tuple[np.ndarray, np.ndarray,
             f"`retention(<{type(one).__name__}>)`: expected a `RetentionCurve`, as `retention_curve(traj)` returns it, "
             "a sequence of them, or a mapping from labels to them."
         )
-    return increasing("retention", "lags", lags), numbers("retention", rows / unit, 2, "retention (*batch, L)"), kind
+    return increasing("retention", "lags", lags), numbers("retention", rows / LN10, 2, "retention (*batch, L)"), kind
 
 
 def _fits(fit: Any) -> list[tuple[str, Any]]:
-    """By name where names are given."""
+    """Fits with their names, "" without."""
     return [(name if isinstance(fit, Mapping) else "", one) for name, one in named("retention(fit=...)", fit).items()]
 
 
@@ -139,7 +120,7 @@ def _fit(name: str, fit: Any) -> tuple[str, Any]:
     if not hasattr(one, "window") or not hasattr(one, "log_retention"):
         raise ValueError(
             f"`retention(fit=<{type(fit).__name__}>)`: expected what `curve.fit()` returns, or its `.exponential` or "
-            "`.power`; a `DecayRate` has a slope and no height to draw it at."
+            "`.power`; a `DecayRate` has a slope but no offset."
         )
     return name, one
 
@@ -148,24 +129,20 @@ def _law(fit: Any) -> str:
     return f"exp({-fit.rate:.3g} k)" if fit.model == "exponential" else rf"$(k+1)^{{{-fit.rate:.3g}}}$"
 
 
-def retention_over_training(
-    steps: Any, lags: Any, log10: Any, *, style: str = "heatmap", ax: Axes | None = None
-) -> Axes:
-    """How retention changes while a model is trained.
+def retention_over_training(steps: Any, lags: Any, log10: Any, *, ax: Axes | None = None) -> Axes:
+    """Plots how retention changes in training: a map of training step against lag, dark for little.
 
     Args:
       steps: (S,) training steps, increasing.
       lags: (L,) increasing.
       log10: (S, L), log10 of the retention at every training step and lag.
-      style: "heatmap", training step against lag, dark for little; "lines", a curve over the lags for every
-        training step, dark for the first.
       ax: axes to draw into; None makes a new figure.
 
     Returns:
-      The axes.  -inf is hatched in the heat map, with a label, and lies on a labelled floor in the lines.
+      The axes.  -inf is hatched, with a label.
 
     Raises:
-      ValueError: shapes that do not fit, unknown style, NaN.
+      ValueError: shapes that do not match, NaN.
 
     Example:
       >>> import numpy as np
@@ -184,15 +161,7 @@ def retention_over_training(
             f"`{call}(log10=<{logs.shape}>)`: expected (S, L) = {(len(steps), len(lags))}, a row for each training "
             "step."
         )
-    if style not in ("heatmap", "lines"):
-        raise ValueError(f"`{call}(style={style!r})`: expected 'heatmap' or 'lines'.")
     ax = new_axes(ax)
-    if style == "lines":
-        (values,) = floored(ax, [logs])
-        shown = set(np.linspace(0, len(steps) - 1, min(6, len(steps))).round().astype(int).tolist())
-        for i, (step, row, colour) in enumerate(zip(steps, values, shades(len(steps)), strict=True)):
-            ax.plot(lags, row, color=colour, linewidth=1.4, label=f"step {step:g}" if i in shown else None)
-        return finish(ax, "lag k (steps)", r"$\log_{10}$ retention")
     lost = np.isneginf(logs)
     low, high = (logs[~lost].min(), logs[~lost].max()) if not lost.all() else (-1.0, 0.0)
     ax.patch.set(hatch="////", edgecolor="0.5")  # seen where nothing is drawn above it

@@ -1,4 +1,4 @@
-"""What the gates do: shares of the paths, saturation, time scales."""
+"""Plots of the gates: shares of the paths, saturation, time scales."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from rnncore.analysis.plots.style import GUIDE, area, finish, finite, named, new
 
 
 def path_shares(shares: Any, *, first: int = 1, ax: Axes | None = None) -> Axes:
-    """The share of every path at every step, stacked; negative shares are stacked downwards from 0.
+    """Plots the share of each path at every step, stacked; negative shares are stacked downwards from 0.
 
     Args:
       shares: a mapping from the names of paths to (S,) or (*batch, S), as `path_shares` of `rnncore.analysis`
-        returns it by "inner", "adjoint" or "norm_ratio"; over a batch the mean is drawn.
+        returns it by "inner", "adjoint" or "norm_ratio"; for a batch the mean is drawn.
       first: the number of the first step.
       ax: axes to draw into; None makes a new figure.
 
     Returns:
-      The axes: an area for each path, with a hatch of its own, and a line for their sum.
+      The axes, with a hatched area for each path and a line for their sum.
 
     Raises:
-      ValueError: no mapping (the result by "ablation" goes to `plots.retention`), different lengths, numbers
-        that are not finite.
+      ValueError: anything but such a mapping (draw the result by "ablation" with `plots.retention`), different
+        lengths, numbers that are not finite.
 
     Example:
       >>> import numpy as np
@@ -56,7 +56,7 @@ def path_shares(shares: Any, *, first: int = 1, ax: Axes | None = None) -> Axes:
     up = np.zeros(len(steps))
     down = np.zeros(len(steps))
     for i, (name, row) in enumerate(rows.items()):
-        # One polygon a sign: both hold 0 where the share has the other sign.
+        # One polygon for each sign, 0 where the share has the other.
         for sign, base, label in ((1, up, name), (-1, down, None)):
             part = np.where(sign * row > 0, row, 0.0)
             if label is None and not part.any():
@@ -76,10 +76,10 @@ def _steps(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray
 
 
 def gate_saturation(statistics: Any, *, ax: Axes | None = None) -> Axes:
-    """How often each unit of each gate is shut (left) and open (right).
+    """Plots how often each unit of each gate is left-saturated (shut) and right-saturated (open).
 
     A point near the lower right corner is a unit whose gate is always shut, near the upper left always open,
-    near the origin never either; points cannot lie above the diagonal.
+    near the origin neither; no point lies above the diagonal.
 
     Args:
       statistics: a mapping from gates to what `gate_statistics` returns for them, with `.unit.left` and
@@ -90,7 +90,7 @@ def gate_saturation(statistics: Any, *, ax: Axes | None = None) -> Axes:
       The axes, one point set for each gate.
 
     Raises:
-      ValueError: no such mapping, fractions outside 0 to 1.
+      ValueError: anything but such a mapping, fractions outside 0 to 1.
 
     Example:
       >>> import numpy as np
@@ -129,19 +129,19 @@ def gate_saturation(statistics: Any, *, ax: Axes | None = None) -> Axes:
 
 
 def timescale_histogram(timescales: Any, *, bins: int = 30, ax: Axes | None = None) -> Axes:
-    """How many steps the forget gates stand for, on a logarithmic axis.
+    """Plots a histogram of the time scales of forget gates, on a logarithmic axis.
 
     Args:
       timescales: steps, of any shape, as `timescales` returns them; or a mapping from labels to such arrays.
-      bins: of equal width in the logarithm, from the smallest to the largest that is finite and above 0.
+      bins: their number, of equal width in the logarithm, over all values that are finite and above 0.
       ax: axes to draw into; None makes a new figure.
 
     Returns:
-      The axes.  Time scales of 0 (a gate of exactly 0) and of infinity (of exactly 1) have bars of their own
-      at the ends, labelled.
+      The axes.  Time scales of 0 (a gate of exactly 0) and infinity (exactly 1) have separate, labelled bars at the
+      ends.
 
     Raises:
-      ValueError: negative time scales or NaN, nothing at all, fewer than 1 bin.
+      ValueError: negative time scales or NaN, no values, fewer than 1 bin.
 
     Example:
       >>> import numpy as np

@@ -25,31 +25,26 @@ from rnncore.analysis.plots.style import (
 )
 from rnncore.analysis.retention.window import effective_window
 
-DECADES = 8
-"""How far below the largest entry the logarithmic colours begin, unless told."""
 PALE = "Blues"
-"""From white, for pictures that are mostly empty."""
+"""From white, for maps that are mostly empty."""
 
 
-def gradient_heatmap(
-    gradients: Any, *, linear_below: float | None = None, first: int = 0, label: str = "dL/dh", ax: Axes | None = None
-) -> Axes:
-    """The gradient at every unit and step, in colours of its signed logarithm.
+def gradient_heatmap(gradients: Any, *, first: int = 0, label: str = "dL/dh", ax: Axes | None = None) -> Axes:
+    """Plots the gradient at every unit and step, coloured by its signed logarithm.
 
-    Dark is negative, light positive, the grey between them 0; in grey print too.
+    Dark is negative, light positive and grey 0, also in greyscale; below 1e-8 of the largest colours are linear.
 
     Args:
-      gradients: (T, H), as one sequence of a field of `state_gradients`; 0 is a value like others.
-      linear_below: size below which colours are linear and so run into 0; by default 1e-8 of the largest.
-      first: the step that the first row belongs to; 0 for `state_gradients`.
-      label: of the colours.
+      gradients: (T, H), one sequence of a field of `gradients_over_time(...).states`.
+      first: the step that the first row belongs to; 0 where the initial state is among them.
+      label: of the colour bar.
       ax: axes to draw into; None makes a new figure.
 
     Returns:
       The axes.
 
     Raises:
-      ValueError: another shape, numbers that are not finite, a linear_below that is not above 0.
+      ValueError: another shape, numbers that are not finite.
 
     Example:
       >>> import numpy as np
@@ -60,12 +55,8 @@ def gradient_heatmap(
       ('step t', 'unit')
     """
     values = finite("gradient_heatmap", gradients, 2, "(T, H), the gradients of one sequence")
-    top = float(np.abs(values).max()) or 1.0
-    linear = top * 10.0**-DECADES if linear_below is None else float(linear_below)
-    if not 0 < linear < math.inf:
-        raise ValueError(f"`gradient_heatmap(linear_below={linear_below!r})`: expected a size above 0.")
     ax = new_axes(ax)
-    signed_map(ax, values, first, max(top, linear), linear, label)
+    signed_map(ax, values, first, float(np.abs(values).max()) or 1.0, label)
     ax = finish(ax, "step t", "unit")
     ax.grid(False)
     return ax
@@ -74,20 +65,21 @@ def gradient_heatmap(
 def gradient_maps(
     gradients: Any, *, level: float = 0.01, decades: float = 4.0, first: int = 1, figure: Figure | None = None
 ) -> Figure:
-    """Several networks, one above the other: the size of dL/dh_t, time by unit, and how far back it reaches.
+    """Plots the size of dL/dh_t by step and unit for several networks, and how far back it reaches.
 
-    colour: log10 (|dL/dh_t| / max |dL/dh|), from white where nothing is left to dark
-    reach:  steps from the first with ||dL/dh_t|| >= level max_t ||dL/dh_t|| to the last, marked by a line
+    colour: log10 (|dL/dh_t| / max |dL/dh|), from white for nothing to dark
+    reach:  from the first step with ||dL/dh_t|| >= level max_t ||dL/dh_t||, marked by a line, to the last
 
     Args:
-      gradients: a mapping from the names of networks to (T, H), one sequence of a field of `state_gradients`.
-      level: the part of the largest norm that counts as arriving.
-      decades: how far the colours go down.
+      gradients: a mapping from the names of networks to (T, H), one sequence of
+        `gradients_over_time(...).states.h`.
+      level: the smallest norm that counts, relative to the largest.
+      decades: the range of the colours.
       first: the number of the first step; 0 where the initial state is among them.
       figure: to draw into; None makes a new one.
 
     Returns:
-      The figure, one pair of axes for each network and the colour bar.
+      The figure, with axes for each network, one above the other, and a colour bar.
 
     Raises:
       ValueError: another shape, numbers that are not finite, no gradient at all; a level outside 0 to 1, no decades.
@@ -109,7 +101,7 @@ def gradient_maps(
     for name, one in named("gradient_maps", gradients).items():
         sizes = np.abs(finite("gradient_maps", one, 2, "(T, H), one sequence, by the name of the network"))
         if not sizes.any():
-            raise ValueError(f"`gradient_maps({name!r})`: no gradient at any step, there is nothing to show.")
+            raise ValueError(f"`gradient_maps({name!r})`: the gradient is 0 at every step.")
         found[name] = sizes / sizes.max()
     if figure is None:
         import matplotlib.pyplot as plt
@@ -137,15 +129,15 @@ def gradient_maps(
 
 
 def weight_gradient_bars(parameters: Any, *, share: float = 0.99, first: int = 1, ax: Axes | None = None) -> Axes:
-    """What every step adds to the gradient of the weights, and the step at which it is spent.
+    """Plots the contribution of every step to the gradient of the weights, and the step at which it is spent.
 
     bars:  ||g_t||_2,   dL/dtheta = g_1 + ... + g_T
-    spent: at the first t with ||g_1 + ... + g_t|| > (1 - share) ||dL/dtheta||; what lies before makes less difference
+    spent: at the first t with ||g_1 + ... + g_t|| > (1 - share) ||dL/dtheta||, counted back from the end
 
     Args:
-      parameters: arrays (T, ...), as `per_step_parameter_gradients` returns them, or some of them; with `norms` the
-        sums are those of norms.
-      share: of the whole, above 0 and below 1.
+      parameters: arrays (T, ...), `gradients_over_time(...).parameters` or a part of them; with `norms` the sums
+        are those of norms.
+      share: the share of the whole, above 0 and below 1.
       first: the number of the first step.
       ax: axes to draw into; None makes a new figure.
 
@@ -169,13 +161,13 @@ def weight_gradient_bars(parameters: Any, *, share: float = 0.99, first: int = 1
     if not leaves or any(a.ndim < 1 or len(a) != len(leaves[0]) for a in leaves):
         raise ValueError(
             f"`weight_gradient_bars(<{', '.join(str(a.shape) for a in leaves)}>)`: expected arrays (T, ...), one entry "
-            "for each step, as `per_step_parameter_gradients` returns them."
+            "for each step, as in `gradients_over_time(...).parameters`."
         )
     values = np.concatenate([a.reshape(len(a), -1) for a in leaves], -1)
     values = finite("weight_gradient_bars", values, 2, "arrays (T, ...) with at least one step")
     norms, before = np.linalg.norm(values, axis=-1), np.linalg.norm(np.cumsum(values, 0), axis=-1)
     if not before[-1]:
-        raise ValueError("`weight_gradient_bars(...)`: the steps add up to no gradient, there is nothing to spend.")
+        raise ValueError("`weight_gradient_bars(...)`: the contributions add up to 0.")
     spent = int(np.argmax(before > (1 - share) * before[-1]))
     ax, steps = new_axes(ax), np.arange(len(norms)) + first
     ax.bar(steps, norms, width=0.85, color=COLOURS[0], zorder=2.5)
@@ -189,13 +181,13 @@ def weight_gradient_bars(parameters: Any, *, share: float = 0.99, first: int = 1
 
 
 def saliency(gradients: Any, *, share: float = 0.9, first: int = 1, ax: Axes | None = None) -> Axes:
-    """How large the gradient at each input is, and how many of the last inputs hold most of it.
+    """Plots the size of the gradient at each input, and how many of the last inputs hold most of it.
 
     log10 ||dL/dx_t||_2 against t; shaded, the last `effective_window(gradients, share)` steps
 
     Args:
-      gradients: (T, D), as one sequence of `input_gradients`.
-      share: of the sum of squares that the window holds.
+      gradients: (T, D), one sequence of `gradients_over_time(...).inputs`.
+      share: the share of the sum of squares that the window holds.
       first: the number of the first step.
       ax: axes to draw into; None makes a new figure.
 
@@ -214,11 +206,11 @@ def saliency(gradients: Any, *, share: float = 0.9, first: int = 1, ax: Axes | N
       'last 1 of 3 steps: 90 %'
     """
     values = finite("saliency", gradients, 2, "(T, D), the gradients at the inputs of one sequence")
-    # Of size 1 first: without x64 an array of 1e-60 would be one of zeros.
+    # Scaled to size 1 first: without x64 numbers of 1e-60 would become 0.
     window = int(effective_window(jnp.asarray(values / (np.abs(values).max() or 1.0)), share))
     size = np.abs(values).max(-1, keepdims=True)
     with np.errstate(divide="ignore"):
-        # The largest entry goes first: squares of 1e-200 are 0.
+        # Divided by the largest entry first: squares of 1e-200 are 0.
         logs = np.log10(size[:, 0]) + np.log10(np.linalg.norm(values / np.where(size > 0, size, 1), axis=-1))
     logs = np.where(size[:, 0] > 0, logs, -np.inf)
     ax = new_axes(ax)

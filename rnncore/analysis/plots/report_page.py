@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +24,6 @@ from rnncore.analysis.report.measured import LayerReport
 DPI = 150
 SIZE = (4.3, 2.9)
 """Inches of a picture: wide enough for a telephone at the size of its own letters."""
-BELOW = 8
-"""Decades below the largest gradient from which on colours run into that of 0."""
 ROOM = 3.0
 """Decades above or below what was measured that a bound may lie and still be in the picture."""
 PAPER = {"light": ("#ffffff", "#1a1a1a", "#e4e4e4"), "dark": ("#16181c", "#e6e6e6", "#33363c")}
@@ -42,12 +41,16 @@ ul { padding-left: 1.2rem; max-width: 60rem; }
 li { margin: 0.35rem 0; }
 .warnings li::marker { content: "!  "; color: var(--mark); font-weight: bold; }
 .faint, figcaption, caption { color: var(--faint); font-size: 0.9rem; }
-.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1rem; }
+.row { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr)); gap: 1.5rem 1rem; }
+.row + .row, table + table { margin-top: 1.5rem; }
 figure { margin: 0; }
+sup { white-space: nowrap; line-height: 0; }
 img { width: 100%; max-width: 42rem; height: auto; display: block; }
-table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: 0.88rem; font-variant-numeric: tabular-nums;
+  overflow-wrap: break-word; }
 caption { text-align: left; padding: 0.3rem 0; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.5rem 0.3rem 0; text-align: left; vertical-align: top; }
+td:first-child { overflow-wrap: anywhere; min-width: 6rem; }
 @media (max-width: 60rem) {
   thead { position: absolute; clip-path: inset(50%); height: 1px; width: 1px; overflow: hidden; }
   tr { display: block; border-bottom: 2px solid var(--line); padding: 0.4rem 0; }
@@ -122,8 +125,13 @@ def page(report: Any, before: Any = None) -> str:
     return "\n".join(["<!doctype html>", f'<html lang="en"><head>{head}</head>', "<body>", *body, "</body></html>", ""])
 
 
+def _text(text: str) -> str:
+    """Escaped, with exponents as exponents."""
+    return re.sub(r"10\^(-?\d+(?:\.\d+)?)", r"10<sup>\1</sup>", html.escape(text))
+
+
 def _items(texts: Sequence[str], kind: str = "findings") -> str:
-    return "\n".join([f'<ul class="{kind}">', *(f"<li>{html.escape(text)}</li>" for text in texts), "</ul>"])
+    return "\n".join([f'<ul class="{kind}">', *(f"<li>{_text(text)}</li>" for text in texts), "</ul>"])
 
 
 def _table(rows: Sequence[Sequence[Any]], caption: str) -> str:
@@ -142,29 +150,29 @@ def _table(rows: Sequence[Sequence[Any]], caption: str) -> str:
 
 
 def _paths(report: Any) -> str:
-    rows: list[Sequence[Any]] = [("layer", "path or gate", "share of the step Jacobian", "mean", "low", "high")]
+    shares: list[Sequence[Any]] = [("layer", "path", "share")]
+    gates: list[Sequence[Any]] = [("layer", "gate", "mean", "low", "high")]
     for one in report.layers.values():
-        rows += [(one.name, name, f"{share:.1%}", "", "", "") for name, share in (one.shares or {}).items()]
+        shares += [(one.name, name, f"{share:.1%}") for name, share in (one.shares or {}).items()]
         for name, gate in (one.gates or {}).items():
             whole, (low, high) = gate.overall, gate.thresholds
-            rows.append(
-                (one.name, f"gate {name}", "", f"{float(whole.mean):.3f}", f"{float(whole.left):.1%} below {low:g}",
-                 f"{float(whole.right):.1%} above {high:g}")
-            )  # fmt: skip
-    return _table(rows, "Paths and gates: shares add up to 1, signed.") if len(rows) > 1 else ""
+            beyond = f"{float(whole.left):.1%} below {low:g}", f"{float(whole.right):.1%} above {high:g}"
+            gates.append((one.name, name, f"{float(whole.mean):.3f}", *beyond))
+    captions = "Share of each path in the step Jacobian, signed; they add up to 1.", "Values of the gates."
+    return "\n".join(_table(rows, text) for rows, text in zip((shares, gates), captions, strict=True) if len(rows) > 1)
 
 
 def _computed(report: Any) -> str:
     texts = [
-        "dL/ds_t: the loss of the model in terms of zeros added to every state of the layer, one pass back; total over "
-        "all later steps.",
-        "90 % within: the last steps, counted in the order in which the layer reads, that hold 90 % of the sum of "
+        "dL/ds_t: the total derivative of the loss with respect to every state of the layer, from one backward pass.",
+        "90 % within: the number of last steps, in the order in which the layer reads, that hold 90 % of the sum of "
         "|dL/ds_t|^2.",
-        "Half gone after: where |J_(T-k+1)' ... J_T' v| / |v| falls to one half, v = dL/ds_T, within the layer.",
-        "In brackets the middle half of the sequences. Rates: a line through ln retention, the first fifth left out.",
+        "Half gone after: the k at which |J_(T-k+1)' ... J_T' v| / |v| falls to 1/2, v = dL/ds_T, within the layer.",
+        "In parentheses: quartiles over the sequences. Decay: the slope of a line through ln retention, without the "
+        "first fifth of the lags.",
         "All directions: the root mean square over directions of the exact product of step Jacobians. Forget gates "
         "alone: their product, which is not the derivative. Bound: the product of the norms of the step Jacobians.",
-        "Exponents: QR along the run, the first quarter left out.",
+        "Lyapunov exponents: repeated QR along the run, without its first quarter.",
     ]
     for one in report.layers.values():
         layer, run = one.layer, one.layer.run
@@ -174,7 +182,7 @@ def _computed(report: Any) -> str:
             f"{one.name}: {type(layer.cell).__name__}, H = {layer.cell.hidden_size}, n = {one.n}, "
             f"D = {run.xs.shape[-1]}, T = {run.steps}, batch {run.batch_shape}, {dtype}{way}."
         )
-        texts += [f"{one.name}, not there: {what}. {why}" for what, why in one.left_out]
+        texts += [f"{one.name}, not computed: {what}. {why}" for what, why in one.left_out]
     texts.append(f"rnncore {rnncore.__version__}, JAX {jax.__version__}.")
     return f"<h2>How it was computed</h2>{_items(texts, 'computed')}"
 
@@ -189,7 +197,7 @@ def _figure(label: str, picture: Picture, heading: str) -> str:
         f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="data:image/png;base64,{codes["dark"]}">'
         f'<img alt="{alt}" src="data:image/png;base64,{codes["light"]}" width="{round(SIZE[0] * DPI)}" '
         f'height="{round(SIZE[1] * DPI)}"></picture><figcaption><b>{html.escape(heading)}.</b> '
-        f"{html.escape(picture.caption)}</figcaption></figure>"
+        f"{_text(picture.caption)}</figcaption></figure>"
     )
 
 
@@ -249,7 +257,7 @@ def _retention(one: LayerReport, everyone: Sequence[LayerReport]) -> Picture | N
 
     labels = ", ".join(label for label, _, _ in drawn)
     last = drawn[0][2][0][-1]
-    text = f"{labels}; at {drawn[0][1][-1]} steps back 10^{last:.1f} of the first." if np.isfinite(last) else labels
+    text = f"{labels}; 10^{last:.1f} is left {drawn[0][1][-1]} steps back." if np.isfinite(last) else labels
     return Picture("what is left", text, draw)
 
 
@@ -289,15 +297,15 @@ def _heatmap(one: LayerReport, everyone: Sequence[LayerReport]) -> Picture | Non
         return None
 
     def draw(ax: Axes) -> None:
-        signed_map(ax, values, 0, top, 10.0**-BELOW * top, r"$dL/dh_t$")
+        signed_map(ax, values, 0, top, r"$dL/dh_t$")
         ax.set_xlabel("step t, in the layer's order")
         ax.set_ylabel("unit")
 
     largest = int(np.argmax(np.linalg.norm(values, axis=-1)))
     return Picture(
         "gradient over time",
-        f"dL/dh_t of the first sequence, time by unit; the largest stands at step {largest} of {len(values) - 1}. Dark "
-        "blue is negative, light yellow positive, grey 0.", draw,
+        f"dL/dh_t of the first sequence, by step and unit; largest at step {largest} of {len(values) - 1}. Dark blue "
+        "is negative, light yellow positive, grey 0.", draw,
     )  # fmt: skip
 
 
@@ -312,10 +320,12 @@ def _of_one_sequence(one: LayerReport) -> np.ndarray | None:
 
 
 def _gates(one: LayerReport, everyone: Sequence[LayerReport]) -> Picture | None:
-    del everyone
     if not one.gates:
         return None
     gates = one.gates
+    spans = [np.asarray(gate.overall.quantiles) for r in everyone for gate in (r.gates or {}).values()]
+    left, right = min(float(a.min()) for a in spans), max(float(a.max()) for a in spans)
+    rim = 0.05 * (right - left) or 0.1
 
     def draw(ax: Axes) -> None:
         names = list(gates)
@@ -326,9 +336,11 @@ def _gates(one: LayerReport, everyone: Sequence[LayerReport]) -> Picture | None:
             ax.plot([middle], [i], "o", color=ax.xaxis.label.get_color(), markersize=4.5)
         ax.set_yticks(range(len(names)), names)
         ax.set_ylim(len(names) - 0.4, -0.6)
+        ax.set_xlim(left - rim, right + rim)
         ax.grid(True, axis="x", linewidth=0.6)
-        ax.set_xlabel("value over units, steps and sequences")
+        ax.set_xlabel("value")
         ax.set_ylabel("gate")
 
     means = ", ".join(f"{name} {float(gate.overall.mean):.2f}" for name, gate in gates.items())
-    return Picture("gates", f"Median, middle half and 5 to 95 % of the values; means {means}.", draw)
+    text = f"Median, quartiles and 5 to 95 % of the values over units, steps and sequences; means: {means}."
+    return Picture("gates", text, draw)

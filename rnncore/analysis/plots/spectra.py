@@ -1,4 +1,4 @@
-"""Singular values, eigenvalues and Lyapunov exponents."""
+"""Plots of singular values, eigenvalues and Lyapunov exponents."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from rnncore.analysis.plots.style import (
 
 
 def singular_fan(log_singular_values: Any, lags: Any, *, ax: Axes | None = None) -> Axes:
-    """All singular values of the product of k step Jacobians against k: how fast the directions part.
+    """Plots all singular values of the product of k step Jacobians against k.
 
     Args:
-      log_singular_values: (L, n) natural logarithms, largest first, as `singular_spectrum` gives them lag by lag.
+      log_singular_values: (L, n) natural logarithms, largest first, one row per lag from `singular_spectrum`.
       lags: (L,) increasing.
       ax: axes to draw into; None makes a new figure.
 
     Returns:
-      The axes; a line for each of the n, in log10, dark for the largest.  -inf lies on a labelled floor.
+      The axes, with a line for each of the n values, in log10, dark for the largest.  -inf lies on a labelled floor.
 
     Raises:
       ValueError: other shapes, lags that do not increase, NaN.
@@ -69,7 +69,7 @@ def singular_fan(log_singular_values: Any, lags: Any, *, ax: Axes | None = None)
 
 
 def eigenvalues(eigs: Any, *, labels: Any = None, ax: Axes | None = None) -> Axes:
-    """Eigenvalues of step Jacobians in the complex plane, with the unit circle.
+    """Plots eigenvalues of step Jacobians in the complex plane, with the unit circle.
 
     Inside of the circle a direction fades, outside of it it grows, on it it stays.
 
@@ -121,7 +121,7 @@ def _rows(eigs: Any, labels: Any) -> dict[str, np.ndarray]:
 
 
 def lyapunov(result: Any, *, ax: Axes | None = None) -> Axes:
-    """The Lyapunov spectrum: exponent i against i / n.
+    """Plots the Lyapunov spectrum: exponent i against i / n.
 
     Args:
       result: what `lyapunov_exponents` returns; or all n exponents as (n,) or (B, n); or a mapping from labels
@@ -167,10 +167,10 @@ def lyapunov(result: Any, *, ax: Axes | None = None) -> Axes:
 
 
 def lyapunov_convergence(result: Any, *, count: int = 6, ax: Axes | None = None) -> Axes:
-    """How the estimates of the exponents settle with the length of the run.
+    """Plots how the estimates of the exponents converge with the length of the run.
 
     Args:
-      result: what `lyapunov_exponents` returns; of a batch the mean is drawn.
+      result: what `lyapunov_exponents` returns; for a batch the mean is drawn.
       count: how many of the k exponents, evenly chosen from the largest to the smallest.
       ax: axes to draw into; None makes a new figure.
 
@@ -178,7 +178,7 @@ def lyapunov_convergence(result: Any, *, count: int = 6, ax: Axes | None = None)
       The axes, a line for each chosen exponent.
 
     Raises:
-      ValueError: something else than such a result; a count below 1.
+      ValueError: anything but such a result; a count below 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore

@@ -1,4 +1,4 @@
-"""What all plots share: colours, lines that differ in grey print too, a floor for -inf, checks of what comes in."""
+"""The common style of all plots: colours and lines that differ in greyscale too, a floor for -inf, checks of input."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ OKABE_ITO = {
     "blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73", "purple": "#CC79A7", "orange": "#E69F00",
     "sky": "#56B4E9", "black": "#000000", "yellow": "#F0E442",
 }  # fmt: skip
-"""Colours that every kind of colour vision tells apart (Okabe and Ito 2008), the strongest on white first."""
-# Yellow is for areas: a line of it is lost on white paper.
+"""A palette safe for colour blindness (Okabe and Ito 2008), the strongest on white first."""
+# Yellow is for areas only: a line would be lost on white.
 COLOURS = tuple(OKABE_ITO[name] for name in OKABE_ITO if name != "yellow")
 DASHES: tuple[Any, ...] = (
     "-", (0, (6, 2)), (0, (6, 2, 1, 2)), (0, (1, 1.5)), (0, (8, 2, 1, 2, 1, 2)), (0, (3, 2)), (0, (12, 2)),
@@ -25,41 +25,43 @@ DASHES: tuple[Any, ...] = (
 MARKERS = "os^DvPX"
 HATCHES = ("", "////", "....", "\\\\\\\\", "xx", "++", "oo", "--")
 AREAS = tuple(OKABE_ITO[name] for name in ("blue", "orange", "sky", "vermillion", "yellow", "green", "purple"))
-"""Of areas side by side: neighbours differ in lightness."""
+"""For adjacent areas: neighbours differ in lightness."""
 GUIDE: dict[str, Any] = {"color": "0.35", "linewidth": 0.9, "zorder": 1}
-"""Of lines that are no data: thresholds, zeros, floors."""
+"""For lines that are not data: thresholds, zeros, floors."""
 FLOOR = "exactly 0: log is \N{MINUS SIGN}\N{INFINITY}"
 LOST = "\N{MINUS SIGN}\N{INFINITY}: nothing is left"
+DECADES = 8
+"""Decades below the largest entry at which the colours of signed data become linear."""
 SHADES = "cividis"
-"""From dark blue to light yellow, evenly in lightness: in grey print dark stays low and light stays high."""
+"""From dark blue to light yellow, uniform in lightness, so that it works in greyscale."""
 
 
 def new_axes(ax: Axes | None, size: tuple[float, float] = (7.2, 4.0)) -> Axes:
     """The axes given, or those of a new pyplot figure."""
     if ax is not None:
         return ax
-    import matplotlib.pyplot as plt  # chooses a backend: only where pyplot is asked for
+    import matplotlib.pyplot as plt  # chooses a backend, so only if needed
 
     _, ax = plt.subplots(figsize=size, layout="constrained")
     return ax
 
 
 def line(i: int, points: int = 1, marked: bool = True) -> dict[str, Any]:
-    """How the i-th curve of so many points looks; after seven a dash of the next one goes with the colour."""
+    """The look of the i-th curve, of so many points; after seven, colours repeat with another dash."""
     turn, place = divmod(i, len(COLOURS))
     look: dict[str, Any] = {
         "color": COLOURS[place], "linestyle": DASHES[(place + turn) % len(DASHES)], "linewidth": 1.6, "zorder": 2.5,
     }  # fmt: skip
     if marked:
         every = max(1, points // 7)
-        # Not all markers over the same point.
+        # Markers of different curves at different points.
         look |= {"marker": MARKERS[(place + turn) % len(MARKERS)], "markersize": 4.5,
                  "markevery": (i * every // 3 % every, every)}  # fmt: skip
     return look
 
 
 def points(i: int, size: float = 28.0) -> dict[str, Any]:
-    """How the i-th set of points looks; every other one is hollow."""
+    """The look of the i-th set of points; every other one is hollow."""
     colour = COLOURS[i % len(COLOURS)]
     return {
         "s": size, "marker": MARKERS[i % len(MARKERS)], "facecolors": "none" if i % 2 else colour,
@@ -68,7 +70,7 @@ def points(i: int, size: float = 28.0) -> dict[str, Any]:
 
 
 def area(i: int) -> dict[str, Any]:
-    """How the i-th area looks, a hatch of its own with it."""
+    """The look of the i-th area, with its hatch."""
     return {"facecolor": AREAS[i % len(AREAS)], "hatch": HATCHES[i % len(HATCHES)], "edgecolor": "0.2"}
 
 
@@ -84,11 +86,12 @@ def time_by_unit(ax: Axes, values: np.ndarray, first: int, **look: Any) -> QuadM
     return heat(ax, np.arange(steps, dtype=float) + first, np.arange(units, dtype=float), values, **look)
 
 
-def signed_map(ax: Axes, values: np.ndarray, first: int, top: float, linear: float, label: str) -> None:
-    """`time_by_unit` in colours of the signed logarithm up to `top`, linear below `linear`, with its colour bar."""
-    # Numbers at the very end of the range would leave it inside the colour map.
+def signed_map(ax: Axes, values: np.ndarray, first: int, top: float, label: str) -> None:
+    """`time_by_unit` in colours of the signed logarithm up to `top`, linear in its lowest part, with its colour bar."""
+    # Numbers near the limits of the range would overflow inside the colour map.
     scale = 10.0 ** math.floor(math.log10(top)) if not 1e-250 < top < 1e250 else 1.0
-    linear, top = linear / scale, top / scale
+    top = top / scale
+    linear = top * 10.0**-DECADES
     norm = SymLogNorm(linthresh=linear, linscale=0.5, vmin=-top, vmax=top, base=10)
     mesh = time_by_unit(ax, values / scale, first, norm=norm, cmap=diverging_map())
     # 0 and at most four powers of ten on either side.
@@ -99,7 +102,7 @@ def signed_map(ax: Axes, values: np.ndarray, first: int, top: float, linear: flo
 
 
 def shades(count: int) -> list[Any]:
-    """So many colours from dark to light, all of them visible on white."""
+    """Colours from dark to light, all of them visible on white."""
     return [shade_map()(x) for x in np.linspace(0.0, 0.88, count)]
 
 
@@ -109,13 +112,13 @@ def shade_map() -> Colormap:
 
 
 def diverging_map() -> Colormap:
-    """For signed data: blue, grey at 0, orange; from dark to light, so that grey print keeps the sign."""
+    """For signed data: blue, grey at 0, orange; from dark to light, so that greyscale keeps the sign."""
     colours = ["#06224d", "#2f66a8", "#8f8f8f", "#f0a040", "#fff4c2"]
     return LinearSegmentedColormap.from_list("blue_grey_orange", colours)
 
 
 def numbers(call: str, value: Any, ndim: int, expected: str) -> np.ndarray:
-    """float64 of so many axes, none of them empty, without NaN and +inf; -inf is a result and may be there."""
+    """The value as a float64 array with `ndim` axes, not empty, without NaN and +inf; -inf is allowed."""
     try:
         array = np.asarray(value)
         if np.iscomplexobj(array):
@@ -127,8 +130,8 @@ def numbers(call: str, value: Any, ndim: int, expected: str) -> np.ndarray:
         raise ValueError(f"`{call}(<{array.shape}>)`: expected {expected}.{_hint(array.ndim, ndim)}")
     if not np.all(array < np.inf):
         raise ValueError(
-            f"`{call}(<{array.shape}>)`: NaN or +inf among the numbers, which no plot shows; find where they come from "
-            "(-inf, the logarithm of 0, is fine)."
+            f"`{call}(<{array.shape}>)`: NaN or +inf among the numbers; expected finite numbers, or -inf for the "
+            "logarithm of 0."
         )
     return array
 
@@ -148,7 +151,7 @@ def _hint(got: int, wanted: int) -> str:
 
 
 def named(call: str, value: Any, default: str = "") -> dict[str, Any]:
-    """A mapping as it is, a sequence of things with numbers for names, one thing alone as `default`."""
+    """A mapping as it is, a sequence with indices for names, anything else under the name `default`."""
     if isinstance(value, Mapping):
         items = {str(name): item for name, item in value.items()}
     elif isinstance(value, list | tuple) and not hasattr(value, "_fields") and not _plain(value):
@@ -161,12 +164,12 @@ def named(call: str, value: Any, default: str = "") -> dict[str, Any]:
 
 
 def _plain(value: Sequence[Any]) -> bool:
-    """Whether a list is one of numbers, and so a single thing."""
+    """Whether a list holds numbers, and so is a single item."""
     return bool(value) and all(isinstance(item, int | float) for item in value)
 
 
 def floored(ax: Axes, groups: Sequence[np.ndarray], label: str = FLOOR) -> list[np.ndarray]:
-    """The groups with -inf moved to a labelled line below all that is finite."""
+    """The groups with -inf moved to a labelled line below all finite values."""
     finite = np.concatenate([a[np.isfinite(a)].ravel() for a in groups])
     if all(np.all(np.isfinite(a)) for a in groups):
         return list(groups)
@@ -174,7 +177,7 @@ def floored(ax: Axes, groups: Sequence[np.ndarray], label: str = FLOOR) -> list[
     span = max(high - low, 1.0)
     floor = low - 0.12 * span
     ax.axhline(floor, linestyle=(0, (1, 2)), **GUIDE)
-    # Below the line, where no data are.
+    # Below the line, where there are no data.
     ax.annotate(
         label, (0.01, floor), (0, -3), xycoords=("axes fraction", "data"), textcoords="offset points", va="top",
         fontsize="small", color=GUIDE["color"],
@@ -184,7 +187,7 @@ def floored(ax: Axes, groups: Sequence[np.ndarray], label: str = FLOOR) -> list[
 
 
 def finish(ax: Axes, x: str, y: str, title: str | None = None, legend: bool = True) -> Axes:
-    """Labels, a faint grid and a legend beside the axes, where it covers nothing."""
+    """Labels, a faint grid, and a legend beside the axes, where it covers no data."""
     ax.set_xlabel(x)
     ax.set_ylabel(y)
     if title:

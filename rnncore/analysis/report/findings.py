@@ -1,4 +1,4 @@
-"""What the numbers of a report say: sentences with their uncertainty, and where a number means little."""
+"""The findings of a report: sentences with their uncertainty, and warnings where a number means little."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rnncore.analysis.report.measured import LayerReport, Spread
 from rnncore.analysis.retention.curve import RetentionCurve
 
 SATURATED = 0.5
-"""Share of the values of a gate beyond its thresholds from which on it counts as saturated."""
+"""A gate counts as saturated if at least this share of its values lies beyond its thresholds."""
 EMPTY_BOUND = 3.0
-"""Decades between a bound and what it bounds from which on it tells nothing."""
+"""A bound is called too loose if it lies at least this many decades above what it bounds."""
 
 
 def findings(layers: Sequence[LayerReport]) -> list[str]:
@@ -56,7 +56,7 @@ def _half_lives(layers: Sequence[LayerReport]) -> list[str]:
 def _left(layers: Sequence[LayerReport]) -> list[str]:
     parts = [f"{_power(_last(one.retention))} in {one.name}" for one in layers if one.retention and one.steps > 1]
     longest = max((one.steps for one in layers), default=0)
-    return [f"Of that gradient is left after all steps (up to {longest}): {_list(parts)}."] if parts else []
+    return [f"What is left of that gradient after all steps (up to {longest}): {_list(parts)}."] if parts else []
 
 
 def _forget_gates(layers: Sequence[LayerReport]) -> list[str]:
@@ -66,8 +66,8 @@ def _forget_gates(layers: Sequence[LayerReport]) -> list[str]:
             continue
         alone, exact = _last(one.direct), _last(one.rms)
         if abs(alone - exact) > 1:
-            parts.append(f"{_power(alone)} in {one.name} where the exact derivative keeps {_power(exact)}")
-    return [f"The forget gates alone would say {_list(parts)}."] if parts else []
+            parts.append(f"{_power(alone)} in {one.name}, where the exact derivative keeps {_power(exact)}")
+    return [f"The forget gates alone predict {_list(parts)}."] if parts else []
 
 
 def _bounds(layers: Sequence[LayerReport]) -> list[str]:
@@ -78,7 +78,7 @@ def _bounds(layers: Sequence[LayerReport]) -> list[str]:
         bound, exact = _last(one.bound), _last(one.rms)
         if bound - exact > EMPTY_BOUND:
             parts.append(f"{_power(bound)} for {one.name}, which keeps {_power(exact)}")
-    return [f"The bound, a product of norms, says {_list(parts)}: it tells nothing here."] if parts else []
+    return [f"The upper bound, a product of norms, is {_list(parts)}: too loose to tell anything."] if parts else []
 
 
 def _exponents(layers: Sequence[LayerReport]) -> list[str]:
@@ -91,11 +91,11 @@ def _exponents(layers: Sequence[LayerReport]) -> list[str]:
         if not np.all(np.isfinite(leading)):
             continue
         spread = leading.std(ddof=1) / math.sqrt(len(leading)) if len(leading) > 1 else errors[0]
-        error = f" +- {spread:.2g}" if math.isfinite(spread) else ""
+        error = f" ± {spread:.2g}" if math.isfinite(spread) else ""
         value = float(leading.mean())
         sure = math.isfinite(spread) and abs(value) > 2 * spread
-        verb = "perturbations grow" if value > 0 else "perturbations fade"
-        verb = verb if sure else "neither growth nor decay is sure"
+        verb = "perturbations grow" if value > 0 else "perturbations decay"
+        verb = verb if sure else "neither growth nor decay is certain"
         parts.append(f"{value:.3g}{error} per step in {one.name} ({verb})")
     return [f"The largest Lyapunov exponent is {_list(parts)}."] if parts else []
 
@@ -112,28 +112,30 @@ def _warnings_of(one: LayerReport) -> list[str]:
     layer, run, curve, found = one.layer, one.layer.run, one.retention, []
     dtype = jax.tree.leaves(run.carries)[0].dtype
     if layer.dtype in ("bfloat16", "float16"):
-        found.append(f"the model runs it in {layer.dtype}; it is analysed in {dtype}, without its roundings.")
+        found.append(f"the model runs it in {layer.dtype}; the analysis uses {dtype}, without that rounding.")
     if one.cut_off:
-        return [*found, "it is cut off from the loss (stop_gradient, or outputs that nobody reads)."]
+        return [*found, "it is cut off from the loss (stop_gradient, or outputs that are never used)."]
     if curve is not None and one.half_life is not None and not math.isfinite(one.half_life.median):
         found.append(f"the window of {one.steps} steps is too short for a half-life; run longer sequences.")
     elif one.half_life is not None and one.half_life.median > one.steps / 4:
-        found.append(f"the window of {one.steps} steps holds less than four half-lives; a longer one says more.")
+        found.append(f"the window of {one.steps} steps covers fewer than four half-lives; run longer sequences.")
     if curve is not None and curve.kind == "rms" and layer.states is not None:
-        found.append("no gradient arrives at its last state; what is said of decay is over all directions.")
+        found.append("no gradient arrives at its last state; its decay is that over all directions.")
     without = None if curve is None else curve.without_gradient
     if without is not None and (lost := int(np.sum(np.asarray(without)))):
         found.append(f"{lost} sequences have no gradient at their last state and are left out.")
     if dtype == np.float32 and layer.states is not None and curve is not None and _last(curve) < -37:
         found.append(
-            f"{_power(_last(curve))} is left over {curve.lags[-1]} steps, which float32 does not hold: dL/ds_t is "
-            "0 there, the curves are not; use float64 for both."
+            f"{_power(_last(curve))} is left after {curve.lags[-1]} steps, below the range of float32: dL/ds_t "
+            "underflows to 0 there, the curves do not; use float64 for both."
         )
     for name, gate in (one.gates or {}).items():
         share = float(gate.overall.left + gate.overall.right)
         if share > SATURATED:
             low, high = gate.thresholds
-            found.append(f"{share:.0%} of the values of {name} lie below {low:g} or above {high:g}: it is saturated.")
+            found.append(
+                f"the gate {name} is saturated: {share:.0%} of its values lie below {low:g} or above {high:g}."
+            )
     if one.exponents is not None and (lost := int(np.sum(np.isneginf(np.asarray(one.exponents.exponents))))):
         count = np.size(one.exponents.exponents)
         found.append(f"{lost} of {count} exponents are -inf: the product of Jacobians is rank-deficient.")
@@ -156,7 +158,7 @@ def _power(log10: float) -> str:
 def _over(spread: Spread | None) -> str:
     if spread is None or spread.sequences < 2:
         return ""
-    return f" (medians, in brackets the middle half of {spread.sequences} sequences)"
+    return f" (medians over {spread.sequences} sequences, quartiles in parentheses)"
 
 
 def _list(parts: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""What a report measures of one recurrent layer."""
+"""The measurements of a report for one recurrent layer."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from rnncore.analysis.run.trajectory import Trajectory
 from rnncore.cells.base import PointwiseCell
 
 SHARE = 0.9
-"""Of the squared gradient, within what is called its reach."""
+"""The share of the squared gradient that its reach holds."""
 FEW = 4
-"""Sequences of which what is dear is measured."""
+"""The number of sequences for expensive measurements."""
 ENTRIES = 2**25
-"""Numbers that the matrices of all paths may have together."""
+"""The most entries that the matrices of all paths may have together."""
 
 
 class Spread(NamedTuple):
-    """A number by sequence: the median and the middle half.
+    """The quartiles of a number over sequences.
 
     Fields:
-      median, low, high: quartiles; inf where it lies beyond what was seen.
-      sequences: how many there are.
+      median, low, high: quartiles; inf beyond the measured range.
+      sequences: the number of sequences.
     """
 
     median: float
@@ -59,16 +59,16 @@ class LayerReport:
 
     Fields:
       layer: the layer itself, with its trajectory and dL/ds_t, dL/dx_t of the loss.
-      n: entries of its state.
-      reach: the number of last steps that hold 90 % of the squared gradient at its states, by sequence.
-      half_life: steps after which half of the gradient at the last state is gone within the layer, by sequence.
-      rate: ln per step at which it decays, a line by sequence.
-      retention: the curve of that gradient, kind "adjoint"; "rms" where no gradient arrives at the last state.
-      rms, direct, bound: other curves, of a few sequences where they are dear; None where not known or too dear.
-      shares: mean share of every path in the step Jacobian.
+      n: the number of entries of its state.
+      reach: the number of last steps that hold 90 % of the squared gradient at its states, over sequences.
+      half_life: steps until half of the gradient at the last state is gone within the layer, over sequences.
+      rate: the rate of that decay, ln per step, fitted for each sequence.
+      retention: the curve of that gradient, kind "adjoint"; "rms" if no gradient arrives at the last state.
+      rms, direct, bound: other curves, of a few sequences if expensive; None if not known or too expensive.
+      shares: the mean share of each path in the step Jacobian.
       gates: statistics by gate.
       exponents: the leading Lyapunov exponents.
-      left_out: what is missing, and why.
+      left_out: pairs of what was not computed and why.
     """
 
     layer: RecurrentLayer
@@ -97,7 +97,7 @@ class LayerReport:
 
     @property
     def cut_off(self) -> bool:
-        """Whether no gradient arrives at any state."""
+        """Whether no gradient reaches any state."""
         states = self.layer.states
         return states is not None and not any(np.any(np.asarray(a)) for a in jax.tree.leaves(states))
 
@@ -106,7 +106,7 @@ class LayerReport:
 
 
 def measure(layer: RecurrentLayer, dense_up_to: int, exponents: int) -> LayerReport:
-    """All of one layer; what is not known for its cell is left out with the reason."""
+    """Measures one layer; what is not known for its cell is left out, with the reason."""
     run, n, left_out = layer.run, state_size(layer.run), []
 
     def tried(what: str, make: Any) -> Any:
@@ -186,7 +186,7 @@ def _half_life(curve: RetentionCurve | None) -> Spread | None:
 
 
 def _rate(curve: RetentionCurve | None) -> Spread | None:
-    """Slopes of single sequences over the lags after the first fifth, as in `RetentionCurve.decay_rate`."""
+    """Slopes for each sequence over the lags after the first fifth, as in `RetentionCurve.decay_rate`."""
     if curve is None:
         return None
     lags = np.asarray(curve.lags, np.float64)
@@ -205,7 +205,7 @@ def _rows(curve: RetentionCurve) -> np.ndarray:
 
 def _shares(run: Trajectory) -> dict[str, float]:
     if not isinstance(run.cell, PointwiseCell):
-        raise NotImplementedError(f"{type(run.cell).__name__} is not a PointwiseCell: its paths are not known apart")
+        raise NotImplementedError(f"{type(run.cell).__name__} is not a PointwiseCell, so its paths are not known")
     size = run.steps * state_size(run) ** 2 * (len(run.cell.gates) + 2)
     few = run
     if run.batch_shape:

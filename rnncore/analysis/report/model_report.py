@@ -1,4 +1,4 @@
-"""report: where the gradient of a whole model goes."""
+"""The report of a whole model: where the gradient of its loss goes."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from rnncore.analysis.gradients.over_time import gradients_over_time
 from rnncore.analysis.report.findings import findings, warnings
 from rnncore.analysis.report.measured import LayerReport, measure
 from rnncore.analysis.run.model import Call, RecurrentLayer, record, recorder_of
-from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 
 HEADER = (
-    "layer", "cell", "n", "T", "sequences", "90 % within (steps)", "half gone after (steps)", "ln per step",
+    "layer", "cell", "n", "T", "sequences", "90 % within (steps)", "half gone after (steps)", "decay (ln per step)",
     "log10 left at T", "largest exponent",
 )  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Report:
-    """What `report` found; prints its findings, and saves a page.
+    """The result of `report`: prints its findings and saves a page.
 
     Fields:
       title: of the page.
       value: the loss; None for a single run.
       layers: a `LayerReport` for every recurrent layer and direction, by name.
-      left_out: layers that could not be taken apart, by name with the reason.
+      left_out: why other layers could not be analysed, by name.
     """
 
     title: str
@@ -48,14 +48,14 @@ class Report:
 
     @property
     def warnings(self) -> list[str]:
-        """Where a number means little."""
+        """Cases in which a number means little."""
         return warnings(list(self.layers.values())) + [
             f"{name}: left out, {why}" for name, why in self.left_out.items()
         ]
 
     @property
     def table(self) -> list[tuple[str, ...]]:
-        """A row for each layer, under a header."""
+        """A header and a row for each layer."""
         return [HEADER, *(_row(one) for one in self.layers.values())]
 
     def __str__(self) -> str:
@@ -72,11 +72,11 @@ class Report:
     __repr__ = __str__
 
     def save(self, path: str | Path, *, before: Report | None = None) -> Path:
-        """Writes one self-contained HTML file: findings, a picture for each, a table, how it was computed.
+        """Writes a self-contained HTML file: findings, pictures, tables, and how everything was computed.
 
         Args:
-          path: ends in .html.
-          before: another report of the same layers, such as that of the untrained model, to stand beside this one.
+          path: must end in .html.
+          before: another report of the same layers, such as that of the untrained model, to show beside this one.
 
         Returns:
           The path.
@@ -102,21 +102,21 @@ def report(
 ) -> Report:
     """Where the gradient of the loss of a whole Flax model goes, layer by layer.
 
-    The model runs once, and once back with zeros added to every state and input of every recurrent layer: dL/ds_t and
-    dL/dx_t are exact.  What else is measured follows from the trajectory of each layer.
+    The model runs forward and backward once, with zeros added to every state and input of every recurrent layer, so
+    dL/ds_t and dL/dx_t are exact.  Everything else is computed from the trajectory of each layer.
 
     Args:
       model: a flax.linen or flax.nnx model with recurrent layers of rnncore or Flax, however nested, shared or
         stacked, in one direction or both; cells of your own under `RNN` too.
-      arguments: (variables, batch, loss) of a linen model, (batch, loss) of an nnx model.  loss: (outputs, batch) to
-        one number.
+      arguments: (variables, batch, loss) for a linen model, (batch, loss) for an nnx model.  loss: (outputs, batch)
+        to one number.
       call: (model, batch) to outputs, such as `lambda model, batch: model(batch["tokens"], train=False)`; by default
         `model(inputs)`, where the inputs are the batch itself or the first entry of a tuple or list.
-      rngs: of a linen model's `apply`.
+      rngs: passed to `apply` of a linen model.
       title: of the page; by default the name of the model's class.
-      dense_up_to: size n of a state above which nothing is computed that takes n^3 operations a step.
+      dense_up_to: the largest size n of a state for measurements that take n^3 operations per step.
       exponents: how many leading Lyapunov exponents; 0 for none.
-      progress: put around the list of layers, such as `tqdm.tqdm`.
+      progress: a wrapper for the list of layers, such as `tqdm.tqdm`.
 
     Returns:
       `Report`; `print` it, or `.save("page.html")`.
@@ -134,16 +134,17 @@ def report(
       >>> list(found.layers), found.layers["layers_0/forward_0"].layer.states.h.shape
       (['layers_0/forward_0'], (4, 21, 8))
 
-    Source: backpropagation through time; `retention_curve`, `lyapunov_exponents`, `path_shares` for theirs.
+    Source: backpropagation through time; see `retention_curve`, `lyapunov_exponents` and `path_shares` for theirs.
     """
     if not arguments:
         raise ValueError(
-            "`report(model)`: expected (model, variables, batch, loss), of an nnx model (model, batch, loss)."
+            "`report(model)`: expected (model, variables, batch, loss), or (model, batch, loss) for an nnx model."
         )
     *arguments_, loss = arguments
     if not callable(loss):
         raise ValueError(
-            f"`report(..., loss=<{type(loss).__name__}>)`: expected last a function of outputs and batch to one number."
+            f"`report(..., loss=<{type(loss).__name__}>)`: expected the loss last, a function (outputs, batch) to one "
+            "number."
         )
     recorder, batch = recorder_of("report", model, tuple(arguments_), call, rngs)
 
@@ -163,6 +164,7 @@ def of_trajectory(
     traj: Trajectory, adjoint: Any = None, *, title: str | None = None, dense_up_to: int = 256, exponents: int = 4
 ) -> Report:
     """The report of a single run; see `plots.report_trajectory`."""
+    check_trajectory("report_trajectory", traj)
     name, given = type(traj.cell).__name__, traj.narrow or jax.tree.leaves(traj.carries)[0].dtype.name
     layer = RecurrentLayer(name, traj.cell, traj.params, traj, False, given)
     if adjoint is not None:

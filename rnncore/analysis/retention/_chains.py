@@ -1,12 +1,12 @@
-"""Products of step Jacobians with given rows or columns, no Jacobian ever formed, measured on the way.
+"""Products of step Jacobians with given rows or columns, measured along the way; no Jacobian is formed.
 
-A block of m vectors goes through the steps one by one, is brought back to size after each, and the
-power of two that was taken out is kept.  With the identity as the block this costs what the product
-of formed Jacobians costs; with a single vector next to nothing.
+A block of m vectors goes through the steps one by one and is rescaled after each by a power of two, which
+is recorded.  With the identity as the block this costs as much as the product of the Jacobians; with a
+single vector next to nothing.
 
-Over many steps the rows of a block turn into the few directions that survive.  What is measured does not
-change where the block is turned from the left, so from time to time it is replaced by as many rows as it
-has directions left, where no row loses more than rounding has taken from it already.
+Over many steps the rows of a block collapse onto the few directions that survive.  The norms do not change
+when the block is multiplied by an orthogonal matrix from the left, so from time to time the block is replaced
+by one with as many rows as directions are left, if no row loses more than rounding has taken already.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from rnncore.analysis.run.flat import Through, columns_through, flat, rows_throu
 from rnncore.analysis.run.trajectory import Trajectory
 
 Measure = Callable[[Array, Any], Array]
-"""(block (B, m, n), what belongs to this step) to the ln of a norm, (B,); the same for Q block, Q orthogonal."""
+"""(block (B, m, n), arrays of this step) to the ln of a norm, (B,); the same for Q block, Q orthogonal."""
 Make = Callable[[Trajectory], Measure]
-"""A run to what is measured along it: a function of a file, or a partial of one, so that nothing compiles twice."""
+"""From a run to the measure: a module-level function or a partial of one, so that nothing compiles twice."""
 FIRST, LADDER = 64, (16, 48, 128, 256)
-"""Steps after which a block is looked at first, each time twice as many; the numbers of rows that it may get."""
+"""Steps until a block is first reduced, then twice as many each time; the numbers of rows it may be reduced to."""
 KEPT = 8.0
-"""Times eps: what of the length of a row may be lost with a direction."""
+"""Times eps: the part of the length of a row that may be lost with a direction."""
 
 
 def pull_back(traj: Trajectory, rows: Array, make: Make, beside: Any, lags: Sequence[int]) -> Array:
@@ -90,10 +90,10 @@ def _measured(
     traj: Trajectory, direction: Callable[[Any], Through], block: Array, make: Make, beside: Any, now: Any,
     lags: Sequence[int],
 ) -> Array:  # fmt: skip
-    """The loop over steps; norms are taken at the wanted lags only, some of them are dear."""
+    """The loop over steps; norms, some of them expensive, are taken at the wanted lags only."""
     steps = lags[-1]
     stretches = _stretches(block, steps)
-    # Pieces of one size, so that they compile once for each number of rows; what is beyond the last step is cut off.
+    # Pieces of one size compile once for each number of rows; what lies beyond the last step is cut off.
     size = FIRST if len(stretches) > 1 else steps
     now = jax.tree.map(lambda a: jnp.pad(a, [(0, -steps % max(size, 1))] + [(0, 0)] * (a.ndim - 1), "edge"), now)
     wanted = jnp.asarray(np.isin(np.arange(1, steps + max(size, 1)), lags))
@@ -110,7 +110,7 @@ def _measured(
 
 
 def _stretches(block: Array, steps: int) -> list[tuple[int, int]]:
-    """(first, one after the last step) of stretches that double; all steps at once where nothing is to be gained."""
+    """(first, one after the last step) of stretches that double in length; a single one where rows are few."""
     if isinstance(block, jax.core.Tracer) or block.shape[-2] <= LADDER[0] or steps <= 2 * FIRST:
         return [(0, steps)] if steps else []
     ends = [0, FIRST]
@@ -141,19 +141,19 @@ def _stretch(traj: Trajectory, state: Any, now: Any, begin: Any, direction: Any,
 
 
 def _fewer_rows(block: Array) -> Array:
-    """Q block with fewer rows, Q orthogonal, where every row lies in the span of a few directions up to rounding."""
-    rows = np.asarray(block, np.float64)  # by NumPy: what is to be seen is below the rounding of float32
+    """Q block with fewer rows, Q orthogonal, if every row lies in the span of few directions up to rounding."""
+    rows = np.asarray(block, np.float64)  # in NumPy: float32 would round away what decides
     _, m, n = rows.shape
     rounding = KEPT * float(jnp.finfo(block.dtype).eps) * np.linalg.norm(rows, axis=-1)
     draw, turned = np.random.default_rng(0), np.swapaxes(rows, -1, -2)
     for fewer in (r for r in LADDER if r < min(m, n)):
-        # Random sums of the rows span what all of them do, if they span no more; twice more, for the small ones.
+        # Random sums of the rows span the same space if it is small enough; two more rounds for the small rows.
         directions, _ = np.linalg.qr(turned @ draw.normal(size=(m, fewer)))
         for _ in range(2):
             directions, _ = np.linalg.qr(turned @ (rows @ directions))
         within = rows @ directions
         if np.all(np.linalg.norm(rows - within @ np.swapaxes(directions, -1, -2), axis=-1) <= rounding):
-            # Turned at random, so that a row again holds something of every direction.
+            # Rotated at random, so that each row again has a part in every direction.
             turn, _ = np.linalg.qr(draw.normal(size=(fewer, fewer)))
             return jnp.asarray(turn @ np.linalg.qr(within, mode="r") @ np.swapaxes(directions, -1, -2), block.dtype)
     return block

@@ -18,12 +18,12 @@ from rnncore.analysis.run.trajectory import Trajectory
 def log_smallest(traj: Trajectory, anchor: str, lags: Sequence[int]) -> Array:
     """ln of the smallest singular value of P_k at the lags, (len(lags), B).
 
-    sigma_min(P_k) = 1 / ||P_k^-1||_2.  The product itself keeps its largest singular values to rounding and
-    loses the smallest after a few steps; its inverse, built up by solving with one Jacobian after the other,
-    keeps just these.  -inf from the first step on whose Jacobian is singular to working precision.
+    sigma_min(P_k) = 1 / ||P_k^-1||_2.  The product keeps its largest singular values to rounding and loses the
+    smallest after a few steps; its inverse, built by solving with one Jacobian after another, keeps exactly
+    these.  -inf from the first step on whose Jacobian is singular to working precision.
     """
     run = flat(traj)
-    _, count, n = run.sizes
+    _, count, n = run.before.shape
     dtype, linear = run.before.dtype, jax.vmap(jacobian(run.step))
     top = lags[-1]
     chosen = slice(traj.steps - top, traj.steps) if anchor == "end" else slice(0, top)
@@ -53,7 +53,7 @@ def log_smallest(traj: Trajectory, anchor: str, lags: Sequence[int]) -> Array:
 def _solve(matrix: Array, right: Array) -> tuple[Array, Array]:
     """(X of matrix X = right, whether the matrix is singular); X is something finite where it is."""
     n, dtype = matrix.shape[-1], matrix.dtype
-    # Rows and columns of one size: a unit that forgets much faster than the others is no singularity.
+    # Equilibrated first: a unit that forgets much faster than the others is no singularity.
     rows = _inverse_size(matrix, -1)
     columns = _inverse_size(matrix * rows, -2)
     even = matrix * rows * columns

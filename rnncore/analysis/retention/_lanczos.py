@@ -1,4 +1,4 @@
-"""The largest singular value of maps that are only given as functions, by restarted Lanczos iteration."""
+"""The largest singular value of linear maps given as functions, by restarted Lanczos iteration."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ ROUNDS = 50
 
 
 def top_right_vectors(gram: Gram, count: int, size: int, dtype: Any) -> tuple[Array, Array]:
-    """Unit vectors that N maps A stretch most.
+    """The unit vectors that N maps A stretch most.
 
-    Every round makes an orthonormal basis of the Krylov space of S = A^T A, v, S v, S^2 v ..., diagonalises S
-    within it and starts again from the best vector, until ||S v - theta v|| is below theta times a third of
-    the root of the machine epsilon.  The error of ||A v|| is of second order in that.
+    Every round builds an orthonormal basis of the Krylov space v, S v, S^2 v ... of S = A^T A, diagonalises S
+    within it and restarts from the best vector, until ||S v - theta v|| is below theta times a third of
+    the square root of the machine epsilon.  The error of ||A v|| is of second order in that.
 
     Args:
       gram: the N maps.
@@ -32,13 +32,13 @@ def top_right_vectors(gram: Gram, count: int, size: int, dtype: Any) -> tuple[Ar
       dtype: of the vectors.
 
     Returns:
-      (vectors (N, n), relative residuals (N,)); for a map that is zero any vector, and 0.
+      (vectors (N, n), relative residuals (N,)); any vector and 0 for a map that is zero.
     """
     basis_size = min(size, BASIS)
     tolerance = math.sqrt(jnp.finfo(dtype).eps) / 3
     start = jax.random.normal(jax.random.key(0), (size,), dtype)
     start = jnp.broadcast_to(start / jnp.linalg.norm(start), (count, size))
-    # S may lie anywhere in a range that no format holds: all is in units of what it makes of the first vector.
+    # S may lie outside the range of floating point: everything is in units of its image of the first vector.
     _, unit = renormalise(*_as_rows(gram(start)))
 
     def scaled(v: Array) -> Array:

@@ -30,14 +30,16 @@ from rnncore.analysis.run.flat import (
 from rnncore.analysis.run.trajectory import Trajectory
 
 AT_ONCE = 256
-"""Steps, counted over all sequences, whose norms are taken together: bounds the memory, and keeps products large."""
+"""Steps, counted over all sequences, whose norms are computed together: bounds memory, keeps products large."""
 
 
 def log_retention(
     traj: Trajectory, adjoint: Any, kind: str, path: str, anchor: str, lags: tuple[int, ...]
 ) -> tuple[Array, Array | None]:
-    """((*batch, L) natural logarithms, sequences (*batch) without a gradient), for arguments that
-    `retention_curve` has checked.  The second is None where no adjoint is asked for."""
+    """(natural logarithms (*batch, L), booleans (*batch) for sequences without a gradient) of a checked call.
+
+    The second is None for kinds other than "adjoint".
+    """
     run = _ending_together(traj) if anchor == "end" else traj
     if path != "direct" and kind in ("operator", "rms"):
         logs, nothing = batch_major(run, _whole(run, kind, path, anchor, lags)), None
@@ -53,7 +55,7 @@ _ending_together = jax.jit(ending_together)
 def _compiled(
     run: Trajectory, adjoint: Any, kind: str, path: str, anchor: str, lags: tuple[int, ...]
 ) -> tuple[Array, Array | None]:
-    """All but the norms of whole matrices, which stop now and then to see how many rows they need."""
+    """All but the norms of whole matrices, whose loop stops now and then to reduce its rows."""
     if path == "direct":
         return _direct(run, adjoint, kind, anchor, lags)
     if kind == "bound":
@@ -66,13 +68,13 @@ def _compiled(
 
 
 def _shares(logs: Array) -> tuple[Array, Array]:
-    """(logs less those at lag 0, where these are -inf): a gradient of nothing stays nothing."""
+    """(logs minus those at lag 0, whether those are -inf); a gradient of 0 stays 0."""
     nothing = logs[..., 0] == -jnp.inf
     return jnp.where(nothing[..., None], -jnp.inf, logs - jnp.where(nothing, 0, logs[..., 0])[..., None]), nothing
 
 
 def _whole(traj: Trajectory, kind: str, path: str, anchor: str, lags: tuple[int, ...]) -> Array:
-    """Norms of all of M_k: the identity, or its part, goes through the steps."""
+    """Norms of M_k: the identity, or a part of it, goes through the steps."""
     count, n = math.prod(traj.batch_shape), state_size(traj)
     eye = jnp.eye(n, dtype=state_dtype(traj))
     if path == "state":
@@ -88,7 +90,7 @@ def _whole(traj: Trajectory, kind: str, path: str, anchor: str, lags: tuple[int,
 
 
 def _adjoint(traj: Trajectory, adjoint: Any, path: str, lags: tuple[int, ...]) -> Array:
-    """One row goes through the steps, the adjoint itself."""
+    """A single row, the adjoint, goes through the steps."""
     row = flatten_carry(_merged(traj, adjoint), 1)[:, None, :].astype(state_dtype(traj))
     if path == "state":
         return pull_back(traj, row, _made(_all, "adjoint"), None, lags)
@@ -97,7 +99,7 @@ def _adjoint(traj: Trajectory, adjoint: Any, path: str, lags: tuple[int, ...]) -
 
 @functools.cache
 def _made(make: Any, kind: str) -> Make:
-    """One object for each kind, so that what is compiled for it is found again."""
+    """The same object for each kind, so that its compiled code is found again."""
     return functools.partial(make, kind)
 
 
@@ -112,7 +114,7 @@ def _cells(kind: str, traj: Trajectory) -> Measure:
 
 
 def _cell_part(kind: str, traj: Trajectory) -> Measure:
-    """The norm of rows [A B] in terms of c alone, with h tied to it: A + B Delta."""
+    """The norm of rows [A B] as functions of c alone, with h tied to it: A + B Delta."""
 
     def measure(rows: Array, slope: Array) -> Array:
         cell, hidden = jnp.split(rows, 2, -1)
@@ -130,7 +132,7 @@ def _norm(kind: str, matrix: Array) -> Array:
 
 @jax.jit
 def _slopes(traj: Trajectory) -> Array:
-    """Delta by carry, (T + 1, B, H); none belongs to the initial carry, and its zeros are not used."""
+    """Delta by carry, (T + 1, B, H); that of the initial carry is unknown, and its zeros are not used."""
     slope = time_major(traj, output_slope(traj))
     return jnp.concatenate([jnp.zeros_like(slope[:1]), slope])
 

@@ -1,4 +1,4 @@
-"""What the weights alone say of a step's Jacobian, before anything runs."""
+"""Bounds on the Jacobian of a step from the weights alone."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SLOPES: tuple[tuple[Callable, float], ...] = (
     (jax.nn.relu, 1.0),
     (jax.nn.identity, 1.0),
 )
-"""Activations and the largest absolute slope that they have anywhere."""
+"""Activations and their largest absolute slopes."""
 
 
 def gradient_bound(cell: Cell, params: CellParams, *, slope: float | None = None) -> Array:
@@ -32,20 +32,20 @@ def gradient_bound(cell: Cell, params: CellParams, *, slope: float | None = None
 
     ||J_t||_2 <= beta_f beta_W,   beta_f = max |phi'|,   beta_W = ||U||_2   (||U + I||_2 with `residual`)
 
-    Over k steps the gradient keeps at most (beta_f beta_W)^k.  Below 1 it must vanish; above 1 it may
-    explode and need not.
+    Over k steps at most (beta_f beta_W)^k of the gradient is left.  Below 1 it must vanish; above 1 it may
+    explode.
 
     Args:
       cell: `Elman` or `IndRNN`.
       params: its parameters.
-      slope: beta_f; None looks it up: 1 for tanh, relu and the identity, 1/4 for the sigmoid.
+      slope: beta_f; by default 1 for tanh, relu and the identity, 1/4 for the sigmoid.
 
     Returns:
       The bound, a scalar.
 
     Raises:
-      ValueError: an activation whose slope is not known here; parameters that are not finite.
-      NotImplementedError: a gated cell, for which no such bound in the weights alone exists here.
+      ValueError: an activation of unknown slope; parameters that are not finite.
+      NotImplementedError: a gated cell, for which there is no such bound here.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -61,7 +61,7 @@ def gradient_bound(cell: Cell, params: CellParams, *, slope: float | None = None
 
 
 class VanishingCondition(NamedTuple):
-    """What Pascanu, Mikolov and Bengio's condition says of an Elman network.
+    """The condition of Pascanu, Mikolov and Bengio for an Elman network.
 
     Fields:
       slope: gamma, the largest |phi'|.
@@ -70,7 +70,7 @@ class VanishingCondition(NamedTuple):
       largest_singular_value: of the same matrix.
       vanishing_guaranteed: the gradient decays exponentially whatever the inputs: the largest singular value is
         below the threshold; for the identity as phi, where all steps have the same Jacobian, the spectral radius.
-      explosion_possible: the same number is above the threshold.  Necessary for explosion, by no means sufficient.
+      explosion_possible: the same number is above the threshold, which is necessary for explosion, not sufficient.
     """
 
     slope: float
@@ -82,25 +82,25 @@ class VanishingCondition(NamedTuple):
 
 
 def vanishing_condition(cell: Cell, params: CellParams, *, slope: float | None = None) -> VanishingCondition:
-    """Whether the gradient of an Elman network must vanish, and whether it can explode, by its weights.
+    """Whether the gradient of an Elman network must vanish and whether it can explode, from its weights.
 
     J_t = diag(phi'(a_t)) U,   ||J_t|| <= gamma sigma_max(U),   gamma = max |phi'|
     sigma_max < 1 / gamma: must vanish;   sigma_max > 1 / gamma: may explode
 
-    With phi the identity J_t = U exactly, and the spectral radius takes the place of sigma_max; the norms may
-    still grow for many steps first.  Exactly at the threshold neither is claimed.
+    If phi is the identity, J_t = U exactly, and the spectral radius takes the place of sigma_max; norms may
+    still grow for many steps at first.  Exactly at the threshold neither is claimed.
 
     Args:
       cell: `Elman` or `IndRNN`.
-      params: its parameters, not traced: the answers are plain numbers.
-      slope: gamma; None looks it up: 1 for tanh, relu and the identity, 1/4 for the sigmoid.
+      params: its parameters, not traced, since the answers are plain numbers.
+      slope: gamma; by default as in `gradient_bound`.
 
     Returns:
       `VanishingCondition`.
 
     Raises:
-      ValueError: an activation whose slope is not known here; parameters that are not finite, or traced.
-      NotImplementedError: a gated cell, for which no such condition in the weights alone exists here.
+      ValueError: an activation of unknown slope; parameters that are not finite, or traced.
+      NotImplementedError: a gated cell, for which there is no such condition here.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -111,8 +111,8 @@ def vanishing_condition(cell: Cell, params: CellParams, *, slope: float | None =
       (4.0, 1.0, True, False)
 
     Source: Pascanu, Mikolov and Bengio (2013), arXiv:1211.5063, section 2.1, whose lambda_1 is a singular
-    value in the nonlinear case.  With gradients of h after and not before phi the matrix is transposed and
-    the factors change places; both numbers stay what they are.
+    value in the nonlinear case.  For gradients with respect to h after phi the matrix is transposed and the
+    factors are swapped, which changes neither number.
     """
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
         raise ValueError(
@@ -139,10 +139,10 @@ def _slope_and_matrix(call: str, cell: Cell, params: CellParams, slope: float | 
     """max |phi'| and the matrix that multiplies h, for a cell that has these."""
     if not isinstance(cell, Elman) or type(cell).pointwise is not Elman.pointwise:
         raise NotImplementedError(
-            f"`{call}({type(cell).__name__})`: known for rnncore.Elman and rnncore.IndRNN; for other cells use "
+            f"`{call}({type(cell).__name__})`: expected rnncore.Elman or rnncore.IndRNN; for other cells use "
             "`retention_curve(kind='bound')`, the product of the norms of the exact step Jacobians."
         )
-    check_finite(f"{call}(params=...)", params, "no bound follows from it")
+    check_finite(f"{call}(params=...)", params)
     slope = _slope(call, cell.activation_fn) if slope is None else slope
     if not 0 <= slope < math.inf:
         raise ValueError(f"`{call}(slope={slope})`: expected max |phi'|, at least 0.")
@@ -155,6 +155,4 @@ def _slope(call: str, activation: Any) -> float:
         if activation is known:
             return slope
     name = getattr(activation, "__name__", repr(activation))
-    raise ValueError(
-        f"`{call}` of a cell with activation_fn={name}: its largest slope is not known here; pass it as slope=..."
-    )
+    raise ValueError(f"`{call}` of a cell with activation_fn={name}: unknown largest slope; pass it as slope=...")

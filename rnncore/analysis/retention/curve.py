@@ -1,4 +1,4 @@
-"""Retention curves: what was measured at every lag, how fast it decays, when half is gone."""
+"""Retention curves: the measurement at every lag, its rate of decay and its half-life."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class DecayRate(NamedTuple):
     """Exponential fit: retention ~ exp(-rate * lag).
 
     Fields:
-      rate: natural logarithm per step; negative where the gradient grows.
-      r_squared: part of the variance of ln retention that the line explains; 1 for a constant curve.
+      rate: natural logarithm per step; negative for a gradient that grows.
+      r_squared: the fraction of the variance of ln retention explained by the line; 1 for a constant curve.
       window: first and last lag of the fit.
     """
 
@@ -32,11 +32,11 @@ class DecayRate(NamedTuple):
 
 
 class HalfLife(NamedTuple):
-    """Steps until half of the gradient is gone, in two readings.
+    """Steps until half of the gradient is gone, by two definitions.
 
     Fields:
-      exponential: ln 2 / rate of the fit; inf where it does not decay.
-      crossing: the lag at which the curve itself first falls to 1/2, interpolated; inf if it does not.
+      exponential: ln 2 / rate of the fit; inf if it does not decay.
+      crossing: the lag at which the curve itself first falls to 1/2, interpolated; inf if it never does.
     """
 
     exponential: float
@@ -50,19 +50,18 @@ class HalfLife(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class RetentionCurve:
-    """How much of a gradient is left at every lag; a pytree that says what it holds.
+    """How much of a gradient is left at every lag; a pytree that records what was measured.
 
     Fields:
       lags: (L,) integers, increasing.
       log_retention: (*batch, L), natural logarithm; -inf where nothing is left.  +inf, inside jit only, at lags
-        that the length of a sequence does not have.
-      kind, path, anchor: as asked of `retention_curve`.
+        above the length of a sequence.
+      kind, path, anchor: as passed to `retention_curve`.
       norm: what the kind means, in words.
-      n: number of entries of the state that is measured.
+      n: the number of entries of the measured state.
       dtype: of the computation.
-      without_gradient: booleans (*batch) of an adjoint curve: sequences whose gradient is exactly 0 at lag 0 already.
-        They retain no share of anything; their log_retention is -inf at every lag, and the means leave
-        them out.  None where no adjoint was asked for.
+      without_gradient: booleans (*batch) of an adjoint curve: sequences whose gradient is exactly 0 already at lag 0.
+        Their log_retention is -inf at every lag, and means leave them out.  None for other kinds.
     """
 
     lags: Array
@@ -91,7 +90,7 @@ class RetentionCurve:
         return self.log_retention / math.log(10.0)
 
     def mean_log(self) -> Array:
-        """Mean over the batch of ln retention, (L,): the typical sequence."""
+        """Mean over the batch of ln retention, (L,): that of a typical sequence."""
         examples, kept = self._examples(), self._kept()
         if kept is None:
             return jnp.mean(examples, 0)
@@ -99,7 +98,7 @@ class RetentionCurve:
         return jnp.where(jnp.any(kept), total, -jnp.inf)
 
     def log_mean(self) -> Array:
-        """ln of the mean over the batch of the retention, (L,): ruled by the few largest."""
+        """ln of the mean retention over the batch, (L,): dominated by the few largest."""
         examples, kept = self._examples(), self._kept()
         if kept is None:
             return jax.nn.logsumexp(examples, 0) - math.log(examples.shape[0])
@@ -109,25 +108,24 @@ class RetentionCurve:
     def fit(
         self, model: str = "auto", window: tuple[int, int] | None = None, *, average: str = "mean_log"
     ) -> fits.CurveFit:
-        """Exponential or power law, by least squares of the logarithm.
+        """Fits an exponential and a power law, by least squares in the logarithm.
 
         exponential: ln R = a - lambda k,   power: ln R = a - p ln(k + 1)
 
-        Units or gates with one timescale give the first, a spread of timescales gives the second, whose rate at a
-        single lag is then a property of the lag.  Both have the same number of parameters.
+        Units or gates with a single time scale give the first, a spread of time scales gives the second, which has
+        no single rate.  Both have the same number of parameters.
 
         Args:
-          model: "exponential", "power", or "auto" for that of the lower AIC; both lines are returned always.
-          window: first and last lag of the fit; None leaves out the first fifth of the lags, where the
-            products of Jacobians that are not normal have their transient.
+          model: "exponential", "power", or "auto" for the one with the lower AIC; both lines are always returned.
+          window: first and last lag of the fit; None leaves out the first fifth of the lags, the transient of
+            products of non-normal Jacobians.
           average: over the batch, "mean_log" or "log_mean".
 
         Returns:
           `CurveFit`.
 
         Raises:
-          ValueError: unknown options; fewer than three lags in the window, or one with a retention of
-            exactly 0 in it.
+          ValueError: unknown options; a window with fewer than three lags, or with a retention of exactly 0.
 
         Example:
           >>> import jax.numpy as jnp
@@ -154,14 +152,13 @@ class RetentionCurve:
         """Least squares of the mean ln retention against the lag; the rate is minus the slope.
 
         Args:
-          window: first and last lag of the fit; None leaves out the first fifth of the lags, where the
-            products of Jacobians that are not normal have their transient.
+          window: first and last lag of the fit, as in `fit`.
 
         Returns:
           `DecayRate`.
 
         Raises:
-          ValueError: fewer than two lags in the window, or one with a retention of exactly 0 in it.
+          ValueError: a window with fewer than two lags, or with a retention of exactly 0.
 
         Example:
           >>> import jax.numpy as jnp
@@ -176,7 +173,7 @@ class RetentionCurve:
         return DecayRate(float(-slope), float(1 - missed / total) if total else 1.0, window)
 
     def half_life(self, window: tuple[int, int] | None = None) -> HalfLife:
-        """Steps until half of the gradient is gone, by the fit and by the curve of mean ln retention.
+        """Steps until half of the gradient is gone, by the fit and by the mean curve itself.
 
         Args:
           window: of the fit, as in `decay_rate`.
@@ -190,15 +187,15 @@ class RetentionCurve:
         return HalfLife(_half_life(self.decay_rate(window).rate), self.crossing(self.mean_log()))
 
     def to_dict(self, window: tuple[int, int] | None = None) -> dict[str, Any]:
-        """The curve without its single sequences, for JSON: no number in it is NaN or infinite.
+        """A summary for JSON, averaged over sequences, in which no number is NaN or infinite.
 
         Args:
           window: of the fit, as in `decay_rate`.
 
         Returns:
-          The static fields, the number of `sequences`, those `without_gradient` (places in the batch, its axes merged),
-          `lags`, `mean_log10` and `log10_of_mean` (None where nothing at all is left), `decay_rate` and
-          `half_life` (None where no exponential fits or none is reached).
+          A dict of the static fields, the number of `sequences`, `without_gradient` (indices into the batch, its axes
+          merged), `lags`, `mean_log10` and `log10_of_mean` (None where nothing is left), `decay_rate` and `half_life`
+          (None if no exponential fits or half is never reached).
         """
         rate, half_life = None, None
         try:
@@ -226,11 +223,11 @@ class RetentionCurve:
         return self.log_retention.reshape(-1, self.log_retention.shape[-1])
 
     def _kept(self) -> Array | None:
-        """Sequences that the means are over, (B, 1); None for all."""
+        """The sequences that means include, (B, 1); None for all."""
         return None if self.without_gradient is None else ~self.without_gradient.reshape(-1, 1)
 
     def crossing(self, mean: Any) -> float:
-        """First lag at which ln retention (L,) falls to ln 1/2, interpolated; inf if none.  At lag 0 all is there."""
+        """First lag at which ln retention (L,) falls to ln 1/2, interpolated from 0 at lag 0; inf if none."""
         lags = np.concatenate([[0.0], np.asarray(self.lags, np.float64)])
         logs = np.concatenate([[0.0], np.asarray(mean, np.float64)])
         below = np.flatnonzero(logs <= -math.log(2.0))

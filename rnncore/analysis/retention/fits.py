@@ -1,4 +1,4 @@
-"""Lines through a retention curve: exponential or power law, and which of them holds."""
+"""Lines through a retention curve: exponential or power law, and the choice between them."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import numpy as np
 
 MODELS = ("exponential", "power")
 PARAMETERS = 3
-"""Of either model: rate, offset and the variance of what the line misses."""
+"""Of either model: rate, offset and the variance of the residuals."""
 
 
 class LineFit(NamedTuple):
-    """A line of least squares through ln R.
+    """A least-squares line through ln R.
 
     exponential: ln R = offset - rate k,   power: ln R = offset - rate ln(k + 1)
 
     Fields:
       model: "exponential" or "power".
-      rate: lambda, per step, or the exponent p; negative where the gradient grows.
-      rate_error: standard error of the rate, for lags that miss the line independently of each other.  Those of
-        one curve do not, so it is too small; the spread over seeds or texts is the error to publish.
-      offset: a; exp(a) is what the line says of lag 0.
+      rate: lambda, per step, or the exponent p; negative for a gradient that grows.
+      rate_error: standard error of the rate, assuming independent residuals.  Those of one curve are correlated, so
+        it is too small; publish the spread over seeds or texts instead.
+      offset: a; exp(a) is the value of the line at lag 0.
       offset_error: standard error of the offset.
-      r_squared: part of the variance of ln R that the line explains; 1 for a constant curve.
-      aic: N ln(RSS / N) + 6 for N lags; the lower of two is the better model.
+      r_squared: the fraction of the variance of ln R explained by the line; 1 for a constant curve.
+      aic: N ln(RSS / N) + 6 for N lags; the model with the lower one is better.
       window: first and last lag of the fit.
       points: N, the number of lags in it.
 
@@ -47,18 +47,18 @@ class LineFit(NamedTuple):
     points: int
 
     def log_retention(self, lags: Any) -> np.ndarray:
-        """The line at the lags: what it says of ln R, (L,)."""
+        """ln R by the line at the lags, (L,)."""
         return self.offset - self.rate * _abscissa(self.model, lags)
 
 
 class CurveFit(NamedTuple):
-    """What `RetentionCurve.fit` found.
+    """The result of `RetentionCurve.fit`.
 
     Fields:
-      model: the model asked for, or with "auto" that of the lower AIC; the exponential where they are equal.
+      model: the requested model, or with "auto" the one with the lower AIC (the exponential if they are equal).
       exponential, power: both lines.
-      half_life: of the chosen model: ln 2 / rate for the exponential, inf where it does not decay; for the power law,
-        which has none of its own, the lag at which the curve itself first falls to 1/2, inf if it does not.
+      half_life: of the chosen model: ln 2 / rate for the exponential, inf if it does not decay; for the power law,
+        which has none, the lag at which the curve itself first falls to 1/2, inf if it never does.
     """
 
     model: str
@@ -72,27 +72,27 @@ class CurveFit(NamedTuple):
         return self.exponential if self.model == "exponential" else self.power
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields for JSON; None for a half-life that is infinite."""
+        """All fields for JSON; None for an infinite half-life."""
         lines = {line.model: {**line._asdict(), "window": list(line.window)} for line in (self.exponential, self.power)}
         half_life = self.half_life if math.isfinite(self.half_life) else None
         return {"model": self.model, "half_life": half_life, **lines}
 
 
 def choose(model: str, exponential: LineFit, power: LineFit) -> str:
-    """The model asked for, or with "auto" the better one."""
+    """The requested model, or with "auto" the better one."""
     if model != "auto":
         return model
     return "power" if power.aic < exponential.aic else "exponential"
 
 
 def fit_line(model: str, lags: Any, logs: Any, window: tuple[int, int], eps: float = 2.0**-52) -> LineFit:
-    """Least squares of one model over all of the given lags, at least 3.
+    """A least-squares fit of one model to at least 3 lags.
 
     Args:
       model: "exponential" or "power".
       lags, logs: (N,), ln R by lag.
-      window: to be written down.
-      eps: relative rounding of the logs: residuals below it tell nothing about a model.
+      window: recorded in the result.
+      eps: relative rounding of the logs: smaller residuals do not count in the AIC.
     """
     x, y = _abscissa(model, lags), np.asarray(logs, np.float64)
     slope, offset, missed, total = least_squares(x, y)
@@ -114,17 +114,17 @@ def fit_line(model: str, lags: Any, logs: Any, window: tuple[int, int], eps: flo
 
 
 def least_squares(x: np.ndarray, y: np.ndarray) -> tuple[float, float, float, float]:
-    """(slope, value at the mean of x, sum of squares that the line misses, that about the mean)."""
+    """(slope, value at the mean of x, residual sum of squares, total sum of squares)."""
     slope, offset = np.polyfit(x - x.mean(), y, 1)
     missed = np.sum((y - offset - slope * (x - x.mean())) ** 2)
     return slope, offset, missed, np.sum((y - y.mean()) ** 2)
 
 
 def inside(call: str, lags: Any, logs: Any, window: Any, least: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int]]:
-    """The part of a curve that lies in a window, and the window: by default all but the first fifth of the lags.
+    """The part of a curve inside a window, and the window: by default all but the first fifth of the lags.
 
     Raises:
-      ValueError: a window that is none; fewer lags in it than the line needs; one of retention 0.
+      ValueError: not a window; fewer lags in it than the line needs; a retention of 0.
     """
     lags, logs = np.asarray(lags), np.asarray(logs, np.float64)
     if window is None:

@@ -1,4 +1,4 @@
-"""Norms of a product of many Jacobians from what it does to single vectors: for states too large to form it."""
+"""Norms of a product of many Jacobians from its action on vectors, for states too large to form it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from rnncore.analysis.run.trajectory import Trajectory
 
 
 class NormEstimate(NamedTuple):
-    """A norm that was estimated, and how well.
+    """An estimate of a norm and its error.
 
     Fields:
       log_norm: (*batch), natural logarithm; -inf where the product is exactly 0.
-      error: (*batch), of log_norm, that is relative to the norm: the standard error of `frobenius_norm`; of
-        `operator_norm` what the last residual leaves open.
+      error: (*batch), of log_norm, that is relative to the norm: the standard error for `frobenius_norm`, a bound
+        from the last residual for `operator_norm`.
     """
 
     log_norm: Array
@@ -40,26 +40,26 @@ class NormEstimate(NamedTuple):
 def frobenius_norm(
     traj: Trajectory, lag: int, *, anchor: str = "end", probes: int = 64, key: Array | None = None
 ) -> NormEstimate:
-    """||P_k||_F of a product over k steps, estimated from random vectors.
+    """The Frobenius norm ||P_k||_F of a product over k steps, estimated from random vectors.
 
-    ||P||_F^2 = E ||P v||^2,   v of independent signs;   P_k = J_T ... J_{T-k+1} or, from the start, J_k ... J_1
+    ||P||_F^2 = E ||P v||^2,   v of independent random signs;   P_k = J_T ... J_{T-k+1} or, from the start, J_k ... J_1
 
-    Takes memory and time of `probes` vectors through k steps, whatever the size n of the state; the relative
-    standard error of the norm is at most 1 / sqrt(2 probes), and much less where many directions survive.
-    Over sqrt(n) it estimates `retention_curve(kind="rms")`.
+    Costs the memory and time of `probes` vectors through k steps, whatever the size n of the state; the relative
+    standard error of the norm is at most 1 / sqrt(2 probes), and much less if many directions survive.
+    Divided by sqrt(n) it estimates `retention_curve(kind="rms")`.
 
     Args:
       traj: a trajectory of T steps.
       lag: k, up to the length of the shortest sequence.
       anchor: "end" or "start".
-      probes: number of random vectors, at least 2.
-      key: of the random vectors; `jax.random.key(0)` by default.
+      probes: the number of random vectors, at least 2.
+      key: for the random vectors; `jax.random.key(0)` by default.
 
     Returns:
       `NormEstimate` of arrays (*batch).
 
     Raises:
-      ValueError: a lag that the trajectory does not have, unknown anchor, fewer than two probes.
+      ValueError: a lag above the length of the trajectory, unknown anchor, fewer than two probes.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -78,10 +78,10 @@ def frobenius_norm(
 
 
 def operator_norm(traj: Trajectory, lag: int, *, anchor: str = "end") -> NormEstimate:
-    """||P_k||_2 of a product over k steps, from what it does to single vectors.
+    """The operator norm ||P_k||_2 of a product over k steps, from its action on vectors.
 
-    P_k = J_T ... J_{T-k+1} or, from the start, J_k ... J_1; of its forward and its backward product with a vector
-    (jvp and vjp of the k steps) the Lanczos iteration makes the largest singular value, to rounding.
+    P_k = J_T ... J_{T-k+1} or, from the start, J_k ... J_1.  The Lanczos iteration finds its largest singular value,
+    up to rounding, from forward and backward products with vectors (jvp and vjp of the k steps).
 
     Args:
       traj: a trajectory of T steps.
@@ -92,7 +92,7 @@ def operator_norm(traj: Trajectory, lag: int, *, anchor: str = "end") -> NormEst
       `NormEstimate` of arrays (*batch).
 
     Raises:
-      ValueError: a lag that the trajectory does not have; unknown anchor.
+      ValueError: a lag above the length of the trajectory; unknown anchor.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore

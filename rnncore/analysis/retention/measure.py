@@ -1,4 +1,4 @@
-"""Retention of the gradient over many steps: what the measured object is, and in which norm."""
+"""Retention of the gradient over many steps, for every choice of path and norm."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from rnncore.analysis.retention.bounds import gradient_bound
 from rnncore.analysis.retention.curve import RetentionCurve
 from rnncore.analysis.run._alignment import chosen_lags, mask_missing, shortest
 from rnncore.analysis.run.flat import state_dtype, state_size
-from rnncore.analysis.run.trajectory import Trajectory, check_finite
+from rnncore.analysis.run.trajectory import Trajectory, check_finite, check_trajectory
 
 NORMS = {
     "operator": "largest singular value",
@@ -46,16 +46,16 @@ def retention_curve(
     path "direct": M_k = diag(f_T f_{T-1} ... f_{T-k+1})
 
     The cell path is the total derivative: h_{T-k} moves with c_{T-k}, at a fixed pre-activation of the
-    output gate (with peepholes Delta holds the gate's view of c too).  It is not the product of the
+    output gate (with peepholes Delta includes how that gate depends on c).  It is not the product of the
     one-step derivatives d c_t / d c_{t-1}, because c_k also reaches c_{k+2} through the output gate of
-    step k + 1.  The direct path is what is left when every h is held fixed: see `direct_retention`.
+    step k + 1.  The direct path holds every h fixed: see `direct_retention`.
 
     Args:
       traj: a trajectory of T steps.
       kind:
         "operator", the largest singular value of M_k.
         "rms", ||M_k||_F / sqrt(n): the root of the mean over all directions.
-        "sigma_min", the smallest singular value of M_k: what is left in the worst direction.  -inf where a step
+        "sigma_min", the smallest singular value of M_k, for the direction that loses most.  -inf where a step
         Jacobian is singular to working precision; not on the cell path.
         "adjoint", ||M_k^T v|| / ||M_0^T v|| for the gradient v of one loss term in the last state.
         "bound", the product of the operator norms of the single step Jacobians (of max f_t on the direct
@@ -78,9 +78,10 @@ def retention_curve(
       in `without_gradient`.
 
     Raises:
-      ValueError: unknown options, lags the trajectory is too short for, a cell without a cell state, an
-        adjoint of another structure, or of zeros in every sequence.
-      NotImplementedError: paths that are known for the LSTM only, bounds for Elman networks only.
+      ValueError: unknown options, lags above the length of the trajectory, a cell without a cell state, an adjoint
+        of another structure, or 0 in every sequence.
+      NotImplementedError: the cell and direct paths of cells other than the LSTM, "a_priori_bound" of cells other
+        than Elman networks.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -96,7 +97,7 @@ def retention_curve(
     chosen = _check(traj, kind, path, lags, anchor, adjoint)
     if kind == "a_priori_bound":
         logs = jnp.log(gradient_bound(traj.cell, traj.params, slope=slope)) * np.asarray(chosen)
-        # 0 steps of a bound of 0: -inf * 0.
+        # A bound of 0 over 0 steps would be -inf * 0.
         logs = jnp.broadcast_to(jnp.where(np.asarray(chosen) == 0, 0.0, logs), (*traj.batch_shape, len(chosen)))
         logs, without_gradient = mask_missing(traj, np.asarray(chosen), logs), None
     else:
@@ -117,6 +118,7 @@ def retention_curve(
 
 def _check(traj: Trajectory, kind: str, path: str, lags: Any, anchor: str, adjoint: Any) -> tuple[int, ...]:
     """All checks of a call; returns the lags."""
+    check_trajectory("retention_curve", traj)
     for name, value, allowed in (("kind", kind, NORMS), ("path", path, PATHS), ("anchor", anchor, ("end", "start"))):
         if value not in allowed:
             raise ValueError(f"`retention_curve({name}={value!r})`: expected one of {', '.join(map(repr, allowed))}.")
@@ -130,7 +132,7 @@ def _check(traj: Trajectory, kind: str, path: str, lags: Any, anchor: str, adjoi
     if kind == "sigma_min" and path == "cell":
         raise NotImplementedError(
             "`retention_curve(kind='sigma_min', path='cell')`: the smallest singular value of a block of a product "
-            "drowns in the rounding of its largest; use path='state', or path='direct'."
+            "is lost in the rounding of its largest; use path='state' or path='direct'."
         )
     steps = shortest(traj)
     most = max(steps - (path == "cell"), 0)
@@ -140,9 +142,8 @@ def _check(traj: Trajectory, kind: str, path: str, lags: Any, anchor: str, adjoi
         call = f"`retention_curve(path={path!r}, lags up to {chosen[-1]})`"
         if steps < traj.steps:
             raise ValueError(
-                f"{call}: the shortest sequence has {steps} steps, and all of them have only lags 0 to {most}{why}; "
-                "ask for fewer lags, or pick longer sequences by `traj.take(index)`: a mean over other sequences at "
-                "every lag would be no curve."
+                f"{call}: the shortest sequence has {steps} steps, so that only lags 0 to {most} exist for all{why}; "
+                "ask for fewer lags, or select longer sequences by `traj.take(index)`."
             )
         raise ValueError(
             f"{call}: a trajectory of T = {traj.steps} steps has lags 0 to {most}{why}; run at least "
@@ -159,7 +160,7 @@ def _check(traj: Trajectory, kind: str, path: str, lags: Any, anchor: str, adjoi
 def _check_adjoint(traj: Trajectory, adjoint: Any, anchor: str) -> None:
     if anchor != "end":
         raise ValueError(
-            "`retention_curve(kind='adjoint', anchor='start')`: an adjoint lies at the end; use anchor='end'."
+            "`retention_curve(kind='adjoint', anchor='start')`: an adjoint belongs to the end; use anchor='end'."
         )
     last = jax.eval_shape(lambda: traj.last)
     structures: list[Any] = [jax.tree.structure(adjoint), jax.tree.structure(last)]
@@ -174,17 +175,17 @@ def _check_adjoint(traj: Trajectory, adjoint: Any, anchor: str) -> None:
                 f"`retention_curve(adjoint=<{jnp.result_type(got)} {jnp.shape(got)}>)`: expected floating point "
                 f"{want.shape}, the shape of `traj.last`."
             )
-    check_finite("retention_curve(adjoint=...)", adjoint, "no gradient follows from it")
+    check_finite("retention_curve(adjoint=...)", adjoint)
 
 
 def _check_result(kind: str, logs: Array, without_gradient: Array | None) -> None:
-    """Refuses NaN and +inf where they can be seen, and adjoints that are all zero; -inf is a result."""
+    """Refuses NaN and +inf unless traced, and adjoints that are all zero; -inf is a valid result."""
     if isinstance(logs, jax.core.Tracer):
         return
     if without_gradient is not None and without_gradient.size and np.all(np.asarray(without_gradient)):
         raise ValueError(
-            "`retention_curve(adjoint=...)`: the gradient at lag 0 is zero in every sequence, there is nothing to "
-            "retain; take the gradient of a loss that depends on `traj.last`."
+            "`retention_curve(adjoint=...)`: the gradient at lag 0 is zero in every sequence; take the "
+            "gradient of a loss that depends on `traj.last`."
         )
     if np.all(np.asarray(logs) < np.inf):
         return

@@ -14,19 +14,22 @@ from rnncore.analysis.retention.curve import RetentionCurve
 
 
 class Truncation(NamedTuple):
-    """What `choose_truncation` found.
+    """The result of `choose_truncation`.
 
     Fields:
-      steps: K, the smallest number of steps from which on the predicted relative bias is at most the one asked for.
-      bias: predicted at K.
-      predicted: (L,) of every K = 1 .. L that a curve has lags for, or up to T / 2 of gradients over time.
-      decay: beta, the factor per step by which the tail beyond a curve goes on; 0 where there is none.
+      steps: K, the smallest number of steps from which on the predicted relative bias is at most the requested one.
+      bias: the predicted bias at K.
+      predicted: (L,), the predicted bias at K = 1 .. L, with L the last lag of a curve, or T / 2 for gradients.
+      decay: beta, the factor per step at which the tail beyond a curve continues; 0 if there is none.
+      error: (L,), the standard error of ln predicted over the batches; the bias is known within a factor of about
+        exp(2 error).  None for a curve or a single batch.
     """
 
     steps: int
     bias: float
     predicted: np.ndarray
     decay: float
+    error: np.ndarray | None = None
 
     def __index__(self) -> int:
         return self.steps
@@ -35,28 +38,28 @@ class Truncation(NamedTuple):
 def choose_truncation(
     source: RetentionCurve | GradientsOverTime | Sequence[GradientsOverTime], bias: float = 0.1
 ) -> Truncation:
-    """The number of steps after which to cut backpropagation, for a relative bias of the gradient.
+    """The number of steps to backpropagate through for a given relative bias of the gradient.
 
-    bias(K) = ||sum_{k >= K} g_k|| / ||sum_k g_k||,   dL/dtheta = sum_k g_k,   g_k = what step T - k adds
+    bias(K) = ||sum_{k >= K} g_k|| / ||sum_k g_k||,   dL/dtheta = sum_k g_k,   g_k = the part of step T - k
     from a curve:  sum_{k >= K} R_k / sum_k R_k,   R_k = E ||dl_T/ds_{T-k}||
 
-    From gradients over time the terms add up as vectors, so this is the bias of that very batch, against the gradient
-    over all of its T steps; of several batches the geometric mean, which is the bias of a typical one.  From a curve
-    norms of states stand for those of the parameters' gradient, as in the source, and beyond the last lag they go on
-    by a factor beta a step, fitted to the second half: good to a factor of about 2 in a network that forgets evenly,
-    of 5 and more in others.
+    From gradients over time the terms add up as vectors, so this is exactly the bias for that batch, relative to the
+    gradient over all of its T steps; for several batches it is the geometric mean, the bias of a typical one.  From a
+    curve norms of states take the place of those of the parameters' gradient, as in the source, and beyond the last
+    lag they decay by a factor beta per step, fitted to the second half: accurate to a factor of about 2 for a network
+    that forgets evenly, of 5 and more for others.
 
     Args:
-      source: `gradients_over_time` of a loss at the last step, or several of them; or a curve of kind "adjoint" at
-        lags 0, 1, 2, ...: what is left of the gradient of one loss term.
-      bias: the relative bias to stay below.
+      source: `gradients_over_time` of a loss at the last step, or a list of them; or a curve of kind "adjoint" at
+        lags 0, 1, 2, ...
+      bias: the largest relative bias to accept.
 
     Returns:
-      `Truncation`, which counts as its number of steps.
+      `Truncation`, which can be used as an integer, its number of steps.
 
     Raises:
-      ValueError: gradients of norms, or of fewer than 10 steps; lags that are not 0, 1, 2, ...; a bias outside 0 to 1;
-        a gradient that does not decay, or is 0; a bias that no K within the source reaches.
+      ValueError: gradients with `norms`, or of fewer than 10 steps; lags other than 0, 1, 2, ...; a bias outside 0 to
+        1; a gradient that does not decay, or is 0; a bias that no K within the source reaches.
 
     Example:
       >>> import jax.numpy as jnp
@@ -67,26 +70,26 @@ def choose_truncation(
       >>> found.steps, round(found.bias, 3)
       (22, 0.098)
 
-    Source: Aicher, Foti and Fox (2019), arXiv:1905.07473, whose rule is the one from norms.
+    Source: Aicher, Foti and Fox (2019), arXiv:1905.07473, whose rule is the one for curves.
     """
     call = f"choose_truncation(bias={bias!r})"
     if not 0 < bias < 1:
         raise ValueError(f"`{call}`: expected more than 0 and less than 1.")
     if isinstance(source, RetentionCurve):
-        predicted, beta = _of_curve(call, source)
+        (predicted, beta), error = _of_curve(call, source), None
     else:
-        predicted, beta = _of_gradients(call, source), 0.0
+        (predicted, error), beta = _of_gradients(call, source), 0.0
     enough = np.flatnonzero(np.maximum.accumulate(predicted[::-1])[::-1] <= bias)
     if not len(enough):
         raise ValueError(
-            f"`{call}`: with {len(predicted)} steps, the most that can be judged, the predicted bias is "
-            f"{predicted[-1]:.3g}; measure over more steps, or allow more."
+            f"`{call}`: the predicted bias is still {predicted[-1]:.3g} after {len(predicted)} steps, the "
+            "most that this source covers; measure over more steps, or allow a larger bias."
         )
-    return Truncation(int(enough[0]) + 1, float(predicted[enough[0]]), predicted, beta)
+    return Truncation(int(enough[0]) + 1, float(predicted[enough[0]]), predicted, beta, error)
 
 
 def _of_curve(call: str, curve: RetentionCurve) -> tuple[np.ndarray, float]:
-    """(share of the terms from lag K on, K = 1 .. L, factor of the tail)."""
+    """(share of the terms from lag K on for K = 1 .. L, factor of the tail)."""
     lags = np.asarray(curve.lags)
     if len(lags) < 10 or not np.array_equal(lags, np.arange(len(lags))):
         raise ValueError(f"`{call}`: expected a curve at lags 0, 1, 2, ..., at least 10 of them.")
@@ -98,25 +101,27 @@ def _of_curve(call: str, curve: RetentionCurve) -> tuple[np.ndarray, float]:
         beta = math.exp(np.polyfit(np.arange(len(tail)), tail, 1)[0])
         if beta >= 1:
             raise ValueError(
-                f"`{call}`: over the second half of the curve the gradient grows by {beta:.4g} a step, so no "
-                "truncation has a bound on its bias; measure over more steps."
+                f"`{call}`: over the second half of the curve the gradient grows by {beta:.4g} per step, so "
+                "the bias of a truncation has no bound; measure over more steps."
             )
         beyond = left[-1] * beta / (1 - beta)
     cut = np.cumsum(left[::-1])[::-1] + beyond
     return cut[1:] / cut[0], float(beta)
 
 
-def _of_gradients(call: str, source: GradientsOverTime | Sequence[GradientsOverTime]) -> np.ndarray:
-    """Norm of the sum of the terms from lag K on over that of all, K = 1 .. T / 2: the geometric mean over batches.
+def _of_gradients(
+    call: str, source: GradientsOverTime | Sequence[GradientsOverTime]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """(the bias for K = 1 .. T / 2, geometric mean over batches; standard error of its logarithm).
 
-    Few sequences remember for long and make up the mean of the squares: it differs between samples by factors of 2.
+    A few sequences with long memories dominate the mean of squares, which differs between samples by factors of 2.
     """
     batches = [source] if isinstance(source, GradientsOverTime) else list(source)
     steps = {batch.inputs.shape[-2] for batch in batches}
     if any(batch.norms for batch in batches) or len(steps) != 1 or min(steps) < 10:
         raise ValueError(
-            f"`{call}`: expected a curve, or what `gradients_over_time(..., norms=False)` returns, of at least 10 "
-            f"steps and as many in every batch; got {len(batches)} of {sorted(steps)} steps."
+            f"`{call}`: expected a curve, or what `gradients_over_time(..., norms=False)` returns, with at least 10 "
+            f"steps, the same number for every batch; got {len(batches)} of {sorted(steps)} steps."
         )
     squares = np.zeros((len(batches), min(steps)))
     for row, batch in zip(squares, batches, strict=True):
@@ -125,9 +130,11 @@ def _of_gradients(call: str, source: GradientsOverTime | Sequence[GradientsOverT
             row += np.sum(sums[::-1] ** 2, -1)
     squares = squares[squares[:, 0] > 0]
     if not len(squares):
-        raise ValueError(f"`{call}`: the gradient of the parameters is 0, there is nothing to truncate.")
+        raise ValueError(f"`{call}`: the gradient of the parameters is 0; choose a loss that depends on them.")
     biases = np.sqrt(squares[:, 1 : squares.shape[1] // 2 + 1] / squares[:, :1])
-    with np.errstate(divide="ignore"):
-        typical = np.exp(np.log(biases).mean(0))
-    # A batch that lost all of it must not hide the others.
-    return np.where(typical > 0, typical, np.median(biases, 0))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logs = np.log(biases)
+        typical = np.exp(logs.mean(0))
+        error = logs.std(0, ddof=1) / math.sqrt(len(logs)) if len(logs) > 1 else None
+    # A batch with a bias of 0 must not hide the others.
+    return np.where(typical > 0, typical, np.median(biases, 0)), error

@@ -1,4 +1,4 @@
-"""How far back the inputs matter: the effective memory window."""
+"""How far back the inputs matter: input influence and the effective memory window."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from rnncore._types import Array
 from rnncore.analysis.jacobians.products import log_frobenius_norm
 from rnncore.analysis.retention._chains import Measure, pull_back
 from rnncore.analysis.run.flat import batch_major, flat, one_carry, state_dtype, state_size, time_major, unflatten_carry
-from rnncore.analysis.run.trajectory import StepInput, Trajectory, check_finite
+from rnncore.analysis.run.trajectory import StepInput, Trajectory, check_finite, check_trajectory
 
 
 def input_influence(traj: Trajectory, of: str | None = None) -> Array:
-    """ln ||d y_T / d x_t||_F for every t: how strongly the last state hangs on each input.
+    """ln ||d y_T / d x_t||_F for every t: how strongly the last state depends on each input.
 
     d s_T / d x_t = J_T J_{T-1} ... J_{t+1} (d s_t / d x_t),   y = the field `of` of s
 
-    No Jacobian of the state is formed, and nothing underflows.  With lengths T is each sequence's own last
-    step, and what lies past it has no influence.
+    No Jacobian of the state is formed, and nothing underflows.  With lengths T is the last step of each
+    sequence, and the padding has no influence.
 
     Args:
       traj: a trajectory of T steps.
-      of: a field of the carry; None for "c" where there is one, else for all of the state.
+      of: a field of the carry; by default "c" if there is one, else the whole state.
 
     Returns:
       (*batch, T), natural logarithms; -inf where nothing is left.
 
     Raises:
-      ValueError: the carry has no such field.
+      ValueError: not a field of the carry.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -42,31 +42,32 @@ def input_influence(traj: Trajectory, of: str | None = None) -> Array:
       >>> analysis.input_influence(run).shape
       (2, 5)
     """
+    check_trajectory("input_influence", traj)
     if of is not None and of not in traj.fields:
         raise ValueError(
             f"`input_influence(of={of!r})`: the carry of {type(traj.cell).__name__} has no {of!r}, only "
-            f"{', '.join(traj.fields)}; or None for c, or all of the state."
+            f"{', '.join(traj.fields)}."
         )
     return _influence(traj, of or ("c" if "c" in traj.fields else None))
 
 
 def effective_window(source: Trajectory | Array | np.ndarray, share: float = 0.9, *, of: str | None = None) -> Array:
-    """The number of last steps that hold a share of what the inputs do.
+    """The number of last steps that hold a given share of the influence of the inputs.
 
     The smallest k with  sum_{t > T-k} m_t >= share sum_t m_t
     m_t = ||d c_T / d x_t||_F^2 of a trajectory, or ||dL/dx_t||^2 of input gradients
 
     Args:
-      source: a trajectory of T steps, or the gradients (*batch, T, D) that `input_gradients` returns.
+      source: a trajectory of T steps, or gradients (*batch, T, D), such as `gradients_over_time(...).inputs`.
       share: above 0, at most 1.
       of: with a trajectory, as in `input_influence`: c where there is one.
 
     Returns:
-      Integers (*batch), 0 to T; 0 where no input matters at all.  Of a trajectory with lengths counted from
-      each sequence's own last step, of gradients from step T.
+      Integers (*batch), 0 to T; 0 if no input has any influence.  For a trajectory with lengths they count from the
+      last step of each sequence, for gradients from step T.
 
     Raises:
-      ValueError: a share out of range; gradients of other shape or dtype, or not finite; `of` with gradients.
+      ValueError: a share out of range; gradients of another shape or dtype, or not finite; `of` with gradients.
 
     Example:
       >>> import jax.numpy as jnp
@@ -82,14 +83,17 @@ def effective_window(source: Trajectory | Array | np.ndarray, share: float = 0.9
         late = 0 if source.lengths is None else source.steps - source.lengths
     else:
         if of is not None:
-            raise ValueError("`effective_window(<gradients>, of=...)`: `of` means something for a trajectory only.")
+            raise ValueError("`effective_window(<gradients>, of=...)`: `of` applies to a trajectory only.")
+        if not hasattr(source, "shape"):
+            check_trajectory("effective_window", source)
         gradients = jnp.asarray(source)
         what = f"effective_window(<{gradients.dtype} {gradients.shape}>)"
         if gradients.ndim < 2 or not jnp.issubdtype(gradients.dtype, jnp.floating):
             raise ValueError(
-                f"`{what}`: expected a trajectory, or floating point (*batch, T, D) as `input_gradients` returns."
+                f"`{what}`: expected a trajectory, or floating point (*batch, T, D), such as "
+                "`gradients_over_time(...).inputs`."
             )
-        check_finite(what, gradients, "no window follows from it")
+        check_finite(what, gradients)
         logs = log_frobenius_norm(gradients[..., None, :])
     return jnp.maximum(_window(logs, share) - late, 0)
 
@@ -100,7 +104,7 @@ def _window(logs: Array, share: float) -> Array:
     mass = jnp.exp(2 * (logs - jnp.where(top > -jnp.inf, top, 0)))
     held = jnp.cumsum(jnp.flip(mass, -1), -1)
     total = held[..., -1:]
-    # The first sum that suffices, by how many do not; with no mass at all none is missing.
+    # The number of sums that do not suffice gives the first that does; without any mass it is 0.
     missing = jnp.sum(held < share * total, -1)
     return missing + (total[..., 0] > 0).astype(missing.dtype)
 
@@ -109,10 +113,10 @@ def _influence(traj: Trajectory, of: str | None) -> Array:
     count, n = math.prod(traj.batch_shape), state_size(traj)
     rows = jnp.eye(n, dtype=state_dtype(traj))
     if of is not None:
-        # Unflattening the unit vectors shows which of them lie in the field.
+        # Unflattening the unit vectors shows which of them belong to the field.
         inside = getattr(jax.vmap(unflatten_carry(one_carry(traj)))(rows), of).reshape(n, -1)
         rows = rows[jnp.argmax(inside, 0)]
-    # Beside s_t lies what step t started from; nothing lies beside s_0, and lag T is not asked for.
+    # The entry for s_t holds the inputs of step t; s_0 has none, and lag T is not needed.
     block = jnp.broadcast_to(rows, (count, *rows.shape))
     return batch_major(traj, jnp.flip(pull_back(traj, block, _at_inputs, _beside(traj), range(traj.steps)), 0))
 

@@ -1,4 +1,4 @@
-"""Which steps lie how far from the end: sequences of several lengths, and the lags that a call asks for."""
+"""Sequences of different lengths aligned at their ends, and the lags of a call."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 
 
 def ending_together(traj: Trajectory) -> Trajectory:
-    """The run with the last step of every sequence as step T, and its padding first; without lengths.
+    """The run with every sequence moved so that its last step is step T and its padding comes first; without lengths.
 
-    What is measured over no more steps than the shortest sequence has never sees the padding.
+    A measurement over no more steps than the shortest sequence never reaches the padding.
     """
     if traj.lengths is None:
         return traj
@@ -29,22 +29,22 @@ def ending_together(traj: Trajectory) -> Trajectory:
 
 
 def roll(a: Array, late: Array, axis: int) -> Array:
-    """Every sequence moved `late` (*batch) places towards the end of the time axis, the rest to its start."""
+    """Rolls every sequence by `late` (*batch) places along the time axis."""
     places = (jnp.arange(a.shape[axis]) - late[..., None]) % a.shape[axis]
     return jnp.take_along_axis(a, places.reshape(*places.shape, *(1,) * (a.ndim - places.ndim)), axis)
 
 
 def shortest(traj: Trajectory) -> int:
-    """Steps of the shortest sequence; T where the lengths cannot be seen."""
+    """Steps of the shortest sequence; T where the lengths are traced."""
     if traj.lengths is None or isinstance(traj.lengths, jax.core.Tracer):
         return traj.steps
     return int(np.min(np.asarray(traj.lengths), initial=traj.steps))
 
 
 def mask_missing(traj: Trajectory, lags: Any, logs: Array, spare: int = 0) -> Array:
-    """+inf, which no retention is, at lags (L,) of (*batch, L) that a sequence less `spare` steps does not have.
+    """Sets logs (*batch, L) to +inf, which no retention is, at lags (L,) above the length of a sequence less `spare`.
 
-    Only inside jit can there be any: outside lengths are seen, and such lags refused.
+    This happens inside jit only: outside, lengths are known and such lags refused.
     """
     if traj.lengths is None:
         return logs
@@ -52,13 +52,14 @@ def mask_missing(traj: Trajectory, lags: Any, logs: Array, spare: int = 0) -> Ar
 
 
 def check_anchor(call: str, anchor: str) -> None:
-    """Refuses all but "end" and "start"."""
+    """Refuses anchors other than "end" and "start"."""
     if anchor not in ("end", "start"):
         raise ValueError(f"`{call}(anchor={anchor!r})`: expected 'end' or 'start'.")
 
 
 def check_lag(call: str, traj: Trajectory, lag: Any, anchor: str) -> int:
-    """One lag that the trajectory has."""
+    """A single lag, checked against the length of the trajectory."""
+    check_trajectory(call, traj)
     check_anchor(call, anchor)
     most = shortest(traj)
     if not isinstance(lag, int | np.integer) or not 0 <= lag <= most:
@@ -70,11 +71,11 @@ def check_lag(call: str, traj: Trajectory, lag: Any, anchor: str) -> int:
 
 
 def chosen_lags(call: str, lags: Any) -> tuple[int, ...]:
-    """An integer K as 0 to K; a sequence as it is."""
+    """The lags of a call: an integer K means 0 to K, a sequence is taken as it is."""
     try:
         chosen = tuple(map(operator.index, lags)) if np.ndim(lags) else tuple(range(operator.index(lags) + 1))
     except TypeError:
         chosen = ()
     if not chosen or chosen[0] < 0 or any(b <= a for a, b in itertools.pairwise(chosen)):
-        raise ValueError(f"`{call}(lags={lags!r})`: expected increasing integers of at least 0, or the last of 0 to K.")
+        raise ValueError(f"`{call}(lags={lags!r})`: expected increasing integers of at least 0, or K for 0 to K.")
     return chosen

@@ -1,6 +1,6 @@
-"""A run as numbers alone: one state vector for every step, time first, and the step as a function of it.
+"""A run as one state vector per step, time first, and the step as a function of that vector.
 
-Everything that follows Jacobians along a run starts from `flat(traj)`.
+Whatever follows Jacobians along a run starts from `flat(traj)`.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from rnncore._types import Array, PyTree
 from rnncore.analysis.run.trajectory import StepInput, Trajectory, refuse_ragged
 
 Step = Callable[[Array, Any], Array]
-"""(state (n,), what else the step needs) to the next state (n,)."""
+"""(state (n,), other inputs of the step) to the next state (n,)."""
 Through = Callable[..., Array]
-"""(state (n,), what else the step needs, block (m, n)) to the block on the other side of the step."""
+"""(state (n,), other inputs of the step, block (m, n)) to the block on the other side of the step."""
 
 
 class Flat(NamedTuple):
@@ -26,8 +26,8 @@ class Flat(NamedTuple):
 
     Fields:
       step: (s_{t-1} (n,), entry t of `inputs`) to s_t (n,), for one example.
-      before: (T, B, n), what enters every step: s_{t-1}, or what a reset put in its place.
-      inputs: arrays (T, B, ...), what else the steps take.
+      before: (T, B, n), the state that enters each step: s_{t-1}, or the reset state.
+      inputs: arrays (T, B, ...), the other inputs of the steps.
     """
 
     step: Step
@@ -36,14 +36,8 @@ class Flat(NamedTuple):
 
     @property
     def now(self) -> tuple[Array, PyTree]:
-        """(before, inputs): what a scan over the steps runs through."""
+        """(before, inputs): what a scan over the steps takes."""
         return self.before, self.inputs
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        """(T, B, n)."""
-        steps, count, n = self.before.shape
-        return steps, count, n
 
 
 def flat(traj: Trajectory) -> Flat:
@@ -53,7 +47,7 @@ def flat(traj: Trajectory) -> Flat:
 
 
 def state_size(traj: Trajectory) -> int:
-    """n, the entries of the state of one sequence."""
+    """n, the number of entries of the state of one sequence."""
     return sum(math.prod(a.shape[len(traj.batch_shape) + 1 :]) for a in jax.tree.leaves(traj.carries))
 
 
@@ -66,7 +60,7 @@ def state_dtype(traj: Trajectory) -> Any:
 
 
 def rows_through(step: Step) -> Through:
-    """Rows times the Jacobian of one step, none formed: back in time."""
+    """Rows times the Jacobian of one step, which is never formed: back in time."""
 
     def through(state: Array, now: Any, rows: Array) -> Array:
         _, pull = jax.vjp(lambda s: step(s, now), state)
@@ -76,7 +70,7 @@ def rows_through(step: Step) -> Through:
 
 
 def columns_through(step: Step) -> Through:
-    """The Jacobian of one step times columns, which stand as rows: forth in time."""
+    """The Jacobian of one step times columns, stored as rows: forward in time."""
 
     def through(state: Array, now: Any, columns: Array) -> Array:
         _, push = jax.linearize(lambda s: step(s, now), state)
@@ -86,7 +80,7 @@ def columns_through(step: Step) -> Through:
 
 
 def jacobian(step: Step) -> Step:
-    """(state, what else the step needs) to J (n, n), row = output."""
+    """(state, other inputs of the step) to J (n, n), row = output."""
 
     def of(state: Array, now: Any) -> Array:
         return rows_through(step)(state, now, jnp.eye(state.shape[0], dtype=state.dtype))
@@ -117,7 +111,7 @@ def unflatten_carry(like: Any) -> Callable[[Array], Any]:
 
 
 def states_of(first: Any, rest: Array, lead: int) -> Any:
-    """A carry (*batch, ...) and what follows it, (*batch, T, n), as one carry of arrays (*batch, T + 1, ...)."""
+    """A first carry (*batch, ...) and later states (*batch, T, n) as one carry of arrays (*batch, T + 1, ...)."""
     leaves, tree = jax.tree.flatten(first)
     shapes = [a.shape[lead:] for a in leaves]
     pieces = jax.lax.split(rest, list(map(math.prod, shapes)), lead + 1)
@@ -137,14 +131,14 @@ def one_carry(traj: Trajectory) -> Any:
 def flat_step(traj: Trajectory) -> Step:
     """One step of one example on state vectors: (s_{t-1} (n,), entry t of `traj.inputs`) to s_t (n,).
 
-    A reset step computes s_t from the state that it is given, of which it is made independent: hand it that of
-    `traj.before` where the value counts, for the derivative any will do.
+    A reset step computes s_t from the state that it is given, with derivative 0: give it that of `traj.before`
+    where the value matters.
     """
     unflatten = unflatten_carry(one_carry(traj))
 
     def step(state: Array, now: PyTree) -> Array:
         if not isinstance(now, StepInput):
-            refuse_ragged(traj, "this analysis")
+            refuse_ragged(traj, "flat_step")
         z, reset, padding = now if isinstance(now, StepInput) else (now, None, None)
         kept = state if reset is None else jnp.where(reset, jax.lax.stop_gradient(state), state)
         carry, _ = traj.cell.update(traj.params, unflatten(kept), z)

@@ -1,4 +1,4 @@
-"""What the gates do along a trajectory, and the time scales that a forget gate stands for."""
+"""Statistics of the gates along a trajectory, and the time scales of a forget gate."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.analysis.run.trajectory import Trajectory
+from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 from rnncore.cells.elman import Elman
 from rnncore.cells.gru import GRU
 from rnncore.cells.gru_reset_before import ResetBeforeGRU
@@ -20,9 +20,9 @@ from rnncore.cells.lstm import LSTM
 from rnncore.cells.mgu import MGU
 
 SATURATED = (0.1, 0.9)
-"""Below and above which a gate counts as left and right saturated."""
+"""A gate below the first counts as left-saturated, above the second as right-saturated."""
 CANDIDATES: tuple[tuple[type, str], ...] = ((LSTM, "g"), (GRU, "n"), (MGU, "n"), (ResetBeforeGRU, "n"), (Elman, "h"))
-"""What is among a cell's gates and is a candidate between -1 and 1 instead."""
+"""Entries among a cell's gates that are candidates with values from -1 to 1."""
 KINDS = ("lin", "exp", "half_life")
 
 
@@ -31,7 +31,7 @@ class GateSummary(NamedTuple):
 
     Fields:
       mean: (...).
-      quantiles: (Q, ...), in the order in which they were asked for.
+      quantiles: (Q, ...), in the order of the request.
       left, right: (...), the fractions of all values below the lower and above the upper threshold.
     """
 
@@ -45,8 +45,8 @@ class GateStatistics(NamedTuple):
     """One gate over sequences and steps.
 
     Fields:
-      unit: `GateSummary` of arrays (H,), every unit on its own.
-      overall: `GateSummary` of scalars, over units too.
+      unit: `GateSummary` of arrays (H,), for each unit.
+      overall: `GateSummary` of scalars, over all units.
       thresholds: (lower, upper).
     """
 
@@ -66,8 +66,8 @@ def gate_statistics(
     left = fraction of values < lower,   right = fraction of values > upper
 
     Args:
-      traj: a trajectory of T steps; the padding of sequences does not count.
-      thresholds: (lower, upper) for all gates, or by the name of the gate for some of them; by default
+      traj: a trajectory of T steps; padding is left out.
+      thresholds: (lower, upper) for all gates, or a mapping by gate for some of them; by default
         (0.1, 0.9), and (-0.9, 0.9) for the candidates g and n and for the h of an Elman network.
       quantiles: from 0 to 1.
 
@@ -75,8 +75,8 @@ def gate_statistics(
       A dict by gate of `GateStatistics`.
 
     Raises:
-      ValueError: thresholds in the wrong order or of a gate that the cell does not have; bad quantiles; no
-        step that is not padding.
+      ValueError: thresholds in the wrong order or for a gate that the cell does not have; quantiles outside 0 to 1;
+        a run that is all padding.
       NotImplementedError: a cell that returns its gates without names.
 
     Example:
@@ -90,6 +90,7 @@ def gate_statistics(
 
     Source: the saturated fractions are those of Karpathy, Johnson and Fei-Fei (2015), arXiv:1506.02078.
     """
+    check_trajectory("gate_statistics", traj)
     gates = _by_name(traj)
     levels = tuple(map(float, quantiles))
     if not levels or not all(0 <= q <= 1 for q in levels):
@@ -106,7 +107,7 @@ def gate_statistics(
 
 
 def timescales(f: Array, kind: str = "lin") -> Array:
-    """Steps that a forget gate stands for, by the name of the reading.
+    """The time scale, in steps, of a forget gate.
 
     lin        1 / (1 - f)        exp        -1 / ln f        half_life        ln 2 / -ln f
 
@@ -152,11 +153,11 @@ def _by_name(traj: Trajectory) -> dict[str, Array]:
         return named
     if isinstance(gates, Mapping):
         raise NotImplementedError(
-            "`gate_statistics(...)`: a foreign cell shows no gates; give `rnncore.foreign_cell(..., gates=...)`, the "
+            "`gate_statistics(...)`: this foreign cell has no named gates; pass gates= to `rnncore.foreign_cell`, a "
             "function of one step that returns them by name."
         )
     raise NotImplementedError(
-        f"`gate_statistics(...)`: {type(traj.cell).__name__} returns its gates as a {type(gates).__name__}; let it "
+        f"`gate_statistics(...)`: {type(traj.cell).__name__} returns its gates as a {type(gates).__name__}; "
         "return a named tuple or a dict of arrays, so that they have names."
     )
 
@@ -184,7 +185,7 @@ def _summaries(
 ) -> tuple[GateSummary, GateSummary]:
     """Of every unit, and of all."""
     if padding is not None:
-        gate = jnp.where(padding[..., None], jnp.nan, gate)  # what the functions below leave out
+        gate = jnp.where(padding[..., None], jnp.nan, gate)  # ignored by the functions below
     rows = gate.reshape(-1, gate.shape[-1])
 
     def summary(a: Array) -> GateSummary:

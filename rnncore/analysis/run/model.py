@@ -1,4 +1,4 @@
-"""A whole model as the runs of its recurrent layers, and the gradient of its loss at every step of each."""
+"""The runs of the recurrent layers of a model, and the gradient of its loss at every step of each layer."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class RecurrentLayer(NamedTuple):
     """One recurrent layer and direction of a model, as it ran.
 
     Fields:
-      name: its path in the model; "(call 2)" where it is called again.
-      cell, params: the functional cell.
-      run: its trajectory, in the order of its steps: a layer that reads backwards starts at the last input.
-      reverse: whether it does.
+      name: its path in the model, with "(call 2)" for a second call.
+      cell, params: the functional cell and its parameters.
+      run: its trajectory, in the order of its steps: that of a reverse layer starts at the last input.
+      reverse: whether the layer reads its inputs backwards.
       dtype: in which the model runs it; half precision is analysed in float32.
       states: dL/ds_t, a carry of arrays (*batch, T + 1, ...), where there is a loss.
       inputs: dL/dx_t, (*batch, T, D), where there is a loss.
@@ -53,7 +53,7 @@ class Record(NamedTuple):
     Fields:
       value: the loss; None without one.
       layers: by name.
-      left_out: the layers that could not be recorded, by name with the reason.
+      left_out: why other layers could not be recorded, by name.
     """
 
     value: Array | None
@@ -68,10 +68,10 @@ def recurrent_layers(
 
     Args:
       model: a flax.linen or flax.nnx model, with layers of rnncore or Flax, however nested.
-      arguments: (variables, batch) of a linen model; (batch,) of an nnx model.
+      arguments: (variables, batch) for a linen model; (batch,) for an nnx model.
       call: (model, batch) to outputs; by default `model(inputs)`, where the inputs are the batch itself or the first
         entry of a tuple or list.
-      rngs: of a linen model's `apply`.
+      rngs: passed to `apply` of a linen model.
 
     Returns:
       A dict from names to `RecurrentLayer`, in the order in which they run.
@@ -93,29 +93,27 @@ def recurrent_layers(
 
 
 def trajectory(model: Any, *arguments: Any, **options: Any) -> Any:
-    """Runs a cell, or the recurrent layers of a module, and keeps every carry and gate.
+    """Runs a cell, or the recurrent layers of a module, and records every carry and gate.
 
     s_t, gates_t = update(params, s_{t-1}, z_t),   z_t = project(params, x_t),   t = 1 .. T
 
-    A step with a reset takes `reset_carry`, a constant, for s_{t-1}: its Jacobian d s_t / d s_{t-1} is
-    exactly 0, and so is every product across it.  A step in the padding leaves the carry alone: its
-    Jacobian is the identity.
+    A step with a reset starts from `reset_carry`, a constant: its Jacobian d s_t / d s_{t-1} is exactly 0, and
+    so is every product across it.  A step in the padding leaves the carry as it is: its Jacobian is the identity.
 
     Args:
-      model, arguments: (cell, params, xs[, initial_carry]) of any rnncore cell, a `foreign_cell` too;
-        (`Stack`, its parameters, xs); (linen module, variables, xs) or (nnx module, xs) of an RNN, a Bidirectional or a
-        layer.  xs are inputs (*batch, T, D) of any number of batch axes, none too; half precision is analysed in
-        float32, and the trajectory says so.
-      options: initial_carry, seq_lengths, resets, reset_carry as in `rnncore.unroll`, or what the module's call takes.
-        What the inputs hold past the lengths plays no role: each sequence then ends at its own last step, and anchor
-        "end" means that step.
+      model, arguments: (cell, params, xs[, initial_carry]) for any rnncore cell, a `foreign_cell` included;
+        (stack, params, xs) for a `Stack`; (module, variables, xs) for a linen RNN, Bidirectional or layer, (module, xs)
+        for an nnx one.  xs: inputs (*batch, T, D) with any number of batch axes.  Half precision is analysed in
+        float32, which the trajectory's repr shows.
+      options: initial_carry, seq_lengths, resets, reset_carry as in `rnncore.unroll`, or options of the module's call.
+        With lengths each sequence ends at its own last step, to which anchor "end" refers; the padding is ignored.
 
     Returns:
-      `Trajectory`; a dict of them by name where the module has several layers or directions.
+      `Trajectory`, or a dict of them by name if the module has several layers or directions.
 
     Raises:
-      ValueError: inputs that are not floating point or have no step; parameters, inputs or states
-        that are not finite.  Inside jit the values cannot be seen and are not checked.
+      ValueError: inputs that are not floating point or have no steps; parameters, inputs or states
+        that are not finite, which is not checked inside jit.
 
     Example:
       >>> import jax, jax.numpy as jnp, rnncore
@@ -144,12 +142,12 @@ def recorder_of(name: str, model: Any, arguments: tuple, call: Call | None, rngs
     if len(arguments) != expected:
         want = "(model, variables, batch)" if kind == "linen" else "(model, batch)"
         raise ValueError(
-            f"`{name}` of a flax.{kind} model: expected {want} and the rest by name, got "
-            f"{len(arguments)} after the model."
+            f"`{name}` of a flax.{kind} model: expected {want} and options by name, got "
+            f"{len(arguments)} argument(s) after the model."
         )
     *variables, batch = arguments
     chosen = _call_inputs if call is None else call
-    # Flax is loaded where there is a Flax model.
+    # Imports Flax only for a Flax model.
     if kind == "linen":
         from rnncore.linen import recording
 
@@ -169,14 +167,14 @@ def _flavour(model: Any) -> str | None:
 def _call_inputs(model: Any, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         raise ValueError(
-            f"`batch=<mapping of {', '.join(map(str, batch))}>`: say by call=lambda model, batch: ... what the model "
-            "takes of it."
+            f"`batch=<mapping of {', '.join(map(str, batch))}>`: pass call=lambda model, batch: ..., which calls "
+            "the model on its inputs."
         )
     return model(batch[0] if isinstance(batch, tuple | list) else batch)
 
 
 class _StackRecorder:
-    """As the recorders of Flax models, for a `Stack`."""
+    """The counterpart of the recorders of Flax models, for a `Stack`."""
 
     def __init__(self, stack: Stack, params: StackParams, xs: Array, *, initial_carry: Any = None,
                  seq_lengths: Any = None, resets: Any = None, time_major: bool = False):  # fmt: skip
@@ -211,9 +209,9 @@ def record(call: str, recorder: Any, loss: Callable[[Any], Array] | None = None)
     if not layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in recorder.left_out.items())
         raise ValueError(
-            f"`{call}(model, ...)`: no recurrent layer that can be taken apart runs in the model"
-            f"{f' ({why})' if why else ''}; an RNN around a cell is one, and so are rnncore's LSTM, GRU and Elman "
-            "layers; a loop of your own becomes a cell by `rnncore.foreign_cell`."
+            f"`{call}(model, ...)`: the model runs no recurrent layer that can be analysed"
+            f"{f' ({why})' if why else ''}; expected an RNN around a cell, or a layer of rnncore (LSTM, GRU, Elman); "
+            "wrap a loop of your own with `rnncore.foreign_cell`."
         )
     value: Any = None
     gradients: dict[str, Any] = dict.fromkeys(layers)

@@ -1,4 +1,4 @@
-"""A run of a cell with all that its linearisation needs: inputs, every carry, every gate."""
+"""A run of a cell with everything that its linearisation needs: inputs, every carry, every gate."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class StepInput(NamedTuple):
 
     Fields:
       z: the projected input.
-      reset: whether the state is dropped before the step; None without resets.
+      reset: whether the state is reset before the step; None without resets.
       padding: whether the step lies past the end of its sequence; None without lengths.
     """
 
@@ -41,7 +41,7 @@ class StepInput(NamedTuple):
 class Trajectory:
     """A stored run, batch-major; a pytree in which the cell is static.
 
-    Past the length of its sequence a run stands still: inputs and gates are 0, the carry stays what it was.
+    Past the end of its sequence a run stands still: inputs and gates are 0 and the carry keeps its last value.
 
     Fields:
       cell: the cell that ran.
@@ -49,11 +49,11 @@ class Trajectory:
       xs: inputs (*batch, T, D).
       zs: projected inputs (*batch, T, ...).
       carries: T + 1 carries, arrays (*batch, T + 1, ...), the initial one first.
-      gates: what the cell calls its gates, arrays (*batch, T, ...).
-      lengths: int32 (*batch), steps that are no padding; None where all T are not.
-      resets: booleans (*batch, T), True where the carry before the step is dropped; None for nowhere.
-      reset_carry: the carry (*batch, ...) that resets return to; None without resets.
-      narrow: the half precision in which the model was given, whose values float32 then holds; None for none.
+      gates: the gates as the cell returns them, arrays (*batch, T, ...).
+      lengths: int32 (*batch), the steps that are not padding; None without padding.
+      resets: booleans (*batch, T), True where the carry is reset before the step; None without resets.
+      reset_carry: the carry (*batch, ...) that a reset restores; None without resets.
+      narrow: the half-precision dtype in which the model was given, the run itself being float32; None otherwise.
     """
 
     cell: Cell
@@ -85,15 +85,15 @@ class Trajectory:
 
     @property
     def last(self) -> Any:
-        """The carry after each sequence's last step: where the loss of an adjoint curve is differentiated."""
-        # Past its length the carry of a sequence stays, so the last of all is its own last.
+        """The carry after the last step of each sequence, at which the loss of an adjoint curve is differentiated."""
+        # Past the end of a sequence its carry stays the same, so the last entry holds it.
         return jax.tree.map(
             lambda a: jax.lax.index_in_dim(a, self.steps, len(self.batch_shape), keepdims=False), self.carries
         )
 
     @property
     def before(self) -> Any:
-        """The carry that enters every step, arrays (*batch, T, ...): s_{t-1}, or what a reset put in its place."""
+        """The carry that enters each step, arrays (*batch, T, ...): s_{t-1}, or the reset carry."""
         axis = len(self.batch_shape)
         stored = jax.tree.map(lambda a: jax.lax.slice_in_dim(a, 0, self.steps, axis=axis), self.carries)
         resets = self.resets
@@ -110,27 +110,29 @@ class Trajectory:
 
     @property
     def inputs(self) -> PyTree:
-        """What `flat_step` takes besides the state, (*batch, T, ...): zs, or with resets or lengths `StepInput`."""
+        """What `flat_step` takes besides the state, (*batch, T, ...): zs, or a `StepInput` with resets or lengths."""
         if self.resets is None and self.lengths is None:
             return self.zs
         return StepInput(self.zs, self.resets, self.padding)
 
     @property
     def fields(self) -> tuple[str, ...]:
-        """Names of the fields of the carry, in the order in which the state concatenates them."""
+        """Names of the fields of the carry, in the order in which the state vector concatenates them."""
         return self.carries._fields
 
     def take(self, index: Any) -> Trajectory:
-        """Some of the sequences, cut where the longest of them ends; with one length in common, as if it were T.
+        """Selects sequences and cuts them where the longest of them ends.
+
+        If all of them have the same length, it becomes T and the result has no lengths.
 
         Args:
-          index: whatever indexes an array of the batch shape: an integer, a slice, a list, a tuple of those.
+          index: anything that indexes an array of the batch shape: an integer, a slice, a list, a tuple of these.
 
         Returns:
-          `Trajectory`; lengths inside jit cannot be seen, and nothing is cut.
+          `Trajectory`.  Inside jit lengths have no values yet, and nothing is cut.
 
         Raises:
-          ValueError: an index that does not fit the batch axes, or picks nothing or empty sequences only.
+          ValueError: an index that does not fit the batch axes, or selects nothing but empty sequences.
 
         Example:
           >>> import jax, jax.numpy as jnp, rnncore
@@ -183,7 +185,7 @@ def cell_trajectory(
     resets: Any = None,
     reset_carry: Any = None,
 ) -> Trajectory:
-    """`trajectory` of one cell, whose docstring says it all."""
+    """`trajectory` of one cell; see there."""
     xs = jnp.asarray(xs)
     if not jnp.issubdtype(xs.dtype, jnp.floating):
         raise ValueError(
@@ -201,7 +203,7 @@ def cell_trajectory(
         xs = blank(padding, xs)
     starts = (("initial_carry", initial_carry), ("reset_carry", reset_carry))
     for name, tree in (("params", params), ("xs", xs), *starts):
-        check_finite(f"trajectory({name}=...)", tree, "find out where they come from before measuring gradients")
+        check_finite(f"trajectory({name}=...)", tree)
     last, _, states = unroll(
         cell, params, xs, initial_carry=initial_carry, seq_lengths=seq_lengths, resets=resets, reset_carry=reset_carry,
         return_states=True, include_initial=True,
@@ -228,17 +230,34 @@ def _is_narrow(a: Any) -> bool:
 
 
 def trailing(mask: Array, like: Array) -> Array:
-    """A mask with as many axes as the array that it is to pick from, the missing ones at the end."""
+    """A mask with trailing axes added until it has as many as the array it selects from."""
     return mask.reshape(*mask.shape, *(1,) * (like.ndim - mask.ndim))
 
 
 def blank(padding: Array, a: Array) -> Array:
-    """Zeros in the padding; what stands there may be NaN."""
+    """Zeros in the padding, which may hold NaN."""
     return jnp.where(trailing(padding, a), jnp.zeros_like(a), a)
 
 
-def check_finite(call: str, tree: PyTree, advice: str) -> None:
-    """Refuses NaN and inf in arrays whose values can be seen."""
+def check_trajectory(call: str, traj: Any) -> None:
+    """Refuses all but a trajectory, and says how to get one."""
+    if isinstance(traj, Trajectory):
+        return
+    got, advice = f"<{type(traj).__name__}>", "run the cell first"
+    if hasattr(traj, "shape"):
+        got = f"<{traj.dtype} {traj.shape}>"
+    elif isinstance(traj, dict) and any(isinstance(one, Trajectory) for one in traj.values()):
+        got, advice = f"<dict of {', '.join(map(repr, traj))}>", "pass one of the layers of the dict"
+    elif isinstance(getattr(traj, "run", None), Trajectory):
+        advice = "pass its `.run`"
+    raise ValueError(
+        f"`{call.partition('(')[0]}(traj={got})`: expected a `Trajectory`, as `trajectory(cell, params, xs)` or "
+        f"`trajectory(module, variables, xs)` returns it; {advice}."
+    )
+
+
+def check_finite(call: str, tree: PyTree, advice: str = "find out where they come from first") -> None:
+    """Refuses NaN and inf in arrays that are not traced."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
         if isinstance(leaf, jax.core.Tracer):
             continue
@@ -260,10 +279,11 @@ def check_loss(call: str, value: Any) -> None:
 
 
 def refuse_ragged(traj: Trajectory, call: str) -> None:
-    """An error where a run has lengths or resets and the caller knows of neither."""
+    """An error for runs with lengths or resets, where the caller supports neither."""
+    check_trajectory(call, traj)
     given = [name for name, a in (("seq_lengths", traj.lengths), ("resets", traj.resets)) if a is not None]
     if given:
         raise NotImplementedError(
-            f"`{call}` of a trajectory with {' and '.join(given)}: not known here; take one sequence at its own "
-            "length, `traj.take(i)`, and run the pieces between resets on their own."
+            f"`{call}` of a trajectory with {' and '.join(given)}: not supported; take one sequence at its own "
+            "length, `traj.take(i)`, and run the pieces between resets separately."
         )
