@@ -2,7 +2,7 @@
 
 Each names the plain structure that it runs as and forms that kernel of its parameters, `effective`.  A run then forms
 its products over all steps for the effective kernel, on every backend, and their gradient is pulled back once; so a
-structure need not be linear in its parameters.  Where its own product is the cheaper one, the scan takes that.
+structure need not be linear in its parameters.  Where its own product is the cheaper one, loops that have it take that.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Structured(Recurrence):
         """The plain structure and its kernel; differentiable in the parameters, not necessarily linear."""
 
     def prefers_own_product(self, gates: int, hidden_size: int) -> bool:
-        """Whether `matmul` on the scan is faster than the loop that is fastest over the effective kernel."""
+        """Whether to multiply by its own `matmul` on a CPU, in a loop that does, and not by the effective kernel."""
         del gates, hidden_size
         return False
 
@@ -96,8 +96,8 @@ class LowRank(Structured):
         return Dense(), jnp.einsum("kj,kgi->jgi", kernel[:, 0], kernel[:, 1:])
 
     def prefers_own_product(self, gates: int, hidden_size: int) -> bool:
-        """Whether it needs at most an eighth of the multiplications of a dense kernel."""
-        return 8 * self.rank * (1 + gates) <= hidden_size * gates
+        """Whether it needs at most half of the multiplications of a dense kernel."""
+        return 2 * self.rank * (1 + gates) <= hidden_size * gates
 
     def matmul(self, kernel: Array, h: Array) -> Array:
         read = _products.times_transposed(h, kernel[:, 0])

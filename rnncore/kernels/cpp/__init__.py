@@ -11,15 +11,14 @@ Platform: CPU, with a C++17 compiler that has GCC's vectors (GCC, Clang): what C
 first run of a cell compiles for some seconds; RNNCORE_CACHE_DIR (by default rnncore in the user's cache directory)
 keeps the result, and shapes do not matter to it.  It is chosen by itself on one CPU device; RNNCORE_CPP=0 leaves it to
 those who name it.  Cells: every PointwiseCell whose update is said in the operations of `emit.OPERATIONS`, and every
-ReducingCell, in stages (`stages.py`), with a dense, block-diagonal or diagonal recurrence.  Dtypes: float64, float32,
-bfloat16, float16 in any mixture; sums and the carry are float32 inside, or float64 where something is; float64 applies
-the C library's functions, lane by lane.  All
-options of `rnncore.unroll`: with `recompute`, "gates" or "chunk" alike, the carry of every K-th step is kept and the
-steps between run again; `residual_dtype` then has no meaning.  vmap over sequences becomes more of a batch, and over
-parameters runs one call after the other.  Data that is sharded over devices is gathered to each of them, unless
-shard_map parts it.  Memory of a gradient step, in arrays of T x B x H: 1 + R, with R: LSTM 4, GRU 4, MGU 3,
-Elman 1, in which the units of a head are padded to a multiple of 16.  The same call gives the same bits on the same
-number of threads.
+ReducingCell, in stages (`stages.py`), with a dense, block-diagonal, diagonal or low-rank recurrence.  Dtypes: float64,
+float32, bfloat16, float16 in any mixture; sums and the carry are float32 inside, or float64 where something is; float64
+applies the C library's functions, lane by lane.  All options of `rnncore.unroll`: with `recompute`, "gates" or "chunk"
+alike, the carry of every K-th step is kept and the steps between run again; `residual_dtype` then has no meaning.  vmap
+over sequences becomes more of a batch, and over parameters runs one call after the other.  Data that is sharded over
+devices is gathered to each of them, unless shard_map parts it.  Memory of a gradient step, in arrays of T x B x H:
+1 + R, with R: LSTM 4, GRU 4, MGU 3, Elman 1, LayerNormLSTM 16, LayerNormGRU 13, in which the units of a head are padded
+to a multiple of 16.  The same call gives the same bits on the same number of threads.
 """
 
 from __future__ import annotations

@@ -230,8 +230,9 @@ class _Run:
             size = hidden // self.heads
             kernel = kernel.reshape(self.heads, size, len(self.cell.gates), size)
         arrays = calls.Differentiable(
-            xs.reshape(*self._sequences, xs.shape[-1]).astype(self.variant.stored), params.input_kernel, kernel, readouts,
-            *self._biases(params), _rows(params.units, hidden, real), self._carry(start), self._carry(reset_carry),
+            xs.reshape(*self._sequences, xs.shape[-1]).astype(self.variant.stored), params.input_kernel, kernel,
+            readouts, *self._biases(params), _rows(params.units, hidden, real), self._carry(start),
+            self._carry(reset_carry),
         )  # fmt: skip
         return jax.tree.map(lambda a: _compat.vary_over(a, self.axes), arrays)
 
