@@ -69,10 +69,12 @@ bool one_run() {
   const int64_t heads = diagonal ? 1 : 1 + upto(2), head = 1 + upto(large ? 150 : 40), T = 1 + upto(large ? 12 : 30);
   const int64_t groups = 1 + upto(1), B = groups * (1 + upto(9)), D = 1 + upto(40), H = heads * head;
   const int64_t F = Cell::fields, G = kGates, every = 1 + upto(T);
-  const Sizes s(T, B, D, H, heads, diagonal, maybe());
+  const int64_t rank = heads > 1 || diagonal || maybe() ? 0 : 1 + upto(head - 1);
+  const Sizes s(T, B, D, H, heads, rank, diagonal, maybe());
   const double scale = 0.5 / std::sqrt(double(s.depth));
   const auto x = normal<stored>(T * B * D, 1);
-  const auto w = normal<real>(D * G * H, 0.3), u = normal<real>(s.depth * G * H, scale), bias = normal<real>(G * H, 1),
+  const auto w = normal<real>(D * G * H, 0.3), u = normal<real>(s.depth * G * H, scale),
+             readouts = normal<real>(rank * H, 0.5 / std::sqrt(double(H))), bias = normal<real>(G * H, 1),
              rest_bias = normal<real>(Cell::rest * H, 1), units = normal<real>(Cell::units * H, 0.3),
              start = normal<real>(F * B * H, 1), target = normal<real>(F * B * H, 1),
              mask = normal<real>(maybe() ? B * H : 0, 1), shares = normal<real>(T * B * H, 0.2);
@@ -85,20 +87,20 @@ bool one_run() {
     zoneout.kinds[f] = Zoneout::Kind(zoneout.any ? upto(3) : 0);
     zoneout.share[f] = real(0.3), zoneout.chosen[f] = chosen.get(), zoneout.shares[f] = shares.get();
   }
-  const Inputs in{x.get(),     w.get(),      u.get(),    bias.get(),    rest_bias.get(), units.get(),
-                  start.get(), target.get(), mask.get(), lengths.get(), resets.get(),    zoneout};
+  const Inputs in{x.get(),     w.get(),     u.get(),      readouts.get(), bias.get(),    rest_bias.get(),
+                  units.get(), start.get(), target.get(), mask.get(),     lengths.get(), resets.get(), zoneout};
 
   const int64_t states_of = Cell::states ? (F - 1 + Cell::emitted) * T * B * H : 0;
   const auto dy = normal<stored>(maybe() ? T * B * H : 0, 1), dstates = normal<stored>(maybe() ? states_of : 0, 1);
   const auto dlast = normal<real>(F * B * H, 1);
   struct Results {
     Exact<stored> y, states, dx;
-    Exact<real> last, w, u, bias, rest_bias, units, start, target;
+    Exact<real> last, w, u, readouts, bias, rest_bias, units, start, target;
   };
   const auto run = [&](int64_t every, bool again) {
     Results all{Exact<stored>(T * B * H),    Exact<stored>(states_of),        Exact<stored>(T * B * D),
                 Exact<real>(F * B * H),      Exact<real>(groups * w.size),    Exact<real>(groups * u.size),
-                Exact<real>(groups * G * H), Exact<real>(groups * rest_bias.size), Exact<real>(groups * units.size),
+                Exact<real>(groups * readouts.size), Exact<real>(groups * G * H), Exact<real>(groups * rest_bias.size), Exact<real>(groups * units.size),
                 Exact<real>(F * B * H),      Exact<real>(resets.size ? F * B * H : 0)};
     Exact<residual> kept(again ? 0 : Residuals::size(s, T * B));
     Exact<real> carries((T + every - 1) / every * B * Begins::fields(again) * s.units);
@@ -114,7 +116,7 @@ bool one_run() {
     Pool pool;
     run_backward(pool, groups, s, in, all.y.get(), kept.get(), begins,
                  {dy.get(), dstates.get(), dlast.get()},
-                 {all.dx.get(), all.w.get(), all.u.get(), all.bias.get(), all.rest_bias.get(), all.units.get(),
+                 {all.dx.get(), all.w.get(), all.u.get(), all.readouts.get(), all.bias.get(), all.rest_bias.get(), all.units.get(),
                   all.start.get(), all.target.get()});
     return all;
   };
@@ -123,7 +125,7 @@ bool one_run() {
   const double same = std::is_same_v<residual, real> ? 1e-4 : 0.05;  // chunks of other lengths sum in another order
   return close("y", a.y, b.y, 0) & close("states", a.states, b.states, 0) & close("last", a.last, b.last, 0) &
          close("dx", a.dx, b.dx, same) & close("dw", a.w, b.w, same) & close("du", a.u, b.u, same) &
-         close("dbias", a.bias, b.bias, same) & close("drest", a.rest_bias, b.rest_bias, same) &
+         close("dreadouts", a.readouts, b.readouts, same) & close("dbias", a.bias, b.bias, same) & close("drest", a.rest_bias, b.rest_bias, same) &
          close("dunits", a.units, b.units, same) & close("dstart", a.start, b.start, same) &
          close("dtarget", a.target, b.target, same);
 }
