@@ -68,6 +68,7 @@ def own_gain(cell: PointwiseCell, params: CellParams, parts: Diagonals) -> Any:
     size = kernel.shape[0]
     own = kernel[jnp.arange(size), :, :, jnp.arange(size)]  # (S, G, N)
     own = jnp.moveaxis(own, 0, -1).reshape(kernel.shape[1], -1)
-    through = [sum(a * u for a, u in zip(row, own, strict=True)) for row in parts.recurrent]
+    # One sum over stacked gates: XLA then forms the stack once a step, and not for every parameter that reads it.
+    through = [jnp.sum(jnp.stack(list(row), -2) * own, -2) for row in parts.recurrent]
     rows = (row._replace(h=row.h + t) for row, t in zip(parts.state, through, strict=True))
     return type(parts.state)(*rows)
