@@ -207,7 +207,8 @@ def show(axis: Any, reading: str, examples: list[dict[str, Any]]) -> None:
         inner.imshow(np.ma.masked_invalid(image), cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
         inner.set_xticks([])
         inner.set_yticks([])
-        said = "read rightly" if example["label"] == example["read_as"] else f"read as {example['read_as']}"
+        correct = example["label"] == example["read_as"]
+        said = "classified correctly" if correct else f"classified as {example['read_as']}"
         inner.set_title(f"{example['label']}, {len(steps)} steps\n{said}", fontsize=9)
     axis.set_title(f"held-out images, read by {reading}; hatched: not part of the sequence", loc="left", fontsize=10)
 

@@ -9,6 +9,7 @@
 - `rnncore.linen`, `rnncore.nnx`: drop-in replacements for flax.linen and flax.nnx.
 - `rnncore.analysis`: Jacobians, gradients over time, retention, reports on whole models.
 - `rnncore.training`, `rnncore.online`: truncated backpropagation; learning forward in time.
+- `rnncore.parallel`: all steps at once, by Newton's method or a parallel scan.
 - `rnncore.initializers`, `rnncore.gpu`: initial values; options of XLA for time loops.
 
 `python -m rnncore --help`: which backend runs on this machine, and how fast.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from rnncore import _arguments
 from rnncore import initializers as initializers
 from rnncore.cells import GRU as GRU
 from rnncore.cells import LSTM as LSTM
@@ -93,7 +95,8 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> Any:
         if name in _LAZY:
             return importlib.import_module(f"rnncore.{name}")
-        raise AttributeError(f"module 'rnncore' has no attribute {name!r}")
+        near = "" if name.startswith("__") else _arguments.nearest(name, __all__)
+        raise AttributeError(f"module 'rnncore' has no attribute {name!r}{near}")
 
     def __dir__() -> list[str]:
         return [*__all__, "__version__"]

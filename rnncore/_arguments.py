@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +26,7 @@ OTHER_WORDS: Mapping[str, tuple[str, ...]] = {
     "recurrent_initializer": ("recurrent_kernel_init", "recurrent_init"),
     "bias_initializer": ("bias_init",),
     "unit_forget_bias": ("forget_bias",),
+    "merge_mode": ("merge", "merge_fn"),
     "return_state": ("return_carry",),
     "initial_state": ("initial_carry",),
     "hx": ("initial_carry",),
@@ -49,9 +52,30 @@ ADVICE: Mapping[str, str] = {
     "proj_size": "rnncore.LSTMP(hidden_size, projection_size=...) is an LSTM with a projection",
     "bias": "there always is one; parameters of a functional cell may have bias=None",
     "use_bias": "there always is one; parameters of a functional cell may have bias=None",
+    "training": "`deterministic`, its opposite, is an option of layers with dropout; leave it out elsewhere",
+    "train": "`deterministic`, its opposite, is an option of layers with dropout; leave it out elsewhere",
     "differentiation": "it is no longer needed: every run has every mode and order of differentiation; leave it out",
 }
 """What to do instead of options of other libraries that rnncore does not have."""
+
+FUNCTIONS = frozenset(
+    {"activation_fn", "gate_fn", "kernel_init", "recurrent_init", "recurrent_kernel_init", "bias_init", "carry_init"}
+)
+"""Options that are functions here and names in Keras."""
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def shown(value: Any) -> str:
+    """A value as messages have it, on one line: an array by its dtype and shape."""
+    return f"<{value.dtype} {value.shape}>" if hasattr(value, "dtype") and hasattr(value, "shape") else repr(value)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ "; the nearest name is ..." where one is near."""
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"; the nearest name is {near[0]}" if near else ""
 
 
 def refuse_renamed(cls: type, names: Mapping[str, str]) -> None:
@@ -74,25 +98,75 @@ def refuse_foreign(cls: type, given: Mapping[str, Any]) -> None:
     for base in cls.__mro__:
         if "__init__" in vars(base):
             known |= inspect.signature(vars(base)["__init__"]).parameters.keys()
-    for option in given:
+    for option, value in given.items():
         if option not in known and (advice := known_as(option, known)):
-            raise TypeError(f"`{cls.__name__}({option}={given[option]!r})`: {advice}.")
+            raise TypeError(f"`{cls.__name__}({option}={shown(value)})`: {advice}.")
+        if isinstance(value, str) and option in FUNCTIONS:
+            example = "jnp.tanh" if option.endswith("_fn") else "jax.nn.initializers.orthogonal()"
+            raise ValueError(f"`{cls.__name__}({option}={value!r})`: expected a function, such as {example}.")
+
+
+def refuse_positional(cls: type, args: tuple[Any, ...], name: str) -> None:
+    """TypeError for sizes as PyTorch has them, of inputs and units."""
+    if len(args) < 2:
+        return
+    made: Any = cls
+    places = [p for p in inspect.signature(made.__init__).parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if [p.name for p in places if p.name not in ("parent", "name")] == ["self", name]:
+        raise TypeError(
+            f"`{cls.__name__}({', '.join(map(shown, args))})`: expected {cls.__name__}({name}); the number of features "
+            "is that of the inputs, and all options have names."
+        )
+
+
+def takes_inputs(call: Method) -> Method:
+    """A module's `__call__` of one array of inputs, which says what options of other libraries are called here."""
+    known = inspect.signature(call).parameters
+
+    @functools.wraps(call)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        got = f"{type(self).__name__}(...)"
+        for option in kwargs.keys() - known.keys():
+            advice = known_as(option, known) or "there is no such option" + nearest(option, known)
+            raise TypeError(f"`{got}(inputs, {option}={shown(kwargs[option])})`: {advice}.")
+        if len(args) > 1:
+            raise TypeError(
+                f"`{got}({', '.join(f'<{type(arg).__name__}>' for arg in args)})`: expected the inputs alone; all else "
+                "has a name, such as initial_carry=."
+            )
+        return call(self, *args, **kwargs)
+
+    return checked  # type: ignore[return-value]
 
 
 def check_size(call: str, name: str, value: Any) -> None:
     """ValueError unless the value is a whole number."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        given: Any = value
-        shown = f"<{given.dtype} {given.shape}>" if hasattr(given, "shape") else repr(given)
-        raise ValueError(f"`{call}({name}={shown})`: expected an int, a number of features or units.")
+        raise ValueError(f"`{call}({name}={shown(value)})`: expected an int, a number of features or units.")
 
 
 def check_key(call: str, key: Any) -> None:
     """ValueError unless this is a random key, of the new kind or the old one."""
     dtype = getattr(key, "dtype", None)
     if dtype is None or not (jnp.issubdtype(dtype, jax.dtypes.prng_key) or dtype == jnp.uint32):
-        shown = repr(key) if dtype is None else f"<{dtype} {key.shape}>"
-        raise ValueError(f"`{call}(key={shown})`: expected a random key, such as jax.random.key(0).")
+        raise ValueError(f"`{call}(key={shown(key)})`: expected a random key, such as jax.random.key(0).")
+
+
+def check_batch_shape(call: str, batch_shape: Any) -> None:
+    """ValueError for the size of a batch in place of its shape."""
+    if not isinstance(batch_shape, Sequence):
+        raise ValueError(f"`{call}(batch_shape={shown(batch_shape)})`: expected the batch axes, such as (8,) or ().")
+
+
+def check_inputs(call: str, inputs: Any) -> None:
+    """ValueError for an array of another library, such as a tensor of PyTorch."""
+    try:
+        jnp.dtype(getattr(inputs, "dtype", None))
+    except TypeError:
+        raise ValueError(
+            f"`{call}=<{type(inputs).__module__}.{type(inputs).__qualname__}>)`: expected an array of JAX or NumPy; "
+            "convert it by numpy.asarray."
+        ) from None
 
 
 def check_dtypes(call: str, dtypes: Mapping[str, Any]) -> None:

@@ -26,6 +26,11 @@ def to_core(cell: Any, carry: Any) -> Any:
     """Flax's carry, (c, h) or h, as the functional cell's named tuple."""
     fields = cell.Carry._fields
     if len(fields) == 1:
+        if isinstance(carry, tuple | list):
+            raise ValueError(
+                f"`cell(carry=<{type(carry).__name__} of {len(carry)}>, ...)`: expected one array, {fields[0]}, as "
+                "`cell.initialize_carry` makes it."
+            )
         return cell.Carry(carry)
     if not isinstance(carry, tuple | list) or len(carry) != len(fields):
         raise ValueError(
@@ -66,6 +71,7 @@ def call_of(rnn: Any, inputs: Any, **arguments: bool | None) -> Call:
             f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
             "give episode boundaries as `resets`."
         )
+    _arguments.check_inputs("RNN(cell)(inputs", inputs)
     if inputs.ndim < features + 1:
         raise ValueError(
             f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {features + 1} axes, time and "
@@ -93,6 +99,10 @@ def check_are_rnns(layer: Any) -> None:
             shown = rnn.__name__ if isinstance(rnn, type) else type(rnn).__name__
             why = ", an instance and not the class" if isinstance(rnn, type) else ""
             raise ValueError(f"`Bidirectional({name}=<{shown}>)`: expected an RNN module, such as RNN(cell){why}.")
+    if not callable(layer.merge_fn):
+        raise ValueError(
+            f"`Bidirectional(merge_fn={layer.merge_fn!r})`: expected a function of the outputs of both directions."
+        )
 
 
 def check_dtypes(layer: Any) -> None:

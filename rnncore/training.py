@@ -67,6 +67,11 @@ def truncated_bptt(
 
     Source: Williams and Peng (1990), with both of their lengths equal to the segment's.
     """
+    if not hasattr(optimizer, "update"):
+        name = getattr(optimizer, "__name__", type(optimizer).__name__)
+        raise ValueError(
+            f"`truncated_bptt(loss_fn, optimizer=<{name}>)`: expected an optimiser of optax, such as optax.adam(1e-3)."
+        )
 
     def update(state: StreamState, segment: PyTree) -> tuple[StreamState, Any]:
         def loss(params: PyTree) -> Any:
@@ -107,7 +112,10 @@ def segments(tree: PyTree, steps: int, *, time_axis: int = 1, drop_remainder: bo
 
     Source: plain reshaping.
     """
-    steps = operator.index(steps)  # what `analysis.choose_truncation` found is one too
+    try:
+        steps = operator.index(steps)  # what `analysis.choose_truncation` found is one too
+    except TypeError:
+        raise ValueError(f"`segments(tree, steps={steps!r})`: expected an int, the steps of a segment.") from None
     if steps < 1:
         raise ValueError(f"`segments(tree, steps={steps})`: expected at least one step per segment.")
 

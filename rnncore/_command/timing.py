@@ -31,12 +31,6 @@ def compile_step(
     return compiled, {"compile_seconds": seconds, "temporary_bytes": getattr(analysis, "temp_size_in_bytes", None)}
 
 
-def argument_and_output_bytes(compiled: Any) -> dict[str, int | None]:
-    """argument_bytes and output_bytes of a compiled program."""
-    analysis = compiled.memory_analysis()
-    return {f"{name}_bytes": getattr(analysis, f"{name}_size_in_bytes", None) for name in ("argument", "output")}
-
-
 Wait = Callable[[Any], Any]
 """Returns when the result of a call is computed."""
 

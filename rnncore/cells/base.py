@@ -84,6 +84,7 @@ class Cell(abc.ABC):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
+        _arguments.refuse_positional(cls, args, "hidden_size")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -263,6 +264,7 @@ class GatedCell(Cell):
 
     def initial_carry(self, batch_shape: Sequence[int] = (), dtype: Any = jnp.float32) -> Any:
         """Zeros (*batch_shape, H) for every field of the carry."""
+        _arguments.check_batch_shape(f"{type(self).__name__}(...).initial_carry", batch_shape)
         return self.Carry(*(jnp.zeros((*batch_shape, self.hidden_size), dtype) for _ in self.Carry._fields))
 
     def project(self, params: CellParams, xs: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rnncore import _arguments
 from rnncore._types import Array
-from rnncore.layers.stack import Merge, Stack, StackParams
+from rnncore.layers.stack import Merge, Stack, StackParams, check_stack
 from rnncore.sequence import checks
 from rnncore.sequence.call import Options, unroll
 from rnncore.sequence.layers import unroll_layers
@@ -121,10 +121,7 @@ def unroll_stack(
     stacked on one axis.
     """
     checks.refuse_removed("unroll_stack", removed, inspect.signature(unroll_stack).parameters)
-    if not isinstance(stack, Stack):
-        raise ValueError(
-            f"`unroll_stack(stack=<{type(stack).__name__}>)`: expected an rnncore.Stack; `unroll` takes a cell."
-        )
+    check_stack("unroll_stack", stack)
     checks.check_arguments("unroll_stack", "stack", params, xs)
     if not isinstance(params, StackParams):
         raise ValueError(
@@ -132,7 +129,10 @@ def unroll_stack(
             "them."
         )
     _arguments.check_dtypes("unroll_stack", {"dtype": dtype, "carry_dtype": carry_dtype, "output_dtype": output_dtype})
+    _arguments.check_inputs("unroll_stack(xs", xs)
     xs = jnp.asarray(xs)
+    if xs.ndim < 2:
+        raise ValueError(f"`unroll_stack(xs=<{xs.dtype} {xs.shape}>)`: expected (*batch, T, D), at least two axes.")
     time_axis = 0 if time_major else xs.ndim - 2
     batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]
     dtype = jnp.result_type(xs, *jax.tree.leaves(params.layers)) if dtype is None else dtype
@@ -143,7 +143,9 @@ def unroll_stack(
         carry = _checked(stack, initial_carry)
         if carry_dtype is not None:
             carry = jax.tree.map(lambda a: jnp.asarray(a, carry_dtype), carry)
-    back = None if resets is None else _backward_resets(jnp.asarray(resets), seq_lengths, time_axis)
+    back = None
+    if resets is not None:
+        back = _backward_resets(checks.check_resets(resets, xs.shape[:-1]), seq_lengths, time_axis)
     if _is_one_call(stack, key) and resets is None and not return_states:
         options = Options(
             seq_lengths=seq_lengths, time_major=time_major, checkpoint_every=checkpoint_every, recompute=recompute,

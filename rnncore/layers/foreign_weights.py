@@ -13,7 +13,7 @@ from rnncore.cells import CellParams, ResetBeforeGRU
 from rnncore.cells.base import named
 from rnncore.cells.gru_reset_before import ResetBeforeGRUParams
 from rnncore.cells.recurrent_kernels import Dense
-from rnncore.layers.stack import Stack, StackParams
+from rnncore.layers.stack import Stack, StackParams, check_stack
 
 
 def taken(call: str, what: str, value: Any, shape: tuple[int | None, ...]) -> Array:
@@ -53,6 +53,7 @@ def of_stack(stack: Stack, one: Callable[[int, int], Any]) -> StackParams:
 
 def check(call: str, stack: Stack, cells: dict[type, Callable[[Any], bool]], library: str, expected: str) -> None:
     """NotImplementedError unless the library has an equivalent of the stack's cell."""
+    check_stack(call, stack)
     cell: Any = stack.cell
     options = [o for o in ("peepholes", "coupled", "residual") if getattr(cell, o, False)]
     dense = isinstance(getattr(cell, "recurrence", Dense()), Dense)

@@ -48,8 +48,9 @@ def from_keras(stack: Stack, weights: Sequence[Sequence[Any]]) -> StackParams:
     Source: the layout of keras.layers, gates i, f, c, o and z, r, h.  The activations are options of the Keras layer
     and of the cell; give the cell the layer's.
     """
-    call, cell = "from_keras", stack.cell
+    call = "from_keras"
     foreign.check(call, stack, dict.fromkeys(_ORDER, lambda _: True), "Keras", _EXPECTED)
+    cell = stack.cell
     theirs, hidden = _ORDER[type(cell)], cell.hidden_size
     ours, width = cell.gates, len(theirs) * hidden  # type: ignore[attr-defined]
     counts = [len(layer) for layer in weights]

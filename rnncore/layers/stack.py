@@ -186,3 +186,10 @@ class Stack:
         if params.carry is None:
             return zeros
         return jax.tree.map(lambda a, z: jnp.broadcast_to(a, z.shape).astype(z.dtype), params.carry, zeros)
+
+
+def check_stack(call: str, stack: Any) -> None:
+    """ValueError unless this is a stack."""
+    if not isinstance(stack, Stack):
+        hint = "`unroll` takes a cell" if call == "unroll_stack" else "rnncore.Stack(cell) is one of one layer"
+        raise ValueError(f"`{call}(stack=<{type(stack).__name__}>)`: expected an rnncore.Stack; {hint}.")

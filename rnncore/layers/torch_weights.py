@@ -12,7 +12,7 @@ from rnncore._types import Array
 from rnncore.cells import GRU, LSTM, LSTMP, CellParams, Elman, LSTMPParams
 from rnncore.cells.base import named
 from rnncore.cells.recurrent_kernels import Dense
-from rnncore.layers.stack import Stack, StackParams
+from rnncore.layers.stack import Stack, StackParams, check_stack
 
 
 def from_torch(stack: Stack, state: Mapping[str, Any]) -> StackParams:
@@ -47,6 +47,11 @@ def from_torch(stack: Stack, state: Mapping[str, Any]) -> StackParams:
     Source: the layout that torch.nn.LSTM documents.  Its outputs are (T, B, H) unless batch_first.
     """
     _check(stack, "from_torch")
+    if not isinstance(state, Mapping):
+        raise ValueError(
+            f"`from_torch(stack, state=<{type(state).__name__}>)`: expected a state dictionary, such as "
+            "`module.state_dict()`."
+        )
     left = {name: _array(value) for name, value in state.items()}
     gates, hidden = len(stack.cell.gates), stack.cell.hidden_size  # type: ignore[attr-defined]
 
@@ -140,6 +145,7 @@ def _array(value: Any) -> Array:
 
 
 def _check(stack: Stack, name: str) -> None:
+    check_stack(name, stack)
     cell = stack.cell
     plain = type(cell) in (LSTM, GRU, Elman) and isinstance(cell.recurrence, Dense)  # type: ignore[attr-defined]
     plain = plain or type(cell) is LSTMP

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     # For editors and type checkers, every name that is not replaced below is flax.linen's, with its types.
     from rnncore.linen._names import *  # noqa: F403
 
+from rnncore import _arguments
 from rnncore.linen import explain as _explain  # noqa: F401
 from rnncore.linen.bidirectional import Bidirectional as Bidirectional
 from rnncore.linen.cells import GRUCell as GRUCell
@@ -72,7 +73,8 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         """All other names come from flax.linen."""
         if name.startswith("__") or not hasattr(_flax, name):
-            raise AttributeError(f"module 'rnncore.linen' has no attribute {name!r}, and flax.linen has none either")
+            near = "" if name.startswith("__") else _arguments.nearest(name, __all__)
+            raise AttributeError(f"module 'rnncore.linen' has no attribute {name!r}, nor has flax.linen{near}")
         return getattr(_flax, name)
 
     def __dir__() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
+from rnncore import _arguments
 from rnncore import flax_modules as modules
 from rnncore._types import Array
 
@@ -45,6 +46,7 @@ class Bidirectional(nn.Module):
     time_major: bool = False
     return_carry: bool = False
 
+    @_arguments.takes_inputs
     def __call__(
         self,
         inputs: Array,

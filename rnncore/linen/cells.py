@@ -66,6 +66,7 @@ class Cell(nn.RNNCellBase):
 
     def __post_init__(self) -> None:
         _arguments.check_size(type(self).__name__, "features", getattr(self, "features"))  # noqa: B009
+        modules.check_dtypes(self)
         super().__post_init__()
 
     @nn.compact

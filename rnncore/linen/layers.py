@@ -25,7 +25,7 @@ class Layers(nn.Module):
     """Fields that only this kind of cell has."""
 
     features: int
-    num_layers: int = 1
+    num_layers: int = field(default=1, kw_only=True)
     bidirectional: bool = field(default=False, kw_only=True)
     merge: Merge = field(default="concat", kw_only=True)
     dropout: float = field(default=0.0, kw_only=True)
@@ -50,9 +50,11 @@ class Layers(nn.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
+        _arguments.refuse_positional(cls, args, "features")
         return super().__new__(cls)
 
     @nn.compact
+    @_arguments.takes_inputs
     def __call__(
         self,
         xs: Array,

@@ -87,6 +87,7 @@ class RNN(nn.Module):
         modules.check_is_cell(self.cell, "LSTMCell(256)")
         super().__post_init__()
 
+    @_arguments.takes_inputs
     def __call__(
         self,
         inputs: Array,

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     # For editors and type checkers, every name that is not replaced below is flax.nnx's, with its types.
     from rnncore.nnx._names import *  # noqa: F403
 
+from rnncore import _arguments
 from rnncore.nnx import explain as _explain  # noqa: F401
 from rnncore.nnx.bidirectional import Bidirectional as Bidirectional
 from rnncore.nnx.convert import from_functional as from_functional
@@ -72,7 +73,8 @@ if not TYPE_CHECKING:
     def __getattr__(name: str) -> object:
         """All other names come from flax.nnx."""
         if name.startswith("__") or not hasattr(_flax, name):
-            raise AttributeError(f"module 'rnncore.nnx' has no attribute {name!r}, and flax.nnx has none either")
+            near = "" if name.startswith("__") else _arguments.nearest(name, __all__)
+            raise AttributeError(f"module 'rnncore.nnx' has no attribute {name!r}, nor has flax.nnx{near}")
         return getattr(_flax, name)
 
     def __dir__() -> list[str]:

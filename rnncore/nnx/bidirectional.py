@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from rnncore import _arguments
 from rnncore import flax_modules as modules
 from rnncore._types import Array
 from rnncore.nnx import initial
@@ -68,6 +69,7 @@ class Bidirectional(nnx.Bidirectional):
         else:
             self.rngs = initial.carry_stream(rngs, random, "Bidirectional")
 
+    @_arguments.takes_inputs
     def __call__(
         self,
         inputs: Array,

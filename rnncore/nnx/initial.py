@@ -39,11 +39,12 @@ def gate_blocks(block: Initializer, gates: int) -> Initializer:
 
 
 def check_rngs(cls: type, given: Mapping[str, Any]) -> None:
-    """ValueError unless `rngs` is a source of random numbers for the parameters."""
+    """TypeError where `rngs` is left out; ValueError unless it is a source of random numbers for the parameters."""
+    example = "streams of random numbers, such as rngs=nnx.Rngs(0)"
+    if "rngs" not in given and cls.__module__.startswith("rnncore."):
+        raise TypeError(f"`{cls.__name__}(...)` without `rngs=`: expected {example}.")
     if "rngs" in given and not hasattr(given["rngs"], "params"):
-        raise ValueError(
-            f"`{cls.__name__}(rngs={given['rngs']!r})`: expected streams of random numbers, such as nnx.Rngs(0)."
-        )
+        raise ValueError(f"`{cls.__name__}(rngs={_arguments.shown(given['rngs'])})`: expected {example}.")
 
 
 class Cell(nnx.RNNCellBase):
@@ -63,6 +64,8 @@ class Cell(nnx.RNNCellBase):
         for name, value in (*zip(("in_features", "hidden_features"), args, strict=False), *kwargs.items()):
             if name in ("in_features", "hidden_features"):
                 _arguments.check_size(cls.__name__, name, value)
+            elif name in ("dtype", "param_dtype"):
+                _arguments.check_dtypes(cls.__name__, {name: value})
         return super().__new__(cls)
 
     def initialize_carry(

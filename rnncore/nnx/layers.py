@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,33 @@ from rnncore import flax_modules as modules
 from rnncore._types import Activation, Array, Initializer
 from rnncore.layers.stack import Merge, Stack, StackParams
 from rnncore.nnx import initial
+
+
+class Options(TypedDict, total=False):
+    """The options that `LSTM`, `GRU` and `Elman` share."""
+
+    heads: int
+    activation_fn: Activation
+    kernel_init: Initializer
+    recurrent_kernel_init: Initializer | None
+    bias_init: Initializer
+    num_layers: int
+    bidirectional: bool
+    merge: Merge
+    dropout: float
+    recurrent_dropout: float
+    learned_carry: bool
+    dtype: Any
+    param_dtype: Any
+    carry_dtype: Any
+    output_dtype: Any
+    time_major: bool
+    return_carry: bool
+    deterministic: bool
+    checkpoint_every: int | None
+    recompute: str
+    backend: str | None
+    rngs: Required[nnx.Rngs]
 
 
 class Layers(nnx.Module):
@@ -83,6 +110,7 @@ class Layers(nnx.Module):
         # Unused random state would make nnx.split(model, nnx.Param) fail.
         self.rngs = rngs.dropout.fork() if stack.is_random else nnx.data(None)
 
+    @_arguments.takes_inputs
     def __call__(
         self,
         xs: Array,
@@ -187,7 +215,7 @@ class LSTM(Layers):
         zoneout: float = 0.0,
         zoneout_cell: float = 0.0,
         gate_fn: Activation = jax.nn.sigmoid,
-        **options: Any,
+        **options: Unpack[Options],
     ):
         make = functools.partial(cells.LSTM, forget_bias=forget_bias, gate_fn=gate_fn)
         super().__init__(make, in_features, hidden_features, zoneout=cells.LSTMCarry(zoneout_cell, zoneout), **options)
@@ -220,7 +248,7 @@ class GRU(Layers):
         forget_bias: float = 0.0,
         zoneout: float = 0.0,
         gate_fn: Activation = jax.nn.sigmoid,
-        **options: Any,
+        **options: Unpack[Options],
     ):
         make = functools.partial(cells.GRU, forget_bias=forget_bias, gate_fn=gate_fn)
         super().__init__(make, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)
@@ -244,5 +272,5 @@ class Elman(Layers):
     Source: see `rnncore.Elman` and `rnncore.Stack`.
     """
 
-    def __init__(self, in_features: int, hidden_features: int, *, zoneout: float = 0.0, **options: Any):
+    def __init__(self, in_features: int, hidden_features: int, *, zoneout: float = 0.0, **options: Unpack[Options]):
         super().__init__(cells.Elman, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)

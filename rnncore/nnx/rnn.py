@@ -103,6 +103,7 @@ class RNN(nnx.RNN):
         self.output_dtype = output_dtype
         modules.check_dtypes(self)
 
+    @_arguments.takes_inputs
     def __call__(
         self,
         inputs: Array,

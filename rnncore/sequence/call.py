@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rnncore import _compat, _lengths
+from rnncore import _arguments, _compat, _lengths
 from rnncore._types import Array, PyTree, exportable
 from rnncore.cells import linear_state, pointwise, structured_kernels
 from rnncore.cells.base import Cell, GatedCell, PointwiseCell
@@ -204,6 +204,7 @@ def unroll(
     (outputs, (h, c)) and wants packed sequences.
     """
     _checks.refuse_removed("unroll", removed, Options._fields)
+    _checks.check_cell("unroll", cell)
     _checks.check_arguments("unroll", "cell", params, xs)
     options = Options(
         initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout, reverse, keep_order, time_major,
@@ -280,6 +281,7 @@ def explain_backend(
     _checks.refuse_removed("explain_backend", unknown, Options._fields)
     if inputs:
         raise TypeError(f"`explain_backend(cell, params, xs, {len(inputs)} more)`: expected options by their names.")
+    _checks.check_cell("unroll", cell)
     _checks.check_arguments("explain_backend", "cell", params, xs)
     asked = Options(**options)
     request = _prepare(cell, params, xs, asked)[0]
@@ -347,7 +349,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout = options[:6]
     layout = Layout(options.time_major, options.reverse, options.keep_order, options.include_initial)
     checkpoint_every, recompute, residual_dtype = options.checkpoint_every, options.recompute, options.residual_dtype
-    _checks.check_cell("unroll", cell)
+    _arguments.check_inputs("unroll(xs", xs)
     if not isinstance(xs, jax.ShapeDtypeStruct):
         xs = jnp.asarray(xs)
     if not jnp.issubdtype(xs.dtype, jnp.floating):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 from collections.abc import Collection, Mapping
 from typing import Any
@@ -163,10 +162,8 @@ def _shown(value: Any) -> str:
 def refuse_removed(name: str, options: Mapping[str, Any], known: Collection[str]) -> None:
     """TypeError for unknown options: those of earlier versions and of other libraries."""
     for option, value in options.items():
-        near = difflib.get_close_matches(option, known, 1)
-        unknown = "there is no such option" + (f"; the nearest name is {near[0]}" if near else "")
-        why = _arguments.known_as(option, known) or unknown
-        raise TypeError(f"`{name}({option}={value!r})`: {why}.")
+        why = _arguments.known_as(option, known) or "there is no such option" + _arguments.nearest(option, known)
+        raise TypeError(f"`{name}({option}={_arguments.shown(value)})`: {why}.")
 
 
 def check_residual_dtype(dtype: Any) -> None:

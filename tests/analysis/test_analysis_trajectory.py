@@ -129,7 +129,7 @@ def test_lags_that_the_shortest_sequence_does_not_have():
     assert analysis.retention_curve(run).lags.tolist() == [0, 1, 2, 3]
     assert analysis.retention_curve(run, path="cell").lags.tolist() == [0, 1, 2]
     with pytest.raises(
-        ValueError, match=r"lags up to 4\)`: the shortest sequence has 3 steps, .* lags 0 to 3; ask for"
+        ValueError, match=r"lags up to 4\)`: the shortest sequence has 3 steps, .* lags 0 to 3 exist for all; ask for"
     ):
         analysis.retention_curve(run, lags=4)
     longer = analysis.retention_curve(run.take([0, 2]), lags=4).log_retention
@@ -333,3 +333,12 @@ def test_what_is_no_trajectory_is_refused_in_words():
             with pytest.raises(ValueError, match=rf"`{name}\((traj=)?{got}") as caught:
                 function(value)
             assert "expected a `Trajectory`" in str(caught.value)
+
+
+def test_results_show_their_arrays_by_shape():
+    run = run_of()
+    assert repr(analysis.operator_norm(run, 2)) == "NormEstimate(log_norm=float64[3], error=float64[3])"
+    assert repr(analysis.gate_statistics(run)["f"]).startswith("GateStatistics(unit=GateSummary(mean=float64[3], quant")
+    results = [value for value in vars(analysis).values() if hasattr(value, "_fields")]
+    plain = {value.__name__ for value in results if value.__repr__.__module__ == "collections"}
+    assert plain == {"VanishingCondition", "DecayRate", "HalfLife", "LineFit", "CurveFit"}  # numbers only

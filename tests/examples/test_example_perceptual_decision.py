@@ -59,6 +59,7 @@ def test_it_learns_and_is_taken_apart(example, tmp_path):
     example_runs.check_partial(example, run.results | {"runs": {"cortex": one}, "fixed_points": {}}, tmp_path)
 
 
+@pytest.mark.slow
 def test_what_the_evidence_counts_is_the_derivative(example):
     """Against differences of the network's own run, with the same noise."""
     cell = example.cortex(15)

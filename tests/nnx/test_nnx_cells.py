@@ -207,23 +207,23 @@ def test_per_gate_initial_values(name: str, gates: int) -> None:
         cell = getattr(nn, name)(D, size, rngs=theirs.Rngs(0), **options)
         return np.asarray(cell.dense_h.kernel[...]).reshape(size, gates, size)
 
-    plain, mended = blocks(theirs), blocks(ours, per_gate_init=True)
+    plain, fixed = blocks(theirs), blocks(ours, per_gate_init=True)
     assert np.array_equal(blocks(ours), plain)
     for g in range(gates):
-        block = mended[:, g]
+        block = fixed[:, g]
         np.testing.assert_allclose(block @ block.T, np.eye(size), atol=1e-5)
         values = np.linalg.svd(plain[:, g], compute_uv=False)
         assert abs((values**2).mean() - 1 / gates) < 0.03 and values.max() < 0.97
-    assert np.abs(mended[:, 0] - mended[:, 1]).max() > 0.1
+    assert np.abs(fixed[:, 0] - fixed[:, 1]).max() > 0.1
     drawn = blocks(ours, per_gate_init=True, recurrent_kernel_init=theirs.initializers.normal(0.1))
     assert abs(drawn.std() - 0.1) < 0.01
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name,plain,mended", [("OptimizedLSTMCell", -12.4, -9.9), ("GRUCell", -11.3, -9.1)])
-def test_retention_at_the_start_is_what_the_docstring_says(name: str, plain: float, mended: float) -> None:
+@pytest.mark.parametrize("name,plain,fixed", [("OptimizedLSTMCell", -12.4, -9.9), ("GRUCell", -11.3, -9.1)])
+def test_retention_at_the_start_is_what_the_docstring_says(name: str, plain: float, fixed: float) -> None:
     xs = jax.random.normal(jax.random.key(1), (4, 50, 32), f32)
-    for per_gate_init, said in ((False, plain), (True, mended)):
+    for per_gate_init, said in ((False, plain), (True, fixed)):
         layer = getattr(ours, name)(32, 64, per_gate_init=per_gate_init, rngs=theirs.Rngs(0))
         run = analysis.trajectory(*ours.functional(layer), xs)
         curve = analysis.retention_curve(run, kind="rms", path="state", lags=(50,))

@@ -1,5 +1,6 @@
 """Every Python block of the README and of the guides runs, in order, on names that the text introduces."""
 
+import ast
 import importlib
 import re
 from pathlib import Path
@@ -21,26 +22,32 @@ def blocks_of(page: Path) -> list[str]:
     return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
-def test_python_blocks_run(tmp_path, monkeypatch):
+def test_each_python_block_of_the_readme_runs_by_itself(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flax, gradients, own = blocks_of(README)
-    xs = jnp.ones((2, 101, 3))
-    model = linen.RNN(linen.LSTMCell(6))
-    variables = model.init(jax.random.key(0), xs)
-    names: dict = {"model": model, "variables": variables, "batch": xs}
-    names["loss"] = lambda ys, batch: jnp.mean(ys[:, -1] ** 2)
-    for block in (flax, gradients, own):
+    flax, gradients, own = ({} for _ in range(3))
+    for names, block in zip((flax, gradients, own), blocks_of(README), strict=True):
         exec(compile(block, "README block", "exec"), names)
-    assert names["curve"].log10.shape == (2, 100) and (tmp_path / "page.html").exists()
-    assert names["ys"].shape == (8, 100, 128)
+    assert isinstance(flax["layer"], linen.RNN)
+    assert gradients["curve"].log10.shape == (8, 100) and (tmp_path / "page.html").exists()
+    assert "of the squared gradient of the loss reaches back" in capsys.readouterr().out
+    assert own["ys"].shape == (8, 100, 128)
+
+
+def test_the_chinese_readme_has_the_same_code():
+    def code(page: Path) -> list[str]:
+        return [ast.dump(ast.parse(re.sub(r'""".*?"""', '""""""', block))) for block in blocks_of(page)]
+
+    assert code(README) == code(README.with_suffix(".zh.md"))
 
 
 @pytest.mark.slow
-def test_python_blocks_of_the_recipes_run():
+def test_python_blocks_of_the_recipes_run(capsys):
     names: dict = {}
     with jax.enable_x64(False):
         for block in blocks_of(README.parent / "docs" / "recipes.md"):
             exec(compile(block, "recipe", "exec"), names)
+    shown = re.findall(r"```text\n(.*?)```", (README.parent / "docs" / "recipes.md").read_text(), re.DOTALL)
+    assert capsys.readouterr().out == "".join(shown)
     assert names["losses"][-1] < 0.2 * names["losses"][0]
     assert jnp.abs(names["pieces"] - names["whole"]).max() < 1e-6
     assert jnp.abs(names["y"] - names["whole"][:, 0]).max() < 1e-6

@@ -8,6 +8,7 @@ import flax.linen as flax_linen
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from cases import assert_close
 from flax import nnx as flax_nnx
@@ -19,6 +20,12 @@ KEY, XS = jax.random.key(0), jnp.ones((2, 7, 4), jnp.float32)
 CELL = rnncore.LSTM(5)
 PARAMS = CELL.init(KEY, 4)
 STACK = rnncore.Stack(CELL)
+
+
+class Tensor:
+    """Looks like an array, as a tensor of PyTorch does."""
+
+    dtype, shape, ndim = "torch.float32", (2, 7, 4), 3
 
 
 def rngs() -> flax_nnx.Rngs:
@@ -46,7 +53,7 @@ WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
     "functional cell in nnx.RNN": (lambda: nnx.RNN(CELL), "`rnncore.unroll` takes this one"),
     "rngs, layers": (
         lambda: nnx.LSTM(4, 5, rngs=0),
-        "`LSTM(rngs=0)`: expected streams of random numbers, such as nnx.Rngs(0)",
+        "`LSTM(rngs=0)`: expected streams of random numbers, such as rngs=nnx.Rngs(0)",
     ),
     "rngs, cell": (lambda: nnx.GRUCell(4, 5, rngs=0), "`GRUCell(rngs=0)`: expected streams"),
     "rngs, RNN": (lambda: nnx.RNN(nnx_cell(), rngs=0), "`RNN(rngs=<int>)`: expected nnx.Rngs"),
@@ -120,6 +127,82 @@ WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
         "them.",
     ),
     "nnx cell": (lambda: rnncore.unroll(nnx_cell(), PARAMS, XS), "rnncore.nnx.functional(cell)"),
+    "nnx layer for a cell": (
+        lambda: rnncore.unroll(nnx.RNN(nnx_cell()), XS),
+        "`unroll(cell=<RNN>)`: a Flax module; expected an rnncore cell.",
+    ),
+    "key for rngs": (
+        lambda: nnx.LSTMCell(4, 5, rngs=KEY),
+        "`LSTMCell(rngs=<key<fry> ()>)`: expected streams of random numbers, such as rngs=nnx.Rngs(0).",
+    ),
+    "tensor of another library": (
+        lambda: nnx.RNN(nnx_cell())(Tensor()),
+        "Tensor>)`: expected an array of JAX or NumPy; convert it by numpy.asarray.",
+    ),
+    "tensor of another library, unroll": (lambda: rnncore.unroll(CELL, PARAMS, Tensor()), "`unroll(xs=<"),
+    "tensor of another library, layers": (lambda: nnx.LSTM(4, 5, rngs=rngs())(Tensor()), "`unroll_stack(xs=<"),
+    "inputs of a single step": (
+        lambda: nnx.LSTM(4, 5, rngs=rngs())(XS[0, 0]),
+        "`unroll_stack(xs=<float32 (4,)>)`: expected (*batch, T, D), at least two axes.",
+    ),
+    "carry of an LSTM for a GRU, linen": (
+        lambda: linen.RNN(linen.GRUCell(5)).init(KEY, XS, initial_carry=(XS[:, 0], XS[:, 0])),
+        "`cell(carry=<tuple of 2>, ...)`: expected one array, h, as `cell.initialize_carry` makes it.",
+    ),
+    "carry of a GRU for an LSTM, nnx": (
+        lambda: nnx.RNN(nnx_cell())(XS, initial_carry=jnp.zeros((2, 5))),
+        "`cell(carry=<ArrayImpl>, ...)`: expected the tuple (c, h)",
+    ),
+    "resets as numbers": (
+        lambda: nnx.LSTM(4, 5, rngs=rngs())(XS, resets=jnp.zeros((2, 7), jnp.float32)),
+        "`unroll(resets=<float32 (2, 7)>)`: expected bool (2, 7), the axes of xs but for features.",
+    ),
+    "resets of the wrong shape": (
+        lambda: nnx.RNN(nnx_cell())(XS, resets=jnp.zeros((7, 2), bool)),
+        "`unroll(resets=<bool (7, 2)>)`: expected bool (2, 7)",
+    ),
+    "lengths beyond T": (
+        lambda: nnx.RNN(nnx_cell())(XS, seq_lengths=jnp.array([9, 3])),
+        "values from 3 to 9; expected 0 to T = 7.",
+    ),
+    "dtype of a cell, nnx": (lambda: nnx.LSTMCell(4, 5, dtype="fp16", rngs=rngs()), "`LSTMCell(dtype='fp16')`"),
+    "dtype of a cell, linen": (lambda: linen.GRUCell(5, param_dtype="fp16"), "`GRUCell(param_dtype='fp16')`"),
+    "name of a function": (
+        lambda: rnncore.Elman(5, activation_fn="tanh"),
+        "`Elman(activation_fn='tanh')`: expected a function, such as jnp.tanh.",
+    ),
+    "name of an initialiser": (
+        lambda: nnx.LSTMCell(4, 5, recurrent_kernel_init="orthogonal", rngs=rngs()),
+        "expected a function, such as jax.nn.initializers.orthogonal().",
+    ),
+    "name of a merge": (
+        lambda: init(linen.Bidirectional(linen.RNN(linen.GRUCell(5)), linen.RNN(linen.GRUCell(5)), merge_fn="sum")),
+        "`Bidirectional(merge_fn='sum')`: expected a function of the outputs of both directions.",
+    ),
+    "size of a batch for its shape": (
+        lambda: CELL.initial_carry(2),
+        "`LSTM(...).initial_carry(batch_shape=2)`: expected the batch axes, such as (8,) or ().",
+    ),
+    "cell in from_torch": (
+        lambda: rnncore.from_torch(CELL, {}),
+        "`from_torch(stack=<LSTM>)`: expected an rnncore.Stack",
+    ),
+    "cell in from_keras": (
+        lambda: rnncore.from_keras(CELL, []),
+        "`from_keras(stack=<LSTM>)`: expected an rnncore.Stack",
+    ),
+    "module in from_torch": (
+        lambda: rnncore.from_torch(STACK, Tensor()),
+        "`from_torch(stack, state=<Tensor>)`: expected a state dictionary, such as `module.state_dict()`.",
+    ),
+    "steps of segments": (
+        lambda: rnncore.training.segments(XS, 3.5),
+        "`segments(tree, steps=3.5)`: expected an int, the steps of a segment.",
+    ),
+    "optimiser as a function": (
+        lambda: rnncore.training.truncated_bptt(lambda *_: 0.0, optax.adam),
+        "`truncated_bptt(loss_fn, optimizer=<adam>)`: expected an optimiser of optax, such as optax.adam(1e-3).",
+    ),
 }
 
 WRONG_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
@@ -194,6 +277,40 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: rnncore.unroll(CELL, XS, PARAMS),
         "`unroll(cell, <float32 (2, 7, 4)>, <CellParams>)`: expected the parameters before the inputs.",
     ),
+    "rngs left out": (
+        lambda: nnx.LSTMCell(4, 5),
+        "`LSTMCell(...)` without `rngs=`: expected streams of random numbers, such as rngs=nnx.Rngs(0).",
+    ),
+    "rngs by place": (lambda: nnx.LSTM(4, 5, rngs()), "`LSTM(...)` without `rngs=`"),
+    "PyTorch's sizes": (
+        lambda: rnncore.LSTM(4, 5),
+        "`LSTM(4, 5)`: expected LSTM(hidden_size); the number of features is that of the inputs",
+    ),
+    "PyTorch's sizes, linen": (lambda: linen.LSTM(4, 5), "`LSTM(4, 5)`: expected LSTM(features);"),
+    "PyTorch's state": (
+        lambda: nnx.RNN(nnx_cell())(XS, (XS, XS)),
+        "`RNN(...)(<ArrayImpl>, <tuple>)`: expected the inputs alone; all else has a name, such as initial_carry=.",
+    ),
+    "PyTorch's state by name": (
+        lambda: nnx.LSTM(4, 5, rngs=rngs())(XS, hx=None),
+        "`LSTM(...)(inputs, hx=None)`: it is called initial_carry here.",
+    ),
+    "Keras's mask": (
+        lambda: nnx.RNN(nnx_cell())(XS, mask=jnp.ones((2, 7), bool)),
+        "`RNN(...)(inputs, mask=<bool (2, 7)>)`: it is called seq_lengths here.",
+    ),
+    "Keras's state": (
+        lambda: linen.LSTM(5).init(KEY, XS, initial_state=None),
+        "`LSTM(...)(inputs, initial_state=None)`: it is called initial_carry here.",
+    ),
+    "training": (
+        lambda: nnx.LSTM(4, 5, rngs=rngs())(XS, training=True),
+        "`LSTM(...)(inputs, training=True)`: `deterministic`, its opposite, is an option of layers with dropout",
+    ),
+    "a misspelt option of a call": (
+        lambda: nnx.RNN(nnx_cell())(XS, seq_length=3),
+        "`RNN(...)(inputs, seq_length=3)`: there is no such option; the nearest name is seq_lengths.",
+    ),
 }
 
 
@@ -220,6 +337,15 @@ def test_options_that_nobody_has() -> None:
         rnncore.unroll(CELL, PARAMS, XS, nonsense=1)
     with pytest.raises(TypeError, match="nonsense"):
         linen.LSTM(5, nonsense=1)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "near"),
+    [(rnncore, "unrol", "unroll"), (linen, "OptimisedLSTMCell", "OptimizedLSTMCell"), (nnx, "LSTMcell", "LSTMCell")],
+)
+def test_misspelt_names(module: Any, name: str, near: str) -> None:
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'.*; the nearest name is {near}$"):
+        getattr(module, name)
 
 
 def test_carry_taken_for_outputs() -> None:

@@ -41,6 +41,9 @@ class GateTable(NamedTuple):
                              f"{self.difference(name, gate):19.1e}")  # fmt: skip
         return "\n".join(lines)
 
+    def __repr__(self) -> str:
+        return str(self)
+
 
 def gate_table(
     loss: Loss, cell: PointwiseCell, params: PyTree, xs: Array, initial_carry: Any = None, **options: Any

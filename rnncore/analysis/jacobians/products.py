@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from rnncore._lengths import check_lengths
 from rnncore._types import Array
+from rnncore.analysis.run._shown import shown
 from rnncore.analysis.run.trajectory import check_finite
 
 LN2 = math.log(2.0)
@@ -33,6 +34,9 @@ class ScaledMatrix(NamedTuple):
 
     matrix: Array
     log_scale: Array
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def log_operator_norm(self) -> Array:
         """ln of the largest singular value, (...); -inf for a matrix of zeros."""

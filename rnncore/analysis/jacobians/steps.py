@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array
+from rnncore.analysis.run._shown import shown
 from rnncore.analysis.run.flat import batch_major, flat, flatten_carry, time_major
 from rnncore.analysis.run.trajectory import Trajectory, check_trajectory, trailing
 from rnncore.cells.base import Cell, PointwiseCell
@@ -28,6 +29,9 @@ class StepCoefficients(NamedTuple):
 
     state: Any
     recurrent: Any
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 def step_coefficients(traj: Trajectory) -> StepCoefficients:

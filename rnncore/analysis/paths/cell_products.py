@@ -14,6 +14,7 @@ from rnncore.analysis.paths._lstm_state import output_slope
 from rnncore.analysis.paths.gates import diagonal, row_scaled
 from rnncore.analysis.paths.lstm import first_slope, lstm_paths, plain_lstm
 from rnncore.analysis.run._alignment import check_anchor
+from rnncore.analysis.run._shown import shown
 from rnncore.analysis.run.trajectory import Trajectory
 from rnncore.cells.lstm import LSTM
 
@@ -30,6 +31,9 @@ class CellProducts(NamedTuple):
     direct: ScaledMatrix
     one_step_total: ScaledMatrix
     state: ScaledMatrix
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 def cell_products(traj: Trajectory, *, anchor: str = "end", h0_tied: Array | bool | None = None) -> CellProducts:

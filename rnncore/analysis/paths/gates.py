@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.analysis.jacobians.steps import step_coefficients
+from rnncore.analysis.run._shown import shown
 from rnncore.analysis.run.flat import flatten_carry
 from rnncore.analysis.run.trajectory import Trajectory, check_trajectory, trailing
 from rnncore.cells.base import PointwiseCell
@@ -43,7 +44,7 @@ class Paths(abc.ABC):
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("direct", "gates"), meta_fields=("padded",))
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class GatePaths(Paths):
     """The Jacobian of the whole state, n entries, by gate; the sum is exactly J_t.
 
@@ -56,6 +57,9 @@ class GatePaths(Paths):
     direct: Array
     gates: Any
     padded: bool = False
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def terms(self) -> dict[str, Array]:
         """ "direct", and "via_<gate>" for every gate."""

@@ -13,6 +13,7 @@ from rnncore._types import Array
 from rnncore.analysis.jacobians.steps import step_coefficients
 from rnncore.analysis.paths._lstm_state import lstm_of, output_slope
 from rnncore.analysis.paths.gates import Paths, diagonal, row_scaled
+from rnncore.analysis.run._shown import shown
 from rnncore.analysis.run.trajectory import Trajectory, check_finite
 from rnncore.cells.lstm import LSTM
 
@@ -22,7 +23,7 @@ from rnncore.cells.lstm import LSTM
     data_fields=("forget_direct", "via_forget", "via_input", "via_candidate", "via_output", "slope"),
     meta_fields=("first", "padded"),
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LSTMPaths(Paths):
     """The one-step total derivative d c_t / d c_{t-1} of an LSTM by path, for t = first .. T, S steps.
 
@@ -44,6 +45,9 @@ class LSTMPaths(Paths):
     slope: Array
     first: int
     padded: bool = False
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def terms(self) -> dict[str, Array]:
         """The four that add up to d c_t / d c_{t-1}."""

@@ -16,6 +16,7 @@ from rnncore.analysis.jacobians.products import jacobian_product
 from rnncore.analysis.paths.gates import Paths, gate_paths
 from rnncore.analysis.paths.lstm import LSTMPaths
 from rnncore.analysis.run._alignment import chosen_lags
+from rnncore.analysis.run._shown import shown
 from rnncore.analysis.run.trajectory import Trajectory, check_finite, check_trajectory
 
 WAYS = ("inner", "adjoint", "ablation", "norm_ratio")
@@ -33,6 +34,9 @@ class AblatedRetention(NamedTuple):
     lags: Array
     full: Array
     without: dict[str, Array]
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 def path_shares(

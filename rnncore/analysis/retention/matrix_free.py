@@ -15,6 +15,7 @@ from rnncore.analysis.jacobians.products import log_frobenius_norm, nats
 from rnncore.analysis.retention._chains import carry_block
 from rnncore.analysis.retention._lanczos import top_right_vectors
 from rnncore.analysis.run._alignment import check_lag, ending_together, mask_missing
+from rnncore.analysis.run._shown import shown
 from rnncore.analysis.run.flat import Flat, columns_through, flat, rows_through
 from rnncore.analysis.run.trajectory import Trajectory
 
@@ -30,6 +31,9 @@ class NormEstimate(NamedTuple):
 
     log_norm: Array
     error: Array
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     @property
     def log10(self) -> Array:

@@ -11,6 +11,7 @@ import numpy as np
 
 from rnncore.analysis.gradients.over_time import GradientsOverTime
 from rnncore.analysis.retention.curve import RetentionCurve
+from rnncore.analysis.run._shown import shown
 
 
 class Truncation(NamedTuple):
@@ -30,6 +31,9 @@ class Truncation(NamedTuple):
     predicted: np.ndarray
     decay: float
     error: np.ndarray | None = None
+
+    def __repr__(self) -> str:
+        return shown(self)
 
     def __index__(self) -> int:
         return self.steps

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
+from rnncore.analysis.run._shown import shown
 from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
 from rnncore.cells.elman import Elman
 from rnncore.cells.gru import GRU
@@ -40,6 +41,9 @@ class GateSummary(NamedTuple):
     left: Array
     right: Array
 
+    def __repr__(self) -> str:
+        return shown(self)
+
 
 class GateStatistics(NamedTuple):
     """One gate over sequences and steps.
@@ -53,6 +57,9 @@ class GateStatistics(NamedTuple):
     unit: GateSummary
     overall: GateSummary
     thresholds: tuple[float, float]
+
+    def __repr__(self) -> str:
+        return shown(self)
 
 
 def gate_statistics(

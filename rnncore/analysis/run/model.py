@@ -137,7 +137,8 @@ def recorder_of(name: str, model: Any, arguments: tuple, call: Call | None, rngs
     """(a model as a function of what is added to its layers, the batch)."""
     kind = _flavour(model)
     if kind is None:
-        raise ValueError(f"`{name}(model=<{type(model).__name__}>)`: expected a flax.linen or flax.nnx model.")
+        also = "an rnncore cell or Stack, or " if name == "trajectory" else ""
+        raise ValueError(f"`{name}(model=<{type(model).__name__}>)`: expected {also}a flax.linen or flax.nnx model.")
     expected = 2 if kind == "linen" else 1
     if len(arguments) != expected:
         want = "(model, variables, batch)" if kind == "linen" else "(model, batch)"
