@@ -100,7 +100,8 @@ bool one_run() {
   const auto run = [&](int64_t every, bool again) {
     Results all{Exact<stored>(T * B * H),    Exact<stored>(states_of),        Exact<stored>(T * B * D),
                 Exact<real>(F * B * H),      Exact<real>(groups * w.size),    Exact<real>(groups * u.size),
-                Exact<real>(groups * readouts.size), Exact<real>(groups * G * H), Exact<real>(groups * rest_bias.size), Exact<real>(groups * units.size),
+                Exact<real>(groups * readouts.size), Exact<real>(groups * G * H),
+                Exact<real>(groups * rest_bias.size), Exact<real>(groups * units.size),
                 Exact<real>(F * B * H),      Exact<real>(resets.size ? F * B * H : 0)};
     Exact<residual> kept(again ? 0 : Residuals::size(s, T * B));
     Exact<real> carries((T + every - 1) / every * B * Begins::fields(again) * s.units);
@@ -116,8 +117,8 @@ bool one_run() {
     Pool pool;
     run_backward(pool, groups, s, in, all.y.get(), kept.get(), begins,
                  {dy.get(), dstates.get(), dlast.get()},
-                 {all.dx.get(), all.w.get(), all.u.get(), all.readouts.get(), all.bias.get(), all.rest_bias.get(), all.units.get(),
-                  all.start.get(), all.target.get()});
+                 {all.dx.get(), all.w.get(), all.u.get(), all.readouts.get(), all.bias.get(), all.rest_bias.get(),
+                  all.units.get(), all.start.get(), all.target.get()});
     return all;
   };
   const Results a = run(every, false), b = run(1 + upto(T), true);
@@ -125,7 +126,8 @@ bool one_run() {
   const double same = std::is_same_v<residual, real> ? 1e-4 : 0.05;  // chunks of other lengths sum in another order
   return close("y", a.y, b.y, 0) & close("states", a.states, b.states, 0) & close("last", a.last, b.last, 0) &
          close("dx", a.dx, b.dx, same) & close("dw", a.w, b.w, same) & close("du", a.u, b.u, same) &
-         close("dreadouts", a.readouts, b.readouts, same) & close("dbias", a.bias, b.bias, same) & close("drest", a.rest_bias, b.rest_bias, same) &
+         close("dreadouts", a.readouts, b.readouts, same) & close("dbias", a.bias, b.bias, same) &
+         close("drest", a.rest_bias, b.rest_bias, same) &
          close("dunits", a.units, b.units, same) & close("dstart", a.start, b.start, same) &
          close("dtarget", a.target, b.target, same);
 }

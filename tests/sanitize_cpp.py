@@ -29,6 +29,7 @@ from rnncore.kernels.cpp import emit, handlers
 WIDE = emit.Variant("float32", "float32", "float32", states=True)
 NARROW = emit.Variant("float32", "bfloat16", "bfloat16")
 CELLS = {
+    "LSTM with peepholes and states": (rnncore.LSTM(8, peepholes=True), WIDE),
     "LSTM with layer normalization and states": (Whole.of(rnncore.LayerNormLSTM(8)), WIDE),
     "a cell with all that one may have, in bfloat16": (cases.FastSlow(8), NARROW),
 }
