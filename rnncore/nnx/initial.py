@@ -60,7 +60,8 @@ class Cell(nnx.RNNCellBase):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
-        check_rngs(cls, kwargs)
+        if args or kwargs:  # what copies and unpickles gives neither
+            check_rngs(cls, kwargs)
         for name, value in (*zip(("in_features", "hidden_features"), args, strict=False), *kwargs.items()):
             if name in ("in_features", "hidden_features"):
                 _arguments.check_size(cls.__name__, name, value)

@@ -16,7 +16,6 @@ recurrence again (`residuals_from_outputs`), by operations that JAX differentiat
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -41,16 +40,12 @@ CARRIES = "rnncore_carries"
 def run(request: Request, differentiable: Differentiable, constants: Constants) -> Result:
     """The run of a gated cell, with the memory policy of the request."""
     step = steps.of(request, differentiable, request.return_states or request.lengths)
-    loop = functools.partial(recurrence, rematerialize=request.recompute == "gates")
-    return _run(request, differentiable, constants, step, loop)
+    return _run(request, differentiable, constants, step)
 
 
 def run_with_residuals(request: Request, differentiable: Differentiable, constants: Constants) -> tuple[Result, PyTree]:
-    """The run, and what its steps keep, for `residuals`; without a memory policy.
-
-    Its derivative is JAX's: value and tangent in one loop share what they read, which is faster than two.
-    """
-    result = _run(request, differentiable, constants, linearized(request, differentiable).forward, _loop)
+    """The run, and what its steps keep, for `residuals`; without a memory policy."""
+    result = _run(request, differentiable, constants, linearized(request, differentiable).forward)
     gates, kept = result.gates
     return result._replace(gates=gates), kept
 
@@ -84,21 +79,20 @@ def step_cell(request: Request) -> GatedCell:
     return request.cell
 
 
-def _run(
-    request: Request, differentiable: Differentiable, constants: Constants, step: Step, loop: Callable[..., Any]
-) -> Result:
+def _run(request: Request, differentiable: Differentiable, constants: Constants, step: Step) -> Result:
     cell, recompute = step_cell(request), request.recompute
     params, xs, start, reset_carry = differentiable
     xs = jnp.moveaxis(xs, request.time_axis, 0)
     product = steps.recurrent_product(cell)
-    projection, recurrent = steps.input_params(cell, params), steps.recurrent_params(params)
+    projection, only = steps.input_params(cell, params), steps.recurrent_params(params)
+    recurrent, product = (only, product.tangent_params(only)), product.with_tangent_params
     units = steps.spread_units(params, start.h)
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
         (carry, last), (xs, resets, zoneout) = carry, now
         zs = cell.split(cell.project(projection, xs))
         inputs = Inputs(recurrent, units, zs, carry, reset_carry, resets, constants.recurrent_mask, zoneout)
-        carry, outputs, (carries, gates) = loop(step, product, inputs)
+        carry, outputs, (carries, gates) = recurrence(step, product, inputs, recompute == "gates")
         last = carry if constants.lengths is None else _lengths.last_valid(last, carries, constants.lengths, first)
         return (carry, last), (outputs, carries if request.return_states else None, gates)
 

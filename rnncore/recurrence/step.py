@@ -144,6 +144,11 @@ class RecurrentProduct:
         return jax.jvp(lambda params: self.product(params, h), (params,), (dparams,))[1]
 
     @property
+    def with_tangent_params(self) -> RecurrentProduct:
+        """The same product of (recurrent_params, tangent_params), both formed once for a loop over chunks."""
+        return RecurrentProduct(lambda both, h: self.product(both[0], h), self.tangent_product, lambda both: both[1])
+
+    @property
     def tangent(self) -> RecurrentProduct:
         """That of the tangent recurrence, which is its own tangent."""
         return RecurrentProduct(self.tangent_product, self.tangent_product, lambda params: params)

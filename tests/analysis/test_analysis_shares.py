@@ -111,5 +111,5 @@ def test_bad_options_of_shares(options, message):
 
 
 def test_shares_of_something_else():
-    with pytest.raises(ValueError, match=r"`path_shares\(<LSTM>\)`: expected a trajectory, or what `gate_paths`"):
+    with pytest.raises(ValueError, match=r"`path_shares\(source=<LSTM>\)`: expected a `Trajectory`"):
         analysis.path_shares(LSTM)

@@ -147,7 +147,7 @@ def test_sharding_of_the_parameters_is_kept() -> None:
 
 def test_every_other_name_is_that_of_flax() -> None:
     assert ours.Linear is theirs.Linear and ours.Param is theirs.Param and ours.jit is theirs.jit
-    with pytest.raises(AttributeError, match="'rnncore.nnx' has no attribute 'NoSuchCell', and flax.nnx"):
+    with pytest.raises(AttributeError, match="'rnncore.nnx' has no attribute 'NoSuchCell', nor has flax.nnx"):
         _ = ours.NoSuchCell
 
 

@@ -131,6 +131,17 @@ def test_the_badges_are_true():
         assert f">{fact}" in (README.parent / "docs" / f"badge_{name}.svg").read_text()
 
 
+@pytest.mark.slow
+def test_python_blocks_of_the_page_on_the_analysis_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    with jax.enable_x64(False):
+        for block in blocks_of(README.parent / "docs" / "analysis.md"):
+            exec(compile(block, "analysis block", "exec"), names)
+    assert (tmp_path / "report.html").exists() and "of the squared gradient of the loss" in capsys.readouterr().out
+    assert 1 < int(names["steps"]) < 64 and names["pieces"].shape[1:] == (8, int(names["steps"]), 16)
+
+
 @pytest.mark.parametrize("page", ["online", "structures"])
 def test_python_blocks_of_the_pages_on_learning_online_and_on_structures_run(page: str):
     names: dict = {}

@@ -96,7 +96,7 @@ def path_shares(
 def _paths(source: Any) -> Paths:
     if isinstance(source, Paths):
         return source
-    check_trajectory("path_shares", source)
+    check_trajectory("path_shares", source, "source")
     return gate_paths(source)
 
 

@@ -239,7 +239,7 @@ def blank(padding: Array, a: Array) -> Array:
     return jnp.where(trailing(padding, a), jnp.zeros_like(a), a)
 
 
-def check_trajectory(call: str, traj: Any) -> None:
+def check_trajectory(call: str, traj: Any, name: str = "traj") -> None:
     """Refuses all but a trajectory, and says how to get one."""
     if isinstance(traj, Trajectory):
         return
@@ -251,7 +251,7 @@ def check_trajectory(call: str, traj: Any) -> None:
     elif isinstance(getattr(traj, "run", None), Trajectory):
         advice = "pass its `.run`"
     raise ValueError(
-        f"`{call.partition('(')[0]}(traj={got})`: expected a `Trajectory`, as `trajectory(cell, params, xs)` or "
+        f"`{call.partition('(')[0]}({name}={got})`: expected a `Trajectory`, as `trajectory(cell, params, xs)` or "
         f"`trajectory(module, variables, xs)` returns it; {advice}."
     )
 
