@@ -56,12 +56,14 @@ def unrolled(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="every case, and the examples and benchmarks, as CI does")
+    parser.addoption("--all", action="store_true", help="every case, and the examples and benchmarks")
+    parser.addoption("--draw", type=int, metavar="SEED", help="as --all, but a third of what it adds, as CI does")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Tests of the scripts wait for `--all` or for being named, or their folder."""
-    waits = collection_path.parent.name in SCRIPTS and not config.getoption("--all")
+    """Tests of the scripts wait for `--all` or `--draw`, or for being named, or their folder."""
+    asked = config.getoption("--all") or config.getoption("--draw") is not None
+    waits = collection_path.parent.name in SCRIPTS and not asked
     return (waits and not named(config) & {collection_path, collection_path.parent}) or None
 
 
@@ -69,7 +71,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Without `--all`, of the tests that compile much: none that is marked `slow`, some cases of a `sample`."""
     if config.getoption("--all"):
         return
-    files = named(config)
+    files, seed = named(config), config.getoption("--draw")
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
@@ -82,6 +84,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             left |= {*random.Random(name).sample(same, min(sample.args[0], len(same)))}
         elif sample:
             left |= {item for item in same if item.name.partition("[")[2][:-1] in sample.args}
+    if seed is not None:
+        # By name, for all processes have to draw the same.
+        left |= {item for item in items if random.Random(f"{seed} {item.nodeid}").random() < 1 / 3}
     config.hook.pytest_deselected(items=[item for item in items if item not in left])
     items[:] = [item for item in items if item in left]
 
