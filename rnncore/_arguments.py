@@ -126,7 +126,7 @@ def takes_inputs(call: Method) -> Method:
     @functools.wraps(call)
     def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
         got = f"{type(self).__name__}(...)"
-        for option in kwargs.keys() - known.keys():
+        for option in (name for name in kwargs if name not in known):
             advice = known_as(option, known) or "there is no such option" + nearest(option, known)
             raise TypeError(f"`{got}(inputs, {option}={shown(kwargs[option])})`: {advice}.")
         if len(args) > 1:
@@ -158,14 +158,14 @@ def check_batch_shape(call: str, batch_shape: Any) -> None:
         raise ValueError(f"`{call}(batch_shape={shown(batch_shape)})`: expected the batch axes, such as (8,) or ().")
 
 
-def check_inputs(call: str, inputs: Any) -> None:
+def check_inputs(call: str, name: str, inputs: Any) -> None:
     """ValueError for an array of another library, such as a tensor of PyTorch."""
     try:
         jnp.dtype(getattr(inputs, "dtype", None))
     except TypeError:
+        got = f"<{type(inputs).__module__}.{type(inputs).__qualname__}>"
         raise ValueError(
-            f"`{call}=<{type(inputs).__module__}.{type(inputs).__qualname__}>)`: expected an array of JAX or NumPy; "
-            "convert it by numpy.asarray."
+            f"`{call}({name}={got})`: expected an array of JAX or NumPy; convert it by numpy.asarray."
         ) from None
 
 

@@ -71,7 +71,7 @@ def call_of(rnn: Any, inputs: Any, **arguments: bool | None) -> Call:
             f"`RNN(cell)(inputs=<{type(inputs).__name__}>)`: expected one array; join several inputs into one, and "
             "give episode boundaries as `resets`."
         )
-    _arguments.check_inputs("RNN(cell)(inputs", inputs)
+    _arguments.check_inputs("RNN(cell)", "inputs", inputs)
     if inputs.ndim < features + 1:
         raise ValueError(
             f"`RNN(cell)(inputs=<{inputs.dtype} {inputs.shape}>)`: expected at least {features + 1} axes, time and "

@@ -129,7 +129,7 @@ def unroll_stack(
             "them."
         )
     _arguments.check_dtypes("unroll_stack", {"dtype": dtype, "carry_dtype": carry_dtype, "output_dtype": output_dtype})
-    _arguments.check_inputs("unroll_stack(xs", xs)
+    _arguments.check_inputs("unroll_stack", "xs", xs)
     xs = jnp.asarray(xs)
     if xs.ndim < 2:
         raise ValueError(f"`unroll_stack(xs=<{xs.dtype} {xs.shape}>)`: expected (*batch, T, D), at least two axes.")

@@ -38,8 +38,10 @@ def gate_blocks(block: Initializer, gates: int) -> Initializer:
     return init
 
 
-def check_rngs(cls: type, given: Mapping[str, Any]) -> None:
+def check_rngs(cls: type, args: tuple[Any, ...], given: Mapping[str, Any]) -> None:
     """TypeError where `rngs` is left out; ValueError unless it is a source of random numbers for the parameters."""
+    if not args and not given:
+        return  # copied or unpickled
     example = "streams of random numbers, such as rngs=nnx.Rngs(0)"
     if "rngs" not in given and cls.__module__.startswith("rnncore."):
         raise TypeError(f"`{cls.__name__}(...)` without `rngs=`: expected {example}.")
@@ -60,8 +62,7 @@ class Cell(nnx.RNNCellBase):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
-        if args or kwargs:  # what copies and unpickles gives neither
-            check_rngs(cls, kwargs)
+        check_rngs(cls, args, kwargs)
         for name, value in (*zip(("in_features", "hidden_features"), args, strict=False), *kwargs.items()):
             if name in ("in_features", "hidden_features"):
                 _arguments.check_size(cls.__name__, name, value)

@@ -49,8 +49,7 @@ class Layers(nnx.Module):
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
-        if args or kwargs:  # what copies and unpickles gives neither
-            initial.check_rngs(cls, kwargs)
+        initial.check_rngs(cls, args, kwargs)
         return super().__new__(cls)
 
     def __init__(

@@ -84,8 +84,8 @@ def _run(request: Request, differentiable: Differentiable, constants: Constants,
     params, xs, start, reset_carry = differentiable
     xs = jnp.moveaxis(xs, request.time_axis, 0)
     product = steps.recurrent_product(cell)
-    projection, only = steps.input_params(cell, params), steps.recurrent_params(params)
-    recurrent, product = (only, product.tangent_params(only)), product.with_tangent_params
+    projection, kernel = steps.input_params(cell, params), steps.recurrent_params(params)
+    recurrent, product = (kernel, product.tangent_params(kernel)), product.with_tangent_params
     units = steps.spread_units(params, start.h)
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:

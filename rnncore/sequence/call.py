@@ -349,7 +349,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout = options[:6]
     layout = Layout(options.time_major, options.reverse, options.keep_order, options.include_initial)
     checkpoint_every, recompute, residual_dtype = options.checkpoint_every, options.recompute, options.residual_dtype
-    _arguments.check_inputs("unroll(xs", xs)
+    _arguments.check_inputs("unroll", "xs", xs)
     if not isinstance(xs, jax.ShapeDtypeStruct):
         xs = jnp.asarray(xs)
     if not jnp.issubdtype(xs.dtype, jnp.floating):
