@@ -30,7 +30,7 @@ from rnncore.kernels import kernel_body
 from rnncore.recurrence import mesh, primitives
 from rnncore.recurrence.backend import LoopBackend, without
 from rnncore.recurrence.batching import HEADS, LAST, Units, over_batch
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 
 
 class Loop(NamedTuple):
@@ -135,37 +135,29 @@ class KernelBackend(LoopBackend):
             refused = f"it takes no empty batch, and this one is {request.batch_shape}"
         return refused
 
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return mesh.by_device(functools.partial(primitives.run, self), request, differentiable, constants)
+    def run(self, problem: Problem) -> Result:
+        return mesh.by_device(functools.partial(primitives.run, self), problem)
 
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return self._run(request, differentiable, constants, None)[0]
-
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        return self._run(request, differentiable, constants, request.residual_dtype or request.dtype)
-
-    def _run(
-        self, request: Request, differentiable: Differentiable, constants: Constants, keep: str | None
-    ) -> tuple[Result, PyTree]:
-        forward, arrays = self.kernels().forward, Arrays(request, differentiable, constants)
-        operands, batch = arrays.operands(differentiable), request.batch_shape
-        found = mapped(lambda loop, z: forward(arrays.cell, loop, z, keep), arrays.loop(operands), operands.z)
-        last = [a.reshape(*batch, -1) for a in found.last]
-        hs, *kept = (a.reshape(request.steps, *batch, -1) for a in (found.hs, operands.z, *found.others))
-        return result(request, arrays.part, arrays.dtypes, last, hs, (), ()), (kept[0], tuple(kept[1:]))
+    def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
+        forward, arrays = self.kernels().forward, Arrays(problem)
+        request, operands = problem.request, arrays.operands(problem.differentiable)
+        stored = arrays.stored if keep else None
+        found = mapped(lambda loop, z: forward(arrays.cell, loop, z, stored), arrays.loop(operands), operands.z)
+        last = [a.reshape(*request.batch_shape, -1) for a in found.last]
+        hs, z, *others = (
+            a.reshape(request.steps, *request.batch_shape, -1) for a in (found.hs, operands.z, *found.others)
+        )  # fmt: skip
+        return result(request, arrays.part, arrays.dtypes, last, hs), (z, tuple(others)) if keep else None
 
     def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable:  # fmt: skip
+        self, problem: Problem, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable
+    ) -> Differentiable:
         cotangents = dense(cotangents, result)
-        arrays = Arrays(request, differentiable, constants)
-        operands, back = jax.vjp(arrays.operands, differentiable)
+        arrays = Arrays(problem)
+        operands, back = jax.vjp(arrays.operands, problem.differentiable)
         cell, part, loop = arrays.cell, arrays.part, arrays.loop(operands)
         z, others = jax.tree.map(arrays.flat, residuals)
-        count, stored = len(cell.gates), request.residual_dtype or request.dtype
+        count = len(cell.gates)
         stacks = (*others[: part.hidden], arrays.flat(result.outputs), *others[part.hidden :])
         before = tuple(previous(loop, n, a) for n, a in enumerate(stacks))
         h = before[part.hidden].astype(loop.kernel.dtype)
@@ -174,7 +166,7 @@ class KernelBackend(LoopBackend):
         sums = tuple(zg + rg if a else zg for zg, rg, a in zip(zs, r, part.additive, strict=True))
         bias = () if loop.rest_bias is None else loop.rest_bias
         rest = tuple(r[g] + b for g, b in zip(part.rest, bias, strict=True))
-        needed = tuple(a.astype(stored) for a in part.residuals(loop.units, sums, rest, before))
+        needed = tuple(a.astype(arrays.stored) for a in part.residuals(loop.units, sums, rest, before))
         dhs, dlast = arrays.flat(cotangents.outputs), arrays.carry(cotangents.carry)
         found = mapped(lambda *a: self.kernels().backward(cell, *a), loop, needed, dhs, dlast)
         return back(arrays.cotangents(operands, found, h, dlast))[0]
@@ -183,12 +175,14 @@ class KernelBackend(LoopBackend):
 class Arrays:
     """The arrays of a run as the kernels have them, with one batch axis."""
 
-    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
+    def __init__(self, problem: Problem):
+        request = problem.request
         assert isinstance(request.cell, PointwiseCell)
-        self.request, self.cell, self.constants = request, request.cell, constants
+        self.request, self.cell, self.constants = request, request.cell, problem.constants
         self.part = kernel_body.of(self.cell, (1, 1), "float32", request.return_states)
         self.rows = math.prod(request.batch_shape)
-        self.dtypes = [a.dtype for a in differentiable.initial_carry]
+        self.dtypes = [a.dtype for a in problem.differentiable.initial_carry]
+        self.stored = request.residual_dtype or request.dtype  # of what is kept
 
     def operands(self, differentiable: Differentiable) -> Operands:
         """What the kernels read of what is differentiable."""
@@ -271,7 +265,7 @@ def previous(loop: Loop, field: int, stack: Array) -> Array:
 
 def result(
     request: Request, part: kernel_body.Body, dtypes: Sequence[Any], last: Sequence[Array], outputs: Array,
-    others: Sequence[Array], gates: Sequence[Array],
+    others: Sequence[Array] = (), gates: Sequence[Array] = (),
 ) -> Result:  # fmt: skip
     """A run's result with its states, where they are asked for, in the dtypes of the carry.
 
@@ -287,7 +281,7 @@ def result(
 
     outputs = outputs.astype(dtypes[part.hidden])
     if not request.return_states:
-        return Result(carry(last), outputs, None, None)
+        return Result(carry(last), outputs)
     hs = jnp.moveaxis(outputs, request.time_axis, 0)
     leaves, tree = jax.tree.flatten(part.gates)
     # Gates are of the dtype of what they are made of; a cell may call a boolean or an integer one.

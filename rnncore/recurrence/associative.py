@@ -22,7 +22,7 @@ from rnncore.cells.base import PointwiseCell
 from rnncore.recurrence import linear
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.backend import Backend, without
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+from rnncore.recurrence.run import Problem, Request, Result
 
 
 class AssociativeScan(Backend):
@@ -49,10 +49,10 @@ class AssociativeScan(Backend):
             f"backend={self.name!r} has no loop over time and may be faster where T is long and B H small: measure it"
         )
 
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+    def run(self, problem: Problem) -> Result:
+        request, (params, xs, start, reset_carry), constants = problem
         cell = request.cell
         assert isinstance(cell, PointwiseCell) and request.linear is not None
-        params, xs, start, reset_carry = differentiable
         resets, _ = steps.per_step(request, constants)
         zs = cell.project(params, jnp.moveaxis(xs, request.time_axis, 0))
         carries, gates = states(cell, request.linear, params, zs, start, reset_carry, resets)

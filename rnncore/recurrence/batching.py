@@ -13,7 +13,7 @@ from jax.custom_batching import custom_vmap
 from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.recurrence.loop import Loop, at_leaves
-from rnncore.recurrence.run import Constants, Differentiable, Result
+from rnncore.recurrence.run import operand_axes, result_axes
 
 Axes = Sequence[int | None] | Callable[[Array], int | None]
 
@@ -153,24 +153,10 @@ def _axes(axes: Axes, arrays: Sequence[Any]) -> Sequence[int | None]:
 
 def _axes_of_run(loop: Loop, ndims: Sequence[int]) -> tuple[list[int | None], list[int], list[int]]:
     """Where the batch begins in (differentiable, constants), in the result, and in the residuals."""
-    xs = 0 if loop.request.time_axis else 1
-
-    def fill(tree: Any, axis: Any) -> Any:
-        return jax.tree.map(lambda _: axis, tree)
-
-    d = at_leaves(loop.differentiable, (), (), 0)
-    count = loop.differentiable.num_leaves
-    c = jax.tree.unflatten(loop.constants, ndims[count : count + loop.constants.num_leaves])
-    result = at_leaves(loop.result, (), (), 0)
-    operands = (
-        Differentiable(fill(d.params, -1), xs, fill(d.initial_carry, 0), fill(d.reset_carry, 0)),
-        Constants(
-            fill(c.lengths, 0), fill(c.resets, 1), fill(c.recurrent_mask, 0),
-            jax.tree.map(lambda ndim: 1 if ndim else -1, c.zoneout),
-        ),
-    )  # fmt: skip
-    results = Result(fill(result.carry, 0), xs, fill(result.carries, 1), fill(result.gates, 1))
-    residuals = 0 if loop.residuals is None else loop.residuals.num_leaves
+    count, residuals = loop.differentiable.num_leaves, 0 if loop.residuals is None else loop.residuals.num_leaves
+    constants = jax.tree.unflatten(loop.constants, ndims[count : count + loop.constants.num_leaves])
+    operands = operand_axes(loop.request, at_leaves(loop.differentiable, (), (), 0), constants)
+    results = result_axes(loop.request, at_leaves(loop.result, (), (), 0))
     shared = [None if axis < 0 else axis for axis in jax.tree.leaves(operands)]
     return shared, jax.tree.leaves(results), [1] * residuals
 

@@ -21,7 +21,7 @@ from rnncore.kernels.cpp import calls, emit, handlers
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Out
 from rnncore.recurrence import plain, step
 from rnncore.recurrence.backend import LoopBackend
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result
 
 STRETCH = 48
 """Of every so many steps the forward loop keeps the carry's fields that the backward one forms again in between."""
@@ -55,38 +55,27 @@ class CppLoops(LoopBackend):
 
     maps_into_batch = True
 
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        run = _Run(request, differentiable, constants)
-        return run.result(run.compiled.forward(run.arrays(differentiable), run.constants, False)[0])
-
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        run = _Run(request, differentiable, constants)
-        out, kept = run.compiled.forward(run.arrays(differentiable), run.constants, True)
-        return run.result(out), run.residuals(kept)
+    def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
+        run = _Run(problem)
+        out, kept = run.compiled.forward(run.arrays(problem.differentiable), run.constants, keep)
+        return run.result(out), run.residuals(kept) if keep else None
 
     def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable:  # fmt: skip
-        run = _Run(request, differentiable, constants)
-        arrays, back = jax.vjp(run.arrays, differentiable)
+        self, problem: Problem, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable
+    ) -> Differentiable:
+        run = _Run(problem)
+        arrays, back = jax.vjp(run.arrays, problem.differentiable)
         dout = run.cotangents(cotangents)
         stored, y = run.stored(residuals), run.outputs(result)
         found: Any = run.compiled.backward(arrays, run.constants, y, stored, dout, wanted.xs)
         return back(found if wanted.xs else found._replace(x=jnp.zeros_like(arrays.x)))[0]
 
-    def tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
-        run = _Run(request, differentiable, constants)
+    def tangent(self, problem: Problem, result: Result, residuals: PyTree, tangents: Differentiable) -> Result:
+        run = _Run(problem)
         # Inside shard_map the linearised step depends on other values than the one that was compiled.
-        if run.axes or not self.residuals_move(request):
-            return super().tangent(request, differentiable, constants, result, residuals, tangents)
-        stacks = run.stacks(differentiable, constants, result, residuals)
-        return plain.tangent(request, differentiable, constants, result, stacks, tangents)
+        if run.axes or not self.residuals_move(problem.request):
+            return super().tangent(problem, result, residuals, tangents)
+        return plain.tangent(problem, result, run.stacks(problem, result, residuals), tangents)
 
     def residuals_move(self, request: Request) -> bool:
         if isinstance(request.cell, ReducingCell):
@@ -94,20 +83,20 @@ class CppLoops(LoopBackend):
         one_dtype = len({*variant_of(request)[:3], *request.dtypes}) == 1
         return one_dtype and request.recompute == "nothing" and not request.return_states
 
-    def plain_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        result, kept = plain.run_with_residuals(request, differentiable, constants)
-        stacks = plain.residuals(request, differentiable, constants, result.outputs, kept)
+    def plain_with_residuals(self, problem: Problem) -> tuple[Result, PyTree]:
+        result, kept = plain.run_with_residuals(problem)
+        stacks = plain.residuals(problem, result.outputs, kept)
         # Whatever is formed again is formed from the carries of the loop itself; where nobody does, it does not run.
-        _, own = self.forward_with_residuals(request, jax.lax.stop_gradient(differentiable), constants)
-        return result, (_Run(request, differentiable, constants).packed(stacks, own[0].shape), *own[1:])
+        fixed = problem._replace(differentiable=jax.lax.stop_gradient(problem.differentiable))
+        _, own = self.forward(fixed, True)
+        return result, (_Run(problem).packed(stacks, own[0].shape), *own[1:])
 
 
 class _Run:
     """The arrays of a run as the calls have them: one batch axis, a carry as one array, few dtypes."""
 
-    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
+    def __init__(self, problem: Problem):
+        request, differentiable, constants = problem
         cell = compiled_cell(request.cell)
         start = differentiable.initial_carry
         self.request, self.cell, self.dtypes = request, cell, [a.dtype for a in start]
@@ -146,20 +135,17 @@ class _Run:
         kept = self._one(None, (), self.variant.residual) if self.rematerialize else next(there)
         return kept, next(there) if self.begins else self._one(None, (), self.variant.real)
 
-    def stacks(
-        self, differentiable: Differentiable, constants: Constants, result: Result, residuals: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
+    def stacks(self, problem: Problem, result: Result, residuals: tuple[Array, ...]) -> tuple[Array, ...]:
         """All that the linearised step depends on, as (T, *batch, H) arrays in the order of `Body.residuals`."""
-        request, plan, hidden = self.request, self.plan, self.cell.hidden_size
-        kept = residuals[0]
+        request, differentiable, constants = problem
+        plan, hidden, kept = self.plan, self.cell.hidden_size, residuals[0]
         of_heads = kept.reshape(*kept.shape[:-1], self.heads, -1)[..., : hidden // self.heads]
         rows = of_heads.reshape(*kept.shape[:-1], hidden)
         # Slices, which XLA takes from what `packed` put together without writing it; it would write it transposed.
         found = {n: jax.lax.index_in_dim(rows, k, rows.ndim - 2, False) for k, n in enumerate(plan.kept)}
         resets, zoneout = step.per_step(request, constants)
         start, reset_carry = differentiable.initial_carry, differentiable.reset_carry
-        hs = jnp.moveaxis(result.outputs, request.time_axis, 0)
-        before = plain.previous(start, reset_carry, resets, hs)
+        before = plain.before(problem, result.outputs)
         if plan.h >= 0:
             found[plan.h] = before
         if plan.reformed:

@@ -32,8 +32,8 @@ from rnncore.kernels import cache, compiler, host, kernel_body
 from rnncore.kernels.cuda import emit, kernels, launch, nvrtc, plan, recurrence
 from rnncore.recurrence import plain
 from rnncore.recurrence.backend import LoopBackend, without
-from rnncore.recurrence.layers import run_layers, side_by_side
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.layers import run_layers
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 
 MEASURED = 90
 """Compute capability, times ten, of the GPU on which it was timed beside the other backends."""
@@ -108,10 +108,10 @@ class Cuda(LoopBackend):
             for wide, one in pairs
         )
 
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        if isinstance(differentiable.params, CellParams):
-            return super().run(request, differentiable, constants)
-        return run_layers(super().run, request, differentiable, constants, side_by_side)
+    def run(self, problem: Problem) -> Result:
+        if isinstance(problem.differentiable.params, CellParams):
+            return super().run(problem)
+        return run_layers(super().run, problem, side_by_side=True)
 
     def missing(self, request: Request) -> str | None:
         """Reason why its kernels cannot run on this platform, or None."""
@@ -147,31 +147,19 @@ class Cuda(LoopBackend):
         )  # fmt: skip
         return settings.choose(settings.device, shape)
 
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        arrays = recurrence.Arrays(request, differentiable, constants)
-        return arrays.result(arrays.forward(self.settings(request), differentiable, keep=False))
-
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        arrays = recurrence.Arrays(request, differentiable, constants)
-        kept = arrays.forward(self.settings(request), differentiable, keep=True)
-        return arrays.result(kept), kept.residuals
+    def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
+        arrays = recurrence.Arrays(problem)
+        found = arrays.forward(self.settings(problem.request), problem.differentiable, keep)
+        return arrays.result(found), found.residuals
 
     def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable:  # fmt: skip
-        arrays = recurrence.Arrays(request, differentiable, constants)
+        self, problem: Problem, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable
+    ) -> Differentiable:
+        arrays, settings = recurrence.Arrays(problem), self.settings(problem.request)
         hs = arrays.flat(result.outputs)
-        return arrays.backward(self.settings(request), differentiable, hs, residuals, dense(cotangents, result))
+        return arrays.backward(settings, problem.differentiable, hs, residuals, dense(cotangents, result))
 
-    def tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
-        if request.return_states or request.dtype != "float32":
-            return super().tangent(request, differentiable, constants, result, residuals, tangents)
-        arrays = recurrence.Arrays(request, differentiable, constants)
-        stacks = arrays.residuals(residuals)
-        return plain.tangent(request, differentiable, constants, result, stacks, tangents)
+    def tangent(self, problem: Problem, result: Result, residuals: PyTree, tangents: Differentiable) -> Result:
+        if problem.request.return_states or problem.request.dtype != "float32":
+            return super().tangent(problem, result, residuals, tangents)
+        return plain.tangent(problem, result, recurrence.Arrays(problem).residuals(residuals), tangents)

@@ -16,11 +16,6 @@ from rnncore.recurrence.run import Differentiable, Result
 class Arrays(host.Arrays):
     """The arrays of a run, to the kernels and back."""
 
-    @property
-    def _stored(self) -> str:
-        """The dtype of the residuals."""
-        return self.request.residual_dtype or self.request.dtype
-
     def residuals(self, slab: Array) -> tuple[Array, ...]:
         """Each (T, *batch, H)."""
         request = self.request
@@ -44,7 +39,7 @@ class Arrays(host.Arrays):
 
     def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Outputs:
         operands = self.operands(differentiable)
-        states, stored = self.request.return_states, self._stored if keep else None
+        states, stored = self.request.return_states, self.stored if keep else None
 
         def step(run: host.Loop, rows: int) -> float | None:
             of = stored or run.kernel.dtype.name
@@ -81,7 +76,7 @@ class Arrays(host.Arrays):
             return kernels.backward(settings, self.cell, run, *stacks, states=states)
 
         def step(run: host.Loop, rows: int) -> float | None:
-            return kernels.step(settings, self.cell, "backward", run, rows, self._stored, states=states)
+            return kernels.step(settings, self.cell, "backward", run, rows, self.stored, states=states)
 
         found = host.mapped(call, run, residuals, dhs, dlast, dothers, dgates, step=step)
         h = host.previous(run, part.hidden, hs.astype(jnp.float32))
