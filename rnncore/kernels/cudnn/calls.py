@@ -118,5 +118,4 @@ class Calls:
     ) -> tuple[Array, ...]:  # fmt: skip
         if CAPTURABLE and not Inputs(*arrays[:5]).lengths.size:
             handler = f"{handler}_capturable"
-        numbers = {name: np.int64(getattr(kind, name)) for name in ("mode", "algorithm", "math")}
-        return ffi.call(library().targets[handler], results, arrays, aliases, **numbers)
+        return ffi.call(library().targets[handler], results, arrays, aliases, kind=np.array(kind, np.int64))
