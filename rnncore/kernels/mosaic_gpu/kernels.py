@@ -12,7 +12,7 @@ from rnncore._types import Array
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.mosaic_gpu import backward, forward
-from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
+from rnncore.kernels.mosaic_gpu.plan import UNITS, Plan, plan_of
 from rnncore.kernels.mosaic_gpu.tiles import flags
 
 
@@ -30,7 +30,7 @@ def _planned(cell: PointwiseCell, loop: host.Loop, rows: int) -> Plan:
 def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, keep: str | None) -> host.Outputs:
     steps, rows, _ = z.shape
     plan = _planned(cell, loop, rows)
-    part, dtype = kernel_body.of(cell, plan.tile), z.dtype
+    part, dtype = kernel_body.of(cell, (UNITS, plan.batch)), z.dtype
     whole = plan.tiles * plan.batch
     over = functools.partial(_padded, rows=whole, dtype=dtype)
     bias = () if loop.rest_bias is None else tuple(loop.rest_bias)
@@ -40,13 +40,13 @@ def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, ke
         reset_r = over(host.recurrent_matmul(cell, loop.kernel, loop.reset_carry[part.hidden].astype(dtype)[None])[0])
     arrays = forward.Arrays(
         z=over(z),
-        kernel=_split_rows(plan, loop.kernel.transpose(0, 2, 3, 1)).astype(dtype),
+        kernel=loop.kernel.transpose(0, 2, 3, 1).reshape(plan.heads, -1, UNITS).astype(dtype),
         start=tuple(map(over, loop.start)),
         reset_carry=() if loop.resets is None else tuple(map(over, loop.reset_carry)),  # type: ignore[arg-type]
         reset_r=reset_r,
         units=tuple(_rows(a, whole, dtype) for a in loop.units),
         rest_bias=tuple(_rows(a, whole, dtype) for a in bias),
-        flags=_flags(loop, steps, plan, whole, dtype),
+        flags=_flags(loop, steps, whole, dtype),
     )
     found = forward.run(
         plan, part, arrays, keep is not None, loop.lengths is not None, interpret, _types(z)
@@ -64,16 +64,16 @@ def _backward(
 ) -> host.Cotangents:
     steps, rows, _ = dhs.shape
     plan = _planned(cell, loop, rows)
-    part, dtype = kernel_body.of(cell, plan.tile), loop.kernel.dtype
+    part, dtype = kernel_body.of(cell, (UNITS, plan.batch)), loop.kernel.dtype
     whole = plan.tiles * plan.batch
     over = functools.partial(_padded, rows=whole, dtype=dtype)
     arrays = backward.Arrays(
         residuals=tuple(map(over, residuals)),
         dhs=over(dhs),
         dlast=tuple(map(over, dlast)),
-        kernel=_split_inputs(plan, loop.kernel).astype(dtype),
+        kernel=loop.kernel.swapaxes(1, 2).reshape(plan.heads, -1, UNITS).astype(dtype),
         units=tuple(_rows(a, whole, dtype) for a in loop.units),
-        flags=_flags(loop, steps, plan, whole, dtype),
+        flags=_flags(loop, steps, whole, dtype),
     )
     found = backward.run(
         plan, part, arrays, loop.lengths is not None, loop.resets is not None, interpret, _types(dhs)
@@ -94,21 +94,9 @@ def _rows(a: Array, rows: int, dtype: Any) -> Array:
     return jnp.broadcast_to(a.astype(dtype), (rows, a.shape[-1]))
 
 
-def _flags(loop: host.Loop, steps: int, plan: Plan, rows: int, dtype: Any) -> Array | None:
-    marks = flags(loop.lengths, loop.resets, steps, plan.units)
+def _flags(loop: host.Loop, steps: int, rows: int, dtype: Any) -> Array | None:
+    marks = flags(loop.lengths, loop.resets, steps)
     return None if marks is None else _padded(marks, rows, dtype)
-
-
-def _split_rows(plan: Plan, kernel: Array) -> Array:
-    """(N, G, d out, d in) to (N, W, G * units, d in): the rows that each warpgroup multiplies."""
-    parts = kernel.reshape(plan.heads, plan.gates, plan.groups, plan.units, plan.size)
-    return parts.swapaxes(1, 2).reshape(plan.heads, plan.groups, -1, plan.size)
-
-
-def _split_inputs(plan: Plan, kernel: Array) -> Array:
-    """(N, d in, G, d out) to (N, W, G * units, d out): for each gate the rows of a warpgroup's units."""
-    parts = kernel.reshape(plan.heads, plan.groups, plan.units, plan.gates, plan.size)
-    return parts.swapaxes(2, 3).reshape(plan.heads, plan.groups, -1, plan.size)
 
 
 def _types(like: Array) -> Any:
