@@ -13,7 +13,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from rnncore.kernels import cache, compiler
+from rnncore.kernels import compiler
 
 HEADERS = Path(__file__).parent
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space")
@@ -85,25 +85,9 @@ def _code_for(source: str, capability: int, what: str) -> tuple[bytes, str]:
 
     def make(to: Path) -> None:
         print(f"rnncore: compiling {what} for this GPU, once, in a few seconds", file=sys.stderr, flush=True)
-        keep(to, compile_source(source, capability), what)
+        to.write_bytes(compile_source(source, capability))
 
-    try:
-        kept = cache.load(f"cuda-{key}", make)
-    except OSError as error:
-        _log.info("nothing can be kept in %s (%s): this process compiles for itself", cache.directory(), error)
-        return compile_source(source, capability), key
-    size = ctypes.c_uint64.in_dll(kept, "rnn_size").value
-    return bytes((ctypes.c_ubyte * size).in_dll(kept, "rnn_code")), key
-
-
-def keep(to: Path, code: bytes, what: str) -> None:
-    """Wraps bytes as a library with `rnn_code` and `rnn_size`, so that the cache of C++ libraries can hold them."""
-    command = compiler.require()
-    numbers = ",".join(map(str, code))
-    text = f"extern const unsigned char rnn_code[];\nconst unsigned char rnn_code[] = {{{numbers}}};\n"
-    text = f'extern "C" {{\n{text}extern const unsigned long long rnn_size;\n'
-    text += f"const unsigned long long rnn_size = {len(code)};\n}}\n"
-    compiler.compile_to(to, text, (*command, "-shared", "-fPIC"), what)
+    return compiler.load(f"cubin-{key}", make, Path.read_bytes), key
 
 
 def compile_source(source: str, capability: int) -> bytes:
