@@ -93,7 +93,7 @@ class Cpp(recurrence.CppLoops):
         return None
 
     def prepare(self, request: Request) -> str | None:
-        return handlers.why_not(_source(request), recurrence.described(request.cell, recurrence.variant_of(request)))
+        return handlers.why_not(_source(request), emit.described(request.cell, recurrence.variant_of(request)))
 
 
 def _source(request: Request) -> str:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rnncore.cells.base import GatedCell
+from rnncore.cells.base import Cell, GatedCell
 from rnncore.cells.reductions import declared
 from rnncore.kernels import emit, kernel_body
 from rnncore.kernels.cpp import residuals, stages
@@ -49,6 +49,12 @@ class Variant(NamedTuple):
     stored: str
     residual: str
     states: bool = False
+
+
+def described(cell: Cell, variant: Variant) -> str:
+    """What is compiled, for messages."""
+    types = dict.fromkeys(variant[:3])
+    return f"{type(declared(cell)).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
 
 
 def body(cell: GatedCell, variant: Variant) -> kernel_body.Body:

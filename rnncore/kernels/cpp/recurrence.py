@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +13,10 @@ from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell, CellParams, GatedCell
 from rnncore.cells.recurrent_kernels import Diagonal
-from rnncore.cells.reductions import ReducingCell, Whole, declared
+from rnncore.cells.reductions import ReducingCell, Whole
 from rnncore.cells.structured_kernels import LowRank
 from rnncore.kernels import host, kernel_body
-from rnncore.kernels.cpp import calls, emit, handlers
+from rnncore.kernels.cpp import calls, emit
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Out
 from rnncore.recurrence import plain, step
 from rnncore.recurrence.backend import LoopBackend
@@ -31,12 +30,6 @@ def compiled_cell(cell: Cell) -> GatedCell:
     """The cell that is compiled: its whole update with the part of the inputs, where that takes means over units."""
     assert isinstance(cell, GatedCell)
     return Whole.of(cell) if isinstance(cell, ReducingCell) else cell
-
-
-def described(cell: Cell, variant: emit.Variant) -> str:
-    """What is compiled, for messages."""
-    types = dict.fromkeys(variant[:3])
-    return f"{type(declared(cell)).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
 
 
 def variant_of(request: Request) -> emit.Variant:
@@ -104,26 +97,20 @@ class _Run:
         self.heads = host.head_count(cell)
         self.variant = variant_of(request)
         self.part = emit.body(cell, self.variant)
-        self.plan, self.rematerialize = emit.plan(cell, self.variant), request.recompute != "nothing"
-        self.chunk_size, self.begins = STRETCH, len(self.plan.reformed)
-        if self.rematerialize:
-            self.chunk_size = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
-            self.begins = len(cell.Carry._fields)
+        self.plan, rematerialize = emit.plan(cell, self.variant), request.recompute != "nothing"
+        chunk_size = STRETCH
+        if rematerialize:
+            chunk_size = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
         self.axes = _compat.varying_axes(differentiable.xs)
         steps, hidden, real = request.steps, cell.hidden_size, self.variant.real
-        self.zoneout, shares, chosen, stacks = self._zoneout(constants.zoneout)
+        zoneout, shares, chosen, stacks = self._zoneout(constants.zoneout)
+        self.compiled = Calls(cell, self.variant, self.time_major, zoneout, chunk_size, rematerialize)
         self.constants = calls.Constants(
             self._one(constants.recurrent_mask, (self.rows, hidden), real),
             self._one(constants.lengths, (self.rows,), jnp.int32),
             self._one(constants.resets, (steps, self.rows), bool),
             shares, chosen, stacks,
         )  # fmt: skip
-
-    @property
-    def compiled(self) -> Calls:
-        return _calls(
-            self.cell, self.variant, self.time_major, self.zoneout, self.chunk_size, self.begins, self.rematerialize
-        )
 
     def residuals(self, kept: tuple[Array, Array]) -> tuple[Array, ...]:
         """What the calls keep with the batch axes of the request, those that there are."""
@@ -132,8 +119,8 @@ class _Run:
     def stored(self, residuals: tuple[Array, ...]) -> tuple[Array, Array]:
         """The inverse."""
         there = iter(a.reshape(a.shape[0], self.rows, *a.shape[-2:]) for a in residuals)
-        kept = self._one(None, (), self.variant.residual) if self.rematerialize else next(there)
-        return kept, next(there) if self.begins else self._one(None, (), self.variant.real)
+        kept = self._one(None, (), self.variant.residual) if self.compiled.rematerialize else next(there)
+        return kept, next(there) if self.compiled.begins else self._one(None, (), self.variant.real)
 
     def stacks(self, problem: Problem, result: Result, residuals: tuple[Array, ...]) -> tuple[Array, ...]:
         """All that the linearised step depends on, as (T, *batch, H) arrays in the order of `Body.residuals`."""
@@ -269,12 +256,3 @@ class _Run:
 
 def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
     return jnp.stack(list(arrays)) if arrays else jnp.zeros((0, hidden), dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _calls(cell: GatedCell, variant: emit.Variant, *settings: Any) -> Calls:
-    """`settings`: the fields of `Calls` from `time_major` on."""
-    part, width = emit.body(cell, variant), len(emit.plan(cell, variant).kept)
-    names = handlers.targets(emit.source(cell, variant), described(cell, variant))
-    targets = names["forward"], names["forward_keeping"], names["backward"]
-    return Calls(targets, variant, width, len(cell.Carry._fields), part.emitted, *settings)
