@@ -12,6 +12,9 @@ from rnncore.cells.recurrent_kernels import Recurrence
 from rnncore.recurrence import mesh, plain, primitives
 from rnncore.recurrence.run import Differentiable, Problem, Request, Result
 
+GATHERED = "only where it is named: data that is sharded over devices would be gathered to each of them"
+"""Why an opaque backend is not chosen on several devices."""
+
 
 class Backend(abc.ABC):
     """A way to run a cell over time; one instance of each class, hashed by its identity.
@@ -33,7 +36,7 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def unsupported(self, request: Request) -> str | None:
-        """Reason why this backend cannot serve the request, or None."""
+        """Reason why this backend cannot serve the request, or None; symbolic ones as `takes_symbolic` says."""
 
     def takes_product(self, recurrence: Recurrence) -> bool:
         """Whether it multiplies by the own `matmul` of a structure that is formed of parameters."""

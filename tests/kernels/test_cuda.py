@@ -17,11 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_problems import DEVICES
 
 import rnncore
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cuda import emit, kernels, nvrtc
-from rnncore.kernels.cuda.plan import DEVICES, Device, Shape, layouts, plan_of
+from rnncore.kernels.cuda.plan import Device, Shape, layouts, plan_of
 from rnncore.sequence import backends
 
 HOPPER = Device("a small Hopper", 16, 96 * 1024, 90)

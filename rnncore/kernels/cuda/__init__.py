@@ -28,10 +28,10 @@ from typing import Any
 
 from rnncore._types import PyTree
 from rnncore.cells.base import CellParams, PointwiseCell
-from rnncore.kernels import cache, compiler, host, kernel_body
+from rnncore.kernels import cache, compiler, host
 from rnncore.kernels.cuda import emit, kernels, launch, nvrtc, plan, recurrence
 from rnncore.recurrence import plain
-from rnncore.recurrence.backend import LoopBackend, without
+from rnncore.recurrence.backend import GATHERED, LoopBackend, without
 from rnncore.recurrence.layers import run_layers
 from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 
@@ -55,8 +55,6 @@ class Cuda(LoopBackend):
         )
         if refused is not None:
             return refused
-        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
-            return "its arrays are of known sizes, and here some are symbols"
         if 0 in (*request.batch_shape, request.steps):
             return f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
         residual = request.residual_dtype or request.dtype
@@ -74,7 +72,7 @@ class Cuda(LoopBackend):
         device = launch.device()
         assert device is not None and isinstance(request.cell, PointwiseCell)
         if request.devices > 1:
-            return "only where it is named: data that is sharded over devices would be gathered to each of them"
+            return GATHERED
         if device.capability != MEASURED:
             here, there = device.capability / 10, MEASURED / 10
             return f"only where it is named: it was timed on compute capability {there}, and this GPU has {here}"
@@ -120,7 +118,7 @@ class Cuda(LoopBackend):
         if launch.device() is None:
             return "it needs an NVIDIA GPU, and there is no CUDA driver"
         if nvrtc.library() is None:
-            return "it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found"
+            return nvrtc.MISSING
         if compiler.find() is None:
             return compiler.MISSING
         return None
@@ -138,14 +136,8 @@ class Cuda(LoopBackend):
 
     def _plan(self, request: Request, direction: str, rows: int, cells: int = 1) -> plan.Plan | str:
         cell: Any = request.cell
-        settings = self.settings(request)
-        heads = host.head_count(cell)
-        shape = plan.Shape(
-            direction, request.dtype, request.dtype, settings.product, gates=len(cell.gates),
-            fields=len(cell.Carry._fields), width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size // heads,
-            heads=cells * heads, sequences=rows,
-        )  # fmt: skip
-        return settings.choose(settings.device, shape)
+        heads = cells * host.head_count(cell)
+        return self.settings(request).layout(cell, direction, request.dtype, request.dtype, heads, rows)
 
     def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
         arrays = recurrence.Arrays(problem)

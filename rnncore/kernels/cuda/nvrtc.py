@@ -17,6 +17,7 @@ from rnncore.kernels import compiler
 
 HEADERS = Path(__file__).parent
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space")
+MISSING = "it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found"
 _FOLDERS = ("cu13/lib", "cuda_nvrtc/lib", "cu13/bin", "cuda_nvrtc/bin")
 _VERSIONS = ("13", "12")
 
@@ -42,6 +43,13 @@ def library() -> ctypes.CDLL | None:
         except OSError as error:
             _log.debug("%s cannot be loaded: %s", path, error)
     return None
+
+
+def _required() -> ctypes.CDLL:
+    nvrtc = library()
+    if nvrtc is None:
+        raise NvrtcError(MISSING)
+    return nvrtc
 
 
 def _candidates() -> list[str]:
@@ -104,9 +112,7 @@ def figures(source: str, capability: int) -> dict[str, int]:
 
 
 def _compiled(source: str, capability: int, more: Sequence[str]) -> tuple[bytes, str]:
-    nvrtc = library()
-    if nvrtc is None:
-        raise NvrtcError("it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found")
+    nvrtc = _required()
     known = [n for n in _capabilities(nvrtc) if n <= capability]
     if not known:
         raise NvrtcError(f"NVRTC {'.'.join(map(str, _version()))} knows no GPU of compute capability {capability / 10}")
@@ -155,10 +161,7 @@ def _capabilities(nvrtc: ctypes.CDLL) -> list[int]:
 
 @functools.cache
 def _version() -> tuple[int, int]:
-    nvrtc = library()
-    if nvrtc is None:
-        raise NvrtcError("it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found")
-    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc, major, minor = _required(), ctypes.c_int(), ctypes.c_int()
     _succeed(nvrtc, nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     return major.value, minor.value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -40,10 +41,9 @@ class Arrays(host.Arrays):
     def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Outputs:
         operands = self.operands(differentiable)
         states, stored = self.request.return_states, self.stored if keep else None
-
-        def step(run: host.Loop, rows: int) -> float | None:
-            of = stored or run.kernel.dtype.name
-            return kernels.step(settings, self.cell, "forward", run, rows, of, keeps=keep, states=states)
+        step = functools.partial(
+            kernels.step, settings, self.cell, "forward", stored=stored or self.request.dtype, keeps=keep, states=states
+        )
 
         def call(run: host.Loop, z: Array) -> kernels.Outputs:
             return kernels.forward(settings, self.cell, run, z, stored, states)
@@ -75,9 +75,7 @@ class Arrays(host.Arrays):
         def call(run: host.Loop, *stacks: Any) -> host.Cotangents:
             return kernels.backward(settings, self.cell, run, *stacks, states=states)
 
-        def step(run: host.Loop, rows: int) -> float | None:
-            return kernels.step(settings, self.cell, "backward", run, rows, self.stored, states=states)
-
+        step = functools.partial(kernels.step, settings, self.cell, "backward", stored=self.stored, states=states)
         found = host.mapped(call, run, residuals, dhs, dlast, dothers, dgates, step=step)
         h = host.previous(run, part.hidden, hs.astype(jnp.float32))
         h = (h if run.mask is None else h * run.mask.astype(jnp.float32)).astype(run.kernel.dtype)

@@ -33,7 +33,7 @@ from rnncore.cells.base import CellParams
 from rnncore.kernels.cudnn import algorithm, library, weights
 from rnncore.kernels.cudnn.calls import Calls, Inputs, Outputs
 from rnncore.recurrence import plain
-from rnncore.recurrence.backend import LoopBackend, without
+from rnncore.recurrence.backend import GATHERED, LoopBackend, without
 from rnncore.recurrence.layers import run_layers
 from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 
@@ -55,8 +55,6 @@ class CuDNN(LoopBackend):
         if len(request.dtypes) != 1 or request.dtype not in algorithm.DATA:
             got = ", ".join(sorted(request.dtypes))
             return f"it takes float32, float16 or bfloat16, one of them; parameters, inputs and carry are {got}"
-        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
-            return "its arrays are of known sizes, and here some are symbols"
         version = library.version(str(library.find()))
         if request.dtype == "bfloat16" and version < library.OLDEST_WITH_BFLOAT16:
             return f"it takes bfloat16 with cuDNN 9.13 or newer, and this one is of version {version}"
@@ -72,7 +70,7 @@ class CuDNN(LoopBackend):
 
     def why_not_by_default(self, request: Request) -> str | None:
         if request.devices > 1:
-            return "only where it is named: data that is sharded over devices would be gathered to each of them"
+            return GATHERED
         if request.lengths:
             return "only where it is named: its outputs past the length are zeros"
         # On an H200 4 to 49 times as fast as the scan where these algorithms run both ways.  Else kernels are launched
