@@ -84,7 +84,11 @@ def why_not(cell: GatedCell, variant: Variant) -> str | None:
 
 def _struct(cell: GatedCell, variant: Variant) -> list[str]:
     part = body(cell, variant)
-    return emit.struct(part, CPP, stages.lines(part, CPP) if stages.reduces(part) else ())
+    if stages.reduces(part):
+        return emit.struct(part, CPP, stages.lines(part, CPP))
+    *lines, end = emit.struct(part, CPP)
+    none = ["  struct Updating {", "    static constexpr int held = 0;", "  };"]
+    return [*lines, *none, "  using Keeping = Updating;", "  using Transposing = Updating;", end]
 
 
 _TYPES = {"float64": "double", "float32": "float", "bfloat16": "bfloat16", "float16": "float16"}
