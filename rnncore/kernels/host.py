@@ -36,6 +36,8 @@ from rnncore.recurrence.run import Differentiable, Problem, Request, Result, den
 class Loop(NamedTuple):
     """What the loops of both kernels read besides their stacks.
 
+    All up to `reset_carry` is differentiable.
+
     Fields:
       kernel: (N, H/N, G, H/N), N = 1 for a dense one.
       rest_bias: (n, H) float32, added to r of the gates in `Body.rest`; None where there are none.
@@ -57,17 +59,6 @@ class Loop(NamedTuple):
     resets: Array | None = None
     mask: Array | None = None
     zoneout: tuple[Array | None, ...] | None = None
-
-
-class Operands(NamedTuple):
-    """What is differentiable of a run, as the kernels have it: z (T, B, G*H), and the first fields of `Loop`."""
-
-    z: Array
-    kernel: Array
-    rest_bias: Array | None
-    units: tuple[Array, ...]
-    start: tuple[Array, ...]
-    reset_carry: tuple[Array, ...] | None
 
 
 class Outputs(NamedTuple):
@@ -139,14 +130,12 @@ class KernelBackend(LoopBackend):
         return mesh.by_device(functools.partial(primitives.run, self), problem)
 
     def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
-        forward, arrays = self.kernels().forward, Arrays(problem)
-        request, operands = problem.request, arrays.operands(problem.differentiable)
+        request, forward, arrays = problem.request, self.kernels().forward, Arrays(problem)
+        z, loop = arrays.operands(problem.differentiable)
         stored = arrays.stored if keep else None
-        found = mapped(lambda loop, z: forward(arrays.cell, loop, z, stored), arrays.loop(operands), operands.z)
+        found = mapped(lambda loop, z: forward(arrays.cell, loop, z, stored), arrays.with_constants(loop), z)
         last = [a.reshape(*request.batch_shape, -1) for a in found.last]
-        hs, z, *others = (
-            a.reshape(request.steps, *request.batch_shape, -1) for a in (found.hs, operands.z, *found.others)
-        )  # fmt: skip
+        hs, z, *others = (a.reshape(request.steps, *request.batch_shape, -1) for a in (found.hs, z, *found.others))
         return result(request, arrays.part, arrays.dtypes, last, hs), (z, tuple(others)) if keep else None
 
     def backward(
@@ -155,7 +144,7 @@ class KernelBackend(LoopBackend):
         cotangents = dense(cotangents, result)
         arrays = Arrays(problem)
         operands, back = jax.vjp(arrays.operands, problem.differentiable)
-        cell, part, loop = arrays.cell, arrays.part, arrays.loop(operands)
+        cell, part, loop = arrays.cell, arrays.part, arrays.with_constants(operands[1])
         z, others = jax.tree.map(arrays.flat, residuals)
         count = len(cell.gates)
         stacks = (*others[: part.hidden], arrays.flat(result.outputs), *others[part.hidden :])
@@ -184,25 +173,23 @@ class Arrays:
         self.dtypes = [a.dtype for a in problem.differentiable.initial_carry]
         self.stored = request.residual_dtype or request.dtype  # of what is kept
 
-    def operands(self, differentiable: Differentiable) -> Operands:
-        """What the kernels read of what is differentiable."""
+    def operands(self, differentiable: Differentiable) -> tuple[Array, Loop]:
+        """What the kernels read of what is differentiable: z (T, B, G*H), and the loop without constants."""
         params, xs, start, reset_carry = differentiable
         count, size = len(self.cell.gates), head_size(self.cell)
         z = self.cell.project(params, xs.reshape(self.request.steps, self.rows, -1))
         added, rest = self.part.recurrent_biases(params)
         z = z if added is None else z + added.reshape(-1)
-        return Operands(
-            z, params.recurrent_kernel.reshape(-1, size, count, size).astype(z.dtype),
+        return z, Loop(
+            params.recurrent_kernel.reshape(-1, size, count, size).astype(z.dtype),
             jnp.stack(rest).astype(jnp.float32) if rest else None,
             tuple(a.astype(jnp.float32) for a in params.units), self.carry(start),
             None if self.constants.resets is None else self.carry(reset_carry),
         )  # fmt: skip
 
-    def loop(self, operands: Operands) -> Loop:
-        """The same but z, with the constants."""
+    def with_constants(self, loop: Loop) -> Loop:
         lengths, resets, mask, zoneout = self.constants
-        return Loop(
-            *operands[1:],
+        return loop._replace(
             lengths=None if lengths is None else lengths.reshape(self.rows),
             resets=None if resets is None else resets.reshape(self.request.steps, self.rows),
             mask=None if mask is None else mask.reshape(self.rows, -1),
@@ -217,7 +204,7 @@ class Arrays:
         """(*batch, H) each, as (B, H) in float32."""
         return tuple(a.reshape(self.rows, a.shape[-1]).astype(jnp.float32) for a in fields)
 
-    def cotangents(self, operands: Operands, found: Cotangents, h: Array, dlast: tuple[Array, ...]) -> Operands:
+    def cotangents(self, operands: Any, found: Cotangents, h: Array, dlast: tuple[Array, ...]) -> Any:
         """The cotangents of the operands, from those that a backward kernel gave and h as it entered the product."""
         dr, drest, dstart, lengths = found.z, None, found.start, self.constants.lengths
         if found.rest is not None:
@@ -229,8 +216,8 @@ class Arrays:
             never = (lengths.reshape(self.rows) == 0)[:, None]
             dstart = tuple(a + jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
         dunits = tuple(jnp.sum(a, 0) for a in found.units)
-        dkernel = _kernel_cotangent(operands.kernel, h, dr.astype(h.dtype))
-        made = Operands(found.z, dkernel, drest, dunits, dstart, found.reset_carry)
+        dkernel = _kernel_cotangent(operands[1].kernel, h, dr.astype(h.dtype))
+        made = found.z, Loop(dkernel, drest, dunits, dstart, found.reset_carry)
         return jax.tree.map(lambda d, a: d.astype(a.dtype), made, operands)
 
 

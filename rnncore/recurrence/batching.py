@@ -86,12 +86,11 @@ def _over_batch(
         return jax.tree.map(lambda a: _compat.vary_over(a, axes), out)
 
     def rule(size: int, mapped: Sequence[bool], *arrays: Array) -> tuple[PyTree, PyTree]:
-        if size == 0:
-            one = [jax.ShapeDtypeStruct(a.shape[m:], a.dtype) for a, m in zip(arrays, mapped, strict=True)]
-            out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(run, *one))
-            return out, jax.tree.map(lambda _: True, out)
         # For a mapped array, count the axes of one example.
         examples = [jax.ShapeDtypeStruct(a.shape[m:], a.dtype) for a, m in zip(arrays, mapped, strict=True)]
+        if size == 0:
+            out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(run, *examples))
+            return out, jax.tree.map(lambda _: True, out)
         axes = _axes(inputs, examples)
         if any(m and axis is None and a.shape != (0,) for m, axis, a in zip(mapped, axes, examples, strict=True)):
             if units is not None and all(axis is not None for axis, m in zip(units.inputs, mapped, strict=True) if m):

@@ -39,7 +39,7 @@ class Arrays(host.Arrays):
         )  # fmt: skip
 
     def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Outputs:
-        operands = self.operands(differentiable)
+        z, loop = self.operands(differentiable)
         states, stored = self.request.return_states, self.stored if keep else None
         step = functools.partial(
             kernels.step, settings, self.cell, "forward", stored=stored or self.request.dtype, keeps=keep, states=states
@@ -48,7 +48,7 @@ class Arrays(host.Arrays):
         def call(run: host.Loop, z: Array) -> kernels.Outputs:
             return kernels.forward(settings, self.cell, run, z, stored, states)
 
-        return host.mapped(call, self.loop(operands), operands.z, step=step)
+        return host.mapped(call, self.with_constants(loop), z, step=step)
 
     def backward(
         self, settings: kernels.Settings, differentiable: Differentiable, hs: Array, residuals: Array,
@@ -57,7 +57,7 @@ class Arrays(host.Arrays):
         """The cotangents of what is differentiable; hs are the outputs, (T, B, H)."""
         part, states = self.part, self.request.return_states
         operands, back = jax.vjp(self.operands, differentiable)
-        run = self.loop(operands)
+        run = self.with_constants(operands[1])
         dhs = self.flat(cotangents.outputs)
         dothers = dgates = None
         if states:
