@@ -1,14 +1,14 @@
 """What backends that run all steps in one kernel share: everything but the kernels.
 
-z_t is projected for all steps at once, outside.  The forward kernel keeps the carries and nothing else, so that
-the loop is as short as can be.  Reverse mode forms the recurrent products of all steps again, in one product, and
-from them what the derivative needs of every step (`Body.residuals`); its kernel is the loop that is left,
+The inputs are projected to z_t outside the kernel, for all steps at once.  The forward kernel stores the carries only,
+which keeps its loop short.  Reverse mode recomputes the recurrent products of all steps in one product, and from them
+the residuals of every step (`Body.residuals`).  The backward kernel is the loop that remains,
 
   dr_t, dz_t, ds_{t-1} = transposed linearised step (ds_t),   dh_{t-1} += U^T dr_t
 
-and dU = sum_t h_{t-1}^T dr_t is one product again: no weight gradient in the loop, no atomic sums.
+and dU = sum_t h_{t-1}^T dr_t is again one product: no weight gradients in the loop, no atomic sums.
 
-vmap over sequences becomes more of a batch; over parameters it runs one call after the other, or one of more heads.
+vmap over sequences extends the batch; vmap over parameters runs one call after the other, or one call with more heads.
 """
 
 from __future__ import annotations

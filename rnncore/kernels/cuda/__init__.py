@@ -1,23 +1,22 @@
 """Backend "cuda": a whole run in one kernel for any NVIDIA GPU, generated from a pointwise cell, compiled at run time.
 
-The update, the residuals of its derivative, and its transpose are written as CUDA C++ (`emit.py`) and compiled with
-this library's loops (`forward.cuh`, `backward.cuh`) by NVRTC, once, and cached on disk.  The recurrent matrix stays in
-registers and shared memory for all steps (`plan.py`).  One block runs a head by itself where that is fastest; otherwise
-the blocks of a head exchange h after every step: in a cluster through shared memory, in a grid through the L2 cache,
-where a bit pattern that no number has marks what is not written yet.  Carries and sums are float32; h is rounded to the
-dtype before each product and in the outputs.  In reverse mode dU, dW, dx and biases are products over all steps, after
-the loop: there are no atomic sums, and results are deterministic.
+The update, the residuals of its derivative and its transpose are written as CUDA C++ (`emit.py`), compiled with this
+library's loops (`forward.cuh`, `backward.cuh`) by NVRTC, once, and cached on disk.  The recurrent matrix stays in
+registers and shared memory for all steps (`plan.py`).  A head runs in one block where that is fastest; otherwise its
+blocks exchange h after every step, in a cluster through shared memory, in a grid through the L2 cache, where a bit
+pattern that no number has marks words that are not written yet.  Carries and sums are float32; h is rounded to the
+dtype before each product and in the outputs.  In reverse mode dU, dW, dx and the gradients of biases are products over
+all steps, after the loop: there are no atomic sums, and results are deterministic.
 
-Platform: NVIDIA GPUs from compute capability 7.5 (bfloat16: 8.0) with JAX's CUDA packages, which bring NVRTC, and a C++
-compiler for the call that launches.  Cells: every PointwiseCell whose update is said in the operations of
-`emit.OPERATIONS`, with a dense recurrence or heads.  Dtypes: bfloat16, float16 (with the GPU's own tanh, whose error is
-below 2^-10.9) or float32, of parameters, inputs and carries alike; float32 products follow
-`jax.default_matmul_precision`: TF32 by default as elsewhere in JAX, and three of them for "high" and more.  Lengths,
-resets, recurrent masks, zoneout, states, any number of batch axes: yes; chunks: no.  vmap over sequences becomes more
-of a batch, over parameters more heads, and so do the two directions of a layer; where a step of so many heads is
-predicted to take longer than theirs one by one, a call comes after the other.  Blocks of a grid all run at once, as the
-launch asks for: what cannot is an error of the plan or of the launch, not a hang; a batch that is too large runs in
-parts.
+Platform: NVIDIA GPUs of compute capability 7.5 or higher (bfloat16: 8.0), with JAX's CUDA packages, which include
+NVRTC, and a C++ compiler for the call that launches the kernels.  Cells: any PointwiseCell whose operations are in
+`emit.OPERATIONS`, with a dense recurrence or heads.  Dtypes: bfloat16 or float16 (with the GPU's approximate tanh, whose
+error is below 2^-10.9) or float32, the same for parameters, inputs and carries; float32 products follow
+`jax.default_matmul_precision`: TF32 by default, as elsewhere in JAX, and three TF32 products for "high" and above.
+Lengths, resets, recurrent masks, zoneout, states, any number of batch axes: yes; chunks: no.  vmap over sequences
+extends the batch; vmap over parameters, and the two directions of a layer, add heads, unless a step of so many heads is
+predicted to be slower than separate calls, which then run one after the other.  All blocks of a grid have to run at
+once: where they cannot, the plan or the launch reports an error, and nothing hangs; a batch that is too large is split.
 """
 
 from __future__ import annotations

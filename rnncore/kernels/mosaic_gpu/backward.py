@@ -1,7 +1,7 @@
-"""The backward kernel: the transposed linearised step, from the last to the first, with U in shared memory.
+"""The backward kernel: the transposed linearised step, from the last step to the first, with U in shared memory.
 
-A step evaluates the cell's vjp in registers on what was formed for all steps outside, rounds the cotangents
-of the recurrent products, which are results too, and multiplies those of all gates with the transpose of U.
+A step evaluates the cell's vjp in registers, on residuals that were computed for all steps outside the kernel.  It
+rounds the cotangents of the recurrent products, which are results too, and multiplies those of all gates by U^T.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Backend "pallas_tpu": how the work is mapped to the chip: a pure function of shapes and dtypes.
+"""Backend "pallas_tpu": how the work is mapped to the chip, a pure function of shapes and dtypes.
 
-A tile of registers is 8 rows of 128 lanes of 32 bits, 16 rows in bfloat16, and only slices at multiples of that
-are free.  So units are laid out in blocks of a multiple of 128, the recurrent kernel in square blocks of them for
-every gate, the batch in tiles of rows, time in blocks of steps.
+A register tile is 8 rows of 128 lanes of 32 bits, 16 rows in bfloat16, and only slices at multiples of that are free.
+So units are laid out in blocks of a multiple of 128, the recurrent kernel in square blocks of these for every gate, the
+batch in tiles of rows, and time in blocks of steps.
 """
 
 from __future__ import annotations
