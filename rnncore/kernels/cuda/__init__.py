@@ -9,9 +9,9 @@ dtype before each product and in the outputs.  In reverse mode dU, dW, dx and th
 all steps, after the loop: there are no atomic sums, and results are deterministic.
 
 Platform: NVIDIA GPUs of compute capability 7.5 or higher (bfloat16: 8.0), with JAX's CUDA packages, which include
-NVRTC, and a C++ compiler for the call that launches the kernels.  Cells: any PointwiseCell whose operations are in
-`emit.OPERATIONS`, with a dense recurrence or heads.  Dtypes: bfloat16 or float16 (with the GPU's approximate tanh, whose
-error is below 2^-10.9) or float32, the same for parameters, inputs and carries; float32 products follow
+NVRTC, and a C++ compiler for the call that launches the kernels.  Cells: any PointwiseCell whose operations are
+in `emit.OPERATIONS`, with a dense recurrence or heads.  Dtypes: bfloat16 or float16 (with the GPU's approximate tanh,
+whose error is below 2^-10.9) or float32, the same for parameters, inputs and carries; float32 products follow
 `jax.default_matmul_precision`: TF32 by default, as elsewhere in JAX, and three TF32 products for "high" and above.
 Lengths, resets, recurrent masks, zoneout, states, any number of batch axes: yes; chunks: no.  vmap over sequences
 extends the batch; vmap over parameters, and the two directions of a layer, add heads, unless a step of so many heads is
