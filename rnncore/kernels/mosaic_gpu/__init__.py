@@ -25,7 +25,7 @@ from pathlib import Path
 from rnncore import _compat
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
-from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
+from rnncore.kernels.mosaic_gpu.plan import UNITS, Plan, plan_of
 from rnncore.recurrence.run import Request
 
 DTYPES = ("bfloat16", "float16")
@@ -63,7 +63,7 @@ class MosaicGPU(host.KernelBackend):
         plan = plan_for(request)
         if isinstance(plan, str):
             return plan
-        return kernel_body.of(cell, plan.tile).why_not(KNOWN)
+        return kernel_body.of(cell, (UNITS, plan.batch)).why_not(KNOWN)
 
     def kernels(self) -> host.Kernels:
         from rnncore.kernels.mosaic_gpu import kernels

@@ -49,15 +49,15 @@ def allocate(
 
 def call(plan: Plan, body: Any, arrays: Any, out: Any, scratch: Any, interpret: bool) -> Any:
     """Runs a kernel `body(arrays, results, scratch)` of named tuples of refs on the plan's blocks."""
-    (given, given_tree), (types, out_tree), (parts, scratch_tree) = map(jax.tree.flatten, (arrays, out, scratch))
+    flat_arrays, types = jax.tree.leaves(arrays), jax.tree.leaves(out)
+    tree: Any = jax.tree.structure((arrays, out, scratch))
 
     def flat(*refs: Any) -> None:
-        a, b = len(given), len(given) + len(types)
-        body(given_tree.unflatten(refs[:a]), out_tree.unflatten(refs[a:b]), scratch_tree.unflatten(refs[b:]))
+        body(*tree.unflatten(refs))
 
     # approximate: tanh in one instruction, with an error below that of the 16 bits that h is rounded to.
     kernel = _pallas.gpu_kernel(
-        flat, types, parts, interpret, True, grid=(plan.heads * plan.tiles,), grid_names=(GROUP,)
+        flat, types, jax.tree.leaves(scratch), interpret, True, grid=(plan.heads * plan.tiles,), grid_names=(GROUP,)
     )  # fmt: skip
     with _compat.in_32_bits():
-        return out_tree.unflatten(kernel(*given))
+        return jax.tree.unflatten(jax.tree.structure(out), kernel(*flat_arrays))
