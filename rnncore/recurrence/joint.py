@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, mlir
@@ -52,7 +51,9 @@ def value_and_tangent(
     return jax.tree.unflatten(jax.tree.structure(shapes), joint_p.bind(*operands, joint=joint, apart=separately))
 
 
-def jvp_at(function: Callable, at: Sequence[int], primals: Sequence[Any], tangents: Mapping[int, Any] | Sequence[Any]) -> Any:
+def jvp_at(
+    function: Callable, at: Sequence[int], primals: Sequence[Any], tangents: Mapping[int, Any] | Sequence[Any]
+) -> Any:
     """(values, tangents) of a function of all primals, of which those `at` these positions move."""
 
     def of_moving(*some: Array) -> Any:

@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import make_notebook
+
 README = Path(__file__).resolve().parent.parent.parent / "README.md"
 
 
@@ -18,6 +20,10 @@ def test_the_chinese_readme_has_the_same_code():
         return [ast.dump(ast.parse(re.sub(r'""".*?"""', '""""""', block))) for block in blocks_of(page)]
 
     assert code(README) == code(README.with_suffix(".zh.md"))
+
+
+def test_the_notebook_is_the_page_of_recipes():
+    assert make_notebook.NOTEBOOK.read_text(encoding="utf-8") == make_notebook.text(), "python tests/make_notebook.py"
 
 
 def test_links_of_the_readme_and_the_pages_lead_somewhere():
