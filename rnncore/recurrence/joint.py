@@ -48,7 +48,8 @@ def value_and_tangent(
 
     operands = [*leaves, *(changes[n] for n in at)]
     joint, shapes = jax.make_jaxpr(jointly, return_shape=True)(*operands)
-    return jax.tree.unflatten(jax.tree.structure(shapes), joint_p.bind(*operands, joint=joint, apart=separately))
+    found = joint_p.bind(*operands, joint=joint, apart=separately, count=len(leaves))
+    return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
 def jvp_at(
@@ -63,27 +64,30 @@ def jvp_at(
     return jax.jvp(of_moving, [primals[n] for n in at], [tangents[n] for n in at])
 
 
-def _evaluate(*operands: Array, joint: Any, apart: Callable) -> list[Array]:
+def _evaluate(*operands: Array, joint: Any, apart: Callable, count: int) -> list[Array]:
     return _compat.jaxpr_as_fun(joint)(*operands)
 
 
-def _jvp(primals: Any, tangents: Any, joint: Any, apart: Callable) -> Any:
+def _jvp(primals: Any, tangents: Any, joint: Any, apart: Callable, count: int) -> Any:
     at = [n for n, t in enumerate(tangents) if not isinstance(t, ad.Zero)]
     return jvp_at(apart, at, primals, tangents)
 
 
-def _batch(operands: Any, dims: Any, joint: Any, apart: Callable) -> Any:
-    found = jax.vmap(apart, dims)(*operands)
-    return found, [0] * len(found)
+def _batch(operands: Any, dims: Any, joint: Any, apart: Callable, count: int) -> Any:
+    each = len(joint.out_avals) // 2
+    # The value of one run under many tangents stays one value.
+    values = None if all(d is None for d in dims[:count]) else 0
+    out = [values] * each + [0] * each
+    return jax.vmap(apart, dims, out)(*operands), out
 
 
-def _split(trace: Any, *operands: Any, joint: Any, apart: Callable) -> list[Any]:
+def _split(trace: Any, *operands: Any, joint: Any, apart: Callable, count: int) -> list[Any]:
     with _compat.current_trace(trace):
         return apart(*operands)
 
 
 joint_p.def_impl(_evaluate)
-joint_p.def_effectful_abstract_eval(lambda *_, joint, apart: (joint.out_avals, joint.effects))
+joint_p.def_effectful_abstract_eval(lambda *_, joint, **__: (joint.out_avals, joint.effects))
 mlir.register_lowering(joint_p, mlir.lower_fun(_evaluate, multiple_results=True))
 ad.primitive_jvps[joint_p] = _jvp
 jax_batching.primitive_batchers[joint_p] = _batch
