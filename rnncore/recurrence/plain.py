@@ -16,6 +16,7 @@ recurrence again (`residuals_from_outputs`), by operations that JAX differentiat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from rnncore._types import Array, PyTree
 from rnncore.cells.base import CellParams, GatedCell
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.chunks import chunk_size, scan_chunks
+from rnncore.recurrence.joint import jvp_at, value_and_tangent
 from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 from rnncore.recurrence.step import Inputs, LinearizedStep, RecurrentProduct, Step
 
@@ -110,11 +112,7 @@ def jvp(run: Callable[[Problem], Result], problem: Problem, tangents: Differenti
     tree: Any
     leaves, tree = jax.tree.flatten(differentiable)
     moves = {n: t for n, t in enumerate(tree.flatten_up_to(tangents)) if t is not None}
-
-    def of_active(active: dict[int, Array]) -> Result:
-        return run(Problem(request, tree.unflatten([active.get(n, a) for n, a in enumerate(leaves)]), constants))
-
-    return jax.jvp(of_active, ({n: leaves[n] for n in moves},), (moves,))[1]
+    return jvp_at(lambda *flat: run(Problem(request, tree.unflatten(flat), constants)), [*moves], leaves, moves)[1]
 
 
 def tangent(
@@ -198,15 +196,11 @@ def _moved_projection(cell: GatedCell, params: CellParams, xs: Array, dparams: C
     """The tangent of the projected inputs: a product for each of the two that moves."""
     tree: Any
     flat, tree = jax.tree.flatten((params, xs))
-    at = {n: t for n, t in enumerate(tree.flatten_up_to((dparams, dxs))) if t is not None}
-
-    def of_active(active: dict[int, Array]) -> Array:
-        return cell.project(*tree.unflatten([active.get(n, a) for n, a in enumerate(flat)]))
-
-    if not at:
+    moves = {n: t for n, t in enumerate(tree.flatten_up_to((dparams, dxs))) if t is not None}
+    if not moves:
         shape = jax.eval_shape(cell.project, params, xs)
         return jnp.zeros(shape.shape, shape.dtype)
-    return jax.jvp(of_active, ({n: flat[n] for n in at},), (at,))[1]
+    return jvp_at(lambda *flat: cell.project(*tree.unflatten(flat)), [*moves], flat, moves)[1]
 
 
 def before(problem: Problem, outputs: Array) -> Array:
@@ -245,6 +239,10 @@ def recurrence(step: Step, product: RecurrentProduct, inputs: Inputs, rematerial
 
     def rule(primals: Any, tangents: Any) -> Any:
         (inputs,), (moved,) = primals, tangents
+        return value_and_tangent(functools.partial(_loop, step, product), apart, inputs, moved)
+
+    def apart(inputs: Inputs, moved: Inputs) -> Any:
+        """A loop of the step and one of its tangent, which JAX transposes with no weight gradient in it."""
         first = inputs._replace(xs=jax.tree.map(lambda a: a[0], inputs.xs))
         keep = ("state",) if rematerialize else ("state", "sum")
         linear = LinearizedStep(step, product, first, keep, rematerialize)

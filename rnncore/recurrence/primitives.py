@@ -32,6 +32,7 @@ from jax.interpreters import partial_eval as pe
 from rnncore import _compat
 from rnncore._types import Array
 from rnncore.recurrence import batching
+from rnncore.recurrence.joint import jvp_at
 from rnncore.recurrence.loop import Loop, at_leaves
 from rnncore.recurrence.run import Constants, Differentiable, Problem, Request, Result
 
@@ -74,17 +75,14 @@ def _run(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
 
 def _tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     *held, moved = loop.opened(flat)
-    with jax.default_matmul_precision(loop.request.precision):
-        return _inexact(loop, loop.backend.tangent(*held, loop.differentiable_at(which, moved)))
+    return _inexact(loop, loop.backend.tangent(*held, loop.differentiable_at(which, moved)))
 
 
 def _backward(loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> list[Array]:
     *held, arriving = loop.opened(flat)
     cotangents = at_leaves(loop.result, which[0], arriving)
     wanted = loop.differentiable_at(which[1], [True] * len(which[1]), False)
-    with jax.default_matmul_precision(loop.request.precision):
-        found = loop.backend.backward(*held, cotangents, wanted)
-    leaves = loop.differentiable.flatten_up_to(found)
+    leaves = loop.differentiable.flatten_up_to(loop.backend.backward(*held, cotangents, wanted))
     return [leaves[n] for n in which[1]]
 
 
@@ -96,16 +94,13 @@ def _inexact(loop: Loop, result: Any) -> list[Array]:
 def _plain_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     """`_tangent` as a function of all its operands but the residuals."""
     problem, result, _, moved = loop.opened(flat)
-    with jax.default_matmul_precision(loop.request.precision):
-        return _inexact(loop, loop.backend.plain_tangent(problem, result, loop.differentiable_at(which, moved)))
+    return _inexact(loop, loop.backend.plain_tangent(problem, result, loop.differentiable_at(which, moved)))
 
 
 def _higher_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     """`_tangent` as a function of all its operands, differentiated by JAX."""
     *held, moved = loop.opened(flat)
-    with jax.default_matmul_precision(loop.request.precision):
-        found = loop.backend.plain_tangent_from_residuals(*held, loop.differentiable_at(which, moved))
-    return _inexact(loop, found)
+    return _inexact(loop, loop.backend.plain_tangent_from_residuals(*held, loop.differentiable_at(which, moved)))
 
 
 def _transposed(tangent: Callable, loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> Any:
@@ -113,8 +108,7 @@ def _transposed(tangent: Callable, loop: Loop, which: tuple[tuple[int, ...], tup
     arriving = dict(zip(which[0], cotangents, strict=True))
     own = zip(loop.inexact, _inexact(loop, loop.opened(held)[1]), strict=True)
     back = jax.linear_transpose(lambda *moved: tangent(loop, which[1], *held, *moved), *(held[n] for n in which[1]))
-    with jax.default_matmul_precision(loop.request.precision):
-        return list(back([arriving.get(n, jnp.zeros_like(a)) for n, a in own]))
+    return list(back([arriving.get(n, jnp.zeros_like(a)) for n, a in own]))
 
 
 _plain_backward = functools.partial(_transposed, _plain_tangent)
@@ -123,15 +117,13 @@ _higher_backward = functools.partial(_transposed, _higher_tangent)
 
 def _run_with_residuals(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
     """`_run` with residuals, as JAX differentiates it."""
-    with jax.default_matmul_precision(loop.request.precision):
-        return jax.tree.leaves(loop.backend.plain_with_residuals(loop.problem(flat)))
+    return jax.tree.leaves(loop.backend.plain_with_residuals(loop.problem(flat)))
 
 
 def _run_plain(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
     """`_run` by `Backend.plain`, with zeros for residuals: `_plain_tangent` and `_plain_backward` need none."""
     request, *arrays = problem = loop.problem(flat)
-    with jax.default_matmul_precision(request.precision):
-        results = jax.tree.leaves(loop.backend.plain(problem))
+    results = jax.tree.leaves(loop.backend.plain(problem))
     if loop.residuals is None:
         return results
     _, kept = jax.eval_shape(_forward(loop.backend, request, True), *arrays)
@@ -144,7 +136,12 @@ def _run_plain(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
 @functools.lru_cache(maxsize=4096)
 def _mapped(function: Callable, loop: Loop, maps: tuple, which: Any) -> Callable:
     """A function of flat arrays under all its maps, the last of which is the outermost."""
-    call: Callable = functools.partial(function, loop, which)
+
+    def one(*flat: Array) -> list[Array]:
+        with jax.default_matmul_precision(loop.request.precision):
+            return function(loop, which, *flat)
+
+    call: Callable = one
     for dims in maps:
         call = jax.vmap(call, dims)
     return jax.jit(call)
@@ -233,23 +230,13 @@ def _keeping(loop: Loop, maps: tuple, primals: Any) -> Loop:
     return dataclasses.replace(loop, residuals=jax.tree.structure(residuals))
 
 
-def _jvp_of(function: Callable, at: Sequence[int], primals: Any, tangents: Any) -> Any:
-    """(values, tangents) of a function of all primals, of which those `at` these positions move."""
-
-    def of_active(*some: Array) -> list[Array]:
-        changed = dict(zip(at, some, strict=True))
-        return function(*(changed.get(n, a) for n, a in enumerate(primals)))
-
-    return jax.jvp(of_active, [primals[n] for n in at], [tangents[n] for n in at])
-
-
 def _run_jvp(primals: Any, tangents: Any, loop: Loop, maps: tuple, which: tuple) -> Any:
     moves, shown = _moving(tangents[: loop.differentiable.num_leaves]), loop.result.num_leaves
     if not moves:
         results = run_p.bind(*primals, loop=loop, maps=maps, which=which)
         return results, _zeros(results)
     if loop.residuals is not None and _residuals_move(loop, primals):
-        results, changes = _jvp_of(_mapped(_run_with_residuals, loop, maps, which), moves, primals, tangents)
+        results, changes = jvp_at(_mapped(_run_with_residuals, loop, maps, which), moves, primals, tangents)
         zeros = _zeros(results)
         return results, [z if a.dtype == jax.dtypes.float0 else a for a, z in zip(changes, zeros, strict=True)]
     keeping = _keeping(loop, maps, primals)
@@ -277,7 +264,7 @@ def _linear_jvp(primitive: Primitive, higher: Callable) -> Callable:
         linear = tuple(loop.count + n for n in _moving(tangents[loop.count :]))
         if moves:
             # The derivative also computes the value, so nothing runs twice.
-            return _jvp_of(_mapped(higher, loop, maps, which), moves + linear, primals, tangents)
+            return jvp_at(_mapped(higher, loop, maps, which), moves + linear, primals, tangents)
         out = primitive.bind(*primals, loop=loop, maps=maps, which=which)
         if not linear:
             return out, _zeros(out)
