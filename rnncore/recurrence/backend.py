@@ -40,22 +40,18 @@ class Backend(abc.ABC):
 
     def takes_product(self, recurrence: Recurrence) -> bool:
         """Whether it multiplies by the own `matmul` of a structure that is formed of parameters."""
-        del recurrence
         return False
 
     def why_not_by_default(self, request: Request) -> str | None:
         """Reason why a request that it can serve runs here only where the backend is named, or None."""
-        del request
         return self.must_be_named
 
     def prepare(self, request: Request) -> str | None:
         """Called once it is chosen, before it runs: why another backend has to be chosen after all, or None."""
-        del request
         return None
 
     def describe(self, request: Request) -> str | None:
         """How it would run a request that it can serve, for `explain_backend`, or None."""
-        del request
         return None
 
     def remedy(self, request: Request) -> str | None:
@@ -70,7 +66,6 @@ class Backend(abc.ABC):
         Parameters, initial carries and the last ones are then, for each layer, a tuple of those of its directions, and
         the request is that of the first of them.
         """
-        del request, layers, directions
         return False
 
     @abc.abstractmethod
@@ -132,7 +127,6 @@ class LoopBackend(Backend):
 
         Then `plain_with_residuals` and `tangent` are operations that JAX differentiates to every order.
         """
-        del request
         return False
 
     def plain_with_residuals(self, problem: Problem) -> tuple[Result, PyTree]:

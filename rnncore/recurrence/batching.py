@@ -15,8 +15,6 @@ from rnncore._types import Array, PyTree
 from rnncore.recurrence.loop import Loop, at_leaves
 from rnncore.recurrence.run import operand_axes, result_axes
 
-Axes = Sequence[int | None] | Callable[[Array], int | None]
-
 
 class Units(NamedTuple):
     """How cells of other parameters become more heads of one: what vmap over parameters can give a call.
@@ -47,10 +45,11 @@ class Units(NamedTuple):
 
 
 HEADS, LAST = 0, -1
+Axes = Sequence[int | None] | Callable[[Array], int | None]
 
 
 def over_batch(
-    call: Callable[..., PyTree], inputs: Axes, outputs: Axes, units: Units | None = None
+    call: Callable[..., PyTree], inputs: Sequence[int | None], outputs: Axes, units: Units | None = None
 ) -> Callable[..., PyTree]:
     """`call(groups, *arrays)`, which returns a pytree of arrays, as a function whose vmap extends the batch.
 
@@ -59,10 +58,11 @@ def over_batch(
 
     Args:
       call: the opaque call, such as an FFI call or a kernel.
-      inputs: for each array the axis of its batch, or a function of the array that says it; None where the sequences
-        share the array.  An array of shape (0,) stands for none.
-      outputs: the same for each leaf of the result; None for a sum over the sequences of each group, which then has the
-        groups as its first axis, also where there is one.  Only a call with such results need look at `groups`.
+      inputs: for each array the axis of its batch; None where the sequences share the array.  An array of shape (0,)
+        stands for none.
+      outputs: the same for each leaf of the result, or a function of the leaf that says it; None for a sum over the
+        sequences of each group, which then has the groups as its first axis, also where there is one.  Only a call with
+        such results need look at `groups`.
       units: for a call that takes arrays of more heads as they are; None for others.
 
     Example:
@@ -76,7 +76,7 @@ def over_batch(
 
 
 def _over_batch(
-    call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups: int, units: Units | None
+    call: Callable[..., PyTree], inputs: Sequence[int | None], outputs: Axes, groups: int, units: Units | None
 ) -> Callable[..., PyTree]:
     @custom_vmap
     def run(*arrays: Array) -> PyTree:
@@ -91,8 +91,7 @@ def _over_batch(
         if size == 0:
             out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(run, *examples))
             return out, jax.tree.map(lambda _: True, out)
-        axes = _axes(inputs, examples)
-        if any(m and axis is None and a.shape != (0,) for m, axis, a in zip(mapped, axes, examples, strict=True)):
+        if any(m and axis is None and a.shape != (0,) for m, axis, a in zip(mapped, inputs, examples, strict=True)):
             if units is not None and all(axis is not None for axis, m in zip(units.inputs, mapped, strict=True) if m):
                 together = [
                     a if axis is None else units.merged(a, m, size, axis)
@@ -118,7 +117,7 @@ def _over_batch(
             a = jnp.moveaxis(a, 0, axis) if is_mapped else jnp.repeat(jnp.expand_dims(a, axis), size, axis)
             return a.reshape(*a.shape[:axis], size * a.shape[axis + 1], *a.shape[axis + 2 :])
 
-        more = map(merged, arrays, mapped, axes, examples)
+        more = map(merged, arrays, mapped, inputs, examples)
         out = _over_batch(call, inputs, outputs, groups * size, units)(*more)
         tree: Any
         leaves, tree = jax.tree.flatten(out)
@@ -131,15 +130,12 @@ def _over_batch(
             apart = (*a.shape[:axis], size, a.shape[axis] // size, *a.shape[axis + 1 :])
             return jnp.moveaxis(a.reshape(apart), axis, 0)
 
-        apart = [parted(a, axis) for a, axis in zip(leaves, _axes(outputs, leaves), strict=True)]
+        axes = map(outputs, leaves) if callable(outputs) else outputs
+        apart = [parted(a, axis) for a, axis in zip(leaves, axes, strict=True)]
         return tree.unflatten(apart), tree.unflatten([a.shape != (0,) for a in leaves])
 
     run.def_vmap(rule)
     return run
-
-
-def _axes(axes: Axes, arrays: Sequence[Any]) -> Sequence[int | None]:
-    return [axes(a) for a in arrays] if callable(axes) else axes
 
 
 # -------------------------------------------------------------------------------------- a run

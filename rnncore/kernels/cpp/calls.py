@@ -133,7 +133,6 @@ class Calls:
         emitted = body(self.cell, self.variant).emitted
 
         def run(groups: int, *args: Array) -> Any:
-            del groups  # nothing is summed over sequences
             arrays = Differentiable(*args[: len(Differentiable._fields)])
             steps, rows, hidden = self._shape(arrays)
             heads = arrays.kernel.shape[0] if arrays.kernel.ndim > 3 else 1
