@@ -12,6 +12,7 @@ that they take.  Monitor: one record against 100 training steps of the network t
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 import sys
 import tempfile
@@ -99,36 +100,34 @@ def jacobians(rounds: int, quick: bool) -> list[dict[str, Any]]:
     return records
 
 
+def curves(run: Trajectory, lags: int) -> list[Any]:
+    """The five of the default set: ln retention by both measures of state and cell, and of the direct path."""
+    adjoint = jax.tree.map(jnp.ones_like, run.last)
+    wanted = (("adjoint", "state"), ("adjoint", "cell"), ("rms", "state"), ("rms", "cell"), ("rms", "direct"))
+    return [
+        analysis.retention_curve(
+            run, kind=kind, path=path, lags=lags, adjoint=adjoint if kind == "adjoint" else None
+        ).log_retention
+        for kind, path in wanted
+    ]  # fmt: skip
+
+
 def retention(rounds: int, quick: bool) -> list[dict[str, Any]]:
     """The default set of curves, and how compile time depends on T."""
     batch, hidden, lags = (2, 4, 3) if quick else (8, 256, 100)
     steps, short, long = (6, 5, 8) if quick else (1000, 500, 4000)
-
-    def curves(run: Trajectory, adjoint: Any) -> Any:
-        wanted = [("adjoint", "state"), ("adjoint", "cell"), ("rms", "state"), ("rms", "cell"), ("rms", "direct")]
-        return [
-            analysis.retention_curve(
-                run, kind=kind, path=path, lags=lags, adjoint=adjoint if kind == "adjoint" else None
-            ).log_retention
-            for kind, path in wanted
-        ]  # fmt: skip
-
     run = run_of(batch, steps, 32, hidden)
-    adjoint = jax.tree.map(jnp.ones_like, run.last)
-    compiled, cost = timing.compile_step(jax.jit(curves), (run, adjoint))
-    seconds = []
-    jax.block_until_ready(compiled(run, adjoint))
-    for _ in range(max(rounds // 3, 1)):
-        begin = time.perf_counter()
-        jax.block_until_ready(compiled(run, adjoint))
-        seconds.append(time.perf_counter() - begin)
+    compiled, cost = timing.compile_step(jax.jit(curves, static_argnums=1), (run, lags))
+    jax.block_until_ready(compiled(run))
+    turn = timing.take_turns({"curves": functools.partial(compiled, run)}, max(rounds // 3, 1), 1e-9)["curves"]
+    seconds = [ms / 1e3 for ms in turn["ms"]]
     compile_seconds: dict[int, list[float]] = {short: [], long: []}
     for _ in range(1 if quick else 3):
         for length, found in compile_seconds.items():
             jax.clear_caches()
-            other = jax.tree.map(lambda a: a, run_of(batch, length, 32, hidden))
-            adjoint = jax.tree.map(jnp.ones_like, other.last)
-            found.append(timing.compile_step(jax.jit(curves), (other, adjoint))[1]["compile_seconds"])
+            arguments = run_of(batch, length, 32, hidden), lags
+            _, other = timing.compile_step(jax.jit(curves, static_argnums=1), arguments)
+            found.append(other["compile_seconds"])
     record = {
         "part": "retention", "shape_BTDH": (batch, steps, 32, hidden), "lags": lags, "seconds": seconds,
         "median_seconds": statistics.median(seconds),
@@ -169,18 +168,15 @@ def monitor(rounds: int, quick: bool) -> list[dict[str, Any]]:
         return optax.apply_updates(params, updates), moments
 
     state = jax.block_until_ready(update(params, optimizer.init(params)))
-    found: dict[str, list[float]] = {"step": [], "record": []}
     with tempfile.TemporaryDirectory() as folder:
         watch = analysis.Monitor(Path(folder, "m.jsonl"), every=1, lags=(1, 3, steps) if quick else (1, 10, 30, 100))
         watch(0, stack, params, xs)
-        for n in range(max(rounds // 2, 1)):
-            begin = time.perf_counter()
-            state = jax.block_until_ready(update(*state))
-            found["step"].append(time.perf_counter() - begin)
-            begin = time.perf_counter()
-            watch(n + 1, stack, state[0], xs)
-            found["record"].append(time.perf_counter() - begin)
-    step, record = (statistics.median(found[name]) for name in ("step", "record"))
+        numbers = itertools.count(1)
+        calls = {
+            "step": lambda: update(*state), "record": lambda: watch(next(numbers), stack, state[0], xs)
+        }  # fmt: skip
+        turns = timing.take_turns(calls, max(rounds // 2, 1), 1e-9)
+    step, record = (statistics.median(turns[name]["ms"]) / 1e3 for name in ("step", "record"))
     return [
         {"part": "monitor", "shape_BTH": (batch, steps, hidden), "layers": 2, "step_seconds": step,
          "record_seconds": record, "share_of_100_steps": record / (100 * step)}
@@ -194,12 +190,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the script; exit status 0, or 130 where it was interrupted."""
     parser = objects.parser("analysis", __doc__)
     parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS), help="default: all")
-    args = objects.parsed(parser, argv)
-
-    def line(found: list[dict[str, Any]]) -> str:
-        return "\n".join(str({k: v for k, v in r.items() if k not in ("ms", "seconds")}) for r in found)
-
-    return objects.run("analysis", args, args.parts, lambda part: PARTS[part](args.rounds, args.quick), line)
+    args = parser.parse_args(argv)
+    return objects.run("analysis", args, args.parts, lambda part: PARTS[part](args.rounds, args.quick))
 
 
 if __name__ == "__main__":

@@ -21,15 +21,15 @@ import jax
 import jax.numpy as jnp
 
 import rnncore
-from benchmarks import policies, records
+from benchmarks import memory, options, records
 from rnncore._command import timing
 
-CONTENDERS = (policies.FLAX, "scan", policies.CHUNKS, policies.CPP)
+CONTENDERS = (memory.FLAX, "scan", memory.CHUNKS, memory.CPP)
 
 
 def seconds_to_compile(contender: str, batch: int, steps: int, features: int, hidden: int) -> float:
     """Of a step that nothing is left of in any cache."""
-    layer, cell = policies.lstm(contender, hidden), rnncore.LSTM(hidden)
+    layer, cell = memory.lstm(contender, hidden), rnncore.LSTM(hidden)
 
     def loss(params: Any, xs: Any, cotangent: Any) -> Any:
         return jnp.vdot(layer.apply(params, xs), cotangent)
@@ -46,41 +46,33 @@ def seconds_to_compile(contender: str, batch: int, steps: int, features: int, hi
 def measure(args: argparse.Namespace, write: records.Writer) -> None:
     """Writes one record for each contender and length, also of the compilations before an interruption."""
     batch, features, hidden = args.shape
-    contenders = policies.available(CONTENDERS)
+    contenders = memory.available(CONTENDERS)
     found: dict[tuple[str, int], list[float]] = {(c, steps): [] for c in contenders for steps in args.steps}
-    progress = records.Progress(len(contenders) + len(found) * args.repeats)
     try:
-        progress.case("one of each that is not counted")
+        records.say("one of each that is not counted")
         for contender in contenders:
             seconds_to_compile(contender, batch, args.steps[0], features, hidden)
-            progress.tick()
         for n in range(args.repeats):
             for steps in args.steps:
-                progress.case(f"repeat {n + 1} of {args.repeats}, T = {steps}")
+                records.say(f"repeat {n + 1} of {args.repeats}, T = {steps}")
                 for contender in contenders:
                     seconds = seconds_to_compile(contender, batch, steps, features, hidden)
                     found[contender, steps].append(seconds)
-                    progress.tick()
     finally:
-        progress.close()
         for (contender, steps), times in found.items():
             if times:
                 write("compile", contender=contender, T=steps, shape_BDH=list(args.shape), compile_seconds=times)
-                print(f"{contender:30} T = {steps:6}: {statistics.median(times):.2f} s "
-                      f"[{min(times):.2f}..{max(times):.2f}]", flush=True)  # fmt: skip
+                print(f"{contender}, T = {steps}: {statistics.median(times):.2f} s", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; exit status 0, or 130 where it was interrupted."""
     parser = records.parser("compile", __doc__)
-    parser.add_argument("--steps", type=int, nargs="+", default=[128, 1024, 8192], metavar="T",
-                        help="lengths (default: 128 1024 8192)")  # fmt: skip
-    parser.add_argument("--shape", type=int, nargs=3, default=[32, 128, 256], metavar=("B", "D", "H"),
-                        help="batch, features, units (default: 32 128 256)")  # fmt: skip
-    parser.add_argument("--repeats", type=int, default=5, help="compilations of each that are counted (default: 5)")
+    add, count = parser.add_argument, options.count
+    add("--steps", type=count, nargs="+", default=[128, 1024, 8192], metavar="T", help="default: 128 1024 8192")
+    add("--shape", type=count, nargs=3, default=[32, 128, 256], metavar=("B", "D", "H"), help="default: 32 128 256")
+    add("--repeats", type=count, default=5, help="compilations of each that are counted (default: 5)")
     args = parser.parse_args(argv)
-    if min(*args.shape, *args.steps, args.repeats) < 1:
-        parser.error("--shape, --steps, --repeats: expected numbers of at least 1")
     args.steps = sorted(set(args.steps))
     # Programs that an earlier process left on a disk are no compilations.
     before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]

@@ -20,33 +20,24 @@ import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import flax.linen
-import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-import rnncore.linen
-import rnncore.nnx
-from benchmarks import objects
+from benchmarks import flax_layers, objects, options
+from benchmarks.flax_layers import SIDES, Shape
+from benchmarks.workloads import CPU_SHAPES
 from rnncore._command import timing
 
-SHAPES = {
-    "S1": (32, 128, 128, 256), "S2": (16, 1000, 64, 128), "S3": (64, 100, 512, 512), "S4": (8, 256, 64, 64),
-    "S5": (1, 512, 64, 64),
+SHAPES: dict[str, Shape] = {f"S{n}": shape for n, shape in enumerate(CPU_SHAPES, 1)}
+QUICK: Shape = (2, 6, 3, 4)
+PARTS: dict[str, Shape | None] = {
+    "step": None, "forward": None, "nnx": None, "tagger": (32, 100, 64, 128), "memory": (64, 1024, 256, 256)
 }  # fmt: skip
-"""(B, T, D, H)"""
-QUICK = (2, 6, 3, 4)
-MEMORY = (64, 1024, 256, 256)
-PARTS = ("step", "forward", "nnx", "tagger", "memory")
-SIDES: dict[str, dict[str, Any]] = {
-    "linen": {"flax": flax.linen, "rnncore": rnncore.linen}, "nnx": {"flax": flax.nnx, "rnncore": rnncore.nnx}
-}  # fmt: skip
+"""With its shape, where there is one only."""
 TORCH = {"torch": timing.cores(), "torch, one thread": 1}
 WORDS, TAGS = 1000, 20
-
-Shape = tuple[int, int, int, int]
 
 
 class Program(NamedTuple):
@@ -56,30 +47,16 @@ class Program(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-def linen_program(nn: Any, shape: Shape, train: bool) -> Program:
-    """An LSTM layer of linen: a training step on the mean square of its outputs, or its outputs."""
-    batch, steps, features, hidden = shape
-    layer = nn.RNN(nn.OptimizedLSTMCell(hidden))
-    xs = jax.random.normal(jax.random.key(1), (batch, steps, features), jnp.float32)
-    params = layer.init(jax.random.key(0), xs[:1, :1])
-    if not train:
-        return Program(jax.jit(layer.apply), (params, xs))
-    return _training(lambda params, xs: jnp.square(layer.apply(params, xs)).mean(), params, xs)
-
-
-def nnx_program(nn: Any, shape: Shape, train: bool) -> Program:
-    """The same layer of nnx."""
-    batch, steps, features, hidden = shape
-    layer = nn.RNN(nn.OptimizedLSTMCell(features, hidden, rngs=nn.Rngs(0)))
-    graph, params, rest = nn.split(layer, nn.Param, ...)
-    xs = jax.random.normal(jax.random.key(1), (batch, steps, features), jnp.float32)
-
-    def outputs(params: Any, xs: Any) -> Any:
-        return nn.merge(graph, params, rest, copy=True)(xs)
-
-    if not train:
-        return Program(jax.jit(outputs), (params, xs))
-    return _training(lambda params, xs: jnp.square(outputs(params, xs)).mean(), params, xs)
+def program(part: str, side: str, shape: Shape) -> Program:
+    """Of a part: a training step on the mean square of an LSTM layer's outputs, or those outputs, or the tagger."""
+    if part == "tagger":
+        return tagger(SIDES["linen"][side], shape)
+    api = "nnx" if part == "nnx" else "linen"
+    apply, params = flax_layers.layer(api, side, "OptimizedLSTMCell", *shape[2:])
+    xs = flax_layers.inputs(shape)
+    if part == "forward":
+        return Program(jax.jit(apply), (params, xs))
+    return _training(lambda params, xs: jnp.square(apply(params, xs)).mean(), params, xs)
 
 
 def tagger(nn: Any, shape: Shape) -> Program:
@@ -146,36 +123,19 @@ def torch_call(shape: Shape, train: bool, threads: int) -> Callable[[], Any]:
     return step if train else forward
 
 
-def seconds_to_compile(make: Callable[[], Program]) -> tuple[Any, dict[str, Any]]:
-    jax.clear_caches()
-    program = make()
-    return timing.compile_step(program.run, program.arguments)
-
-
-def programs(part: str, shape: Shape) -> dict[str, Callable[[], Program]]:
-    """By side, the program of a part."""
-    api = "nnx" if part == "nnx" else "linen"
-    build: Any = nnx_program if part == "nnx" else linen_program
-    if part == "tagger":
-        return {side: functools.partial(tagger, nn, shape) for side, nn in SIDES[api].items()}
-    return {side: functools.partial(build, nn, shape, part != "forward") for side, nn in SIDES[api].items()}
-
-
 def measure(part: str, shape: Shape, rounds: int, seconds: float, compilations: int) -> list[dict[str, Any]]:
     """One record for each contender."""
-    makes, results = programs(part, shape), {}
-    costs: dict[str, list[dict[str, Any]]] = {}
+    costs: dict[str, list[dict[str, Any]]] = {"flax": [], "rnncore": []}
     calls: dict[str, Callable[[], Any]] = {}
     waits: dict[str, Any] = {}
-    for make in makes.values():
-        seconds_to_compile(make)  # a cell that is new is compiled here
-    for _ in range(compilations):
-        for side, make in makes.items():
-            compiled, cost = seconds_to_compile(make)
-            costs.setdefault(side, []).append(cost)
-            if part != "memory":
-                arguments = make().arguments
-                calls[side] = functools.partial(compiled, *arguments)
+    for number in range(compilations + 1):
+        for side, found in costs.items():
+            jax.clear_caches()
+            made = program(part, side, shape)
+            compiled, cost = timing.compile_step(*made)
+            if number > 0:  # a cell that is new was compiled before
+                found.append(cost)
+            calls[side] = functools.partial(compiled, *made.arguments)
     records = {
         side: {
             "part": part, "side": side, "shape_BTDH": shape,
@@ -186,10 +146,7 @@ def measure(part: str, shape: Shape, rounds: int, seconds: float, compilations: 
     }  # fmt: skip
     if part == "memory":
         return list(records.values())
-    for side, call in calls.items():
-        results[side] = jax.tree.map(np.asarray, call())
-    pairs = list(zip(*map(jax.tree.leaves, results.values()), strict=True))
-    difference = max(float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30)) for a, b in pairs)
+    difference = flax_layers.difference([call() for call in calls.values()])
     if part != "tagger" and importlib.util.find_spec("torch") is not None:
         for name, threads in TORCH.items():
             calls[name] = torch_call(shape, part != "forward", threads)
@@ -207,40 +164,21 @@ def measure(part: str, shape: Shape, rounds: int, seconds: float, compilations: 
     return list(records.values())
 
 
-def line(found: list[dict[str, Any]]) -> str:
-    """rnncore beside Flax, for the terminal."""
-    of = {record["side"]: record for record in found}
-    flax, own = of["flax"], of["rnncore"]
-    told = [f"{own['part']} {own['shape_BTDH']}"]
-    if "ms" in own:
-        told.append(f"{flax['median_ms']:.2f} ms and {own['median_ms']:.2f}")
-    for name in ("flax", "torch"):
-        if f"speed_against_{name}" in own:
-            told.append(f"{own[f'speed_against_{name}']:.2f} times the speed of {name}")
-    for what in ("temporary_bytes", "compile_seconds"):
-        told.append(f"{own[what] / (flax[what] or 1):.2f} of its {what.replace('_', ' ')}")
-    return ", ".join(told)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; exit status 0, or 130 where it was interrupted."""
     parser = objects.parser("front_door", __doc__)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS, help=f"some of {', '.join(PARTS)}")
-    parser.add_argument("--workloads", nargs="+", default=list(SHAPES), choices=SHAPES, help="(default: all five)")
-    parser.add_argument("--compilations", type=int, default=3, help="compilations that are counted (default: 3)")
-    args = objects.parsed(parser, argv)
-    if args.compilations < 1:
-        parser.error(f"--compilations {args.compilations}: expected at least 1")
+    add = parser.add_argument
+    add("--parts", nargs="+", default=list(PARTS), choices=PARTS, help=f"some of {', '.join(PARTS)}")
+    add("--workloads", nargs="+", default=list(SHAPES), choices=SHAPES, help="(default: all five)")
+    add("--compilations", type=options.count, default=3, help="compilations that are counted (default: 3)")
+    args = parser.parse_args(argv)
     cases: list[tuple[str, Shape]] = []
     for part in args.parts:
-        fixed = {"tagger": (32, 100, 64, 128), "memory": MEMORY}.get(part)
+        fixed = PARTS[part]
         named = [fixed] if fixed else [SHAPES[name] for name in args.workloads]
         cases += [(part, shape) for shape in ([QUICK] if args.quick else named)]
-
-    def one(case: tuple[str, Shape]) -> list[dict[str, Any]]:
-        return measure(*case, args.rounds, args.seconds, args.compilations)
-
-    return objects.run("front door", args, cases, one, line)
+    turn = args.rounds, args.seconds, args.compilations
+    return objects.run("front door", args, cases, lambda case: measure(*case, *turn))
 
 
 if __name__ == "__main__":

@@ -13,15 +13,14 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from benchmarks import bounds
 from benchmarks.peers import PEERS, Case, Peer
-from benchmarks.peers.problem import make_problem
-from benchmarks.peers.reference import reference
+from benchmarks.peers.problem import make_problem, reference
 from benchmarks.workloads import MEASUREMENTS
 from rnncore._command import timing
 
@@ -68,17 +67,24 @@ def present(cases: Sequence[Case], wanted: Sequence[str], write: Write) -> list[
     return entries
 
 
-def run_case(
-    case: Case, entries: Sequence[Entry], settings: Settings, write: Write, tick: Callable[[], Any] = lambda: None
-) -> list[dict[str, Any]]:
+def run_case(case: Case, entries: Sequence[Entry], settings: Settings, write: Write) -> list[dict[str, Any]]:
     """Measures a case and returns the records of times and bounds that it wrote.
 
     An interruption during the rounds keeps those that all contenders had finished, and is raised again.
     """
-    missing = functools.partial(_missing, write, case)
+    w = case.workload
+    about = {
+        "workload": w.name, "dtype": case.dtype, "matmul_precision": case.precision,
+        "input_product": case.input_product,
+    }  # fmt: skip
+    shape = {"cell": w.cell, "B": w.batch, "T": w.steps, "D": w.features, "H": w.hidden, "heads": w.heads}
+
+    def missing(contender: str, measurement: str | None, reason: str) -> None:
+        write("missing", **about, contender=contender, measurement=measurement, reason=reason)
+
     able = []
     for peer, contender in entries:
-        if contender in peer.contenders(case.workload.cell) and peer.asked(contender, case.workload):
+        if contender in peer.contenders(w.cell) and peer.asked(contender, w):
             if (reason := peer.why_not(contender, case)) is None:
                 able.append((peer, contender))
             else:
@@ -86,7 +92,7 @@ def run_case(
     found: dict[Key, dict[str, Any]] = {}
     calls: dict[Key, Callable[[], Any]] = {}
     waits: dict[Key, timing.Wait] = {}
-    problem = make_problem(case.workload, case.dtype, case.input_product)
+    problem = make_problem(w, case.dtype, case.input_product)
     with _builder(settings.threads) as begin:
         jobs = [
             (peer, contender, m, begin(functools.partial(peer.build, contender, case, problem, m)))
@@ -110,24 +116,26 @@ def run_case(
                 first = str(failure).strip().partition("\n")[0]
                 missing(contender, measurement, f"{type(failure).__name__}: {first[:300]}")
                 continue
-            if (wrong := _wrong_answer(error, case)) is not None:
-                missing(contender, measurement, wrong)
+            limit = LARGEST_ERROR[case.precision if case.dtype == "float32" else case.dtype]
+            if not error <= limit:
+                told = f"relative error {error:.1e} against float64, at most {limit:.0e} is rounding"
+                missing(contender, measurement, f"a wrong answer: {told}")
                 continue
             key = (contender, measurement)
             calls[key], waits[key] = built.call, built.wait
             found[key] = {
-                "contender": contender, "library": peer.library, "version": peer.version(), "measurement": measurement,
-                **built.figures, "relative_error": error, "algorithm": built.algorithm,
+                **about, **shape, "contender": contender, "library": peer.library, "version": peer.version(),
+                "measurement": measurement, **built.figures, "relative_error": error, "algorithm": built.algorithm,
             }  # fmt: skip
             if settings.threads > 1:
                 found[key]["compile_seconds"] = None
-            tick()
     for measurement in dict.fromkeys(m for _, m in calls) if settings.with_products else ():
         key = ("products", measurement)
-        calls[key], found[key] = bounds.products(case, measurement), {"bound": "products", "measurement": measurement}
+        calls[key] = bounds.products(case, measurement)
+        found[key] = {**about, "bound": "products", "measurement": measurement}
         jax.block_until_ready(calls[key]())
     gc.collect()
-    return _take_turns(case, found, calls, waits, settings, write, tick)
+    return _take_turns(found, calls, waits, settings, write)
 
 
 @contextlib.contextmanager
@@ -150,69 +158,32 @@ def _reference(case: Case, problem: Any, settings: Settings) -> dict[str, Any]:
         raise RuntimeError(f"no float64 reference: {type(failure).__name__}: {failure}") from failure
 
 
-def _missing(write: Write, case: Case, contender: str, measurement: str | None, reason: str) -> None:
-    write(
-        "missing", workload=case.workload.name, contender=contender, dtype=case.dtype, reason=reason,
-        measurement=measurement, matmul_precision=case.precision, input_product=case.input_product,
-    )  # fmt: skip
-
-
-def _wrong_answer(error: float, case: Case) -> str | None:
-    """Why a time may not be quoted, or None."""
-    limit = LARGEST_ERROR[case.precision if case.dtype == "float32" else case.dtype]
-    if math.isfinite(error) and error <= limit:
-        return None
-    return f"a wrong answer: relative error {error:.1e} against float64, at most {limit:.0e} is rounding"
-
-
 def _take_turns(
-    case: Case, found: dict[Key, dict[str, Any]], calls: dict[Key, Callable[[], Any]], waits: dict[Key, timing.Wait],
-    settings: Settings, write: Write, tick: Callable[[], Any],
+    found: dict[Key, dict[str, Any]], calls: dict[Key, Callable[[], Any]], waits: dict[Key, timing.Wait],
+    settings: Settings, write: Write,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """The rounds, and their records, also of the rounds before an interruption."""
     turns: dict[Key, dict[str, Any]] = {}
-    w = case.workload
-    about = {"workload": w.name, "dtype": case.dtype, "matmul_precision": case.precision,
-             "input_product": case.input_product}  # fmt: skip
-    shape = {"cell": w.cell, "B": w.batch, "T": w.steps, "D": w.features, "H": w.hidden, "heads": w.heads}
     written = []
 
     def after_round(number: int) -> None:
         # A run that is killed keeps at least these: a process that waits for a hung kernel handles no other end.
         for key, turn in turns.items() if number == 0 else ():
             if "bound" not in found[key]:
-                write("round", **about, **shape, **found[key], ms=turn["ms"][0])
+                write("round", **found[key], ms=turn["ms"][0])
 
     try:
         timing.take_turns(
-            calls, settings.rounds, settings.seconds, tick, waits=waits, turns=turns, deadline=settings.deadline,
+            calls, settings.rounds, settings.seconds, waits=waits, turns=turns, deadline=settings.deadline,
             after_round=after_round,
         )  # fmt: skip
     finally:
-        for key, turn in timing.complete_rounds(turns).items() if len(turns) == len(calls) else ():
-            record, spread = found[key], timing.spread(turn["ms"])
+        for key, turn in turns.items():
+            if not turn["ms"]:
+                continue
+            record = found[key] | turn | timing.spread(turn["ms"])
             if "bound" in record:
-                written.append(write("bound", **about, **record, **turn, **spread))
+                written.append(write("bound", **record))
             else:
-                step = {"us_per_step": spread["median_ms"] * 1e3 / w.steps}
-                written.append(write("time", **about, **shape, **record, **turn, **spread, **step))
+                written.append(write("time", **record, us_per_step=record["median_ms"] * 1e3 / record["T"]))
     return written
-
-
-def summary(records: Iterable[dict[str, Any]]) -> str:
-    """Contenders and bounds of a case, for the terminal."""
-    lines = [f"{'':28} {'':13} {'median ms':>10} {'us/step':>9} {'of best peer':>12} {'error':>8}"]
-    records = sorted(records, key=lambda r: r["median_ms"])
-    for measurement in MEASUREMENTS:
-        rows = [r for r in records if r["measurement"] == measurement]
-        best = min((r["median_ms"] for r in rows if r.get("library", "rnncore") != "rnncore"), default=None)
-        for r in rows:
-            if "bound" in r:
-                lines.append(f"{'(' + r['bound'] + ')':28} {measurement:13} {r['median_ms']:10.4g}")
-            else:
-                speed = f"{best / r['median_ms']:.2f} x" if best else "-"
-                lines.append(
-                    f"{r['contender']:28} {measurement:13} {r['median_ms']:10.4g} {r['us_per_step']:9.4g} {speed:>12} "
-                    f"{r['relative_error']:8.1e}"
-                )
-    return "\n".join(lines)

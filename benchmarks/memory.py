@@ -15,21 +15,49 @@ import argparse
 import functools
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from benchmarks import policies, records
-from benchmarks.peers import Case, jax_programs
-from benchmarks.peers.problem import make_problem
-from benchmarks.peers.reference import reference
+import rnncore
+from benchmarks import options, records
+from benchmarks.peers import Case, jax_peers
+from benchmarks.peers.jax_peers import Layer, linen
+from benchmarks.peers.problem import make_problem, reference
 from benchmarks.workloads import Workload
 from rnncore._command import timing
+from rnncore.kernels import cpp
 
-POLICIES = (policies.FLAX, *(name for name in policies.OPTIONS if name != policies.CHUNKS))
+FLAX, CPP, CHUNKS = "flax.linen", "cpp", "scan, checkpoint_every=16"
+# Options of `rnncore.unroll`.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "scan": {"backend": "scan"},
+    "scan, recompute='gates'": {"backend": "scan", "recompute": "gates"},
+    "scan, recompute='chunk'": {"backend": "scan", "recompute": "chunk"},
+    "scan, residual_dtype=bfloat16": {"backend": "scan", "residual_dtype": jnp.bfloat16},
+    CHUNKS: {"backend": "scan", "checkpoint_every": 16},
+    CPP: {"backend": "cpp"},
+}
+POLICIES = (FLAX, *(name for name in OPTIONS if name != CHUNKS))
 LARGEST_CHECK = 20_000  # steps of all sequences, B T, that the float64 reference is run for
+
+
+def available(names: Sequence[str]) -> tuple[str, ...]:
+    """Those that can run here; of the others stderr is told why not."""
+    why = cpp.missing_compiler(jax.default_backend())
+    if CPP in names and why is not None:
+        records.say(f"{CPP}: {why}")
+    return tuple(name for name in names if name != CPP or why is None)
+
+
+def lstm(name: str, hidden: int) -> Layer:
+    """The layer of a name, FLAX or one of OPTIONS."""
+    if name == FLAX:
+        return linen("OptimizedLSTMCell", "lstm", hidden)
+    cell = rnncore.LSTM(hidden)
+    return Layer(lambda params, xs: rnncore.unroll(cell, params, xs, **OPTIONS[name])[1])
 
 
 def measure(args: argparse.Namespace, write: records.Writer) -> None:
@@ -43,35 +71,30 @@ def measure(args: argparse.Namespace, write: records.Writer) -> None:
     calls: dict[str, Callable[[], Any]] = {}
     found: dict[str, dict[str, Any]] = {}
     turns: dict[str, dict[str, Any]] = {}
-    names = policies.available(POLICIES)
-    progress = records.Progress(len(names) * (1 + args.rounds))
     try:
-        for name in names:
-            progress.case(f"compiling {name}")
-            layer = policies.lstm(name, hidden)
-            params = layer.own(problem.params)
-            built = jax_programs.build(layer.apply, params, layer.core, case, problem, "gradient")
+        for name in available(POLICIES):
+            records.say(f"compiling {name}")
+            built = jax_peers.build(lstm(name, hidden), case, problem, "gradient")
             error = None if truth is None else timing.relative_error(built.result(), truth)
             jax.block_until_ready(built.call())
             calls[name] = built.call
             found[name] = {"policy": name, "shape_BTDH": list(args.shape), "relative_error": error, **built.figures}
-            progress.tick()
-        progress.case(f"{args.rounds} rounds")
-        timing.take_turns(calls, args.rounds, args.seconds, progress.tick, turns=turns)
+        records.say(f"{args.rounds} rounds")
+        timing.take_turns(calls, args.rounds, args.seconds, turns=turns)
     finally:
-        progress.close()
-        done = timing.complete_rounds(turns) if len(turns) == len(names) else {}
-        for record in in_terms_of_flax(found, done):
+        for record in in_terms_of_flax(found, turns):
             write("memory", **record)
-            print(line(record), flush=True)
+            print(records.shown(record), flush=True)
 
 
 def in_terms_of_flax(found: dict[str, dict[str, Any]], turns: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Whole records of the policies that took turns."""
     whole = []
     for name, turn in turns.items():
-        flax, own = found[policies.FLAX]["temporary_bytes"], found[name]["temporary_bytes"]
-        ratios = (ours / theirs for ours, theirs in zip(turn["ms"], turns[policies.FLAX]["ms"], strict=True))
+        if not turn["ms"]:
+            continue
+        flax, own = found[FLAX]["temporary_bytes"], found[name]["temporary_bytes"]
+        ratios = (ours / theirs for ours, theirs in zip(turn["ms"], turns[FLAX]["ms"], strict=True))
         whole.append(
             found[name] | turn | timing.spread(turn["ms"])
             | {"times_flax_time": statistics.median(ratios), "times_flax_memory": own / flax if own and flax else None}
@@ -79,30 +102,14 @@ def in_terms_of_flax(found: dict[str, dict[str, Any]], turns: dict[str, dict[str
     return whole
 
 
-def line(record: dict[str, Any]) -> str:
-    """A record in a line for the terminal."""
-    memory, size, error = record["times_flax_memory"], record["temporary_bytes"], record["relative_error"]
-    return (
-        f"{record['policy']:34} {record['median_ms']:9.4g} ms, {record['times_flax_time']:5.2f} of flax.linen's; "
-        f"{'-' if size is None else f'{size / 2**20:9.4g}'} MiB, {'-' if memory is None else f'{memory:5.2f}'} of it"
-        + ("" if error is None else f"; error {error:.1e}")
-    )
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; exit status 0, or 130 where it was interrupted."""
-    parser = records.parser("memory", __doc__)
-    parser.add_argument("--shape", type=int, nargs=4, default=[64, 1024, 256, 256], metavar=("B", "T", "D", "H"),
-                        help="batch, steps, features, units (default: 64 1024 256 256)")  # fmt: skip
-    parser.add_argument("--rounds", type=int, default=5, help="of all policies in turn (default: 5)")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of one turn, at least one call (default: 0.2)")
+    parser = records.parser("memory", __doc__, rounds=5)
+    parser.add_argument("--shape", type=options.count, nargs=4, default=[64, 1024, 256, 256],
+                        metavar=("B", "T", "D", "H"), help="default: 64 1024 256 256")  # fmt: skip
     args = parser.parse_args(argv)
-    if min(args.shape) < 1:
-        parser.error(f"--shape {' '.join(map(str, args.shape))}: expected sizes of at least 1")
-    records.check_rounds(parser, args)
     path = args.out or records.default_path("memory", args.record)
-    measure_policies = functools.partial(measure, args)
-    return records.session("memory", path, argv, args.rounds, args.seconds, measure_policies)
+    return records.session("memory", path, argv, args.rounds, args.seconds, functools.partial(measure, args))
 
 
 if __name__ == "__main__":

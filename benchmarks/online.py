@@ -1,16 +1,14 @@
 """How far the gradients of online learning are from the exact one, and what they cost.
 
-python -m benchmarks.online            # writes benchmarks/results/online/cpu.json and the tables of docs/online.md
+python -m benchmarks.online            into benchmarks/results/online/
+python -m benchmarks.report            the tables of docs/online.md
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
-import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,13 +17,11 @@ import numpy as np
 import optax
 
 import rnncore
+from benchmarks import options
 from rnncore import online
+from rnncore._command import timing
 
-ROOT = Path(__file__).parents[1]
 HIDDEN, BATCH, STEPS, DRAWS = 32, 16, 40, 20
-
-
-# ------------------------------------------------------------------------------------------- tasks
 
 
 def recall(key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -61,9 +57,6 @@ RULES: dict[str, Any] = {
     "SnAp-3": functools.partial(online.SnAp, order=3), "e-prop": online.EProp, "RFLO": online.RFLO,
     "KF-RTRL": online.KFRTRL, "UORO": online.UORO,
 }  # fmt: skip
-
-
-# ------------------------------------------------------------------------------------------ cosines
 
 
 def loss(cell: Any, params: Any, xs: Any, targets: Any) -> Any:
@@ -146,108 +139,58 @@ def cosines(updates: int, cells: Sequence[str]) -> list[dict[str, Any]]:
     return rows
 
 
-# -------------------------------------------------------------------------------------------- times
+def times(cell: Any, rounds: int, seconds: float) -> dict[str, Any]:
+    """One stream, float32, D = 16, T = 400: RTRL with its gradient at every step, beside BPTT by the scan."""
+    params, steps, rule = cell.init(jax.random.key(0), 16), 400, online.RTRL(cell)
+    xs = jax.random.normal(jax.random.key(1), (steps, 16), jnp.float32)
+    dys = jax.random.normal(jax.random.key(2), (steps, cell.hidden_size), jnp.float32)
 
+    @jax.jit
+    def whole(params: Any) -> Any:
+        return jax.grad(lambda p: jnp.sum(dys * rnncore.unroll(cell, p, xs, backend="scan")[1]))(params)
 
-def times(rounds: int) -> list[dict[str, Any]]:
-    """One stream, float32, D = 16, H = 64, T = 400: RTRL with its gradient at every step, beside BPTT by the scan."""
-    rows, features, hidden, steps = [], 16, 64, 400
-    diagonal = rnncore.Diagonal()
-    cells = (
-        rnncore.LSTM(hidden, recurrence=diagonal),
-        rnncore.GRU(hidden, recurrence=diagonal),
-        rnncore.IndRNN(hidden),
-    )
-    for cell in cells:
-        params = cell.init(jax.random.key(0), features)
-        xs = jax.random.normal(jax.random.key(1), (steps, features), jnp.float32)
-        dys = jax.random.normal(jax.random.key(2), (steps, hidden), jnp.float32)
-        rule = online.RTRL(cell)
+    @jax.jit
+    def forward(params: Any) -> Any:
+        def step(state: Any, now: Any) -> Any:
+            memory, _ = rule.step(params, state[0], now[0])
+            return (memory, jax.tree.map(jnp.add, state[1], rule.gradient(params, memory, now[1]))), None
 
-        def whole(params: Any, cell: Any = cell, xs: Any = xs, dys: Any = dys) -> Any:
-            return jax.grad(lambda p: jnp.sum(dys * rnncore.unroll(cell, p, xs, backend="scan")[1]))(params)
+        start = rule.init(params, rule.cell.initial_carry()), jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(step, start, (xs, dys))[0][1]
 
-        def forward(params: Any, rule: Any = rule, xs: Any = xs, dys: Any = dys) -> Any:
-            def step(state: Any, now: Any) -> Any:
-                memory, _ = rule.step(params, state[0], now[0])
-                return (memory, jax.tree.map(jnp.add, state[1], rule.gradient(params, memory, now[1]))), None
-
-            start = rule.init(params, rule.cell.initial_carry()), jax.tree.map(jnp.zeros_like, params)
-            return jax.lax.scan(step, start, (xs, dys))[0][1]
-
-        programs = {"bptt": jax.jit(whole), "rtrl": jax.jit(forward)}
-        results = {name: jax.block_until_ready(run(params)) for name, run in programs.items()}
-        spent: dict[str, list[float]] = {name: [] for name in programs}
-        for _ in range(rounds):
-            for name, run in programs.items():
-                begin = time.perf_counter()
-                jax.block_until_ready(run(params))
-                spent[name].append((time.perf_counter() - begin) * 1e3)
-        ratios = np.array(spent["rtrl"]) / np.array(spent["bptt"])
-        rows.append(
-            {"cell": f"{type(cell).__name__}, diagonal", "bptt_ms": float(np.median(spent["bptt"])),
-             "rtrl_ms": float(np.median(spent["rtrl"])), "ratio": float(np.median(ratios)),
-             "ratio_of_fastest": min(spent["rtrl"]) / min(spent["bptt"]),
-             "cosine": cosine(results["rtrl"], results["bptt"])}
-        )  # fmt: skip
-        print(rows[-1], flush=True)
-    return rows
-
-
-# ------------------------------------------------------------------------------------------- tables
-
-
-def table_of_cosines(rows: list[dict[str, Any]]) -> str:
-    lines = ["| cell | rule | " + " | ".join(TASKS) + " |", "|---|---|" + "---|" * len(TASKS)]
-    by = {(r["cell"], r["rule"], r["task"], r["when"]): r["cosine"] for r in rows}
-    for cell in CELLS:
-        for rule in RULES:
-            if (cell, rule, "recall", "trained") in by:
-                both = [[by[cell, rule, task, when] for when in ("untrained", "trained")] for task in TASKS]
-                lines.append(f"| {cell} | {rule} | " + " | ".join(f"{a:.2f}, {b:.2f}" for a, b in both) + " |")
-    return "\n".join(lines)
-
-
-def table_of_times(rows: list[dict[str, Any]]) -> str:
-    lines = ["| cell | BPTT, ms | RTRL, ms | RTRL in terms of BPTT |", "|---|---|---|---|"]
-    lines += [f"| {r['cell']} | {r['bptt_ms']:.2f} | {r['rtrl_ms']:.2f} | {r['ratio']:.1f} |" for r in rows]
-    return "\n".join(lines)
-
-
-def write_tables(results: dict[str, Any], path: Path) -> None:
-    text = path.read_text()
-    for name, table in (("cosines", table_of_cosines(results["cosines"])), ("times", table_of_times(results["times"]))):
-        start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
-        head, _, rest = text.partition(start)
-        text = f"{head}{start}{table}\n{end}{rest.partition(end)[2]}"
-        assert rest, name
-    path.write_text(text)
+    calls = {"bptt": functools.partial(whole, params), "rtrl": functools.partial(forward, params)}
+    results = {name: call() for name, call in calls.items()}
+    turns = timing.take_turns(calls, rounds, seconds)
+    bptt, rtrl = (np.array(turns[name]["ms"]) for name in ("bptt", "rtrl"))
+    row = {
+        "cell": f"{type(cell).__name__}, diagonal", "bptt_ms": float(np.median(bptt)),
+        "rtrl_ms": float(np.median(rtrl)), "ratio": float(np.median(rtrl / bptt)),
+        "ratio_of_fastest": float(min(rtrl) / min(bptt)), "cosine": cosine(results["rtrl"], results["bptt"]),
+    }  # fmt: skip
+    print(row, flush=True)
+    return row
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--updates", type=int, default=300, help="steps of training before the second cosine")
-    parser.add_argument("--rounds", type=int, default=21, help="interleaved rounds of the timing")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/online/cpu.json")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs/online.md")
-    parser.add_argument(
-        "--tables", action="store_true", help="write the tables of what was measured before, and no more"
-    )
-    parser.add_argument("--cells", nargs="+", choices=CELLS, help="cosines of these alone; all else stays as it was")
-    options = parser.parse_args()
-    before = json.loads(options.out.read_text()) if options.tables or options.cells else {}
-    if options.tables:
-        return write_tables(before, options.docs)
-    spent = before["times"] if options.cells else times(options.rounds)
+    made = options.parser("online", __doc__, rounds=21, seconds=0.01, out="JSON file")
+    made.add_argument("--updates", type=options.count, default=300, help="steps of training before the second cosine")
+    made.add_argument("--cells", nargs="+", choices=CELLS, help="cosines of these alone; all else stays as it was")
+    args = made.parse_args()
+    path = args.out or options.RESULTS / "online" / "cpu.json"
+    before = json.loads(path.read_text()) if args.cells else {}
+    diagonal = rnncore.Diagonal()
+    cells = rnncore.LSTM(64, recurrence=diagonal), rnncore.GRU(64, recurrence=diagonal), rnncore.IndRNN(64)
+    spent = before["times"] if args.cells else [times(cell, args.rounds, args.seconds) for cell in cells]
     jax.config.update("jax_enable_x64", True)
-    kept = [row for row in before.get("cosines", ()) if row["cell"] not in (options.cells or CELLS)]
+    kept = [row for row in before.get("cosines", ()) if row["cell"] not in (args.cells or CELLS)]
     results = {
         "jax": jax.__version__, "device": jax.devices()[0].device_kind, "hidden": HIDDEN, "batch": BATCH,
-        "steps": STEPS, "draws": DRAWS, "updates": options.updates, "times": spent,
-        "cosines": kept + cosines(options.updates, options.cells or tuple(CELLS)),
+        "steps": STEPS, "draws": DRAWS, "updates": args.updates, "times": spent,
+        "cosines": sorted(
+            kept + cosines(args.updates, args.cells or tuple(CELLS)), key=lambda row: list(CELLS).index(row["cell"])
+        ),
     }  # fmt: skip
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    write_tables(results, options.docs)
+    timing.write(path, results)
 
 
 if __name__ == "__main__":

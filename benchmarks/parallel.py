@@ -1,14 +1,14 @@
 """Parallel in time: whether the forecast of the iterations holds, and T = 100,000 against the run step by step.
 
-python -m benchmarks.parallel                   # both, into benchmarks/results/parallel/ and docs/parallel.md
-python -m benchmarks.parallel --only times      # on a GPU, into gpu.json
+python -m benchmarks.parallel                   both, into benchmarks/results/parallel/
+python -m benchmarks.parallel --only times      on a GPU, into gpu.json
+python -m benchmarks.report                     the tables of docs/parallel.md
 """
 
 from __future__ import annotations
 
-import argparse
+import functools
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import rnncore
+from benchmarks import options
+from benchmarks.report.pages import LIMIT, verdict
 from rnncore import parallel
 from rnncore._command import timing
 
-ROOT = Path(__file__).parents[1]
-FEATURES, HIDDEN, LIMIT = 4, 16, 100
+FEATURES, HIDDEN = 4, 16
 GAINS = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0, 4.0)
 CELLS: dict[str, rnncore.PointwiseCell] = {
     "Elman": rnncore.Elman(HIDDEN), "LSTM": rnncore.LSTM(HIDDEN), "GRU": rnncore.GRU(HIDDEN),
@@ -59,20 +60,6 @@ def forecasts(seeds: range, steps: int) -> list[dict[str, Any]]:
     return rows
 
 
-def verdict(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """How many of each kind; a run that did not converge took more than it was allowed."""
-    there = [r for r in rows if r["converged"]]
-    return {
-        "cases": len(rows),
-        "converged": len(there),
-        "within a factor of two": sum(r["took"] / 2 <= r["said"] <= 2 * r["took"] for r in there)
-        + sum(r["said"] >= LIMIT / 2 for r in rows if not r["converged"]),
-        "refused, and converged after all": sum(r["refused"] for r in there),
-        "not refused, and did not converge": sum(not r["refused"] for r in rows if not r["converged"]),
-        "exponent below 0, and did not converge": sum(r["exponent"] < 0 for r in rows if not r["converged"]),
-    }
-
-
 def times(steps: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """One sequence, forward and gradient of all parameters, beside the scan and what `unroll` chooses by itself."""
     rows = []
@@ -97,71 +84,32 @@ def times(steps: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
         row = {"cell": name, "steps": steps, "said": said.iterations, "took": int(made.iterations), "default": chosen,
                "error": timing.relative_error(made.outputs, runs["scan"](params))}  # fmt: skip
         for what in ("forward", "gradient"):
-            programs = {
-                key: jax.jit(run if what == "forward" else jax.grad(lambda p, run=run, d=dys: jnp.sum(d * run(p))))
-                for key, run in runs.items()
-            }
-            calls: dict[str, Any] = {
-                key: (lambda program=program, p=params: program(p)) for key, program in programs.items()
-            }
-            for call in calls.values():
-                jax.block_until_ready(call())
-            turns = timing.take_turns(calls, rounds, seconds)
-            for key, turn in turns.items():
+            calls = {}
+            for key, run in runs.items():
+                gradient = jax.grad(lambda p, run=run, d=dys: jnp.sum(d * run(p)))
+                calls[key] = functools.partial(jax.jit(run if what == "forward" else gradient), params)
+                jax.block_until_ready(calls[key]())
+            for key, turn in timing.take_turns(calls, rounds, seconds).items():
                 row[f"{what}_{key}_ms"] = float(np.median(turn["ms"]))
         rows.append(row)
         print(row, flush=True)
     return rows
 
 
-def table_of_forecasts(rows: list[dict[str, Any]]) -> str:
-    """By cell, and all together."""
-    names = list(verdict(rows))
-    lines = ["| cell | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
-    for cell in (*CELLS, None):
-        counts = verdict([r for r in rows if cell in (None, r["cell"])])
-        lines.append(f"| {cell or 'all'} | " + " | ".join(map(str, counts.values())) + " |")
-    return "\n".join(lines)
-
-
-def table_of_times(rows: list[dict[str, Any]]) -> str:
-    head = "| cell | forecast | iterations | Newton, ms | scan, ms | default, ms | "
-    lines = [head + "Newton, gradient | scan, gradient | default, gradient |", "|---|" + "---|" * 8]
-    for r in rows:
-        names = [f"{what}_{key}_ms" for what in ("forward", "gradient") for key in ("newton", "scan", "default")]
-        ms = (f"{r[name]:.1f}" for name in names)
-        lines.append(f"| {r['cell']} | {r['said']:.0f} | {r['took']} | {' | '.join(ms)} |")
-    return "\n".join(lines)
-
-
-def write_table(name: str, table: str, path: Path) -> None:
-    start, end = f"<!-- table: {name} -->\n", "<!-- end of table -->"
-    head, found, rest = path.read_text().partition(start)
-    assert found, name
-    path.write_text(f"{head}{start}{table}\n{end}{rest.partition(end)[2]}")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", choices=("forecasts", "times"), help="one of the two")
-    parser.add_argument("--steps", type=int, default=100_000, help="T of the timing")
-    parser.add_argument("--rounds", type=int, default=7, help="interleaved rounds of the timing")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of one turn")
-    parser.add_argument("--seeds", type=int, default=4, help="of the forecasts, for every cell and gain")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/parallel")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs/parallel.md")
-    options = parser.parse_args()
-    path = options.out / f"{jax.default_backend()}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    made = options.parser("parallel", __doc__, rounds=7, out="JSON file; what is not measured now stays as it was")
+    made.add_argument("--only", choices=("forecasts", "times"), help="one of the two")
+    made.add_argument("--steps", type=options.count, default=100_000, help="T of the timing (default: 100000)")
+    made.add_argument("--seeds", type=options.count, default=4, help="of the forecasts, by cell and gain (default: 4)")
+    args = made.parse_args()
+    path = args.out or options.RESULTS / "parallel" / f"{jax.default_backend()}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     about = {"jax": jax.__version__, "device": jax.devices()[0].device_kind}
-    if options.only != "times":
-        results["forecasts"] = about | {"steps": 1024, "rows": forecasts(range(options.seeds), 1024)}
-        write_table("forecasts", table_of_forecasts(results["forecasts"]["rows"]), options.docs)
-    if options.only != "forecasts":
-        results["times"] = about | {"rows": times(options.steps, options.rounds, options.seconds)}
-        write_table(f"times, {jax.default_backend()}", table_of_times(results["times"]["rows"]), options.docs)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+    if args.only != "times":
+        results["forecasts"] = about | {"steps": 1024, "rows": forecasts(range(args.seeds), 1024)}
+    if args.only != "forecasts":
+        results["times"] = about | {"rows": times(args.steps, args.rounds, args.seconds)}
+    timing.write(path, results)
 
 
 if __name__ == "__main__":

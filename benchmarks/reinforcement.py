@@ -1,14 +1,13 @@
 """Recurrent reinforcement learning: single steps, and an update of PPO beside the pattern that others use.
 
-python -m benchmarks.reinforcement       # into benchmarks/results/reinforcement/ and docs/reinforcement.md
+python -m benchmarks.reinforcement       into benchmarks/results/reinforcement/
+python -m benchmarks.report              the tables of docs/reinforcement.md
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,11 @@ import numpy as np
 import optax
 
 import rnncore
-from benchmarks.parallel import write_table
+from benchmarks import options
 from rnncore import linen
 from rnncore._command import timing
 
-ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "examples"))
+sys.path.append(str(Path(__file__).parents[1] / "examples"))
 ppo: Any = importlib.import_module("recurrent_ppo")
 
 
@@ -67,36 +65,36 @@ def scanned(hidden: int) -> Any:
     return ppo.Agent(init, step, replay, carry)
 
 
-def updates(sizes: list[tuple[int, int, int]], rounds: int, seconds: float) -> list[dict[str, Any]]:
-    """Whole updates, and the gradient of one replay, for (environments, steps, units)."""
-    rows = []
-    for batch, steps, hidden in sizes:
-        agents = {"ours": ppo.recurrent(rnncore.GRU(hidden)), "ScannedRNN": scanned(hidden)}
-        optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-3))
-        row: dict[str, Any] = {"batch": batch, "steps": steps, "hidden": hidden}
-        whole, gradients, rollouts = {}, {}, {}
-        for name, agent in agents.items():
-            learner = ppo.first_learner(agent, optimizer, batch, 0)
-            update = ppo.updater(agent, optimizer, steps, 10, 0)
-            roll = jax.jit(functools.partial(ppo.roll, agent, steps=steps, corridor=10))
-            _, _, rollout = roll(learner.params, learner.maze, learner.carry, learner.key)
-            ones = jnp.ones_like(rollout.values)
-            gradient = jax.jit(jax.grad(functools.partial(ppo.loss_of, agent)))
-            whole[name] = functools.partial(update, learner, None)
-            gradients[name] = functools.partial(gradient, learner.params, rollout.carry, rollout, ones, ones)
-            rollouts[name] = functools.partial(roll, learner.params, learner.maze, learner.carry, learner.key)
-        for what, calls in (("update", whole), ("gradient", gradients), ("rollout", rollouts)):
-            row |= ratio_of(what, calls, "ScannedRNN", "ours", rounds, seconds)
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+def updates(sizes: tuple[int, int, int], rounds: int, seconds: float) -> dict[str, Any]:
+    """Whole updates, the gradient of one replay, and rollouts, for (environments, steps, units)."""
+    batch, steps, hidden = sizes
+    agents = {"ours": ppo.recurrent(rnncore.GRU(hidden)), "ScannedRNN": scanned(hidden)}
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-3))
+    row: dict[str, Any] = {"batch": batch, "steps": steps, "hidden": hidden}
+    calls: dict[str, dict[str, Any]] = {"update": {}, "gradient": {}, "rollout": {}}
+    for name, agent in agents.items():
+        learner = ppo.first_learner(agent, optimizer, batch, 0)
+        update = ppo.updater(agent, optimizer, steps, 10, 0)
+        roll = jax.jit(functools.partial(ppo.roll, agent, steps=steps, corridor=10))
+        start = learner.params, learner.maze, learner.carry, learner.key
+        rollout = roll(*start)[2]
+        ones = jnp.ones_like(rollout.values)
+        gradient = jax.jit(jax.grad(functools.partial(ppo.loss_of, agent)))
+        calls["update"][name] = functools.partial(update, learner, None)
+        calls["gradient"][name] = functools.partial(gradient, learner.params, rollout.carry, rollout, ones, ones)
+        calls["rollout"][name] = functools.partial(roll, *start)
+    for what, own in calls.items():
+        row |= ratio_of(what, own, "ScannedRNN", "ours", rounds, seconds)
+    print(row, flush=True)
+    return row
 
 
 def ratio_of(what: str, calls: Any, reference: str, name: str, rounds: int, seconds: float) -> dict[str, float]:
-    """Times, and the median over rounds of how much faster `name` is than the reference."""
-    for call in calls.values():
+    """Times of two, and the median over rounds of how much faster `name` is than the reference."""
+    pair = {key: calls[key] for key in (reference, name)}
+    for call in pair.values():
         jax.block_until_ready(call())
-    turns = timing.take_turns(calls, rounds, seconds)
+    turns = timing.take_turns(pair, rounds, seconds)
     found = {f"{what}_{key}_ms": float(np.median(turn["ms"])) for key, turn in turns.items()}
     ratios = np.array(turns[reference]["ms"]) / np.array(turns[name]["ms"])
     return found | {f"{what}_ratio": float(np.median(ratios))}
@@ -112,73 +110,47 @@ def by_hand(params: Any, h: jax.Array, x: jax.Array) -> jax.Array:
     return (1 - update) * n + update * h
 
 
-def single_steps(rounds: int, seconds: float) -> list[dict[str, Any]]:
+def single_steps(batch: int, hidden: int, rounds: int, seconds: float) -> list[dict[str, Any]]:
     """1000 steps in a scan that nobody has made faster: cell.step, under jit, and under jit of vmap."""
+    cell, layer, theirs = rnncore.GRU(hidden), linen.GRUCell(hidden), flax_linen.GRUCell(hidden)
+    params = cell.init(jax.random.key(0), 16)
+    xs = jax.random.normal(jax.random.key(1), (1000, batch, 16))
+    h = jnp.zeros((batch, hidden))
+    variables = theirs.init(jax.random.key(0), h, xs[0])
+    functions: dict[str, Any] = {
+        "by hand": (params, by_hand),
+        "ours": (params, lambda p, h, x: cell.step(p, rnncore.HiddenCarry(h), cell.project(p, x))[0].h),
+        "Flax's cell": (variables, lambda p, h, x: theirs.apply(p, h, x)[0]),
+        "our linen cell": (variables, lambda p, h, x: layer.apply(p, h, x)[0]),
+    }
+    pairs = {"step": ("by hand", "ours"), "layer": ("Flax's cell", "our linen cell")}
+    for names in pairs.values():
+        theirs_first, ours_first = (functions[name][1](functions[name][0], h, xs[0]) for name in names)
+        assert jnp.allclose(theirs_first, ours_first, atol=1e-6)
     rows = []
-    for batch, hidden in ((1, 64), (64, 128)):
-        cell, layer, theirs = rnncore.GRU(hidden), linen.GRUCell(hidden), flax_linen.GRUCell(hidden)
-        params = cell.init(jax.random.key(0), 16)
-        xs = jax.random.normal(jax.random.key(1), (1000, batch, 16))
-        h = jnp.zeros((batch, hidden))
-        variables = theirs.init(jax.random.key(0), h, xs[0])
-        functions: dict[str, Any] = {
-            "by hand": (params, lambda p, h, x: by_hand(p, h, x)),
-            "ours": (params, lambda p, h, x, cell=cell: cell.step(p, rnncore.HiddenCarry(h), cell.project(p, x))[0].h),
-            "Flax's cell": (variables, lambda p, h, x, c=theirs: c.apply(p, h, x)[0]),
-            "our linen cell": (variables, lambda p, h, x, c=layer: c.apply(p, h, x)[0]),
-        }
-        got = {name: f(p, h, xs[0]) for name, (p, f) in functions.items()}
-        assert jnp.allclose(got["by hand"], got["ours"], atol=1e-6)
-        assert jnp.allclose(got["Flax's cell"], got["our linen cell"], atol=1e-6)
-        for mapped in (False, True):
-            calls = {}
-            for name, (p, f) in functions.items():
-                step = jax.vmap(f, (None, 0, 0)) if mapped else f
-                run = jax.jit(lambda p, h, xs, step=step: jax.lax.scan(lambda h, x: (step(p, h, x), None), h, xs)[0])
-                calls[name] = functools.partial(run, p, h, xs)
-            row: dict[str, Any] = {"batch": batch, "hidden": hidden, "vmap": mapped}
-            pair = {name: calls[name] for name in ("by hand", "ours")}
-            row |= ratio_of("step", pair, "by hand", "ours", rounds, seconds)
-            pair = {name: calls[name] for name in ("Flax's cell", "our linen cell")}
-            row |= ratio_of("layer", pair, "Flax's cell", "our linen cell", rounds, seconds)
-            rows.append(row)
-            print(row, flush=True)
+    for mapped in (False, True):
+        calls = {}
+        for name, (p, f) in functions.items():
+            step = jax.vmap(f, (None, 0, 0)) if mapped else f
+            run = jax.jit(lambda p, h, xs, step=step: jax.lax.scan(lambda h, x: (step(p, h, x), None), h, xs)[0])
+            calls[name] = functools.partial(run, p, h, xs)
+        row: dict[str, Any] = {"batch": batch, "hidden": hidden, "vmap": mapped}
+        for what, names in pairs.items():
+            row |= ratio_of(what, calls, *names, rounds, seconds)
+        rows.append(row)
+        print(row, flush=True)
     return rows
 
 
-def table_of_updates(rows: list[dict[str, Any]]) -> str:
-    head = "| environments, steps, units | whole update | gradient of one replay | rollout |"
-    lines = [head, "|---|---|---|---|"]
-    for r in rows:
-        ratios = " | ".join(f"{r[f'{what}_ratio']:.2f}" for what in ("update", "gradient", "rollout"))
-        lines.append(f"| {r['batch']}, {r['steps']}, {r['hidden']} | {ratios} |")
-    return "\n".join(lines)
-
-
-def table_of_steps(rows: list[dict[str, Any]]) -> str:
-    lines = ["| batch, units | `cell.step` against one by hand | linen cell against Flax's |", "|---|---|---|"]
-    for r in rows:
-        how = f"{r['batch']}, {r['hidden']}" + (", vmap" if r["vmap"] else "")
-        lines.append(f"| {how} | {r['step_ratio']:.2f} | {r['layer_ratio']:.2f} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=11, help="interleaved rounds")
-    parser.add_argument("--seconds", type=float, default=0.2, help="of one turn")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/reinforcement")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs/reinforcement.md")
-    options = parser.parse_args()
+    args = options.parser("reinforcement", __doc__, rounds=11, out="JSON file").parse_args()
+    turn = args.rounds, args.seconds
     results = {
         "jax": jax.__version__, "device": jax.devices()[0].device_kind,
-        "steps": single_steps(options.rounds, options.seconds),
-        "updates": updates([(64, 64, 32), (64, 128, 128), (16, 128, 256)], options.rounds, options.seconds),
+        "steps": [row for sizes in ((1, 64), (64, 128)) for row in single_steps(*sizes, *turn)],
+        "updates": [updates(sizes, *turn) for sizes in ((64, 64, 32), (64, 128, 128), (16, 128, 256))],
     }  # fmt: skip
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / f"{jax.default_backend()}.json").write_text(json.dumps(results, indent=1) + "\n")
-    write_table("updates", table_of_updates(results["updates"]), options.docs)
-    write_table("steps", table_of_steps(results["steps"]), options.docs)
+    timing.write(args.out or options.RESULTS / "reinforcement" / f"{jax.default_backend()}.json", results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import functools
 import math
 import statistics
 import sys
-import time
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ import numpy as np
 import rnncore
 from benchmarks import objects
 from rnncore import analysis, initializers
+from rnncore._command import timing
 
 LAGS = (1, 10, 100)
 CRITICAL = initializers.critical_forget_bias()
@@ -68,11 +68,7 @@ def measure(case: tuple[str, str], quick: bool) -> list[dict[str, Any]]:
     params = jax.vmap(lambda key: cell.init(key, features, jnp.float32))(keys[:, 0])
     xs = jax.vmap(lambda key: jax.random.normal(key, (batch, steps, features), jnp.float32))(keys[:, 1])
     logs = np.asarray(curves(cell, params, xs), np.float64)
-    seconds = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        jax.block_until_ready(curves(cell, params, xs))
-        seconds.append(time.perf_counter() - begin)
+    ms = timing.take_turns({"curves": lambda: curves(cell, params, xs)}, 3, 1e-9)["curves"]["ms"]
     tail = np.arange(LAGS[-1] // 5, LAGS[-1])
     slopes = [np.polyfit(tail, row[tail], 1)[0] if np.all(np.isfinite(row[tail])) else -math.inf for row in logs]
 
@@ -82,22 +78,15 @@ def measure(case: tuple[str, str], quick: bool) -> list[dict[str, Any]]:
     return [{
         "cell": case[0], "initialisation": case[1], "shape_BTDH": [batch, steps, features, hidden], "draws": draws,
         "log10_retention": {str(k): known(float(np.median(logs[:, k - 1])) / math.log(10)) for k in LAGS},
-        "decay_rate": known(-float(np.median(slopes))), "seconds": known(statistics.median(seconds)),
+        "decay_rate": known(-float(np.median(slopes))), "seconds": known(statistics.median(ms) / 1e3),
     }]  # fmt: skip
-
-
-def line(records: list[dict[str, Any]]) -> str:
-    """For the terminal."""
-    (record,) = records
-    kept = ", ".join(f"{v} at {k}" for k, v in record["log10_retention"].items())
-    return f"{record['cell']}, {record['initialisation']}: log10 retention {kept}; {record['seconds']} s"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Measures all; exit status 0, or 130 where it was interrupted."""
-    args = objects.parsed(objects.parser("retention", __doc__), argv)
+    args = objects.parser("retention", __doc__).parse_args(argv)
     cases = [(cell, name) for cell, names in CELLS.items() for name in names]
-    return objects.run("retention", args, cases, lambda case: measure(case, args.quick), line)
+    return objects.run("retention", args, cases, lambda case: measure(case, args.quick))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import jax
 
 from benchmarks import measure, records, workloads
 from benchmarks.peers import CONTENDERS, Case
-from benchmarks.workloads import HALF, MEASUREMENTS, Workload
+from benchmarks.workloads import HALF, Workload
 
 
 def cases(chosen: Sequence[Workload], precisions: Sequence[str], platform: str) -> list[Case]:
@@ -37,50 +37,44 @@ def cases(chosen: Sequence[Workload], precisions: Sequence[str], platform: str) 
     ]
 
 
-def run_all(todo: Sequence[Case], contenders: Sequence[str], settings: measure.Settings, write: Any) -> None:
+def run_all(todo: Sequence[Case], contenders: Sequence[str], settings: measure.Settings, write: measure.Write) -> None:
     """Measures every case."""
-    entries = measure.present(todo, contenders, write)
-    progress = records.Progress(len(todo) * len(entries) * len(MEASUREMENTS) * (1 + settings.rounds))
 
     def write_and_tell(kind: str, **fields: Any) -> dict[str, Any]:
         if kind == "missing":
-            progress.say(f"missing: {fields['contender']}, {fields['measurement']}: {fields['reason']}")
+            print(f"missing: {fields['contender']}, {fields.get('measurement')}: {fields['reason']}", flush=True)
         return write(kind, **fields)
 
-    try:
-        for case in todo:
-            progress.case(case.title)
-            written = measure.run_case(case, entries, settings, write_and_tell, progress.tick)
-            if written:
-                progress.say(f"\n{case.title}\n{measure.summary(written)}")
-            jax.clear_caches()
-            gc.collect()
-    finally:
-        progress.close()
+    entries = measure.present(todo, contenders, write)
+    for number, case in enumerate(todo, 1):
+        records.say(f"{number} of {len(todo)}: {case.title}")
+        for r in measure.run_case(case, entries, settings, write_and_tell):
+            name = r.get("contender") or f"({r['bound']})"
+            print(f"{name:30} {r['measurement']:10} {r['median_ms']:10.4g} ms", flush=True)
+        jax.clear_caches()
+        gc.collect()
 
 
 def parser() -> argparse.ArgumentParser:
-    made = records.parser("run", __doc__)
+    made = records.parser("run", __doc__, rounds=11)
     add = made.add_argument
     add("--tag", choices=("cpu", "gpu"), help="which workloads, and on what (default: cpu)")
     add("--workloads", nargs="+", default=(), metavar="NAME",
         help="these, whatever their tags; a name that ends in * stands for all that begin so; see --list")  # fmt: skip
-    add("--contenders", nargs="+", default=CONTENDERS, metavar="NAME", help="these only; see --list (default: all)")
-    add("--rounds", type=int, default=11, help="rounds of all contenders in turn (default: 11)")
-    add("--seconds", type=float, default=0.2, help="time of one turn, roughly (default: 0.2)")
+    add("--contenders", nargs="+", default=CONTENDERS, choices=CONTENDERS, metavar="NAME",
+        help="these only; see --list (default: all)")  # fmt: skip
     add("--list", action="store_true", help="names of workloads, of --tag where it is given, and of contenders")
     return made
 
 
 def list_names(tag: str | None) -> str:
     """What --list prints: of every workload, or of those with a tag."""
-    lines = ["workloads:"]
-    for w in workloads.select(tag):
-        lines.append(
-            f"  {w.name:14} {w.cell} (B, T, D, H) = {w.shape}, heads {w.heads}, {', '.join(w.dtypes)}; "
-            f"{w.tag or 'by name only'}; {w.origin}"
-        )
-    return "\n".join([*lines, "contenders:", *(f"  {name}" for name in CONTENDERS)])
+    about = (
+        f"  {w.name:14} {w.cell} (B, T, D, H) = {w.shape}, heads {w.heads}, {', '.join(w.dtypes)}; "
+        f"{w.tag or 'by name only'}; {w.origin}"
+        for w in workloads.select(tag)
+    )
+    return "\n".join(["workloads:", *about, "contenders:", *(f"  {name}" for name in CONTENDERS)])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,10 +96,6 @@ def main(argv: list[str] | None = None) -> int:
         devices = ", ".join(f"{d.platform}:{d.device_kind}" for d in jax.devices())
         hint = 'install jax with CUDA, as by `pip install "jax[cuda13]"`, or use --tag cpu'
         made.error(f"--tag {tag}: JAX {jax.__version__} runs on {platform} here ({devices}); {hint}")
-    records.check_rounds(made, args)
-    unknown = [name for name in args.contenders if name not in CONTENDERS]
-    if unknown:
-        made.error(f"--contenders {', '.join(unknown)}: unknown; expected some of {', '.join(CONTENDERS)}")
     try:
         chosen = workloads.select(tag, args.workloads)
     except ValueError as error:

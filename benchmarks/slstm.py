@@ -5,7 +5,8 @@ be compiled in seconds, the whole sequence as one graph.  Every side is a proces
 for work take time from the others; the processes take turns, on one core and on all.  The product of inputs and
 weights is inside the clock, and every output is compared with a float64 run.
 
-python -m benchmarks.slstm            # into benchmarks/results/slstm/cpu.json and docs/cells.md; needs PyTorch
+  python -m benchmarks.slstm            into benchmarks/results/slstm/; needs PyTorch
+  python -m benchmarks.report           the table of docs/cells.md
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.parallel import write_table
+from benchmarks import options
+from benchmarks.report import pages
 from rnncore._command import timing
 
-ROOT = Path(__file__).parents[1]
 CASES = tuple((b, t, h) for b, h in ((1, 256), (16, 256), (64, 128), (16, 512)) for t in (16, 64))
 """(B, T, H), as many inputs as units, four heads."""
 HEADS = 4
@@ -122,10 +123,10 @@ def side(name: str, cores: int, seconds: float) -> None:
             call()
             spent.append(time.perf_counter() - begin)
         row = {"case": [batch, steps, hidden], "ms": 1e3 * float(np.median(spent)), "ready": ready}
-        print(json.dumps(row | {"error": error(arrays, ys)}), flush=True)
+        print(json.dumps(row | {"error": error_of(arrays, ys)}), flush=True)
 
 
-def error(arrays: tuple[np.ndarray, ...], ys: np.ndarray) -> float:
+def error_of(arrays: tuple[np.ndarray, ...], ys: np.ndarray) -> float:
     """Against the equations in float64 and NumPy, relative to the largest output."""
     xs, w, u, b = (a.astype(float) for a in arrays)
     hidden = w.shape[-1]
@@ -143,43 +144,22 @@ def error(arrays: tuple[np.ndarray, ...], ys: np.ndarray) -> float:
     return worst / largest
 
 
-def table(by_cores: dict[str, list[dict[str, Any]]]) -> str:
-    """Times, and how many times as long each form of PyTorch takes; ratios within a round, their median."""
-    lines = [
-        "| cores | B, T, H | rnncore, ms | torch.compile, the step | torch.compile, the whole |",
-        "|---|---|---|---|---|",
-    ]
-    for cores, rounds in by_cores.items():
-        for case in CASES:
-            key = ", ".join(map(str, case))
-            own = [turn["rnncore"][key]["ms"] for turn in rounds]
-            cells = [f"{np.median(own):.2f}"]
-            for name in SIDES[1:]:
-                theirs = [turn[name][key]["ms"] for turn in rounds if key in turn[name]]
-                cells.append(f"{np.median(np.divide(theirs, own)):.1f}" if theirs else "-")
-            lines.append(f"| {cores} | {key} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every side")
-    parser.add_argument("--seconds", type=float, default=0.3, help="of each case in a turn")
-    parser.add_argument("--cores", type=int, nargs="+", default=[1, timing.cores()], help="numbers of cores to run on")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/slstm/cpu.json")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs/cells.md")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.side:
-        return side(options.side, options.cores[0], options.seconds)
+    made = options.parser("slstm", __doc__, rounds=3, seconds=0.3, out="JSON file")
+    made.add_argument("--cores", type=options.count, nargs="+", default=[1, timing.cores()], help="run on so many")
+    made.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    args = made.parse_args()
+    if args.side:
+        return side(args.side, args.cores[0], args.seconds)
     by_cores: dict[str, list[dict[str, Any]]] = {}
-    for cores in dict.fromkeys(options.cores):
-        rounds = by_cores[str(cores)] = [{} for _ in range(options.rounds)]
+    for cores in dict.fromkeys(args.cores):
+        rounds = by_cores[str(cores)] = [{} for _ in range(args.rounds)]
         for number, turn in enumerate(rounds):
             for name in SIDES:
-                asked = ["--side", name, "--cores", str(cores), "--seconds", str(options.seconds)]
+                asked = ["--side", name, "--cores", str(cores), "--seconds", str(args.seconds)]
                 command = [sys.executable, "-m", "benchmarks.slstm", *asked]
-                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=ROOT)
+                root = Path(__file__).parents[1]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=root)
                 rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
                 turn[name] = {", ".join(map(str, row["case"])): row for row in rows}
                 print(cores, number, name, {k: round(row["ms"], 2) for k, row in turn[name].items()}, flush=True)
@@ -189,10 +169,8 @@ def main() -> None:
         raise SystemExit(f"a wrong answer, off by {worst:.1e} of the largest output; nothing was written")
     versions = {name: importlib.metadata.version(name) for name in ("jax", "torch")}
     results = versions | {"largest_error": worst, "by_cores": by_cores}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(results, indent=1) + "\n")
-    print(table(by_cores), f"largest relative error {worst:.1e}", sep="\n")
-    write_table("slstm", table(by_cores), options.docs)
+    timing.write(args.out or options.RESULTS / "slstm" / "cpu.json", results)
+    print(pages.slstm(results), f"largest relative error {worst:.1e}", sep="\n")
 
 
 if __name__ == "__main__":

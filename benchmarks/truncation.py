@@ -15,7 +15,6 @@ of 20 cases by no more than the factor in the last column.
 
 from __future__ import annotations
 
-import argparse
 import functools
 import sys
 from pathlib import Path
@@ -28,6 +27,7 @@ import optax
 from tqdm import tqdm
 
 import rnncore
+from benchmarks import options
 from rnncore import analysis
 
 KS = (5, 10, 20, 50, 100)
@@ -138,9 +138,9 @@ def corpus_module() -> Any:
 
 def main(argv: list[str] | None = None) -> int:
     """Prints the table; 1 where a bias worth judging is predicted by more than a factor of 1.5 wrongly."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=600, help="training steps")
-    parser.add_argument("--batches", type=int, default=64, help="batches to predict from, and as many to measure on")
+    parser, count = options.parser("truncation", __doc__), options.count
+    parser.add_argument("--steps", type=count, default=600, help="training steps")
+    parser.add_argument("--batches", type=count, default=64, help="batches to predict from, and as many to measure on")
     args = parser.parse_args(argv)
     corpus, worst = corpus_module().load(None), 1.0
     print("| network | when | K | measured | from gradients | of it | from the curve | of it | two samples |\n"

@@ -77,9 +77,10 @@ class Workload:
         return self.batch, self.steps, self.features, self.hidden
 
 
-_CPU_SHAPES = ((32, 128, 128, 256), (16, 1000, 64, 128), (64, 100, 512, 512), (8, 256, 64, 64), (1, 512, 64, 64))
+CPU_SHAPES = ((32, 128, 128, 256), (16, 1000, 64, 128), (64, 100, 512, 512), (8, 256, 64, 64), (1, 512, 64, 64))
+"""(B, T, D, H)"""
 _FIVE = "this project: five shapes from large batches to a single sequence"
-_S = tuple(Workload(f"S{n}", _FIVE, "lstm", *shape, tag="cpu") for n, shape in enumerate(_CPU_SHAPES, 1))
+_S = tuple(Workload(f"S{n}", _FIVE, "lstm", *shape, tag="cpu") for n, shape in enumerate(CPU_SHAPES, 1))
 
 _FLASH = "FlashRNN (arXiv:2412.07752), speed_experiments of NX-AI/flashrnn, figure over head dimensions"
 # Units of a head, heads, then (forward, forward and backward) in ms of _FLASH_NAMES; H100 SXM.

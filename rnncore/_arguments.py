@@ -169,11 +169,11 @@ def check_inputs(call: str, name: str, inputs: Any) -> None:
         ) from None
 
 
-def check_dtypes(call: str, dtypes: Mapping[str, Any]) -> None:
-    """ValueError unless each is None or a dtype of floating or complex numbers."""
+def check_dtypes(call: str, dtypes: Mapping[str, Any], kind: Any = jnp.inexact) -> None:
+    """ValueError unless each is None or a dtype of a kind; of floating or complex numbers by default."""
     for name, dtype in dtypes.items():
         try:
-            known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.inexact)
+            known = dtype is None or jnp.issubdtype(jnp.dtype(dtype), kind)
         except TypeError:
             known = False
         if not known:

@@ -127,14 +127,7 @@ def forget_bias(value: float = 1.0, *, gates: Sequence[str] = LSTM_GATES, gate: 
     Source: Gers, Schmidhuber and Cummins (2000); Jozefowicz, Zaremba and Sutskever (2015).
     Keras adds 1 by default; Flax and PyTorch add nothing.
     """
-    index = _gate_index(gates, gate, "forget_bias")
-
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        del key
-        _check_bias_shape(shape, gates, "forget_bias")
-        return jnp.zeros(shape, dtype).at[index].set(value)
-
-    return init
+    return _bias("forget_bias", gates, gate, None, lambda key, shape, dtype: value)
 
 
 @as_value
@@ -165,15 +158,10 @@ def chrono(t_max: int, *, gates: Sequence[str] = LSTM_GATES, forget: str = "f", 
     """
     if t_max < 3:
         raise ValueError(f"`chrono(t_max={t_max})`: expected at least 3 steps.")
-    forget_index = _gate_index(gates, forget, "chrono")
-    input_index = None if input is None else _gate_index(gates, input, "chrono")
-
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        _check_bias_shape(shape, gates, "chrono")
-        values = jnp.log(jax.random.uniform(key, shape[1:], dtype, 1.0, t_max - 1.0))
-        return _opposed(shape, dtype, forget_index, input_index, values)
-
-    return init
+    return _bias(
+        "chrono", gates, forget, input,
+        lambda key, shape, dtype: jnp.log(jax.random.uniform(key, shape[1:], dtype, 1.0, t_max - 1.0)),
+    )  # fmt: skip
 
 
 @as_value
@@ -200,18 +188,15 @@ def uniform_gate(*, gates: Sequence[str] = LSTM_GATES, forget: str = "f", input:
 
     Source: Gu, Gulcehre, Paine, Hoffman and Pascanu (2020), arXiv:1910.09890.
     """
-    forget_index = _gate_index(gates, forget, "uniform_gate")
-    input_index = None if input is None else _gate_index(gates, input, "uniform_gate")
 
-    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
-        _check_bias_shape(shape, gates, "uniform_gate")
+    def draw(key: Array, shape: Sequence[int], dtype: Any) -> Array:
         if shape[1] < 2:
             raise ValueError(f"`uniform_gate(...)(key, shape={tuple(shape)})`: expected at least 2 units.")
         edge = 1.0 / shape[1]
         u = jax.random.uniform(key, shape[1:], dtype, edge, 1.0 - edge)
-        return _opposed(shape, dtype, forget_index, input_index, jnp.log(u) - jnp.log1p(-u))
+        return jnp.log(u) - jnp.log1p(-u)
 
-    return init
+    return _bias("uniform_gate", gates, forget, input, draw)
 
 
 def critical_forget_bias(radius: float = 1.0, i: float = 0.5, o: float = 0.5) -> float:
@@ -251,20 +236,20 @@ def critical_forget_bias(radius: float = 1.0, i: float = 0.5, o: float = 0.5) ->
     return math.log(f) - math.log1p(-f)
 
 
-def _opposed(shape: Sequence[int], dtype: Any, forget_index: Any, input_index: Any, values: Array) -> Array:
-    bias = jnp.zeros(shape, dtype).at[forget_index].set(values)
-    return bias if input_index is None else bias.at[input_index].set(-values)
+def _bias(name: str, gates: Sequence[str], forget: str, input: str | None, draw: Callable[..., Any]) -> Initializer:
+    """Of a (G, H) bias: what `draw(key, shape, dtype)` gives on one gate, its opposite on another, else 0."""
+    for gate in (forget, input):
+        if gate is not None and gate not in gates:
+            raise ValueError(f"`{name}(gate={gate!r})`: not among the gates {tuple(gates)}; name the cell's gates.")
 
+    def init(key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
+        if len(shape) != 2 or shape[0] != len(gates):
+            raise ValueError(
+                f"`{name}(gates={tuple(gates)})(key, shape={tuple(shape)})`: expected ({len(gates)}, H); "
+                "pass the `gates` of the cell that the bias is for."
+            )
+        values, order = draw(key, shape, dtype), tuple(gates)
+        bias = jnp.zeros(shape, dtype).at[order.index(forget)].set(values)
+        return bias if input is None else bias.at[order.index(input)].set(-values)
 
-def _gate_index(gates: Sequence[str], gate: str, name: str) -> int:
-    if gate not in gates:
-        raise ValueError(f"`{name}(gate={gate!r})`: not among the gates {tuple(gates)}; name the cell's gates.")
-    return tuple(gates).index(gate)
-
-
-def _check_bias_shape(shape: Sequence[int], gates: Sequence[str], name: str) -> None:
-    if len(shape) != 2 or shape[0] != len(gates):
-        raise ValueError(
-            f"`{name}(gates={tuple(gates)})(key, shape={tuple(shape)})`: expected ({len(gates)}, H); "
-            "pass the `gates` of the cell that the bias is for."
-        )
+    return init

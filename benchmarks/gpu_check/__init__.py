@@ -1,1 +1,1 @@
-"""One command that finds out everything about rnncore on a GPU; see `command.py`."""
+"""One command that finds out everything about rnncore on a GPU; see `__main__.py`."""

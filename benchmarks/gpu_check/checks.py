@@ -7,6 +7,7 @@ aborts costs its process, and the next one goes on behind it, without that kind 
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ APPROXIMATE = {("cudnn", FLOAT32): 2e-5}
 """cuDNN's persistent kernels of small sizes approximate tanh and sigmoid; PyTorch's results have the same bits."""
 AGAIN = 3
 HUNG = "hung or aborted"
+HANG = "GPU_CHECK_HANG"
+"""In the environment: the number of a check that is to hang, to try the driver."""
 SHARES = 3
 """Processes for a backend: what is lowered in threads of one process waits for Python's lock."""
 
@@ -72,47 +75,37 @@ def kind_of(backend: str, check: Check) -> str:
     return "block" if backend == "mosaic_gpu" else f"{check.cell} {check.dtype}"
 
 
-def worker(dry: bool, backend: str, share: str, first: str, bad: str, threads: str, hang: str, interpret: str) -> None:
+def worker(dry: bool, backend: str, share: list[int], first: int, bad: list[str], threads: int) -> None:
     """A part: a share of the checks of a backend.
 
     Args:
-      share: as "1/3", which of how many.
+      share: which of how many.
       first: the number of the first check.
-      bad: kinds that are left out, parted by commas.
+      bad: kinds that are left out.
       threads: in which programs are compiled.
-      hang: the number of a check that is to hang.
-      interpret: "yes" for the interpreter.
     """
-    which, shares = map(int, share.split("/"))
-    if interpret == "yes":
-        _interpret()
-    checks = checks_of(dry)[backend]
-    chosen = [
-        (number, check, kind_of(backend, check))
-        for number, check in enumerate(checks)
-        if number >= int(first) and number % shares == which
-    ]  # fmt: skip
-    with concurrent.futures.ThreadPoolExecutor(int(threads)) as pool:
-        begun, told = {}, dict[str, Any]()
-        for number, check, kind in chosen:
-            if kind in bad.split(","):
-                told = {"backend": backend, "share": share, "number": number, "name": check.name, "kind": kind}
-                tell("check", **told, raised="this kind hung before")
-            elif int(threads) > 1:
-                begun[number] = pool.submit(_compiled, backend, check)
-        for number, check, kind in chosen:
-            if kind in bad.split(","):
-                continue
+    which, shares = share
+    chosen = []
+    for number, check in enumerate(checks_of(dry)[backend]):
+        if number >= first and number % shares == which:
+            kind = kind_of(backend, check)
             told = {"backend": backend, "share": share, "number": number, "name": check.name, "kind": kind}
-            if int(threads) > 1:
+            if kind in bad:
+                tell("check", **told, raised="this kind hung before")
+            else:
+                chosen.append((check, told))
+    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        begun = [pool.submit(_compiled, backend, check) if threads > 1 else None for check, _ in chosen]
+        for (check, told), ahead in zip(chosen, begun, strict=True):
+            if ahead is not None:
                 # Before its beginning is told: an abort while several are compiled is no check's own.
-                concurrent.futures.wait([begun[number]])
+                concurrent.futures.wait([ahead])
             tell("begin", **told)
-            if number == int(hang):
+            if os.environ.get(HANG) == str(told["number"]):
                 time.sleep(1000)
             begin = time.monotonic()
             try:
-                made = begun[number].result() if number in begun else _compiled(backend, check)
+                made = ahead.result() if ahead is not None else _compiled(backend, check)
                 tell("check", **told, **_compared(backend, check, made), seconds=round(time.monotonic() - begin, 2))
             except (NotImplementedError, ValueError) as reason:
                 tell("check", **told, needs=str(reason).split("\n")[0][:400])
@@ -120,21 +113,12 @@ def worker(dry: bool, backend: str, share: str, first: str, bad: str, threads: s
                 tell("check", **told, raised=f"{type(failure).__name__}: {str(failure)[:600]}")
 
 
-def one(dry: bool, backend: str, number: str) -> None:
+def one(dry: bool, backend: str, number: int) -> None:
     """A part: a check is run once, for tools that look on."""
     import jax
 
-    program, args = _compiled(backend, checks_of(dry)[backend][int(number)])
+    program, args = _compiled(backend, checks_of(dry)[backend][number])
     jax.block_until_ready(program(*args))
-
-
-def _interpret() -> None:
-    """Has Mosaic's kernels run on a CPU, in JAX's interpreter."""
-    from rnncore.kernels import mosaic_gpu
-    from rnncore.kernels.mosaic_gpu import kernels
-
-    mosaic_gpu.missing_gpu = lambda platform: None
-    mosaic_gpu.MosaicGPU.kernels = lambda self: kernels.kernels(interpret=True)  # type: ignore[method-assign]
 
 
 def _compiled(backend: str, check: Check) -> tuple[Any, Any]:
@@ -173,35 +157,25 @@ def _compared(backend: str, check: Check, made: tuple[Any, Any]) -> dict[str, An
 def _numbers(tree: Any) -> list[np.ndarray]:
     import jax
 
-    return [np.asarray(a, np.float64) if a.dtype != "bfloat16" else _wide(a) for a in jax.tree.leaves(tree)]
+    return [np.asarray(a).astype(np.float64) for a in jax.tree.leaves(tree)]
 
 
-def _wide(a: Any) -> np.ndarray:
-    return np.asarray(a).astype(np.float32).astype(np.float64)
-
-
-def drive(
-    runner: Runner, backends: list[str], limit: float, shares: int = SHARES, hang: int = -1, interpret: bool = False
-) -> None:
+def drive(runner: Runner, backends: list[str], limit: float, shares: int = SHARES) -> None:
     """Runs the checks of backends side by side, each share in as few processes as hang."""
-    every = [(backend, f"{which}/{shares}") for backend in backends for which in range(shares)]
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(every))) as pool:
-        list(pool.map(lambda own: _drive_share(runner, own[0], own[1], limit, hang, interpret), every))
+    every = [(runner, backend, [which, shares], limit) for backend in backends for which in range(shares)]
+    runner.side_by_side(_drive_share, every)
 
 
-def _drive_share(runner: Runner, backend: str, share: str, limit: float, hang: int, interpret: bool) -> None:
+def _drive_share(runner: Runner, backend: str, share: list[int], limit: float) -> None:
     def told(part: str) -> list[dict[str, Any]]:
         return [r for r in runner.found(part) if r["backend"] == backend and r.get("share") == share]
 
-    first, threads, deadline = 0, 1 if interpret else 4, runner.passed() + limit
+    first, threads, deadline = 0, 4, runner.passed() + limit
     while runner.passed() < deadline and runner.left() > 5:
         begun_before = len(told("begin"))
-        bad = ",".join(sorted(wrong_kinds(runner, backend)))
-        ended_well = runner.run(
-            "check", backend, share, str(first), bad, str(threads), str(hang), "yes" if interpret else "no",
-            limit=deadline - runner.passed(), stall=15 if hang >= 0 else 60,
-        )  # fmt: skip
-        if ended_well:
+        bad = sorted(wrong_kinds(runner, backend))
+        given = {"backend": backend, "share": share, "first": first, "bad": bad, "threads": threads}
+        if runner.run("check", given=given, limit=deadline - runner.passed()):
             return
         begun = told("begin")
         if len(begun) == begun_before:
@@ -211,11 +185,8 @@ def _drive_share(runner: Runner, backend: str, share: str, limit: float, hang: i
             continue
         last = begun[-1]
         if last["number"] not in {r["number"] for r in told("check")}:
-            runner.write("check", **{k: v for k, v in last.items() if k not in SAID}, raised=HUNG)
+            runner.write("check", **{k: v for k, v in last.items() if k not in ("part", "at")}, raised=HUNG)
         first = last["number"] + 1
-
-
-SAID = ("part", "at")
 
 
 def wrong_kinds(runner: Runner, backend: str) -> set[str]:

@@ -7,14 +7,19 @@ from __future__ import annotations
 
 import concurrent.futures
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+import rnncore
+from benchmarks.analysis import curves
 from benchmarks.gpu_check.problems import distance
 from benchmarks.gpu_check.processes import tell
+from rnncore import analysis
+from rnncore._command import timing
 
 ROUNDS = 3
 
@@ -39,35 +44,6 @@ class Measure(NamedTuple):
     limit: float
 
 
-def _jacobians(run: Any) -> Any:
-    from rnncore import analysis
-
-    return analysis.step_jacobians(run, method="analytic")
-
-
-def _curves(run: Any) -> Any:
-    import jax
-    import jax.numpy as jnp
-
-    from rnncore import analysis
-
-    adjoint = jax.tree.map(jnp.ones_like, run.last)
-    lags = min(100, run.steps - 1)
-    wanted = (("adjoint", "state"), ("adjoint", "cell"), ("rms", "state"), ("rms", "cell"), ("rms", "direct"))
-    return [
-        analysis.retention_curve(
-            run, kind=kind, path=path, lags=lags, adjoint=adjoint if kind == "adjoint" else None
-        ).log_retention
-        for kind, path in wanted
-    ]  # fmt: skip
-
-
-def _exponents(run: Any) -> Any:
-    from rnncore import analysis
-
-    return analysis.lyapunov_exponents(run, min(16, run.cell.hidden_size)).exponents
-
-
 def _relative(found: list[np.ndarray], want: list[np.ndarray]) -> float:
     return max(distance(a, b) for a, b in zip(found, want, strict=True))
 
@@ -77,10 +53,19 @@ def _largest(found: list[np.ndarray], want: list[np.ndarray]) -> float:
 
 
 MEASURES = (
-    Measure("2H x 2H Jacobians", _jacobians, (8, 200, 64, 128), (2, 5, 3, 4), _relative, "relative", 1e-5),
-    Measure("five curves, 100 lags", _curves, (8, 1000, 32, 256), (2, 9, 3, 4), _largest, "in ln retention", 1e-3),
-    Measure("16 exponents", _exponents, (1, 1000, 32, 1024), (1, 20, 3, 16), _largest, "a step", 1e-3),
-)
+    Measure(
+        "2H x 2H Jacobians", lambda run: analysis.step_jacobians(run, method="analytic"), (8, 200, 64, 128),
+        (2, 5, 3, 4), _relative, "relative", 1e-5,
+    ),
+    Measure(
+        "five curves, 100 lags", lambda run: curves(run, min(100, run.steps - 1)), (8, 1000, 32, 256), (2, 9, 3, 4),
+        _largest, "in ln retention", 1e-3,
+    ),
+    Measure(
+        "16 exponents", lambda run: analysis.lyapunov_exponents(run, min(16, run.cell.hidden_size)).exponents,
+        (1, 1000, 32, 1024), (1, 20, 3, 16), _largest, "a step", 1e-3,
+    ),
+)  # fmt: skip
 PRECISIONS = {
     "float32": ("highest", "float32"),
     "TF32": ("tensorfloat32", "float32"),
@@ -91,8 +76,6 @@ PRECISIONS = {
 
 def worker(dry: bool) -> None:
     """The part."""
-    import jax
-
     accelerator = jax.default_backend()
     ways = [("cpu", "float32")]  # first: what the others are compared with
     ways += [(accelerator, precision) for precision in PRECISIONS] if accelerator != "cpu" else []
@@ -115,12 +98,6 @@ def worker(dry: bool) -> None:
 
 def _compiled(measure: Measure, platform: str, precision: str, dry: bool) -> tuple[Any, Any]:
     """(the program, its arguments on the device)."""
-    import jax
-    import jax.numpy as jnp
-
-    import rnncore
-    from rnncore import analysis
-
     batch, steps, features, hidden = measure.tiny if dry else measure.shape
     cell = rnncore.LSTM(hidden, forget_bias=1.0)
     with jax.default_device(jax.devices("cpu")[0]):  # drawn there, so that all have the same numbers
@@ -141,12 +118,6 @@ def _compiled(measure: Measure, platform: str, precision: str, dry: bool) -> tup
 
 def _run(program: Any, arguments: Any) -> tuple[list[np.ndarray], float]:
     """(results in float64, milliseconds of a call)."""
-    import jax
-
-    found = [np.asarray(a.astype("float32"), np.float64) for a in jax.tree.leaves(program(*arguments))]
-    ms = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        jax.block_until_ready(program(*arguments))
-        ms.append((time.perf_counter() - begin) * 1e3)
-    return found, statistics.median(ms)
+    found = [np.asarray(a).astype(np.float64) for a in jax.tree.leaves(program(*arguments))]
+    turns = timing.take_turns({"": lambda: program(*arguments)}, ROUNDS, 1e-9)
+    return found, statistics.median(turns[""]["ms"])

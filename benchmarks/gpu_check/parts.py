@@ -8,8 +8,15 @@ import subprocess
 import time
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src import lib  # no public route exists
+
+import rnncore
 from benchmarks.gpu_check.problems import distance
 from benchmarks.gpu_check.processes import folder, tell
+from rnncore import gpu
 
 QUERY = ("name", "driver_version", "memory.total", "memory.used", "clocks.sm")
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast")
@@ -26,10 +33,6 @@ def environment(dry: bool) -> None:
         smi = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False).stdout.strip()
     except (OSError, subprocess.TimeoutExpired) as failure:
         smi = str(failure)
-    import jax
-    import jax.numpy as jnp
-    from jax._src import lib  # no public route exists
-
     device = jax.devices()[0]
     product = jnp.ones((64, 64)) @ jnp.ones((64, 64))
     told: dict[str, Any] = {
@@ -53,13 +56,6 @@ def graph(dry: bool) -> None:
 
     A WHILE command buffer may abort the process at its second execution (openxla/xla, pull request 35760).
     """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    import rnncore
-    from rnncore import gpu
-
     steps, hidden = (9, 16) if dry else (256, 256)
     cell = rnncore.LSTM(hidden)
     params = cell.init(jax.random.key(0), hidden, jnp.bfloat16)
@@ -86,11 +82,6 @@ def graph(dry: bool) -> None:
 
 def programs(dry: bool) -> None:
     """What XLA makes of the scan on this GPU: whether it knows how often a loop runs, and what a step launches."""
-    import jax
-    import jax.numpy as jnp
-
-    import rnncore
-
     steps, hidden = (9, 16) if dry else (1024, 768)
     cell = rnncore.LSTM(hidden)
     params = cell.init(jax.random.key(0), hidden, jnp.bfloat16)

@@ -15,7 +15,7 @@ class Check(NamedTuple):
     """A problem.
 
     Fields:
-      cell: of CELLS.
+      cell: lstm, gru or elman.
       size, heads: units of a head, and how many.
       batch, steps: sequences, and steps of each.
       masked: with lengths and resets.
@@ -35,19 +35,13 @@ class Check(NamedTuple):
         return f"{self.cell} {self.size}x{self.heads} B={self.batch} {self.dtype}" + (" masked" if self.masked else "")
 
 
-def cells() -> dict[str, Any]:
-    """Cells by name; imported late, because the driver needs no JAX."""
-    import rnncore
-
-    return {"lstm": rnncore.LSTM, "gru": rnncore.GRU, "elman": rnncore.Elman}
-
-
 def make_cell(check: Check) -> Any:
-    """The cell of a problem."""
+    """The cell of a problem; imported late, because the driver needs no JAX."""
     import rnncore
 
     kernel = rnncore.Heads(check.heads) if check.heads > 1 else rnncore.Dense()
-    return cells()[check.cell](check.size * check.heads, recurrence=kernel)
+    kind = {"lstm": rnncore.LSTM, "gru": rnncore.GRU, "elman": rnncore.Elman}[check.cell]
+    return kind(check.size * check.heads, recurrence=kernel)
 
 
 def draw(check: Check, seed: int) -> tuple[Any, Any, Any, Any]:

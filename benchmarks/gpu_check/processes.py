@@ -6,20 +6,20 @@ children end with it.
 
 from __future__ import annotations
 
+import concurrent.futures
 import ctypes
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 FOLDER, WORK, BEGIN = "GPU_CHECK_FOLDER", "GPU_CHECK_WORK", "GPU_CHECK_BEGIN"
-RECORDS, TIMES, LOG = "checks.jsonl", "times.jsonl", "log.txt"
+RECORDS, TIMES, LOGS = "checks.jsonl", "times.jsonl", "log_*.txt"
 RESERVE = 6.0
 """Seconds kept for the table."""
 
@@ -41,9 +41,7 @@ class Runner:
         own = {FOLDER: str(out), WORK: str(work), BEGIN: str(self._begin), "PYTHONUNBUFFERED": "1"}
         self._environment = {**os.environ, **environment, **own}
         self._options = options
-        self._alive: list[subprocess.Popen] = []
-        self._moved: dict[int, float] = {}
-        self._listeners: dict[int, threading.Thread] = {}
+        self._logs: dict[subprocess.Popen, Path] = {}  # of all that were started
 
     def path(self) -> str | None:
         """Where the parts look for programs."""
@@ -63,58 +61,45 @@ class Runner:
         print(json.dumps(record)[:240] + "\n", end="", flush=True)  # in one piece: parts run side by side
 
     def start(
-        self, part: str, *arguments: str, command: list[str] | None = None, **environment: str
+        self, part: str, given: Mapping[str, Any] | None = None, command: list[str] | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> subprocess.Popen:  # fmt: skip
-        """A part, in the background; `command` in place of a part of this package's own."""
-        own = [sys.executable, "-m", "benchmarks.gpu_check", *self._options, "--part", part, "--", *arguments]
-        process = subprocess.Popen(
-            command or own, env=self._environment | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )  # fmt: skip
-        self._alive.append(process)
-        self._moved[process.pid] = time.monotonic()
-        self._log(f"\n===== {part} {' '.join(arguments)} at {self.passed():.0f} s\n".encode())
-        self._listeners[process.pid] = threading.Thread(target=self._listen, args=(process,), daemon=True)
-        self._listeners[process.pid].start()
+        """A part with its arguments, in the background; `command` in place of a part of this package's own."""
+        told = json.dumps(given or {})
+        own = [sys.executable, "-m", "benchmarks.gpu_check", *self._options, "--part", part, "--given", told]
+        path = self.out / LOGS.replace("*", f"{time.monotonic_ns()}_{part.replace(' ', '_')}")
+        with path.open("wb") as log:
+            process = subprocess.Popen(
+                command or own, env={**self._environment, **(environment or {})}, stdout=log, stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )  # fmt: skip
+        self._logs[process] = path
         return process
-
-    def _listen(self, process: subprocess.Popen) -> None:
-        """Keeps what a part says, and when it did."""
-        assert process.stdout is not None
-        with process.stdout as pipe:
-            while said := os.read(pipe.fileno(), 65536):
-                self._moved[process.pid] = time.monotonic()
-                self._log(said)
-
-    def _log(self, text: bytes) -> None:
-        with (self.out / LOG).open("ab", buffering=0) as log:
-            log.write(text)
 
     def wait(self, process: subprocess.Popen, limit: float, stall: float) -> str | None:
         """None, or why it was killed or failed; a stall is `stall` seconds without a word of it."""
-        begin = time.monotonic()
+        begin, log = time.time(), self._logs[process]
         while process.poll() is None:
-            now = time.monotonic()
+            now = time.time()
             why = f"more than its {limit:.0f} s" if now - begin > limit else None
-            why = why or (f"nothing new for {stall:g} s" if now - self._moved[process.pid] > stall else None)
+            why = why or (f"nothing new for {stall:g} s" if now - log.stat().st_mtime > stall else None)
             why = why or ("the time given is up" if self.left() <= 0 else None)
             if why is not None:
                 self.kill(process)
                 return f"killed after {now - begin:.0f} s: {why}"
             time.sleep(0.1)
-        self._ended(process)
         return None if process.returncode == 0 else f"exit status {process.returncode}"
 
-    def run(self, part: str, *arguments: str, limit: float = 600, stall: float = 60, **start: Any) -> bool:
+    def run(self, part: str, *, limit: float = 600, stall: float = 60, **start: Any) -> bool:
         """A part from its start to its end; whether it ended well."""
         limit = min(limit, self.left())
         if limit < 5:
             self.write("ran", of=part, failed="not started: no time left")
             return False
         begin = time.monotonic()
-        why = self.wait(self.start(part, *arguments, **start), limit, stall)
+        why = self.wait(self.start(part, **start), limit, stall)
         seconds = round(time.monotonic() - begin, 1)
-        self.write("ran", of=part, arguments=list(arguments)[:2], seconds=seconds, failed=why)
+        self.write("ran", of=part, given=start.get("given"), seconds=seconds, failed=why)
         return why is None
 
     def found(self, part: str) -> list[dict[str, Any]]:
@@ -126,17 +111,21 @@ class Runner:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        self._ended(process)
-
-    def _ended(self, process: subprocess.Popen) -> None:
-        if process in self._alive:
-            self._alive.remove(process)
-            self._listeners.pop(process.pid).join(2)
 
     def kill_all(self) -> None:
-        """Ends all that still run."""
-        for process in list(self._alive):
+        """Ends all that still run; nothing more is started."""
+        self._seconds = 0
+        for process in list(self._logs):
             self.kill(process)
+
+    def side_by_side(self, run: Callable[..., Any], every: Sequence[tuple[Any, ...]]) -> None:
+        """Calls run(*arguments) for all of them at once, each in a thread; an interruption ends their parts."""
+        with concurrent.futures.ThreadPoolExecutor(max(1, len(every))) as pool:
+            try:
+                list(pool.map(lambda arguments: run(*arguments), every))
+            except BaseException:
+                self.kill_all()
+                raise
 
 
 def die_with_parent() -> None:

@@ -6,7 +6,7 @@ take a thousand times as long.  Needs a machine whose driver lets tools look on.
 
 from __future__ import annotations
 
-import concurrent.futures
+import json
 import re
 import shutil
 import sys
@@ -43,15 +43,15 @@ def drive(runner: Runner, backends: list[str]) -> None:
     if tool is None:
         runner.write("sanitizer", needs="no compute-sanitizer on the path or in the toolkit's folder")
         return
-    every = [(kind, case) for kind in TOOLS for case in CASES if case.backend in backends]
-    with concurrent.futures.ThreadPoolExecutor(max(1, len(every))) as pool:
-        list(pool.map(lambda one: _run(runner, tool, one[0], one[1]), every))
+    every = [(runner, tool, kind, case) for kind in TOOLS for case in CASES if case.backend in backends]
+    runner.side_by_side(_run, every)
 
 
 def _run(runner: Runner, tool: str, kind: str, case: Case) -> None:
     log = runner.work / f"{kind}_{case.backend}_{case.number}.txt"
     only = [] if case.kernels is None else ["--kernel-regex", f"kns={case.kernels}"]
-    own = [sys.executable, "-m", "benchmarks.gpu_check", "--part", "one", "--", case.backend, str(case.number)]
+    given = json.dumps({"backend": case.backend, "number": case.number})
+    own = [sys.executable, "-m", "benchmarks.gpu_check", "--part", "one", "--given", given]
     command = [tool, "--tool", kind, *only, "--log-file", str(log), *own]
     ended_well = runner.run(f"{kind} {case.backend} {case.number}", command=command, limit=LIMIT, stall=LIMIT)
     said = log.read_text(errors="replace") if log.exists() else ""

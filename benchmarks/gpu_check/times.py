@@ -89,8 +89,7 @@ def references(dry: bool) -> None:
     """A part: float64 answers of all groups, in their order, on CPU cores in the background."""
     import jax
 
-    from benchmarks.peers.problem import make_problem
-    from benchmarks.peers.reference import reference
+    from benchmarks.peers.problem import make_problem, reference
 
     for case in (case for group in groups(dry) for case in cases(group, "cpu")):
         path = reference_path(work(), case.workload.name, case.dtype, case.input_product)
@@ -103,7 +102,7 @@ def references(dry: bool) -> None:
 
 
 def stored(workload: Any, problem: Any, input_product: bool) -> dict[str, Any]:
-    """What `benchmarks.peers.reference.reference` gives, from the background."""
+    """What `benchmarks.peers.problem.reference` gives, from the background."""
     import jax
 
     arrays = load(reference_path(work(), workload.name, str(problem.xs.dtype), input_product), patience=60)
@@ -112,25 +111,18 @@ def stored(workload: Any, problem: Any, input_product: bool) -> dict[str, Any]:
     return {"forward": forward, "gradient": gradient}
 
 
-def worker(dry: bool, first: str, seconds: str, right: str, dropped: str) -> None:
-    """A part: the groups from number `first` on, within a time.
-
-    Args:
-      right: "yes" where Mosaic's kernels have just been checked; else they are not timed.
-      dropped: contenders to leave out, parted by semicolons.
-    """
+def worker(dry: bool, first: int, seconds: float, dropped: list[str]) -> None:
+    """A part: the groups from number `first` on, within a time, without contenders that are dropped."""
     from benchmarks import measure, records, run
     from rnncore._command import timing
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")  # the driver kills a process that is silent
     tag, rounds, turn = ("cpu", 2, 0.001) if dry else ("gpu", 5, 0.05)
-    deadline = time.monotonic() + float(seconds)
-    for number, group in list(enumerate(groups(dry)))[int(first) :]:
+    deadline = time.monotonic() + seconds
+    for number, group in list(enumerate(groups(dry)))[first:]:
         if deadline - time.monotonic() < 5:
             break
-        names = [c for c in group.contenders if c not in dropped.split(";")]
-        if right != "yes":
-            names = [c for c in names if "mosaic_gpu" not in c]
+        names = [c for c in group.contenders if c not in dropped]
         if not names:
             continue
         tell("group", number=number, name=group.name)
@@ -141,14 +133,14 @@ def worker(dry: bool, first: str, seconds: str, right: str, dropped: str) -> Non
         tell("group", number=number, name=group.name, status=status)
 
 
-def drive(runner: Runner, limit: float, right: bool, dropped: set[str], stall: float = 75) -> None:
+def drive(runner: Runner, limit: float, dropped: set[str]) -> None:
     """Runs the groups in as few processes as hang; a group that hangs is tried again without kernels of our own."""
     first, deadline = 0, runner.passed() + limit
     while runner.passed() < deadline and runner.left() > 10:
         seconds = min(deadline - runner.passed(), runner.left()) - 3
         before = len(runner.found("group"))
-        arguments = (str(first), f"{seconds:.0f}", "yes" if right else "no", ";".join(sorted(dropped)))
-        if runner.run("times", *arguments, limit=deadline - runner.passed(), stall=stall):
+        given = {"first": first, "seconds": seconds, "dropped": sorted(dropped)}
+        if runner.run("times", given=given, limit=deadline - runner.passed(), stall=75):
             return
         begun = runner.found("group")
         if len(begun) == before:

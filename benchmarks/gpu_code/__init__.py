@@ -1,1 +1,1 @@
-"""What NVIDIA's compiler makes of Mosaic's kernels, on a machine without a GPU; see `command.py`."""
+"""What NVIDIA's compiler makes of Mosaic's kernels, on a machine without a GPU; see `__main__.py`."""

@@ -2,60 +2,36 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import rnncore
+from benchmarks.gpu_check.problems import Check, make_cell
 from rnncore.kernels import mosaic_gpu
 
-
-class Kernel(NamedTuple):
-    """A run whose kernels are compiled.
-
-    Fields:
-      cell, size, heads: of the cell, and units of a head.
-      batch: sequences.
-      masked: with lengths and resets.
-      dtype: of everything.
-    """
-
-    cell: str
-    size: int
-    heads: int
-    batch: int = 16
-    masked: bool = False
-    dtype: str = "bfloat16"
-
-    @property
-    def name(self) -> str:
-        masked = ", lengths and resets" if self.masked else ""
-        return f"{self.cell} {self.size}x{self.heads}, B = {self.batch}, {self.dtype}{masked}"
-
-
-KERNELS = (
-    Kernel("LSTM", 64, 12), Kernel("LSTM", 64, 12, masked=True), Kernel("GRU", 64, 12, dtype="float16"),
+CHECKS = (
+    Check("lstm", 64, 12, 16, False, "bfloat16"), Check("lstm", 64, 12, 16, True, "bfloat16"),
+    Check("gru", 64, 12, 16, False, "float16"),
 )  # fmt: skip
+KERNELS = {
+    f"{c.cell.upper()} {c.size}x{c.heads}, B = {c.batch}, {c.dtype}{', lengths and resets' * c.masked}": c
+    for c in CHECKS
+}
+"""By name."""
 TARGET = "mosaic_gpu"
 
 
-def cell_of(kernel: Kernel) -> rnncore.PointwiseCell:
-    """The cell of a run."""
-    recurrence = rnncore.Heads(kernel.heads) if kernel.heads > 1 else rnncore.Dense()
-    cell: rnncore.PointwiseCell = getattr(rnncore, kernel.cell)(kernel.size * kernel.heads, recurrence=recurrence)
-    return cell
-
-
-def modules(kernel: Kernel, steps: int = 64) -> list[bytes]:
+def modules(check: Check, steps: int = 64) -> list[bytes]:
     """The modules of the forward and the backward kernel of a gradient of everything."""
-    cell = cell_of(kernel)
-    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), 16, kernel.dtype))
-    xs = jax.ShapeDtypeStruct((kernel.batch, steps, 16), kernel.dtype)
+    cell = make_cell(check)
+    params = jax.eval_shape(lambda: cell.init(jax.random.key(0), 16, check.dtype))
+    xs = jax.ShapeDtypeStruct((check.batch, steps, 16), check.dtype)
     given = {}
-    if kernel.masked:
-        given["seq_lengths"] = jax.ShapeDtypeStruct((kernel.batch,), jnp.int32)
-        given["resets"] = jax.ShapeDtypeStruct((kernel.batch, steps), jnp.bool_)
+    if check.masked:
+        given["seq_lengths"] = jax.ShapeDtypeStruct((check.batch,), jnp.int32)
+        given["resets"] = jax.ShapeDtypeStruct((check.batch, steps), jnp.bool_)
 
     def loss(params: Any, xs: Any, given: Any) -> Any:
         ys = rnncore.unroll(cell, params, xs, **given, backend="mosaic_gpu")[1]

@@ -8,11 +8,9 @@ from typing import Any
 import jax
 
 import rnncore
-from benchmarks.peers import jax_programs
+from benchmarks.peers import jax_peers
 from benchmarks.peers.base import Built, Case, Peer
-from benchmarks.peers.own_cell import OwnLSTM
 from benchmarks.peers.problem import Problem, make_cell
-from benchmarks.peers.reference import with_given_products
 from benchmarks.workloads import Workload
 from rnncore import gpu
 from rnncore.kernels import cpp, mosaic_gpu, pallas_tpu
@@ -64,11 +62,9 @@ class RnncorePeer(Peer):
         backend = backend_of(contender)
         run = functools.partial(rnncore.unroll, _cell(contender, case), backend=backend)
         chosen = rnncore.explain_backend(_cell(contender, case), *_shapes(case)).name
-        return jax_programs.build(
-            lambda params, xs: run(params, xs)[1], problem.params, lambda tree: tree, case, problem, measurement,
-            compiler_options=gpu.loop_as_graph_options() if contender == GRAPH else None,
-            algorithm=f"{backend}; backend=None takes {chosen}",
-        )  # fmt: skip
+        graph = gpu.loop_as_graph_options() if contender == GRAPH else None
+        layer = jax_peers.Layer(lambda params, xs: run(params, xs)[1])
+        return jax_peers.build(layer, case, problem, measurement, graph, f"{backend}; backend=None takes {chosen}")
 
 
 def backend_of(contender: str) -> str:
@@ -78,10 +74,7 @@ def backend_of(contender: str) -> str:
 
 def _cell(contender: str, case: Case) -> rnncore.Cell:
     """The cell that a contender runs."""
-    cell: rnncore.PointwiseCell = make_cell(case.workload)
-    if contender.endswith(OWN_CELL):
-        cell = OwnLSTM(case.workload.hidden, recurrence=cell.recurrence)
-    return cell if case.input_product else with_given_products(cell)
+    return make_cell(case.workload, case.input_product, contender.endswith(OWN_CELL))
 
 
 def _shapes(case: Case) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.report import words
-from benchmarks.report.results import Record, Results, groups
+from benchmarks.report.results import Results, groups
 
 
 def memory(results: Results) -> str | None:
@@ -20,19 +20,12 @@ def memory(results: Results) -> str | None:
         ]  # fmt: skip
         head = ("policy", "(B, T, D, H)", "ms", "of Flax's time", "temporary MiB", "of Flax's memory")
         caption = (
-            f"A gradient step of a float32 LSTM layer. Medians of {rounds(records)} interleaved rounds; in terms of "
-            f"flax.linen's `RNN(OptimizedLSTMCell)` in the same run. MiB: temporary memory of the compiled step, "
-            "without what `cpp` keeps for its next call. "
-            f"{words.place(run)}. {words.NOISE}"
+            f"A gradient step of a float32 LSTM layer. Medians of {words.counts(r['ms'] for r in records)} interleaved "
+            "rounds; in terms of flax.linen's `RNN(OptimizedLSTMCell)` in the same run. MiB: temporary memory of the "
+            f"compiled step, without what `cpp` keeps for its next call. {words.place(run)}. {words.NOISE}"
         )
         told += [words.table(head, rows), caption, words.state(run)]
     return "\n\n".join(filter(None, told)) or None
-
-
-def rounds(records: list[Record]) -> str:
-    """How many there were."""
-    counts = sorted({len(r["ms"]) for r in records})
-    return str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
 
 
 def compiling(results: Results) -> str | None:
@@ -49,12 +42,11 @@ def compiling(results: Results) -> str | None:
             medians = [statistics.median(seconds[t]) for t in (lengths[0], lengths[-1])] if both else []
             rows.append([contender, *cells, words.times(medians[1] / medians[0] if medians else None)])
         head = ["contender", *(f"T = {t}: s" for t in lengths), f"T = {lengths[-1]} / T = {lengths[0]}"]
-        counts = sorted({len(r["compile_seconds"]) for found in by.values() for r in found})
         shape = next(iter(by.values()))[0].get("shape_BDH")
         size = f" of a float32 LSTM layer, B={shape[0]}, D={shape[1]}, H={shape[2]}" if shape else ""
         caption = (
             f"Seconds to lower and compile a gradient step{size}, median [least..largest] of "
-            f"{counts[0] if len(counts) == 1 else f'{counts[0]} to {counts[-1]}'}. "
+            f"{words.counts(r['compile_seconds'] for found in by.values() for r in found)}. "
             f"Those of the C++ compiler, once for a cell, are not among `cpp`'s. {words.place(run)}."
         )
         told += [words.table(head, rows), caption, words.state(run)]

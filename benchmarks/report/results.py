@@ -1,4 +1,4 @@
-"""Reads the results of the benchmarks, refuses records that are not agreed on, and picks the runs that count."""
+"""Reads the results of the benchmarks and picks the runs that count."""
 
 from __future__ import annotations
 
@@ -11,22 +11,6 @@ from typing import Any
 
 Record = dict[str, Any]
 
-_SHAPE = {"B", "T", "D", "H"}
-_TIMES = {"ms", "median_ms", "min_ms", "max_ms"}
-# By the name of the record: the fields that it has to have.  "run" may be left out: then it belongs to the run above.
-FIELDS: dict[str, set[str]] = {
-    "run": {"run", "started", "machine", "commit", "tag", "quick", "rounds"},
-    "time": {
-        "workload", "cell", "heads", "contender", "library", "dtype", "matmul_precision", "input_product",
-        "measurement", "us_per_step", "compile_seconds", "temporary_bytes", "relative_error", "algorithm",
-    } | _SHAPE | _TIMES,
-    "round": {"workload", "contender", "dtype", "measurement"},  # the first, in case that no other comes: no table's
-    "missing": {"workload", "contender", "dtype", "reason"},
-    "bound": {"workload", "bound", "dtype", "measurement"} | _TIMES,
-    "memory": {"policy", "shape_BTDH", "ms", "median_ms", "temporary_bytes", "times_flax_time", "times_flax_memory"},
-    "compile": {"contender", "T", "compile_seconds"},
-    "end": {"finished", "interrupted", "reason"},
-}  # fmt: skip
 # Results that are one JSON object, by the name of their benchmark.
 OBJECTS = ("migration", "analysis", "front door", "retention")
 
@@ -97,20 +81,19 @@ def read(paths: Sequence[Path]) -> Results:
     """The results in these files, *.jsonl of runs and *.json of single objects.
 
     Raises:
-      ValueError: what is no JSON or no record that the tables know, with file and line.
+      ValueError: what is no JSON or no result that the tables know, with file and line.
       OSError: a file cannot be read.
     """
     results = Results()
     for path in paths:
         if path.suffix == ".jsonl":
             results.runs += read_runs(path)
-        else:
-            text = path.read_text()
-            found = _parse(text, str(path))
-            name = found.get("benchmark")
-            if name not in OBJECTS or not {"records", "started"} <= found.keys():
-                raise ValueError(f"{path}: a result of the benchmark {name!r}; expected one of {', '.join(OBJECTS)}")
-            results.objects.setdefault(name, found)  # of several, the first by name
+            continue
+        found = json.loads(path.read_text())
+        name = found.get("benchmark")
+        if name not in OBJECTS:
+            raise ValueError(f"{path}: a result of the benchmark {name!r}; expected one of {', '.join(OBJECTS)}")
+        results.objects.setdefault(name, found)  # of several, the first by name
     return results
 
 
@@ -124,13 +107,12 @@ def read_runs(path: Path) -> list[Run]:
         if not line.strip():
             continue
         try:
-            record = _parse(line, where)
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
             if not any(lines[number:]) or '"record": "run"' in lines[number]:
                 print(f"{where}: cut off, left out", file=sys.stderr)
                 continue
-            raise
-        _check(record, where)
+            raise ValueError(f"{where}: no JSON: {error.msg}") from error
         if record["record"] == "run":
             if record["run"] in runs:
                 raise ValueError(f"{where}: a second run {record['run']!r}; every run has an id of its own")
@@ -144,30 +126,6 @@ def read_runs(path: Path) -> list[Run]:
         else:
             owner.records.append(record)
     return list(runs.values())
-
-
-def _parse(text: str, where: str) -> Record:
-    def refuse(name: str) -> float:
-        raise ValueError(f"{where}: {name} among the numbers; no table shows one")
-
-    try:
-        found = json.loads(text, parse_constant=refuse)
-    except json.JSONDecodeError as error:
-        raise json.JSONDecodeError(f"{where}: no JSON: {error.msg}", error.doc, error.pos) from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{where}: expected an object, got {type(found).__name__}")
-    return found
-
-
-def _check(record: Record, where: str) -> None:
-    kind = record.get("record")
-    if kind not in FIELDS:
-        raise ValueError(f"{where}: an unknown record {kind!r}; expected one of {', '.join(FIELDS)}")
-    lacking = FIELDS[kind] - record.keys()
-    if lacking:
-        raise ValueError(f"{where}: the record {kind!r} lacks {', '.join(sorted(lacking))}")
-    if "ms" in FIELDS[kind] and not (record["ms"] and min(record["ms"]) > 0):
-        raise ValueError(f"{where}: ms = {record['ms']}; expected a positive time of every round")
 
 
 def groups(records: Iterable[Record], *fields: str) -> dict[tuple, list[Record]]:

@@ -128,13 +128,18 @@ def state(run: Run) -> str:
     return " ".join(told)
 
 
+def counts(lists: Iterable[Sequence[Any]]) -> str:
+    """How many there are in each: a number or a range."""
+    found = sorted({len(one) for one in lists})
+    return str(found[0]) if len(found) == 1 else f"{found[0]} to {found[-1]}"
+
+
 def conditions(run: Run, records: Sequence[Record]) -> str:
     """dtype, precision, input product and rounds of some records of a run."""
-    rounds = sorted({len(r["ms"]) for r in records})
-    told = str(rounds[0]) if len(rounds) == 1 else f"{rounds[0]} to {rounds[-1]}"
     return (
-        f"Medians of {told} interleaved rounds of one run; dtype {of_all(records, 'dtype')}; matmul precision "
-        f"{of_all(records, 'matmul_precision')}; product of inputs and weights {of_all(records, 'input_product')}"
+        f"Medians of {counts(r['ms'] for r in records)} interleaved rounds of one run; dtype "
+        f"{of_all(records, 'dtype')}; matmul precision {of_all(records, 'matmul_precision')}; "
+        f"product of inputs and weights {of_all(records, 'input_product')}"
     )
 
 
@@ -142,29 +147,15 @@ def missing(run: Run, records: Sequence[Record]) -> str:
     """Which contenders are not there beside these records, a line for each reason; empty where none is missing."""
     wanted = {r["workload"] for r in records} | {None}
     measurements = {r["measurement"] for r in records} | {None}
-    # By reason and contender: the workloads, each with the dtypes and the like that it is missing for.
-    found: dict[str, dict[str, dict[str, set[str]]]] = {}
+    found: dict[str, dict[str, dict[str, None]]] = {}  # by reason and contender the places, in their order
     for record in run.of("missing"):
-        if record["workload"] not in wanted or record.get("measurement") not in measurements:
-            continue
-        places = found.setdefault(record["reason"], {}).setdefault(record["contender"], {})
-        if record["workload"]:
-            product = "without the input product" if record.get("input_product") is False else None
-            places.setdefault(record["workload"], set()).add(" ".join(filter(None, (record["dtype"], product))))
+        if record["workload"] in wanted and record.get("measurement") in measurements:
+            places = found.setdefault(record["reason"], {}).setdefault(record["contender"], {})
+            if record["workload"]:
+                product = " without the input product" if record.get("input_product") is False else ""
+                places[f"{record['workload']} ({record['dtype']}{product})"] = None
     lines = []
     for reason, contenders in found.items():
-        alike: dict[str, list[str]] = {}
-        for contender, places in contenders.items():
-            alike.setdefault(_places(places), []).append(contender)
-        told = "; ".join(f"{', '.join(f'`{name}`' for name in names)}{where}" for where, names in alike.items())
-        lines.append(f"- {told}: {reason}")
+        told = (f"`{name}`" + " at " * bool(places) + ", ".join(places) for name, places in contenders.items())
+        lines.append(f"- {('; ' if any(contenders.values()) else ', ').join(told)}: {reason}")
     return "Missing:\n\n" + "\n".join(lines) if lines else ""
-
-
-def _places(places: dict[str, set[str]]) -> str:
-    """ " at W1, W2 (float32)": workloads that are missing for the same together; nothing for everywhere."""
-    together: dict[str, list[str]] = {}
-    for workload, kinds in places.items():
-        together.setdefault(", ".join(sorted(filter(None, kinds))), []).append(workload)
-    told = [", ".join(names) + (f" ({kinds})" if kinds else "") for kinds, names in together.items()]
-    return f" at {' and '.join(told)}" if told else ""

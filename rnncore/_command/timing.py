@@ -10,7 +10,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,12 +46,11 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def take_turns(
-    calls: dict[Name, Callable[[], Any]],
+    calls: Mapping[Name, Callable[[], Any]],
     rounds: int,
     seconds: float,
-    tick: Callable[[], Any] = lambda: None,
     *,
-    waits: dict[Name, Wait] | None = None,
+    waits: Mapping[Name, Wait] | None = None,
     turns: dict[Name, dict[str, Any]] | None = None,
     deadline: float = math.inf,
     after_round: Callable[[int], Any] = lambda number: None,
@@ -61,9 +60,8 @@ def take_turns(
     Args:
       calls: all have run before.
       seconds: of one turn, roughly.
-      tick: called after every turn.
       waits: by name, for what is not a JAX program.
-      turns: filled as the rounds go, so that an interruption leaves what was done, see `complete_rounds`.
+      turns: filled as the rounds go, so that an interruption leaves the rounds that all have run.
       deadline: of `time.monotonic`; no round but the first begins after it.
       after_round: called with the number of a round, from 0, when all have taken their turn.
     """  # fmt: skip
@@ -74,22 +72,18 @@ def take_turns(
     for done in range(rounds):
         if done and time.monotonic() > deadline:
             break
+        spent = {}
         for name, call in calls.items():
             count, wait = turns[name]["calls_a_round"], waits.get(name, jax.block_until_ready)
             begin = time.perf_counter()
             for _ in range(count):
                 out = call()
             wait(out)
-            turns[name]["ms"].append((time.perf_counter() - begin) / count * 1e3)
-            tick()
+            spent[name] = (time.perf_counter() - begin) / count * 1e3
+        for name, ms in spent.items():
+            turns[name]["ms"].append(ms)
         after_round(done)
     return turns
-
-
-def complete_rounds(turns: dict[Name, dict[str, Any]]) -> dict[Name, dict[str, Any]]:
-    """The turns without a round that not all have run; nothing where there was no round."""
-    rounds = min((len(turn["ms"]) for turn in turns.values()), default=0)
-    return {name: turn | {"ms": turn["ms"][:rounds]} for name, turn in turns.items()} if rounds else {}
 
 
 def spread(ms: list[float]) -> dict[str, float]:

@@ -136,40 +136,6 @@ class Cell(abc.ABC):
         return carry, self.output(carry)
 
 
-@dataclasses.dataclass(frozen=True)
-class TranslatedCell(Cell):
-    """A cell that runs as a pointwise cell over another state, and so uses its loops and derivatives.
-
-    s_t = leave(params, u_t),   u_t = update of the pointwise cell,   u_0 = enter(params, s_0)
-
-    Its own `update` is the reference, and runs where an option concerns a state that u does not have.
-    """
-
-    @abc.abstractmethod
-    def pointwise_cell(self) -> PointwiseCell:
-        """The cell that runs."""
-
-    @abc.abstractmethod
-    def pointwise_params(self, params: Any) -> CellParams:
-        """Its parameters, differentiable in these."""
-
-    @abc.abstractmethod
-    def enter(self, params: Any, carry: Any) -> Any:
-        """Its carry that corresponds to one of this cell; linear in the carry."""
-
-    @abc.abstractmethod
-    def leave(self, params: Any, carry: Any) -> Any:
-        """The carry of this cell after a step, from that of the pointwise cell; with any leading axes."""
-
-    @abc.abstractmethod
-    def leave_output(self, params: Any, h: Array) -> Array:
-        """The output of this cell, from that of the pointwise one; with any leading axes."""
-
-    @abc.abstractmethod
-    def zoneout(self, zoneout: Any) -> Any:
-        """The equivalent zoneout of the pointwise cell, or None if there is no equivalent."""
-
-
 @functools.lru_cache(maxsize=256)
 def parameter_shapes(cell: Cell, input_size: int) -> PyTree:
     """The shapes of the parameters that `cell.init` makes."""
@@ -209,6 +175,8 @@ class GatedCell(Cell):
     bias_init: Initializer = dataclasses.field(default=initializers.zeros, kw_only=True)
 
     Carry: ClassVar[Any] = HiddenCarry
+    forgets: ClassVar[str | None] = None
+    """The gate to whose initial bias a field `forget_bias` is added: the one that keeps the old state."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -252,12 +220,16 @@ class GatedCell(Cell):
         count, hidden = len(self.gates), self.hidden_size
         input_key, recurrent_key, bias_key = jax.random.split(key, 3)
         recurrent_init = self.recurrent_init or self.recurrence.default_init
+        bias = self.bias_init(bias_key, (count, hidden), dtype)
+        forget_bias = getattr(self, "forget_bias", 0) if self.forgets else 0
+        if forget_bias and bias is not None:
+            bias = bias.at[self.gates.index(self.forgets)].add(forget_bias)
         return CellParams(
             input_kernel=self.kernel_init(input_key, (input_size, count * hidden), dtype).reshape(
                 input_size, count, hidden
             ),
             recurrent_kernel=recurrent_init(recurrent_key, self.recurrence.shape(count, hidden), dtype),
-            bias=self.bias_init(bias_key, (count, hidden), dtype),
+            bias=bias,
             recurrent_bias=jnp.zeros((len(self.recurrent_bias), hidden), dtype) if self.recurrent_bias else None,
             units=named("Units", tuple(self.units))(*(jnp.zeros((hidden,), dtype) for _ in self.units)),
         )

@@ -21,6 +21,10 @@ class Blocks(NamedTuple):
     number: int
     size: int
 
+    def apart(self, a: Array) -> Array:
+        """(..., H) as (..., N, S)."""
+        return a.reshape(*a.shape[:-1], self.number, self.size)
+
 
 def blocks_of(recurrence: Recurrence, hidden_size: int) -> Blocks:
     """The blocks of a structure; NotImplementedError for one whose blocks are not known."""
@@ -56,10 +60,21 @@ def from_blocks(recurrence: Recurrence, blocks: Array) -> Array:
 
 def within(blocks: Blocks, h: Array) -> Array:
     """For every unit the outputs that it sees: (*batch, H) to (*batch, S, H)."""
-    apart = h.reshape(*h.shape[:-1], blocks.number, blocks.size)
-    seen = jnp.swapaxes(apart, -1, -2)[..., None]
+    seen = jnp.swapaxes(blocks.apart(h), -1, -2)[..., None]
     seen = jnp.broadcast_to(seen, (*seen.shape[:-1], blocks.size))
     return seen.reshape(*h.shape[:-1], blocks.size, h.shape[-1])
+
+
+def jacobian(cell: PointwiseCell, params: CellParams, parts: Diagonals, to: int, source: str) -> Array:
+    """d (field number `to` of s_t) / d (field `source` of s_{t-1}) within the blocks: (*batch, N, S, S)."""
+    blocks = blocks_of(cell.recurrence, cell.hidden_size)
+    direct = blocks.apart(getattr(parts.state[to], source))[..., None]
+    direct = direct * jnp.eye(blocks.size, dtype=direct.dtype)
+    if source != "h":
+        return direct
+    weights = blocks.apart(jnp.stack(list(parts.recurrent[to]), -2))
+    kernel = to_blocks(cell.recurrence, params.recurrent_kernel)
+    return direct + jnp.einsum("...gni,lgni->...nil", weights, kernel)
 
 
 def own_gain(cell: PointwiseCell, params: CellParams, parts: Diagonals) -> Any:

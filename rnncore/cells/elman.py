@@ -36,9 +36,7 @@ class Elman(PointwiseCell):
     activation_fn: Activation = dataclasses.field(default=jnp.tanh, kw_only=True)
     residual: bool = dataclasses.field(default=False, kw_only=True)
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("h",)
+    gates = ("h",)
 
     def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
         del p

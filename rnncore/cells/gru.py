@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rnncore._types import Activation, Array
-from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore._types import Activation
+from rnncore.cells.base import PointwiseCell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,20 +41,10 @@ class GRU(PointwiseCell):
     gate_fn: Activation = dataclasses.field(default=jax.nn.sigmoid, kw_only=True)
     activation_fn: Activation = dataclasses.field(default=jnp.tanh, kw_only=True)
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("r", "z", "n")
+    gates = ("r", "z", "n")
 
-    @property
-    def recurrent_bias(self) -> tuple[str, ...]:
-        return ("n",)
-
-    def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> CellParams:
-        """Draws parameters in `dtype`; `forget_bias` is added to what `bias_init` gives."""
-        params = super().init(key, input_size, dtype)
-        if not self.forget_bias or params.bias is None:
-            return params
-        return params._replace(bias=params.bias.at[self.gates.index("z")].add(self.forget_bias))
+    recurrent_bias = ("n",)
+    forgets = "z"
 
     def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
         del p

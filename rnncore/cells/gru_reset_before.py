@@ -55,9 +55,7 @@ class ResetBeforeGRU(Cell):
     recurrent_init: Initializer = dataclasses.field(default=initializers.per_gate(), kw_only=True)
     bias_init: Initializer = dataclasses.field(default=initializers.zeros, kw_only=True)
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("r", "z", "n")
+    gates = ("r", "z", "n")
 
     @property
     def projected_size(self) -> int | None:

@@ -29,8 +29,6 @@ class _LayerNormCell(ReducingCell):
 
     together: ClassVar[tuple[tuple[str, ...], ...]]
     """Gates that are normalized as one vector."""
-    forgets: ClassVar[str]
-    """The gate that keeps the old state."""
     more: ClassVar[tuple[str, ...]]
     """Per-unit parameters other than the gains."""
 
@@ -39,13 +37,10 @@ class _LayerNormCell(ReducingCell):
         return tuple(f"{part}_{g}" for part in ("input", "recurrent") for g in self.gates) + self.more
 
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> CellParams:
-        """Draws parameters in `dtype`; gains start at 1, and `forget_bias` is added to what `bias_init` gives."""
+        """Draws parameters in `dtype`; gains start at 1."""
         params = super().init(key, input_size, dtype)
         gains = {n: jnp.ones_like(a) for n, a in params.units._asdict().items() if not n.endswith("shift")}  # type: ignore[attr-defined]
-        params = params._replace(units=params.units._replace(**gains))  # type: ignore[attr-defined]
-        if not self.forget_bias or params.bias is None:
-            return params
-        return params._replace(bias=params.bias.at[self.gates.index(self.forgets)].add(self.forget_bias))
+        return params._replace(units=params.units._replace(**gains))  # type: ignore[attr-defined]
 
     def receive(self, p: Any, z: Any, bias: Any) -> Any:
         """Normalized, times the gains `units.input_g`, plus the biases."""
@@ -108,9 +103,7 @@ class LayerNormLSTM(_LayerNormCell):
     forgets = "f"
     more = ("cell", "cell_shift")
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("i", "f", "g", "o")
+    gates = ("i", "f", "g", "o")
 
     def combine(self, p: Any, z: Any, r: Any, carry: LSTMCarry) -> tuple[LSTMCarry, Any]:
         r = self._scaled("recurrent", p, r)
@@ -153,9 +146,7 @@ class LayerNormGRU(_LayerNormCell):
     forgets = "z"
     more = ("recurrent_shift",)
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("r", "z", "n")
+    gates = ("r", "z", "n")
 
     def combine(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
         r = self._scaled("recurrent", p, r)

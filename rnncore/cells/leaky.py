@@ -57,9 +57,7 @@ class Leaky(PointwiseCell):
         if not 0 < self.dt <= min(self.tau if isinstance(self.tau, tuple) else (self.tau,)):
             raise ValueError(f"{got}: expected 0 < dt <= tau; Euler's method overshoots with a longer step.")
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("h",)
+    gates = ("h",)
 
     @property
     def units(self) -> tuple[str, ...]:

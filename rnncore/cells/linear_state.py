@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rnncore import _compat
 from rnncore.cells import pointwise
-from rnncore.cells.base import Cell, PointwiseCell, named
+from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.cells.structured_kernels import Unconnected
 
 FREE, AFFINE, OTHER = 0, 1, 2
@@ -31,12 +31,7 @@ def linear_fields(cell: Cell) -> tuple[str, ...] | None:
         return None
     names = cell.Carry._fields
     shape = jax.ShapeDtypeStruct((1, cell.hidden_size), jnp.float32)
-    units, gates = named("Units", tuple(cell.units)), cell.Gates
-    arguments = (
-        units(*(shape for _ in cell.units)), gates(*(shape for _ in cell.gates)), gates(*(shape for _ in cell.gates)),
-        cell.Carry(*(shape for _ in names)),
-    )  # fmt: skip
-    closed, _ = pointwise.opened(cell.pointwise, *arguments)
+    closed, _ = pointwise.opened(cell.pointwise, *pointwise.examples(cell, shape))
     jaxpr = closed.jaxpr
     old = dict(zip(jaxpr.invars[-len(names) :], names, strict=True))
     new = dict(zip(names, jaxpr.outvars, strict=False))  # the carry comes first

@@ -8,8 +8,8 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rnncore._types import Activation, Array, exportable
-from rnncore.cells.base import CellParams, PointwiseCell, not_in_carry
+from rnncore._types import Activation, exportable
+from rnncore.cells.base import PointwiseCell, not_in_carry
 
 
 @exportable
@@ -61,6 +61,7 @@ class LSTM(PointwiseCell):
     activation_fn: Activation = dataclasses.field(default=jnp.tanh, kw_only=True)
 
     Carry: ClassVar[Any] = LSTMCarry
+    forgets = "f"
 
     @property
     def gates(self) -> tuple[str, ...]:
@@ -71,13 +72,6 @@ class LSTM(PointwiseCell):
         if not self.peepholes:
             return ()
         return ("f", "o") if self.coupled else ("i", "f", "o")
-
-    def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> CellParams:
-        """Draws parameters in `dtype`; `forget_bias` is added to what `bias_init` gives."""
-        params = super().init(key, input_size, dtype)
-        if not self.forget_bias or params.bias is None:
-            return params
-        return params._replace(bias=params.bias.at[self.gates.index("f")].add(self.forget_bias))
 
     def pointwise(self, p: Any, z: Any, r: Any, carry: LSTMCarry) -> tuple[LSTMCarry, Any]:
         a = self.Gates(*(zg + rg for zg, rg in zip(z, r, strict=True)))

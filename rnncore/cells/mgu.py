@@ -42,9 +42,7 @@ class MGU(PointwiseCell):
     gate_fn: Activation = dataclasses.field(default=jax.nn.sigmoid, kw_only=True)
     activation_fn: Activation = dataclasses.field(default=jnp.tanh, kw_only=True)
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("f", "n")
+    gates = ("f", "n")
 
     @property
     def recurrent_bias(self) -> tuple[str, ...]:

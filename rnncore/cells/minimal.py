@@ -44,9 +44,7 @@ class MinGRU(PointwiseCell):
     positive: bool = dataclasses.field(default=True, kw_only=True)
     recurrence: Recurrence = dataclasses.field(default_factory=Unconnected, kw_only=True)
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("z", "n")
+    gates = ("z", "n")
 
     def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
         del p
@@ -80,9 +78,7 @@ class MinLSTM(PointwiseCell):
     positive: bool = dataclasses.field(default=True, kw_only=True)
     recurrence: Recurrence = dataclasses.field(default_factory=Unconnected, kw_only=True)
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("f", "i", "n")
+    gates = ("f", "i", "n")
 
     def pointwise(self, p: Any, z: Any, r: Any, carry: Any) -> tuple[Any, Any]:
         del p
@@ -119,13 +115,9 @@ class RGLRU(PointwiseCell):
     scale: float = dataclasses.field(default=8.0, kw_only=True)
     recurrence: Recurrence = dataclasses.field(default_factory=Unconnected, kw_only=True)
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("r", "i", "v")
+    gates = ("r", "i", "v")
 
-    @property
-    def units(self) -> tuple[str, ...]:
-        return ("decay",)
+    units = ("decay",)
 
     def init(self, key: Array, input_size: int, dtype: Any = jnp.float32) -> CellParams:
         """Draws parameters in `dtype`, the decays as the paper does."""

@@ -93,6 +93,12 @@ def same_structure(a: PyTree, b: PyTree) -> bool:
     return structures[0] == structures[1]
 
 
+def examples(cell: GatedCell, value: Any) -> tuple[Any, Any, Any, Any]:
+    """Arguments (p, z, r, carry) of `combine` that are this value throughout."""
+    units, gates = named("Units", tuple(cell.units)), cell.Gates(*(value for _ in cell.gates))
+    return units(*(value for _ in cell.units)), gates, gates, cell.Carry(*(value for _ in cell.Carry._fields))
+
+
 @functools.lru_cache(maxsize=256)
 def check_elementwise(cell: GatedCell, reductions: tuple[str, ...] = ()) -> None:
     """ValueError, naming the operation and its line, unless the cell's update is elementwise.
@@ -100,7 +106,6 @@ def check_elementwise(cell: GatedCell, reductions: tuple[str, ...] = ()) -> None
     `reductions`: names of operations over units that it may apply.
     """
     shape = (3, cell.hidden_size)
-    values = jnp.zeros(shape)
     update = cell.pointwise if isinstance(cell, PointwiseCell) else cell.combine
     name = f"`{type(cell).__name__}.{update.__name__}`"
     if "h" not in cell.Carry._fields:
@@ -112,11 +117,10 @@ def check_elementwise(cell: GatedCell, reductions: tuple[str, ...] = ()) -> None
     if unknown:
         names = ", ".join(map(repr, unknown))
         raise ValueError(f"`{type(cell).__name__}.recurrent_bias`: {names} not among the gates {tuple(cell.gates)}.")
-    units = named("Units", tuple(cell.units))(*(values for _ in cell.units))
-    carry = cell.Carry(*(values for _ in cell.Carry._fields))
-    gates = cell.Gates(*(values for _ in cell.gates))
+    arguments = examples(cell, jnp.zeros(shape))
+    carry = arguments[-1]
     try:
-        out = jax.eval_shape(update, units, gates, gates, carry)
+        out = jax.eval_shape(update, *arguments)
         new, _ = out
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(
@@ -127,7 +131,7 @@ def check_elementwise(cell: GatedCell, reductions: tuple[str, ...] = ()) -> None
     for leaf in jax.tree.leaves(out):
         if leaf.shape != shape:
             raise ValueError(f"{name}: returned an array of shape {leaf.shape} for inputs of shape {shape}.")
-    closed = jax.make_jaxpr(update)(units, gates, gates, carry)
+    closed = jax.make_jaxpr(update)(*arguments)
     _check_jaxpr(closed, shape, name, "unknown line", ELEMENTWISE.union(reductions))
 
 
@@ -148,9 +152,7 @@ def why_not_static(functions: Sequence[Callable], size: int) -> str | None:
 def has_caught_traced(cell: GatedCell) -> bool:
     """Whether the update uses a value from outside that is being differentiated, mapped or compiled."""
     values = jax.ShapeDtypeStruct((1, cell.hidden_size), jnp.float32)
-    units = named("Units", tuple(cell.units))(*(values for _ in cell.units))
-    carry, gates = cell.Carry(*(values for _ in cell.Carry._fields)), cell.Gates(*(values for _ in cell.gates))
-    consts = jax.make_jaxpr(cell.combine)(units, gates, gates, carry).consts
+    consts = jax.make_jaxpr(cell.combine)(*examples(cell, values)).consts
     return any(isinstance(const, jax.core.Tracer) for const in consts)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from rnncore import _arguments, _products, initializers
 from rnncore._types import Activation, Array, Initializer, exportable
-from rnncore.cells.base import CellParams, PointwiseCell, TranslatedCell, check_init, named
+from rnncore.cells.base import Cell, CellParams, PointwiseCell, check_init, named
 from rnncore.cells.lstm import LSTM, LSTMCarry
 from rnncore.cells.structured_kernels import LowRank
 
@@ -59,7 +59,7 @@ class _Unprojected(PointwiseCell):
 
 
 @dataclasses.dataclass(frozen=True)
-class LSTMP(TranslatedCell):
+class LSTMP(Cell):
     """Long short-term memory with a projection: units keep H cell states and give P outputs.
 
     i_t, f_t, o_t = sigmoid(W x_t + U h_{t-1} + b),   g_t = tanh(W_g x_t + U_g h_{t-1} + b_g)
@@ -143,7 +143,7 @@ class LSTMP(TranslatedCell):
 
     def project(self, params: LSTMPParams, xs: Array) -> Array:
         """z = x W + b as a slab: (..., D) to (..., 4*H)."""
-        return self._cell.project(self.pointwise_params(params), xs)
+        return self.pointwise_cell.project(self.pointwise_params(params), xs)
 
     def update(self, params: LSTMPParams, carry: LSTMCarry, z: Array) -> tuple[LSTMCarry, Any]:
         """One step: (carry, z slab) to (new carry, gates)."""
@@ -156,11 +156,9 @@ class LSTMP(TranslatedCell):
         kernel = params.recurrent_kernel
         return _products.times(h.astype(kernel.dtype), kernel.reshape(kernel.shape[0], -1))
 
-    def pointwise_cell(self) -> PointwiseCell:
-        return self._cell
-
     @property
-    def _cell(self) -> PointwiseCell:
+    def pointwise_cell(self) -> PointwiseCell:
+        """The cell that runs, over u = (c, o tanh(c)); `update` is the reference, and runs where it cannot."""
         return _Unprojected(self.hidden_size, lstm=self._lstm, recurrence=LowRank(self.projection_size))
 
     @property
@@ -168,19 +166,24 @@ class LSTMP(TranslatedCell):
         return LSTM(self.hidden_size, gate_fn=self.gate_fn, activation_fn=self.activation_fn)
 
     def pointwise_params(self, params: LSTMPParams) -> CellParams:
+        """The parameters of that cell, differentiable in these."""
         kernel = jnp.concatenate([params.projection.T[:, None], params.recurrent_kernel], 1)
         return CellParams(params.input_kernel, kernel, params.bias, None, named("Units", ())())
 
     def enter(self, params: LSTMPParams, carry: LSTMCarry) -> _Carry:
-        start = self._cell.split(self._recurrent_matmul(params, carry.h))
+        """The carry of that cell that corresponds to one of this; linear in the carry."""
+        start = self.pointwise_cell.split(self._recurrent_matmul(params, carry.h))
         start = jax.tree.map(lambda a: a.astype(carry.h.dtype), start)
         return _Carry(c=carry.c, **start._asdict(), h=jnp.zeros_like(carry.c, carry.h.dtype))
 
     def leave(self, params: LSTMPParams, carry: _Carry) -> LSTMCarry:
+        """The carry after a step, from that of the pointwise cell; with any leading axes."""
         return LSTMCarry(carry.c, self.leave_output(params, carry.h))
 
     def leave_output(self, params: LSTMPParams, h: Array) -> Array:
+        """The output, from that of the pointwise cell; with any leading axes."""
         return _products.times(h.astype(params.projection.dtype), params.projection).astype(h.dtype)
 
     def zoneout(self, zoneout: LSTMCarry) -> Any:
+        """The equivalent zoneout of the pointwise cell, or None if there is no equivalent."""
         return None if zoneout.h is not None else _Carry(c=zoneout.c, i=None, f=None, g=None, o=None, h=None)

@@ -56,9 +56,7 @@ class SLSTM(PointwiseCell):
 
     Carry: ClassVar[Any] = SLSTMCarry
 
-    @property
-    def gates(self) -> tuple[str, ...]:
-        return ("i", "f", "z", "o")
+    gates = ("i", "f", "z", "o")
 
     def pointwise(self, p: Any, z: Any, r: Any, carry: SLSTMCarry) -> tuple[SLSTMCarry, Any]:
         del p

@@ -16,7 +16,7 @@ import numpy as np
 
 from rnncore._types import Array
 from rnncore.cells.base import CellParams
-from rnncore.cells.blocks import Blocks, blocks_of, to_blocks
+from rnncore.cells.blocks import jacobian
 from rnncore.cells.structured_kernels import Sparse
 from rnncore.online.local import from_pieces, local_step, piece_shapes
 from rnncore.online.own_unit import SnAp1
@@ -54,30 +54,19 @@ class RTRL(Rule):
     Source: Williams and Zipser (1989); over a diagonal kernel Mozer (1989).
     """
 
+    def _plain(self, params: CellParams) -> tuple[Rule, CellParams]:
+        rule, params = super()._plain(params)
+        return (SnAp1(rule.cell) if rule._blocks.size == 1 else rule), params
+
     def _start(self, params: CellParams, carry: Any) -> Any:
         blocks = self._blocks
-        if blocks.size == 1:
-            return SnAp1(self.cell)._start(params, carry)
         batch = carry.h.shape[:-1]
         shapes = [(*batch, blocks.number, blocks.size, *s, blocks.size) for s in piece_shapes(self.cell, params)]
         return type(carry)(*(tuple(jnp.zeros(s, c.dtype) for s in shapes) for c in carry))
 
     def _advance(self, params: CellParams, carry: Any, influence: Any, x: Array, key: Any) -> tuple[Any, Any]:
-        blocks = self._blocks
-        if blocks.size == 1:
-            return SnAp1(self.cell)._advance(params, carry, influence, x, key)
-        local = local_step(self.cell, params, carry, x)
-        kernel = to_blocks(self.cell.recurrence, params.recurrent_kernel)
-        own = jnp.eye(blocks.size, dtype=carry.h.dtype)
-
-        def apart(a: Array) -> Array:
-            return a.reshape(*a.shape[:-1], blocks.number, blocks.size)
-
-        def jacobian(field: int) -> Array:
-            """d s_t / d h_{t-1} within the blocks, (*batch, N, S, S)."""
-            weights = apart(jnp.stack(list(local.diagonals.recurrent[field]), -2))
-            through = jnp.einsum("...gni,lgni->...nil", weights, kernel)
-            return through + apart(local.diagonals.state[field].h)[..., None] * own
+        apart, local = self._blocks.apart, local_step(self.cell, params, carry, x)
+        own = jnp.eye(self._blocks.size, dtype=carry.h.dtype)
 
         def one(field: int, n: int) -> Array:
             values, coefficients = local.pieces[n]
@@ -85,7 +74,7 @@ class RTRL(Rule):
             added = apart(values)[..., :, None, :, :] * apart(coefficients[field])[..., None, :, :, :]
             new = jnp.moveaxis(added, -2, -4)[..., None, :, :, :] * own[:, None, None]
             moved = influence.h[n]
-            flat = jacobian(field) @ moved.reshape(*moved.shape[:-3], -1)
+            flat = jacobian(self.cell, params, local.diagonals, field, "h") @ moved.reshape(*moved.shape[:-3], -1)
             new = new + flat.reshape(moved.shape)
             for name, before in zip(influence._fields, influence, strict=True):
                 if name != "h":
@@ -97,25 +86,16 @@ class RTRL(Rule):
         return local.carry, type(carry)(*(tuple(one(f, n) for n in pieces) for f in range(len(carry))))
 
     def _gradient(self, params: CellParams, memory: Memory, cotangent: Any) -> CellParams:
-        blocks = self._blocks
-        if blocks.size == 1:
-            return SnAp1(self.cell)._gradient(params, memory, cotangent)
-
         def one(*by_field: Array) -> Array:
             total: Any = 0
             for d, p in zip(cotangent, by_field, strict=True):
-                d = d.reshape(*d.shape[:-1], blocks.number, 1, blocks.size)
-                pulled = d @ p.reshape(*p.shape[:-3], -1)
+                pulled = self._blocks.apart(d)[..., None, :] @ p.reshape(*p.shape[:-3], -1)
                 total = total + over_batch(pulled.reshape(*p.shape[:-4], *p.shape[-3:]), 4)
             rows = jnp.moveaxis(total, 0, -2)  # (R, C, N, S)
             return rows.reshape(*rows.shape[:2], -1)
 
         pieces = tuple(one(*by_field) for by_field in zip(*memory.influence, strict=True))
         return from_pieces(self.cell, params, pieces)
-
-    @property
-    def _blocks(self) -> Blocks:
-        return blocks_of(self.cell.recurrence, self.cell.hidden_size)
 
     def _kept(self, influence: Array) -> Array:
         """The part of the influence (*batch, N, S, R, C, S) that is kept: all of it."""

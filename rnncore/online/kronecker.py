@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.cells.base import CellParams
-from rnncore.cells.blocks import Blocks, blocks_of, to_blocks
+from rnncore.cells.blocks import to_blocks
 from rnncore.online.local import all_additive, from_pieces, local_step
 from rnncore.online.rule import Memory, Rule
 
@@ -58,30 +58,21 @@ class KFRTRL(Rule):
                 "product. Use RTRL, SnAp1 or UORO."
             )
 
-    @property
-    def _blocks(self) -> Blocks:
-        return blocks_of(self.cell.recurrence, self.cell.hidden_size)
-
     def _start(self, params: CellParams, carry: Any) -> tuple[Array, Any]:
         batch, (count, size) = carry.h.shape[:-1], self._blocks
         rows = params.input_kernel.shape[0] + (params.bias is not None) + size
         matrix = (*batch, count, size, len(self.cell.gates), size)
-        return jnp.zeros((*batch, count, rows), carry.h.dtype), jax.tree.map(
-            lambda c: jnp.zeros(matrix, c.dtype), carry
-        )
+        zeros = jax.tree.map(lambda c: jnp.zeros(matrix, c.dtype), carry)
+        return jnp.zeros((*batch, count, rows), carry.h.dtype), zeros
 
     def _advance(self, params: CellParams, carry: Any, influence: Any, x: Array, key: Any) -> tuple[Any, Any]:
-        (count, size), (vector, matrix) = self._blocks, influence
+        apart, (vector, matrix) = self._blocks.apart, influence
         local = local_step(self.cell, params, carry, x)
         ((values, coefficients),) = local.pieces
         kernel = to_blocks(self.cell.recurrence, params.recurrent_kernel)
-
-        def apart(a: Array) -> Array:
-            return a.reshape(*a.shape[:-1], count, size)
-
         # All units of a block read the same.
         read = jnp.swapaxes(apart(values)[..., 0], -1, -2)  # (*batch, N, R)
-        own = jnp.eye(size, dtype=read.dtype)
+        own = jnp.eye(self._blocks.size, dtype=read.dtype)
         through = jnp.einsum("lgni,...nlkj->...gnikj", kernel, matrix.h)
         moved, added = [], []
         for field in range(len(carry)):
@@ -100,10 +91,10 @@ class KFRTRL(Rule):
         return local.carry, (vector, type(carry)(*(old * m + new * a for m, a in zip(moved, added, strict=True))))
 
     def _gradient(self, params: CellParams, memory: Memory, cotangent: Any) -> CellParams:
-        (count, size), (vector, matrix) = self._blocks, memory.influence
+        vector, matrix = memory.influence
         rows: Any = 0
         for d, a in zip(cotangent, matrix, strict=True):
-            rows = rows + jnp.einsum("...ni,...nigj->...ngj", d.reshape(*d.shape[:-1], count, size), a)
+            rows = rows + jnp.einsum("...ni,...nigj->...ngj", self._blocks.apart(d), a)
         vector, rows = vector.reshape(-1, *vector.shape[-2:]), rows.reshape(-1, *rows.shape[-3:])
         piece = jnp.einsum("bnr,bngj->rgnj", vector, rows)
         return from_pieces(self.cell, params, (piece.reshape(*piece.shape[:2], -1),))

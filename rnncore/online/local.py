@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.cells import pointwise
-from rnncore.cells.base import CellParams, PointwiseCell, named
+from rnncore.cells.base import CellParams, PointwiseCell
 from rnncore.cells.blocks import blocks_of, from_blocks, within
 from rnncore.cells.diagonals import Diagonals, diagonals
 
@@ -47,10 +47,8 @@ class Local(NamedTuple):
 
 def all_additive(cell: PointwiseCell) -> bool:
     """Whether W x, U h and b act as their sum alone, so that one piece holds them all."""
-    ones = jnp.ones((cell.hidden_size,))
-    of_gates, of_units = cell.Gates(*(ones for _ in cell.gates)), named("Units", tuple(cell.units))
-    units, carry = of_units(*(ones for _ in cell.units)), cell.initial_carry()
-    return not cell.recurrent_bias and all(pointwise.additive_gates(cell, units, of_gates, of_gates, carry))
+    example = pointwise.examples(cell, jnp.ones((cell.hidden_size,)))
+    return not cell.recurrent_bias and all(pointwise.additive_gates(cell, *example))
 
 
 def local_step(cell: PointwiseCell, params: CellParams, carry: Any, x: Array) -> Local:
@@ -69,9 +67,7 @@ def local_step(cell: PointwiseCell, params: CellParams, carry: Any, x: Array) ->
         read = jnp.broadcast_to(read, (*read.shape[:-1], h.shape[-1])).astype(h.dtype)
         pieces = [Piece(jnp.concatenate([read, seen], -2), stacked(parts.inputs))]
     else:
-        if (
-            params.recurrent_bias is not None
-        ):  # a column for every gate, of which those without such a bias are not read
+        if params.recurrent_bias is not None:  # a column for every gate; those without such a bias are not read
             seen = jnp.concatenate([seen, jnp.ones_like(seen[..., :1, :])], -2)
         pieces = [Piece(read.astype(h.dtype), stacked(parts.inputs)), Piece(seen, stacked(parts.recurrent))]
     if len(params.units):

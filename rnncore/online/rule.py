@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise, structured_kernels
 from rnncore.cells.base import CellParams, PointwiseCell
+from rnncore.cells.blocks import Blocks, blocks_of
 
 
 class Memory(NamedTuple):
@@ -50,6 +51,10 @@ class Rule(abc.ABC):
         """The memory before the first step, from a carry that does not depend on the parameters."""
         rule, params = self._plain(params)
         return Memory(carry, rule._start(params, carry))
+
+    @property
+    def _blocks(self) -> Blocks:
+        return blocks_of(self.cell.recurrence, self.cell.hidden_size)
 
     def _plain(self, params: CellParams) -> tuple[Rule, CellParams]:
         """The rule for the plain kernel that a structured one runs as, whose gradient is pulled back once."""
@@ -135,7 +140,7 @@ class Rule(abc.ABC):
             (cotangent,) = pull(jnp.asarray(cotangent, y.dtype))
         rule, core = self._plain(params)
         gradient = rule._gradient(core, memory, cotangent)
-        if rule is self:
+        if rule.cell is self.cell:
             return gradient
         _, back = jax.vjp(lambda k: self.cell.recurrence.effective(k)[1], params.recurrent_kernel)  # type: ignore[attr-defined]
         return gradient._replace(recurrent_kernel=back(gradient.recurrent_kernel)[0])

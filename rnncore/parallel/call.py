@@ -36,17 +36,9 @@ class Options(NamedTuple):
 class Settings:
     """What is static about a call; `linear` as in `cells.linear_state`."""
 
-    cell: PointwiseCell
-    method: str
-    tolerance: float
-    max_iterations: int
-    sweeps: int
+    newton: Newton
     time_major: bool
     linear: tuple[str, ...] | None
-
-    @property
-    def newton(self) -> Newton:
-        return Newton(Sweep(self.cell, self.method == "quasi"), self.tolerance, self.max_iterations, self.sweeps)
 
 
 class Arrays(NamedTuple):
@@ -117,5 +109,5 @@ def prepare(cell: Cell, params: PyTree, xs: Array, options: Options) -> tuple[Se
         reset_carry = jax.tree.map(lambda a: jnp.asarray(a, dtype), back)
     if tolerance is None:
         tolerance = 128 * float(jnp.finfo(dtype).eps)
-    settings = Settings(cell, method, float(tolerance), max_iterations, sweeps, time_major, linear)
-    return settings, Arrays(params, xs, start, reset_carry, resets)
+    newton = Newton(Sweep(cell, method == "quasi"), float(tolerance), max_iterations, sweeps)
+    return Settings(newton, time_major, linear), Arrays(params, xs, start, reset_carry, resets)

@@ -15,6 +15,7 @@ from rnncore.cells.base import Cell
 from rnncore.cells.blocks import blocks_of
 from rnncore.parallel.call import Arrays, Options, Settings, prepare
 from rnncore.parallel.growth import transient_growth
+from rnncore.parallel.newton import Newton
 from rnncore.parallel.sweep import Operands
 
 SHORTEST, LONGEST = 256, 1024  # steps of a pilot
@@ -85,20 +86,20 @@ def forecast_of(settings: Settings, arrays: Arrays) -> Forecast:
     steps = arrays.xs.shape[0]
     pilot = min(steps, max(SHORTEST, min(steps // 4, LONGEST)))
     resets = None if arrays.resets is None else arrays.resets[:pilot]
-    limit = max(settings.max_iterations, pilot // 4)
-    newton = dataclasses.replace(settings, max_iterations=limit)
+    limit = settings.newton.max_iterations
+    newton = dataclasses.replace(settings.newton, max_iterations=max(limit, pilot // 4))
     iterations, growth, exponent = _pilot(newton, arrays._replace(xs=arrays.xs[:pilot], resets=resets))
     early, late = int(iterations[pilot // 4 - 1] if pilot >= 4 else iterations[-1]), int(iterations[-1])
     power = min(max(math.log(max(late, 1) / max(early, 1)) / math.log(4), 0.0), 1.0)
     expected = late * (steps / pilot) ** power
-    converges = bool(jnp.isfinite(growth)) and expected <= settings.max_iterations / 2
+    converges = bool(jnp.isfinite(growth)) and expected <= limit / 2
     return Forecast(expected, converges, float(growth), float(exponent), pilot, late)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _pilot(settings: Settings, arrays: Arrays) -> tuple[Array, Array, Array]:
+def _pilot(newton: Newton, arrays: Arrays) -> tuple[Array, Array, Array]:
     """(the most iterations of any sequence up to every step, growth, exponent)."""
-    newton, cell = settings.newton, settings.cell
+    cell = newton.sweep.cell
     exact = dataclasses.replace(newton.sweep, own=False)
     with jax.default_matmul_precision("highest"):
         zs = cell.project(arrays.params, arrays.xs)
@@ -112,7 +113,7 @@ def _pilot(settings: Settings, arrays: Arrays) -> tuple[Array, Array, Array]:
         operands = operands._replace(zs=few)
         parts = exact.after(operands, exact.before(operands, resets, states))[1]
         sums, log = transient_growth(exact.jacobian(arrays.params, parts, resets))
-    converged = jnp.max(found.residual) <= settings.tolerance
+    converged = jnp.max(found.residual) <= newton.tolerance
     iterations = jnp.max(found.iterations.reshape(found.iterations.shape[0], -1), 1)
     steps = sums.shape[0]
     return iterations, jnp.where(converged, jnp.max(sums), jnp.nan), jnp.max(log) / steps

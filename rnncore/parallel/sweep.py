@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rnncore._types import Array
 from rnncore.cells.base import CellParams, PointwiseCell
-from rnncore.cells.blocks import blocks_of, own_gain, to_blocks
+from rnncore.cells.blocks import blocks_of, jacobian, own_gain
 from rnncore.cells.diagonals import Diagonals, diagonals
 from rnncore.recurrence import linear
 from rnncore.recurrence import step as steps
@@ -68,22 +68,9 @@ class Sweep:
         blocks = blocks_of(self.cell.recurrence, self.cell.hidden_size)
         if self.own or blocks.size == 1:
             return tuple(tuple(row) for row in own_gain(self.cell, params, parts))
-        kernel, fields = to_blocks(self.cell.recurrence, params.recurrent_kernel), parts.state._fields
-        eye = jnp.eye(blocks.size, dtype=kernel.dtype)
-
-        def apart(a: Array) -> Array:
-            return a.reshape(*a.shape[:-1], blocks.number, blocks.size)
-
-        def block(to: int, source: str) -> Array:
-            direct = apart(getattr(parts.state[to], source))[..., None] * eye
-            if source != "h":
-                return direct
-            weights = apart(jnp.stack(list(parts.recurrent[to]), -2))
-            return direct + jnp.einsum("...gni,lgni->...nil", weights, kernel)
-
-        return jnp.concatenate(
-            [jnp.concatenate([block(n, name) for name in fields], -1) for n in range(len(fields))], -2
-        )
+        fields = parts.state._fields
+        rows = ([jacobian(self.cell, params, parts, n, name) for name in fields] for n in range(len(fields)))
+        return jnp.concatenate([jnp.concatenate(row, -1) for row in rows], -2)
 
     def solve(self, jacobian: Any, added: Any) -> Any:
         """u_t = J_t u_{t-1} + added_t with u_0 = 0, for a carry of (T, *batch, H) arrays."""

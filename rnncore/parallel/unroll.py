@@ -110,7 +110,8 @@ def unroll(
 @functools.partial(jax.jit, static_argnums=0)
 def run(settings: Settings, arrays: Arrays) -> Solution:
     """The iteration, and the derivatives of its solution."""
-    cell, newton = settings.cell, settings.newton
+    newton = settings.newton
+    cell = newton.sweep.cell
     with jax.default_matmul_precision("highest"):
         zs = cell.project(arrays.params, arrays.xs)
         operands = Operands(arrays.params, zs, arrays.start, arrays.reset_carry)
@@ -121,7 +122,7 @@ def run(settings: Settings, arrays: Arrays) -> Solution:
             start, back = arrays.start, arrays.reset_carry
             states, _ = associative.states(cell, settings.linear, arrays.params, zs, start, back, arrays.resets)
             found = newton.check(*jax.lax.stop_gradient((operands, arrays.resets, states)))
-    converged = found.residual <= settings.tolerance
+    converged = found.residual <= newton.tolerance
     states = jax.tree.map(lambda a: jnp.where(converged[..., None], a, jnp.nan), states)
     last = jax.tree.map(lambda a: a[-1], states)
     outputs = cell.output(states)

@@ -362,8 +362,7 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
         raise ValueError(f"`unroll(recompute={recompute!r})`: expected one of {', '.join(map(repr, RECOMPUTE))}.")
     if checkpoint_every is not None and (not isinstance(checkpoint_every, int | np.integer) or checkpoint_every < 1):
         raise ValueError(f"`unroll(checkpoint_every={checkpoint_every!r})`: expected at least 1 step, or None.")
-    if residual_dtype is not None:
-        _checks.check_residual_dtype(residual_dtype)
+    _arguments.check_dtypes("unroll", {"residual_dtype": residual_dtype}, jnp.floating)
     if layout.include_initial and not options.return_states:
         raise ValueError("`unroll(include_initial=True)`: has an effect only with return_states=True.")
     if layout.keep_order and layout.include_initial and layout.reverse and seq_lengths is not None:

@@ -164,13 +164,3 @@ def refuse_removed(name: str, options: Mapping[str, Any], known: Collection[str]
     for option, value in options.items():
         why = _arguments.known_as(option, known) or "there is no such option" + _arguments.nearest(option, known)
         raise TypeError(f"`{name}({option}={_arguments.shown(value)})`: {why}.")
-
-
-def check_residual_dtype(dtype: Any) -> None:
-    got = f"`unroll(residual_dtype={dtype!r})`"
-    try:
-        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-    except TypeError:
-        floating = False
-    if not floating:
-        raise ValueError(f"{got}: expected a floating dtype, such as jnp.bfloat16, or None.")

@@ -1,4 +1,4 @@
-"""Calls of a cell that runs as another one: see `TranslatedCell`."""
+"""Calls of an `LSTMP`, which runs as a pointwise cell over another state."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from rnncore._types import Array
-from rnncore.cells.base import Cell, TranslatedCell
+from rnncore.cells.base import Cell
+from rnncore.cells.projected_lstm import LSTMP
 from rnncore.recurrence.run import Request
 
 
 class Call(NamedTuple):
     """The call of `unroll` that stands for one of `of`."""
 
-    of: TranslatedCell
+    of: LSTMP
     cell: Cell
     params: Any
     options: dict[str, Any]
@@ -45,7 +46,7 @@ class Call(NamedTuple):
 def inside(request: Request, params: Any, options: Any) -> Call | None:
     """The call of the pointwise cell, or None where the cell runs itself; of shapes, one of shapes."""
     cell = request.cell
-    if not isinstance(cell, TranslatedCell) or options.backend == "autodiff" or request.steps == 0:
+    if not isinstance(cell, LSTMP) or options.backend == "autodiff" or request.steps == 0:
         return None
     zoneout = None if options.zoneout is None else cell.zoneout(options.zoneout)
     if request.recurrent_mask or (request.zoneout and zoneout is None):
@@ -61,4 +62,4 @@ def inside(request: Request, params: Any, options: Any) -> Call | None:
     of_shapes = any(isinstance(a, jax.ShapeDtypeStruct) for a in given)
     inner, initial_carry, reset_carry = jax.eval_shape(moved) if of_shapes else moved()
     changed = {"initial_carry": initial_carry, "reset_carry": reset_carry, "zoneout": zoneout}
-    return Call(cell, cell.pointwise_cell(), inner, options._asdict() | changed)
+    return Call(cell, cell.pointwise_cell, inner, options._asdict() | changed)

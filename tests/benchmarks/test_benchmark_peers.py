@@ -16,9 +16,7 @@ import pytest
 import rnncore
 from benchmarks import workloads
 from benchmarks.peers import Case, flashrnn_peer, rnncore_peer, torch_peer
-from benchmarks.peers.own_cell import OwnLSTM
-from benchmarks.peers.problem import make_cell, make_problem
-from benchmarks.peers.reference import reference
+from benchmarks.peers.problem import OwnLSTM, make_cell, make_problem, reference
 from rnncore import gpu
 from rnncore._command import timing
 from rnncore.kernels import kernel_body, mosaic_gpu, pallas_tpu

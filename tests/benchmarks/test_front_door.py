@@ -29,8 +29,8 @@ def test_a_quick_run_has_all_fields(tmp_path, capsys):
 
 @pytest.mark.parametrize("api", ["linen", "nnx"])
 def test_both_sides_start_from_the_same_parameters(api):
-    build = {"linen": front_door.linen_program, "nnx": front_door.nnx_program}[api]
-    sides = [build(nn, front_door.QUICK, False).arguments[0] for nn in front_door.SIDES[api].values()]
+    part = {"linen": "step", "nnx": "nnx"}[api]
+    sides = [front_door.program(part, side, front_door.QUICK).arguments[0] for side in front_door.SIDES[api]]
     jax.tree.map(np.testing.assert_array_equal, *map(jax.tree.leaves, sides))
 
 

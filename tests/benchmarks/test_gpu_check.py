@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from benchmarks import run, workloads
-from benchmarks.gpu_check import checks, command, parts, problems, processes, results, sanitizer, table, times, toolkit
+from benchmarks.gpu_check import __main__ as command
+from benchmarks.gpu_check import checks, parts, problems, processes, results, sanitizer, table, times, toolkit
 from benchmarks.gpu_check.processes import RECORDS, TIMES, Runner
-from benchmarks.report.results import FIELDS, read_runs
+from benchmarks.report.results import read_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +43,8 @@ def test_a_part_that_goes_silent_is_killed_with_its_children(runner, tmp_path):
     assert time.monotonic() - begin < 20
     [record] = runner.found("ran")
     assert "nothing new for 1 s" in record["failed"] and record["of"] == "silent" and record["at"] >= 1
-    pid = int((tmp_path / processes.LOG).read_text().split()[-1])
+    [log] = tmp_path.glob(processes.LOGS)
+    pid = int(log.read_text().split()[-1])
     for _ in range(50):
         if not Path(f"/proc/{pid}").exists() or "\nState:\tZ" in Path(f"/proc/{pid}/status").read_text():
             return
@@ -102,8 +104,8 @@ def test_a_dry_run_ends_in_a_table_and_a_verdict(tmp_path, capfd):
 
 
 def test_a_signal_ends_all_parts_and_the_table_still_comes(tmp_path):
-    options = ["--dry", "--parts", "checks", "--hang", "0", "--out", str(tmp_path)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = ["--dry", "--parts", "checks", "--out", str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), checks.HANG: "0"}
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.gpu_check", *options], cwd=ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, start_new_session=True,
@@ -256,7 +258,7 @@ def test_the_times_of_a_check_are_one_run_for_the_tables(tmp_path):
     out.mkdir()
     head = {"record": "run", "started": "1", "machine": {}, "commit": "c", "tag": "gpu", "quick": True, "rounds": 5}
     end = {"record": "end", "finished": "2", "interrupted": False, "reason": None}
-    one = {field: 1 for field in FIELDS["time"]} | {"record": "time", "ms": [1.0]}
+    one = {"record": "time", "ms": [1.0]}
     first = {"record": "round", "workload": "W", "contender": "x", "dtype": "float32", "measurement": "forward"}
     groups = [[head, first, one, end], [head, one]]  # the second was killed
     lines = [row | {"run": str(n)} for n, group in enumerate(groups) for row in group]

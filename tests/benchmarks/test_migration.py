@@ -75,7 +75,7 @@ def test_stopped_on_the_way_it_keeps_what_was_done(tmp_path, monkeypatch, capsys
 
 
 def test_wrong_options_are_refused(capsys):
-    for options, message in ((["--rounds", "0"], "at least 1 round"), (["--layers", "linen.RNN"], "invalid choice")):
+    for options, message in ((["--rounds", "0"], "0: expected a whole"), (["--layers", "linen.RNN"], "invalid choice")):
         with pytest.raises(SystemExit):
             migration.main(options)
         assert message in capsys.readouterr().err
