@@ -96,7 +96,7 @@ def load(args: argparse.Namespace) -> dict[str, tuple[Digits, Digits]]:
     """
     count = len(load_digits().target) - HELD_OUT
     if args.batch > count:
-        raise ValueError(f"--batch {args.batch}: there are only {count} images to train on")
+        raise ValueError(f"--batch {args.batch}: there are {count} images to train on")
     order = np.random.default_rng(args.seed).permutation(count + HELD_OUT)
     data = {reading: read(reading, args.padding) for reading in args.readings}
     return {name: (d.at(order[HELD_OUT:]), d.at(order[:HELD_OUT])) for name, d in data.items()}
