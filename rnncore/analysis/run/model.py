@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -171,7 +172,16 @@ def _call_inputs(model: Any, batch: Any) -> Any:
             f"`batch=<mapping of {', '.join(map(str, batch))}>`: pass call=lambda model, batch: ..., which calls "
             "the model on its inputs."
         )
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+    whole = not isinstance(batch, tuple | list)
+    inputs = batch if whole else batch[0]
+    try:
+        inspect.signature(model.__call__).bind(inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"`batch=<{type(batch).__name__}>`: {type(model).__name__} is called as model(batch{'' if whole else '[0]'})"
+            f", but {error}; pass call=lambda model, batch: ..., which calls the model on its inputs."
+        ) from None
+    return model(inputs)
 
 
 class _StackRecorder:
