@@ -369,4 +369,8 @@ def test_what_cannot_be_found_is_said():
         r"`batch=<tuple>`: \w+ is called as model\(batch\[0\]\), but missing a required .*'lengths'; pass call=lambda"
     )
     with pytest.raises(ValueError, match=wanted):
-        analysis.recurrent_layers(NeedsLengths(), {}, (XS, 1))
+        analysis.recurrent_layers(NeedsLengths(), {"params": {}}, (XS, 1))
+    with pytest.raises(ValueError, match=r"variables=<dict of cell>, ...\)`: expected the variables as `model.init"):
+        analysis.recurrent_layers(layer, {"cell": {}}, XS)
+    with pytest.raises(ValueError, match=r"variables=<\w+>, ...\)`: expected the variables"):
+        analysis.recurrent_layers(layer, XS, variables)

@@ -127,6 +127,8 @@ def test_what_is_wrong_is_said_by_name():
         analysis.report(model, variables, XS, lambda outputs, _: outputs[:, -1])
     with pytest.raises(ValueError, match=r"loss=<ArrayImpl>\)`: expected the loss last, a function"):
         analysis.report(model, variables, XS)
+    with pytest.raises(ValueError, match=r"loss=<<lambda>\(outputs\)>\)`: expected a function \(outputs, batch\) to"):
+        analysis.report(model, variables, XS, lambda outputs: 0.0)
     with pytest.raises(ValueError, match=r"`report\(model\)`: expected \(model, variables, batch, loss\)"):
         analysis.report(model)
 
