@@ -1,6 +1,6 @@
 """Where does my model's gradient go?  From `pip install` to a report, on a model trained here.
 
-    pip install "rnncore[examples]"
+    pip install -e ".[examples]"
     python examples/tutorial.py                     # a few minutes on two CPU cores; writes tutorial.html
     python examples/tutorial.py --steps 30 --out short
 
