@@ -68,7 +68,7 @@ def train(options: argparse.Namespace) -> tuple[rnncore.GRU, rnncore.CellParams,
     return cell, *weights, float(value)
 
 
-def beside(folder: str, cell: rnncore.GRU, wide: rnncore.CellParams, starts: np.ndarray) -> None:
+def compare(folder: str, cell: rnncore.GRU, wide: rnncore.CellParams, starts: np.ndarray) -> None:
     """Times both libraries in turns, on the same network and starts; the other one in float32, at most 5000 Adam steps.
 
     Its default learning rate of 1 makes the states jump around; of 1, 0.1, 0.01 and 0.003, 0.1 left the smallest
@@ -122,7 +122,7 @@ def main() -> None:
         starts += rng.normal(0, 0.05, starts.shape)
         starts = np.concatenate([visited[::7], starts])
         if options.peer:
-            beside(options.peer, cell, wide, starts)
+            compare(options.peer, cell, wide, starts)
         found = analysis.fixed_points(cell, wide, jnp.zeros(3), starts)
         print(found)
         for i in range(len(found)):
