@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import functools
 import math
 import types
 import warnings
@@ -17,9 +16,7 @@ import jax.numpy as jnp
 from rnncore import _arguments, _lengths, sequence
 from rnncore._types import Array, PyTree
 from rnncore.cells import Cell, PointwiseCell, pointwise
-from rnncore.cells.recurrent_kernels import Dense, Heads, Recurrence
-from rnncore.layers.compose import unroll_stack
-from rnncore.layers.stack import Stack, StackParams
+from rnncore.layers.fields import without
 from rnncore.sequence import choices
 from rnncore.sequence.call import States
 
@@ -180,13 +177,7 @@ def _checked_reset_carry(reset_carry: Any, carry: Any, resets: Any) -> Any:
 def result_of(rnn: Any, call: Call, last: Any, outputs: Array, *states: States) -> Any:
     """What an RNN module returns of the last carry, the outputs and, if they were asked for, the states."""
     outputs = cast(outputs, getattr(rnn, "output_dtype", None))
-    return chosen(last, outputs, *states, return_carry=call.return_carry)
-
-
-def chosen(last: Any, outputs: Array, *states: Any, return_carry: bool) -> Any:
-    """(carry, outputs, states) without what was not asked for."""
-    result = (last, outputs, *states) if return_carry else (outputs, *states)
-    return result[0] if len(result) == 1 else result
+    return without(last, outputs, *states, return_carry=call.return_carry)
 
 
 class SlowPathWarning(UserWarning):
@@ -375,37 +366,6 @@ def _check_batch(cell: Any, carry: Any, batch_shape: tuple[int, ...]) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------- several layers
-
-
-def recurrence(heads: int) -> Recurrence:
-    """The structure of a recurrent kernel with this number of heads."""
-    return Dense() if heads == 1 else Heads(heads)
-
-
-def run_layers(
-    layers: Any, stack: Stack, params: StackParams, xs: Array, *, initial_carry: Any = None,
-    return_carry: bool | None = None, run: Callable[..., Any] | None = None, **options: Any,
-) -> Any:  # fmt: skip
-    """The result of a module of several layers, by `unroll_stack` or `run`, from its fields and the call's options."""
-    if run is None:
-        run = functools.partial(
-            unroll_stack, checkpoint_every=layers.checkpoint_every, recompute=layers.recompute, backend=layers.backend
-        )
-    with choices.layer(layers, [name for row in stack.names for name in row]):
-        last, outputs, *states = run(
-            stack, params, xs, initial_carry=initial_carry, dtype=layers.dtype,
-            carry_dtype=layers.carry_dtype if initial_carry is not None else carry_dtype(layers),
-            output_dtype=layers.output_dtype, time_major=layers.time_major, **options,
-        )  # fmt: skip
-    return chosen(last, outputs, *states, return_carry=layers.return_carry if return_carry is None else return_carry)
-
-
-def carry_dtype(layers: Any) -> Any:
-    """The dtype of the layers' own initial carry; that of the parameters by default."""
-    return layers.param_dtype if layers.carry_dtype is None else layers.carry_dtype
-
-
 # ------------------------------------------------------------------------------------ both directions
 
 
@@ -450,4 +410,4 @@ def both_directions(
         strict=True,
     )  # fmt: skip
     merged = jax.tree.map(layer.merge_fn, *outputs)
-    return chosen(carries, merged, return_carry=layer.return_carry if return_carry is None else return_carry)
+    return without(carries, merged, return_carry=layer.return_carry if return_carry is None else return_carry)

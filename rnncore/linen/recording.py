@@ -19,6 +19,7 @@ from rnncore import flax_modules as modules
 from rnncore._types import Array, PyTree
 from rnncore.cells import Cell
 from rnncore.flax_recording import foreign_of, record_rnn
+from rnncore.layers.fields import run_layers
 from rnncore.layers.recording import Layer, LayerRun, Moves, run_moved, run_stack, zero_moves
 from rnncore.linen.bidirectional import Bidirectional
 from rnncore.linen.convert import TREES, class_of, unfit_functions
@@ -107,7 +108,7 @@ class Recorder:
             raise NotImplementedError("its dropout is drawn; call the model with deterministic=True")
         run = functools.partial(run_stack, functools.partial(self._visit, layers, self._name(layers)))
         stack, params = layers.functional(layers.variables["params"])
-        return modules.run_layers(layers, stack, params, xs, run=run, **options)
+        return run_layers(layers, stack, params, xs, run=run, **options)
 
 
 def _cell_of(cell: Any, call: modules.Call) -> tuple[Cell, PyTree]:

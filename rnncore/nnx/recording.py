@@ -16,6 +16,7 @@ from flax import nnx
 from rnncore import flax_modules as modules
 from rnncore._types import Array, PyTree
 from rnncore.flax_recording import foreign_of, record_rnn
+from rnncore.layers.fields import run_layers
 from rnncore.layers.recording import Layer, LayerRun, Moves, run_moved, run_stack, zero_moves
 from rnncore.nnx import initial, layers, rnn, trees
 
@@ -134,7 +135,7 @@ def _run_layers(node: Any, xs: Array, *, deterministic: bool | None = None, rngs
         raise NotImplementedError("its dropout is drawn; call model.eval() first")
     run = functools.partial(run_stack, functools.partial(_visit, node))
     stack, params = node.functional()
-    return modules.run_layers(node, stack, params, xs, run=run, **options)
+    return run_layers(node, stack, params, xs, run=run, **options)
 
 
 def _recorded(kind: type, record: Callable[..., Any]) -> type:
