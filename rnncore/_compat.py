@@ -82,6 +82,13 @@ def in_32_bits() -> Any:
     return jax.enable_x64(False)
 
 
+def current_trace(trace: Any) -> Any:
+    """A context in which operations are given to this trace, for rules of partial evaluation."""
+    from jax._src import core  # no public route exists
+
+    return core.set_current_trace(trace)
+
+
 def source_line(eqn: Any) -> str:
     """The line of user code that an equation of a jaxpr comes from; empty if unknown."""
     try:

@@ -24,8 +24,8 @@ import rnncore.sequence  # noqa: E402
 jax.config.update("jax_enable_x64", True)
 
 
-SCRIPTS = ("benchmarks", "examples")
-"""Folders of tests of the scripts around the library."""
+AROUND = ("benchmarks", "docs", "examples")
+"""Folders of tests of what stands around the library: scripts, and the code in documents and docstrings."""
 MAPS = 20_000
 """Memory maps of a process from which on compiled programs are let go; Linux has 65,530 for it, a program takes up to
 thirty."""
@@ -56,14 +56,14 @@ def unrolled(monkeypatch: pytest.MonkeyPatch) -> list:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--all", action="store_true", help="every case, and the examples and benchmarks")
+    parser.addoption("--all", action="store_true", help="every case, and the documents, examples and benchmarks")
     parser.addoption("--draw", type=int, metavar="SEED", help="as --all, but a third of what it adds, as CI does")
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """Tests of the scripts wait for `--all` or `--draw`, or for being named, or their folder."""
+    """Tests of what stands around the library wait for `--all` or `--draw`, or for being named, or their folder."""
     asked = config.getoption("--all") or config.getoption("--draw") is not None
-    waits = collection_path.parent.name in SCRIPTS and not asked
+    waits = collection_path.parent.name in AROUND and not asked
     return (waits and not named(config) & {collection_path, collection_path.parent}) or None
 
 

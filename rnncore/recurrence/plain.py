@@ -16,6 +16,7 @@ recurrence again (`residuals_from_outputs`), by operations that JAX differentiat
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from rnncore._types import Array, PyTree
 from rnncore.cells.base import CellParams, GatedCell
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.chunks import chunk_size, scan_chunks
+from rnncore.recurrence.joint import value_and_tangent
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
 from rnncore.recurrence.step import Inputs, LinearizedStep, RecurrentProduct, Step
 
@@ -251,6 +253,10 @@ def recurrence(step: Step, product: RecurrentProduct, inputs: Inputs, rematerial
 
     def rule(primals: Any, tangents: Any) -> Any:
         (inputs,), (moved,) = primals, tangents
+        return value_and_tangent(functools.partial(_loop, step, product), apart, inputs, moved)
+
+    def apart(inputs: Inputs, moved: Inputs) -> Any:
+        """A loop of the step and one of its tangent, which JAX transposes with no weight gradient in it."""
         first = inputs._replace(xs=jax.tree.map(lambda a: a[0], inputs.xs))
         keep = ("state",) if rematerialize else ("state", "sum")
         linear = LinearizedStep(step, product, first, keep, rematerialize)

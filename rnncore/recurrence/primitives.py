@@ -32,6 +32,7 @@ from jax.interpreters import partial_eval as pe
 from rnncore import _compat
 from rnncore._types import Array
 from rnncore.recurrence import batching
+from rnncore.recurrence.joint import jvp_at
 from rnncore.recurrence.loop import Functions, Loop, at_leaves, parted
 from rnncore.recurrence.run import Constants, Differentiable, Request, Result
 
@@ -236,23 +237,13 @@ def _keeping(loop: Loop, maps: tuple, primals: Any) -> Loop:
     return dataclasses.replace(loop, residuals=jax.tree.structure(residuals))
 
 
-def _jvp_of(function: Callable, at: Sequence[int], primals: Any, tangents: Any) -> Any:
-    """(values, tangents) of a function of all primals, of which those `at` these positions move."""
-
-    def of_active(*some: Array) -> list[Array]:
-        changed = dict(zip(at, some, strict=True))
-        return function(*(changed.get(n, a) for n, a in enumerate(primals)))
-
-    return jax.jvp(of_active, [primals[n] for n in at], [tangents[n] for n in at])
-
-
 def _run_jvp(primals: Any, tangents: Any, loop: Loop, maps: tuple, which: tuple) -> Any:
     moves, shown = _moving(tangents[: loop.differentiable.num_leaves]), loop.result.num_leaves
     if not moves:
         results = run_p.bind(*primals, loop=loop, maps=maps, which=which)
         return results, _zeros(results)
     if loop.residuals is not None and _residuals_move(loop, primals):
-        results, changes = _jvp_of(_mapped(_run_with_residuals, loop, maps, which), moves, primals, tangents)
+        results, changes = jvp_at(_mapped(_run_with_residuals, loop, maps, which), moves, primals, tangents)
         zeros = _zeros(results)
         return results, [z if a.dtype == jax.dtypes.float0 else a for a, z in zip(changes, zeros, strict=True)]
     keeping = _keeping(loop, maps, primals)
@@ -280,7 +271,7 @@ def _linear_jvp(primitive: Primitive, higher: Callable) -> Callable:
         linear = tuple(loop.count + n for n in _moving(tangents[loop.count :]))
         if moves:
             # The derivative also computes the value, so nothing runs twice.
-            return _jvp_of(_mapped(higher, loop, maps, which), moves + linear, primals, tangents)
+            return jvp_at(_mapped(higher, loop, maps, which), moves + linear, primals, tangents)
         out = primitive.bind(*primals, loop=loop, maps=maps, which=which)
         if not linear:
             return out, _zeros(out)

@@ -1,14 +1,12 @@
-"""Docstrings: every example runs, and every public name says what it takes and shows its use."""
+"""Docstrings: every public name says what it takes and shows its use; tests/docs runs the examples."""
 
 from __future__ import annotations
 
 import dataclasses
-import doctest
 import importlib
 import inspect
 import re
 import types
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -79,21 +77,6 @@ def own_names(module: types.ModuleType) -> list[str]:
 OTHERS = {f"{floor}.{name}": getattr(module, name) for floor, module in FLOORS.items() for name in own_names(module)
           if not name.startswith("_") and callable(getattr(module, name))}  # fmt: skip
 RECORDS = [name for name, value in OTHERS.items() if hasattr(value, "_fields") or "    Fields:\n" in value.__doc__]
-
-
-def with_examples() -> list[str]:
-    """Modules whose source holds an example."""
-    root = Path(rnncore.__file__).parent
-    paths = sorted(path for path in root.rglob("*.py") if ">>> " in path.read_text(encoding="utf-8"))
-    return [".".join(path.relative_to(root.parent).with_suffix("").parts) for path in paths]
-
-
-@pytest.mark.sample(15)
-@pytest.mark.parametrize("name", with_examples())
-def test_examples_run(name: str):
-    failed, tried = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
-    assert failed == 0, "doctest has printed which"
-    assert tried > 0, "doctest does not see the examples"
 
 
 @pytest.mark.parametrize("name", [name for name in OTHERS if name not in RECORDS])
