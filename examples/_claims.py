@@ -1,4 +1,4 @@
-"""Networks at named initialisations and their retention: what the examples that check a claim share."""
+"""Shared by the examples that check a claim: networks at named initialisations, and their retention."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def command(document: str, *, out: str, hidden: int, inputs: int, lags: int, see
 
 
 def spread(text: str) -> float:
-    """Type of an option that is a standard deviation; 0 is one too."""
+    """Type of an option that is a standard deviation; 0 is allowed."""
     value = float(text)
     if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no standard deviation")
+        raise argparse.ArgumentTypeError(f"{text} is not a standard deviation, expected a finite number of at least 0")
     return value
 
 
@@ -43,7 +43,7 @@ def spread(text: str) -> float:
 
 
 def torch(kind: str, forget: float | None = None) -> Build:
-    """All of torch.nn.RNN or LSTM from U(-1/sqrt H, 1/sqrt H), with two biases, of which rnncore keeps the sum.
+    """torch.nn.RNN or LSTM, all from U(-1/sqrt H, 1/sqrt H), with two biases of which rnncore keeps the sum.
 
     Args:
       forget: sets the sum of the two forget biases instead; 2 is what setting both to 1 gives.
@@ -88,10 +88,10 @@ def keras(kind: str) -> Build:
 
 
 def orthogonal(kind: str, bias: Any = None) -> Build:
-    """rnncore's own and flax.linen's: every gate's recurrent matrix orthogonal, LeCun's input kernel, biases 0.
+    """rnncore's own and flax.linen's: an orthogonal recurrent matrix for each gate, LeCun's input kernel, biases 0.
 
     Args:
-      bias: an initialiser of the (G, H) bias instead.
+      bias: an initialiser for the (G, H) bias, instead of 0.
     """
 
     def build(hidden: int, inputs: int, key: jax.Array) -> tuple[rnncore.PointwiseCell, Any]:
@@ -134,11 +134,11 @@ def quartiles(values: Sequence[float] | np.ndarray) -> list[float]:
     return [float(x) for x in np.percentile(array, (25, 50, 75), method="nearest")]
 
 
-# ----------------------------------------------------------------------------------------- telling
+# ---------------------------------------------------------------------------------------- printing
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Aligned columns, the first `left` of them to the left."""
+    """Aligned columns, the first `left` of them left-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -149,14 +149,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
 
 
 def exponent(log10: float | None) -> str:
-    """A power of ten in words, or 0."""
+    """A power of ten as text, or 0."""
     if log10 is None or not math.isfinite(log10):
         return "0"
     return f"10^{round(log10, 1) + 0.0:.1f}"
 
 
 def powers_axis(axis: Any, low: float, high: float, every: int = 5, which: str = "y") -> None:
-    """Writes an axis of log10 values as powers of ten."""
+    """Labels an axis of log10 values with powers of ten."""
     ticks = list(range(every * math.floor(low / every), every * math.ceil(high / every) + 1, every))
     labels = [f"$10^{{{tick}}}$" for tick in ticks]
     (axis.set_yticks if which == "y" else axis.set_xticks)(ticks, labels)

@@ -18,8 +18,8 @@ class Corpus(NamedTuple):
     """A text as integers.
 
     Fields:
-      source: where it comes from, in words.
-      vocabulary: what the tokens index: the distinct characters in order, a string; or words, the most frequent first.
+      source: where it comes from.
+      vocabulary: what the tokens index: a string of the distinct characters in order; or words, most frequent first.
       train: int32 (N,), the first nine tenths of the text.
       validation: int32 (M,), the rest.
       unit: "character" or "word".
@@ -32,7 +32,7 @@ class Corpus(NamedTuple):
     unit: str = "character"
 
     def describe(self) -> dict[str, object]:
-        """What a JSON file says of it."""
+        """What a JSON file says about it."""
         train, validation = len(self.train), len(self.validation)
         return {
             "source": self.source, f"{self.unit}s": train + validation, "distinct": len(self.vocabulary),
@@ -41,14 +41,14 @@ class Corpus(NamedTuple):
 
 
 def load(path: str | None, words: int | None = None) -> Corpus:
-    """Reads a utf-8 file, or, without one, the Python language reference of the standard library.
+    """Reads a utf-8 file or, without one, the Python language reference from the standard library.
 
     Args:
       path: of the file.
-      words: by words, with a vocabulary of at most so many; None: by characters.
+      words: the largest size of a vocabulary of words; None reads by characters.
 
     Raises:
-      ValueError: the file cannot be read as text; the message is meant for a person.
+      ValueError: the file cannot be read as text; the message is meant for the user.
     """
     source = "pydoc_data.topics (standard library)" if path is None else path
     text = read(path)
@@ -69,7 +69,7 @@ def read(path: str | None) -> str:
             f"{path} is not utf-8 text ({error.reason} at byte {error.start}); convert it first"
         ) from error
     if len(set(text)) < 2:
-        raise ValueError(f"{path} is empty or holds one character over and over; there is nothing to predict")
+        raise ValueError(f"{path} is empty or repeats one character; there is nothing to predict")
     return text
 
 
@@ -81,20 +81,20 @@ def encode(text: str, source: str) -> Corpus:
 
 
 def encode_words(text: str, source: str, most: int) -> Corpus:
-    """The corpus of a text in the form of the Penn Treebank's: words between blanks, a sentence a line.
+    """The corpus of a text in the form of the Penn Treebank: words separated by blanks, one sentence per line.
 
-    Every line ends in <eos>, empty ones are left out, and all words but the most frequent are <unk>.  The Penn
-    Treebank's own files are lower case, have N for numbers, and <unk> for all but 10000 words already.
+    Every line ends in <eos>, empty lines are left out, and all but the most frequent words become <unk>.  The Penn
+    Treebank's own files are in lower case, with N for numbers, and already have <unk> for all but 10000 words.
 
     Args:
-      most: words in the vocabulary, <eos> and <unk> among them.
+      most: the largest size of the vocabulary, including <eos> and <unk>.
 
     Source: Mikolov, Karafiat, Burget, Cernocky and Khudanpur (2010), whose files these are.
     """
     words = [word for line in text.splitlines() if line.strip() for word in (*line.split(), END)]
     counts = collections.Counter(words)
     if len(counts) < 3:
-        raise ValueError(f"{source} holds fewer than two distinct words; there is nothing to predict")
+        raise ValueError(f"{source} has fewer than two distinct words; there is nothing to predict")
     kept = [word for word, _ in counts.most_common()]
     if len(kept) > most:
         kept = [word for word in kept if word not in (END, UNKNOWN)][: most - 2] + [END, UNKNOWN]
@@ -104,7 +104,7 @@ def encode_words(text: str, source: str, most: int) -> Corpus:
 
 
 def split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(nine tenths, the last)."""
+    """(the first nine tenths, the last tenth)."""
     cut = len(tokens) - int(len(tokens) * HELD_OUT)
     return tokens[:cut], tokens[cut:]
 
@@ -112,12 +112,12 @@ def split(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def check_size(
     corpus: Corpus, batch: int, length: int, window: int, options: str = "--batch, --length, --lags or --burn-in"
 ) -> None:
-    """Rejects a text too short to train on and to measure on; `options` are those that would need less.
+    """Rejects a text that is too short to train and measure on; smaller `options` need less text.
 
     Raises:
-      ValueError: with the number of characters or words that would do.
+      ValueError: with the number of characters or words that would be enough.
     """
-    # Training needs one window in every stream; the random start of a pass takes up to another.
+    # Training needs one window in every stream; the random start of a pass takes up to one more.
     train, validation = batch * (2 * length + 1), max(window + 1, 2 * batch)
     if len(corpus.train) >= train and len(corpus.validation) >= validation:
         return
@@ -138,8 +138,8 @@ def streams(tokens: np.ndarray, batch: int, start: int = 0) -> np.ndarray:
 class Windows:
     """Training windows of `length` + 1 tokens in text order, for truncated backpropagation.
 
-    Window n + 1 of every stream goes on where window n stopped, so that a state can be carried from
-    one to the next.  Each pass over the text starts at another random offset below `length`.
+    In every stream, window n + 1 starts where window n stopped, so the state can be carried over.
+    Each pass over the text starts at a new random offset below `length`.
     """
 
     def __init__(self, tokens: np.ndarray, batch: int, length: int, seed: int):
@@ -148,7 +148,7 @@ class Windows:
         self.left = 0
 
     def __next__(self) -> tuple[np.ndarray, bool]:
-        """((batch, length + 1) tokens, whether a pass begins here)."""
+        """((batch, length + 1) tokens, whether a new pass begins here)."""
         fresh = self.left == 0
         if fresh:
             self.text = streams(self.tokens, self.batch, int(self.random.integers(self.length)))

@@ -1,4 +1,4 @@
-"""The command line of the retention example, and types of options for all."""
+"""The command line of the retention example, and option types for all examples."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the defaults that there are, and the description as it is written."""
+    """Shows defaults other than None, and the description as it is written."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 def parser(document: str, cells: Sequence[str]) -> argparse.ArgumentParser:
-    """The options; `document` is the help text, a summary and then the details."""
+    """The options; `document` is the help text: a summary, then the details."""
     p = bare(document)
 
     def add(group: argparse._ArgumentGroup, name: str, kind: Callable, default: float, text: str) -> None:
@@ -33,7 +33,7 @@ def parser(document: str, cells: Sequence[str]) -> argparse.ArgumentParser:
     add(group, "--length", at_least(1), 100, "steps of backpropagation in training")
     add(group, "--learning-rate", positive, 5e-3, "of Adam, at the start; it falls to a tenth along a cosine")
     add(group, "--clip", positive, 1.0, "largest global norm of a training gradient")
-    add(group, "--sparse-output", float, 0.0, "weight in the loss of the mean of the LSTM's output gates")
+    add(group, "--sparse-output", float, 0.0, "weight of the LSTM's mean output gate in the loss")
     add(group, "--seed", at_least(0), 0, "of the initial parameters and the offsets of the windows")
 
     group = p.add_argument_group("measurement")
@@ -48,12 +48,12 @@ def parser(document: str, cells: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def text(group: Any) -> None:
-    """The options that say which text, and how it is taken apart."""
-    group.add_argument("--text", metavar="FILE", help="utf-8 text in place of the pydoc_data.topics of the "
+    """The options that choose the text and how it is split into tokens."""
+    group.add_argument("--text", metavar="FILE", help="utf-8 text to use instead of pydoc_data.topics from the "
                        "standard library; its last tenth is held out")  # fmt: skip
     group.add_argument("--words", type=at_least(3), nargs="?", const=10_000, metavar="N",
-                       help="by words, a sentence a line as in the Penn Treebank, the N most frequent of them "
-                       "(10000); by characters otherwise")  # fmt: skip
+                       help="read by words, one sentence per line as in the Penn Treebank, with the N most frequent "
+                       "words (10000); without it, read by characters")  # fmt: skip
 
 
 def bare(document: str) -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ def bare(document: str) -> argparse.ArgumentParser:
 
 
 def at_least(smallest: int) -> Callable[[str], int]:
-    """Type of an integer option that has a smallest value."""
+    """Type of an integer option with a smallest value."""
 
     def integer(text: str) -> int:
         value = int(text)

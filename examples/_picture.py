@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 from matplotlib.patches import Patch  # noqa: E402
 
-# Colours of Okabe and Ito, which colour-blind readers tell apart; in grey print the markers do it.
+# Colours of Okabe and Ito, which colour-blind readers can tell apart; in grey print the markers differ.
 PATHS: dict[str, tuple[str, str, str]] = {
     "state": ("#000000", "", "exact, whole state"),
     "cell": ("#0072B2", "o", "exact, cell state"),
@@ -23,11 +23,11 @@ PATHS: dict[str, tuple[str, str, str]] = {
     "bound": ("#009E73", "s", "bound: product of step norms"),
     "weight bound": ("#CC79A7", "D", "bound: power of the weight norm"),
 }
-TOP, BOTTOM = 5, -30  # powers of ten; curves beyond are cut off, and a note says where they go
+TOP, BOTTOM = 5, -30  # powers of ten; curves are cut off beyond them, and a note says where they go
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
-    """Writes the picture of all that was measured; needs at least one stage."""
+    """Draws everything that was measured; needs at least one stage."""
     measured = _report.stages(results)
     networks = list(dict.fromkeys(network for network, _, _ in measured))
     bottom = lower_end(measured)
@@ -46,7 +46,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
 
 
 def write(figure: Any, path: Path) -> None:
-    """Saves a figure whole or not at all, and closes it."""
+    """Saves a figure completely or not at all, and closes it."""
     part = path.with_name(path.name + ".part")
     figure.savefig(part, dpi=150, format="png")
     part.replace(path)
@@ -54,7 +54,7 @@ def write(figure: Any, path: Path) -> None:
 
 
 def title(results: dict[str, Any], panels: int) -> str:
-    """What is shown, and on what."""
+    """What is shown, and for which networks."""
     what = "How much of the gradient of one loss term survives k steps back"
     unit = "word" if "words" in results["text"] else "character"
     setting = f"{unit} models with {results['settings']['hidden']} units, on held-out text"
@@ -64,7 +64,7 @@ def title(results: dict[str, Any], panels: int) -> str:
 
 
 def lower_end(measured: list) -> int:
-    """Power of ten at the foot of the axis: below all curves, but not below 10^-30."""
+    """Power of ten at the bottom of the axis: below all curves, but not below 10^-30."""
     values = [v for _, _, entry in measured for curve in entry["curves"].values() for v in curve["mean_log10"]]
     lowest = min((v for v in values if v is not None and math.isfinite(v)), default=-1.0)
     return max(BOTTOM, 5 * math.floor((lowest - 0.5) / 5))
@@ -83,7 +83,7 @@ def panel(axis: Any, network: str, entry: dict[str, Any], bottom: int) -> None:
     axis.set_xlabel("lag k in steps")
     axis.set_xlim(0, lags[-1])
     axis.set_ylim(bottom, TOP)
-    # What is drawn are powers of ten, so that values beyond the range of floats are cut off cleanly.
+    # The data are exponents, so values beyond the range of floats are cut off cleanly.
     ticks = range(bottom, TOP + 1, 5)
     axis.set_yticks(ticks, [f"$10^{{{tick}}}$" for tick in ticks])
     axis.grid(True, color="#dddddd", linewidth=0.6)
@@ -106,7 +106,7 @@ def summary(curve: dict[str, Any], stage: str) -> str:
 
 
 def plot(axis: Any, curve: dict[str, Any], name: str, stage: str, order: int) -> None:
-    """One curve; around the exact one after training, the spread over positions."""
+    """One curve; the exact one after training also gets its spread over positions."""
     lags, trained = np.array(curve["lags"]), stage == "trained"
     spacing = (3 * order, max(len(lags) // 8, 1))
     axis.plot(lags, powers_of_ten(curve["mean_log10"]), markevery=spacing, zorder=3 if trained else 2,

@@ -1,8 +1,8 @@
 """The output of a run: the JSON file, the table and the verdict.
 
-The results are one plain dictionary, the content of the JSON file.  A retention is kept as log10,
-because 10^-60 is an honest result and float32 has no such number; a retention of exactly 0 has no
-logarithm and is null.
+The results are one plain dictionary, the content of the JSON file.  A retention is stored as log10,
+because 10^-60 is a valid result that float32 cannot hold; a retention of exactly 0 has no logarithm
+and is null.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TABLE_LAGS = (1, 10, 50, 100)
 
 
 def save(results: dict[str, Any], path: Path) -> None:
-    """Writes the JSON file so that a reader, or a run that is killed, never sees half of one."""
+    """Writes the JSON file in one step, so that it is never incomplete, even if the run is killed."""
     text = json.dumps(finite(results), indent=1, allow_nan=False, ensure_ascii=False)
     part = path.with_name(path.name + ".part")
     part.write_text(text + "\n", encoding="utf-8")
@@ -33,7 +33,7 @@ def save(results: dict[str, Any], path: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """The value with null for every number that JSON cannot hold, and single numbers at six digits."""
+    """The value with null for every number that JSON cannot hold, and numbers rounded to seven digits."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -44,7 +44,7 @@ def finite(value: Any) -> Any:
 
 
 def stages(results: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
-    """(network, stage, measurement) of all that was measured, in the order of the tables."""
+    """(network, stage, measurement) for everything that was measured, in the order of the tables."""
     return [
         (network, stage, entry[stage])
         for network, entry in results["networks"].items()
@@ -54,7 +54,7 @@ def stages(results: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
 
 
 def power(log10: float | None) -> str:
-    """A retention in words: 10^-3.2, or 0 where it is exactly that."""
+    """A retention as text: 10^-3.2, or 0 if it is exactly 0."""
     return "0" if log10 is None or not math.isfinite(log10) else f"10^{round(log10, 1) + 0.0:.1f}"
 
 
@@ -66,7 +66,7 @@ def steps(half_life: float | None) -> str:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Every curve in one line: retention at four lags, decay rate, quality of the fit, half-life."""
+    """One line per curve: retention at a few lags, decay rate, quality of the fit, half-life."""
     last = results["settings"]["lags"]
     chosen = sorted({lag for lag in TABLE_LAGS if lag <= last} | {last})
     head = ["network", "when", "curve", *(f"lag {lag}" for lag in chosen), "rate/step", "R^2", "half-life", "half at"]
@@ -89,12 +89,12 @@ def table(results: dict[str, Any]) -> str:
 
 
 def number(value: float | None, digits: int) -> str:
-    """A number that may be missing, and never shows as -0."""
+    """A number that may be missing, and is never shown as -0."""
     return "-" if value is None or not math.isfinite(value) else f"{round(value, digits) + 0.0:.{digits}f}"
 
 
 def decay(curve: dict[str, Any]) -> str:
-    """Rate and half-life of a curve in words."""
+    """Rate and half-life of a curve as text."""
     fit = curve["decay_rate"]
     if fit is None:
         return "no decay rate can be fitted"
@@ -122,13 +122,13 @@ def verdicts(results: dict[str, Any]) -> list[str]:
                 text += f" ({power(entry[done[0]]['curves'][name]['mean_log10'][-1])} at initialisation)"
             text += f"; {decay(curve)}"
             if name == "cell":
-                text += f"; the direct path alone would say {power(curves['direct']['mean_log10'][-1])}"
+                text += f"; the direct path alone predicts {power(curves['direct']['mean_log10'][-1])}"
             sentences.append(text + ".")
     return sentences
 
 
 def losses(results: dict[str, Any]) -> list[str]:
-    """How good each network became."""
+    """How well each network learned."""
     lines, unit = [], "word" if "words" in results["text"] else "character"
     for network, entry in results["networks"].items():
         values = [f"{entry[s]['validation_loss_nats']:.3f} {STAGES[s]}" for s in STAGES if s in entry]
@@ -142,7 +142,7 @@ def losses(results: dict[str, Any]) -> list[str]:
 
 
 def opening(results: dict[str, Any]) -> str:
-    """What is about to be done, in two lines."""
+    """What the run is about to do, in two lines."""
     text, settings = results["text"], results["settings"]
     unit = "words" if "words" in text else "characters"
     return (

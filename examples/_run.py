@@ -23,18 +23,18 @@ from tqdm import tqdm
 
 import rnncore
 
-# Colours of Okabe and Ito, each with a line of its own: colour-blind readers and grey prints tell them apart.
+# Colours of Okabe and Ito, each with its own line style, for colour-blind readers and grey prints.
 STYLES: tuple[dict[str, Any], ...] = (
     {"color": "#0072B2", "linestyle": "-"},
     {"color": "#D55E00", "linestyle": (0, (5, 2))},
     {"color": "#000000", "linestyle": (0, (1, 1.3))},
     {"color": "#009E73", "linestyle": (0, (6, 2, 1, 2))},
 )
-SHOW_OVER = 20  # steps that the loss in the progress bar is averaged over, roughly
+SHOW_OVER = 20  # roughly how many steps the loss in the progress bar is averaged over
 
 
 def command(document: str, *, out: str, steps: int, batch: int, learning_rate: float) -> argparse.ArgumentParser:
-    """The options that every example has, with its own defaults."""
+    """The options that every example has, with defaults of its own."""
     parser = _options.bare(document)
     add = parser.add_argument
     add("--steps", type=_options.at_least(1), default=steps, help="training steps of each network")
@@ -46,7 +46,7 @@ def command(document: str, *, out: str, steps: int, batch: int, learning_rate: f
 
 
 def optimizer(args: argparse.Namespace) -> Any:
-    """Adam with clipped gradients and a rate that falls to a twentieth along a cosine."""
+    """Adam with clipped gradients and a learning rate that falls to a twentieth along a cosine."""
     rate = optax.cosine_decay_schedule(args.learning_rate, args.steps, alpha=0.05)
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate))
 
@@ -68,14 +68,14 @@ def train(
     runs: dict[str, Any], name: str, steps: int, step: Callable[[Any, Any], tuple[Any, Any]], state: Any,
     batches: Iterable[Any], watch: Callable[[Any], dict[str, float]], every: int,
 ) -> Any:  # fmt: skip
-    """Takes `steps` steps under a progress bar; what it measured is in `runs` at any moment.
+    """Takes `steps` steps under a progress bar; `runs` always holds what has been measured so far.
 
     Args:
-      runs: gets a record under `name`: loss, one for each step; seconds, the time of each step
-        without the first, which compiles; and under every name that `watch` reports a list of
-        values, under watched the numbers of their steps.
+      runs: gets a record under `name`: "loss", one for each step; "seconds", the time of each step
+        except the first, which compiles; a list of values under each name that `watch` reports;
+        and the steps of these values under "watched".
       step: (state, batch) to (new state, loss).
-      watch: state to measurements, before the first step, after every `every` and after the last.
+      watch: state to measurements; called before the first step, every `every` steps, and after the last.
 
     Raises:
       FloatingPointError: the loss is no longer finite.
@@ -104,7 +104,7 @@ def train(
             shown = loss if shown is None else shown + (loss - shown) / SHOW_OVER
             bar.set_postfix_str(f"loss {shown:.4f}", refresh=False)
             bar.update()
-            # The last stretch is at least a whole one, so that no two points stand almost in one place.
+            # Skip a measurement that would come shortly before the last one.
             if number == steps or (number % every == 0 and number + every <= steps):
                 look(number)
     return state
@@ -115,15 +115,15 @@ def main(
     work: Callable[[argparse.Namespace, Any, dict[str, Any]], None], words: Callable[[dict[str, Any]], str],
     draw: Callable[[dict[str, Any]], Any],
 ) -> int:  # fmt: skip
-    """Does the work and writes the results, also when it is interrupted or fails.
+    """Does the work and writes the results, even if it is interrupted or fails.
 
     Args:
-      load: options to data; a ValueError or OSError here is a user error, and is shown without a traceback.
-      work: (options, data, results); it adds what it measures to results["runs"].
-      words, draw: results to the sentences for the terminal, and to the figure.
+      load: options to data; a ValueError or OSError here is a user error, shown without a traceback.
+      work: (options, data, results); adds what it measures to results["runs"].
+      words, draw: results to the text for the terminal, and to the figure.
 
     Returns:
-      The exit code: 0, 1 where the training diverged, 130 after Ctrl-C.
+      The exit code: 0, 1 if the training diverged, 130 after Ctrl-C.
     """
     begin, args = time.perf_counter(), parser.parse_args(argv)
     data, picture = Path(f"{args.out}.json"), Path(f"{args.out}.png")
@@ -161,7 +161,7 @@ def main(
 
 
 def axes(columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
-    """A figure of panels side by side, in the style that all examples have."""
+    """A figure with panels side by side, in the style of all examples."""
     figure, panels = _picture.plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained", **options)
     for panel in panels[0]:
         panel.grid(True, color="#dddddd", linewidth=0.6)
@@ -170,9 +170,9 @@ def axes(columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, 
 
 
 def smooth(values: Sequence[float] | np.ndarray, window: int) -> np.ndarray:
-    """Running mean over `window` values around each, fewer at the ends."""
+    """Running mean over `window` values around each value, fewer at the ends."""
     sums, count = np.concatenate([[0.0], np.cumsum(values)]), len(values)
-    # As many on the left as on the right, so that a slope is not pulled to one side.
+    # As many on the left as on the right, so that a slope is not biased to one side.
     reach = np.minimum(np.minimum(np.arange(count), np.arange(count)[::-1]), window // 2)
     start, end = np.arange(count) - reach, np.arange(count) + reach + 1
     return (sums[end] - sums[start]) / (end - start)

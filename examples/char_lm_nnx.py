@@ -1,9 +1,9 @@
 """A character language model in nnx, trained by truncated backpropagation, and text sampled from it.
 
-Embedding, LSTM, readout: an nnx model as one writes it for Flax, with the recurrent classes of
-`rnncore.nnx`.  The text is cut into --batch streams; windows of --length characters follow each other in
-every stream, and the state at the end of one is the state at the start of the next, with no gradient
-across the border.  Measured is what the model needs for a character of held-out text, in bits.
+Embedding, LSTM, readout: an nnx model written as for Flax, with the recurrent classes of `rnncore.nnx`.
+The text is cut into --batch streams, and each stream into windows of --length characters.  Each window
+starts from the state at the end of the window before, with no gradient across the boundary.  The example
+measures how many bits the model needs per character of held-out text.
 
   python examples/char_lm_nnx.py
   python examples/char_lm_nnx.py --text book.txt --steps 5000 --prompt "It was "
@@ -52,7 +52,7 @@ def window_loss(model: CharacterModel, carry: Any, window: jax.Array) -> tuple[j
 
 @nnx.jit
 def train_step(model: CharacterModel, optimizer: Any, carry: Any, window: jax.Array) -> tuple[jax.Array, Any]:
-    """One update in place."""
+    """One update, in place."""
     differentiate = nnx.value_and_grad(window_loss, has_aux=True)
     (loss, carry), gradient = differentiate(model, carry, window)
     optimizer.update(model, gradient)
@@ -64,7 +64,7 @@ measure = nnx.jit(window_loss)
 
 @nnx.jit
 def continuation(model: CharacterModel, prompt: jax.Array, carry: Any, keys: jax.Array, temperature: Any) -> jax.Array:
-    """One token for each key, drawn one after the other behind the prompt (T,)."""
+    """One token for each key, drawn one after the other, to follow the prompt (T,)."""
     graph, state = nnx.split(model)
     carry, logits = model(prompt[None], carry)
 
@@ -83,7 +83,7 @@ def zero_carry(model: CharacterModel, batch: int) -> Any:
 
 
 def windows(corpus: _corpus.Corpus, args: argparse.Namespace) -> Iterator[tuple[np.ndarray, bool]]:
-    """(window, whether a pass over the text begins with it), endlessly."""
+    """(window, whether it begins a pass over the text), endlessly."""
     source = _corpus.Windows(corpus.train, args.batch, args.length, args.seed)
     while True:
         yield next(source)
@@ -104,13 +104,13 @@ def load(args: argparse.Namespace) -> _corpus.Corpus:
 
 
 def frequencies_bits(corpus: _corpus.Corpus) -> float:
-    """Bits per held-out character of a model that knows how frequent each character is, and no more."""
+    """Bits per held-out character of a model that knows only how frequent each character is."""
     count = np.bincount(corpus.train, minlength=len(corpus.vocabulary)) + 1.0
     return float(-np.log2(count / count.sum())[corpus.validation].mean())
 
 
 def work(args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, Any]) -> None:
-    """Trains, measures on held-out text, writes."""
+    """Trains, measures on held-out text, and samples."""
     model = CharacterModel(len(corpus.vocabulary), args.embed, args.hidden, rngs=nnx.Rngs(args.seed))
     optimizer = nnx.Optimizer(model, _run.optimizer(args), wrt=nnx.Param)
     start, held_out = zero_carry(model, args.batch), _corpus.streams(corpus.validation, args.batch)
@@ -134,9 +134,9 @@ def work(args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, An
 
 
 def words(results: dict[str, Any]) -> str:
-    """What it wrote and how good it is."""
+    """What the model wrote, and how good it is."""
     run, text = results["runs"]["LSTM"], results["text"]
-    lines = [f"--- it writes:\n{results['sample']}\n---"] if "sample" in results else []
+    lines = [f"--- the model writes:\n{results['sample']}\n---"] if "sample" in results else []
     lines.append(
         f"{run['held_out_bits'][-1]:.3f} bits per character on {text['held_out']:,} held-out characters of "
         f"{text['source']} after {run['watched'][-1]} steps; {run['held_out_bits'][0]:.3f} before, "
@@ -146,7 +146,7 @@ def words(results: dict[str, Any]) -> str:
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Bits per character over training, and the text that it wrote."""
+    """Bits per character over training, and the text that the model wrote."""
     figure, (left, right) = _run.axes(2, (12, 5), width_ratios=(1, 1))
     run, settings = results["runs"]["LSTM"], results["settings"]
     bits = np.array(run["loss"]) / math.log(2)
@@ -164,7 +164,7 @@ def draw(results: dict[str, Any]) -> Any:
     right.set_axis_off()
     rows = results.get("sample", "").split("\n")
     lines = [part for row in rows for part in (textwrap.wrap(row, 66) or [""])]
-    right.set_title(f"what it writes behind {settings['prompt']!r}", loc="left", fontsize=10)
+    right.set_title(f"what the model writes after {settings['prompt']!r}", loc="left", fontsize=10)
     right.text(0, 0.98, "\n".join(lines[:LINES]), family="monospace", fontsize=9, va="top", parse_math=False)
     note = ", interrupted" if results["interrupted"] else ""
     figure.suptitle(f"A character model with an LSTM of {settings['hidden']} units in nnx{note}",
@@ -178,11 +178,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add, positive = parser.add_argument, _options.at_least(1)
     add("--embed", type=positive, default=32, help="size of the character embedding")
     add("--hidden", type=positive, default=192, help="hidden units")
-    add("--length", type=positive, default=64, help="characters of a window")
+    add("--length", type=positive, default=64, help="characters in a window")
     add("--prompt", default="The ", help="what the sample begins with")
     add("--sample", type=positive, default=800, help="characters to write")
-    add("--temperature", type=_options.positive, default=0.7, help="of the sample; less is more cautious")
-    add("--text", metavar="FILE", help="utf-8 text in place of the pydoc_data.topics of the standard library")
+    add("--temperature", type=_options.positive, default=0.7, help="of the sample; lower is more cautious")
+    add("--text", metavar="FILE", help="utf-8 text to use instead of pydoc_data.topics from the standard library")
     return _run.main(parser, argv, load, work, words, draw)
 
 

@@ -1,15 +1,16 @@
 """The usual advice against vanishing gradients, tested: how does each piece change the gradient kept over 100 steps?
 
-  forget bias     "initialise the forget bias to 1": in torch.nn.LSTM there are two biases, and the effective one is
-                  their sum; in neither does the name of a parameter hold "forget"
+  forget bias     "initialise the forget bias to 1": torch.nn.LSTM has two biases, and the effective one is their sum;
+                  the name of neither contains "forget"
   clipping        "clip the gradient norm at 0.25"
   c_0             "start from a small cell state such as 0.1"
   output gates    "keep output gates sparse": here by a bias that closes them
 
-Untrained networks, inputs x ~ N(0, 1), exact Jacobians in float64: rms of d s_T / d s_(T-k) before and after (of the
-whole state), beside it the product of the forget gates.  Clipping acts on parameter gradients, so for it the measure
-is what step T-k adds to the gradient of a loss at step T, over what step T adds.  c_0 acts on the first steps, so for
-it the steps are the first ones, without burn-in.  Medians over --seeds draws of parameters and inputs.
+The networks are untrained, the inputs x ~ N(0, 1), the Jacobians exact, in float64.  The measure is the rms of
+d s_T / d s_(T-k) of the whole state, before and after, compared with the product of the forget gates.  Clipping acts
+on parameter gradients, so its measure is what step T-k adds to the gradient of a loss at step T, divided by what step
+T adds.  c_0 acts on the first steps, so it is measured on those, without burn-in.  All numbers are medians over
+--seeds draws of parameters and inputs.
 
   python examples/claim_advice.py
   python examples/claim_advice.py --seeds 20 --lags 200
@@ -37,7 +38,7 @@ import rnncore
 from rnncore import analysis, initializers
 
 CLIP = 0.25
-LOUD = 1e3  # makes the loss steep enough for clipping to act
+LOUD = 1e3  # factor that makes the loss steep enough for clipping to act
 NOTHING = 0.05  # decades that do not count as a difference
 Values = dict[str, float]
 PYTORCH_NAMES = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
@@ -47,8 +48,8 @@ class Advice(NamedTuple):
     """One row of the audit.
 
     Fields:
-      advice, setting: in words.
-      measure: (options, seed) to log10 before and after, and whatever else belongs to it.
+      advice, setting: as text.
+      measure: (options, seed) to log10 before and after, with any other results.
     """
 
     advice: str
@@ -57,7 +58,7 @@ class Advice(NamedTuple):
 
 
 def retained(args: argparse.Namespace, cell: Any, params: Any, xs: jax.Array, start: Any = None) -> Values:
-    """log10 of the three kinds; from a given start the first steps, else the last ones after the burn-in."""
+    """log10 of the three kinds: over the first steps if a start is given, else over the last ones after the burn-in."""
     if start is None:
         run, anchor = _claims.run(cell, params, xs, args.burn_in), "end"
     else:
@@ -82,7 +83,7 @@ def data(args: argparse.Namespace, seed: int, scale: float) -> tuple[jax.Array, 
 
 
 def swap(args: argparse.Namespace, seed: int, one: _claims.Build, other: _claims.Build) -> Values:
-    """One initialisation against another, from the same draw."""
+    """One initialisation compared with another, from the same draw."""
     key, xs = data(args, seed, 1.0)
     before, after = (retained(args, *build(args.hidden, args.inputs, key), xs) for build in (one, other))
     return before_and_after(before, after)
@@ -97,7 +98,7 @@ def output_gate(args: argparse.Namespace, seed: int, build: _claims.Build, bias:
 
 
 def initial_cell(args: argparse.Namespace, seed: int, build: _claims.Build, value: float) -> Values:
-    """c_0 = value in place of 0; h_0 = 0."""
+    """c_0 = value instead of 0; h_0 = 0."""
     key, xs = data(args, seed, 1.0)
     cell, params = build(args.hidden, args.inputs, key)
     zero = cell.initial_carry((), _claims.FLOAT)
@@ -175,7 +176,7 @@ def work(args: argparse.Namespace, rows: list[Advice], results: dict[str, Any]) 
 
 
 def effect(record: dict[str, Any]) -> str:
-    """What a piece of advice does, in words."""
+    """What a piece of advice does, as text."""
     change = record["change"][1]
     if abs(change) < NOTHING:
         return "no effect"
@@ -183,7 +184,7 @@ def effect(record: dict[str, Any]) -> str:
 
 
 def middle(record: dict[str, Any], key: str) -> str:
-    """A median as a power of ten, or nothing."""
+    """A median as a power of ten, or "-" if there is none."""
     return _claims.exponent(record[key][1]) if key in record else "-"
 
 
@@ -206,19 +207,19 @@ def words(results: dict[str, Any]) -> str:
     if records := of("forget"):
         hit = [name for name in PYTORCH_NAMES if "forget" in name]
         works = all(record["change"][1] > NOTHING for record in records)
-        outcome = "works, by how much depends on the bias that results" if works else "does not always work"
+        outcome = "works; how well depends on the resulting bias" if works else "does not always work"
         lines.append(
             f"  forget bias: {outcome}. {told(records)}. A loop over the "
-            f'parameters of torch.nn.LSTM whose name holds "forget" sets {len(hit)} of {len(PYTORCH_NAMES)} '
+            f'parameters of torch.nn.LSTM whose name contains "forget" sets {len(hit)} of {len(PYTORCH_NAMES)} '
             f"({', '.join(PYTORCH_NAMES)})."
         )
     if records := of("clip"):
         norms = "; ".join(f"{r['norm_before'][1]:.3g} to {r['norm_after'][1]:.3g} ({r['setting']})" for r in records)
         change = max(abs(c) for r in records for c in r["change"])
         lines.append(
-            f"  clipping: {'does nothing for' if change < NOTHING else 'changes'} retention. Gradient norms go from "
-            f"{norms}, the shares of the steps change by {change:.1e} decades at most: all of a gradient is scaled by "
-            "one number."
+            f"  clipping: {'does not change' if change < NOTHING else 'changes'} retention. Gradient norms go from "
+            f"{norms}; the shares of the steps change by {change:.1e} decades at most, because the whole gradient is "
+            "scaled by one number."
         )
     if records := of("c_0"):
         lines.append(
@@ -230,15 +231,15 @@ def words(results: dict[str, Any]) -> str:
             f"{r['cell_after'][1] - r['direct_after'][1]:+.1f}" for r in records
         )  # fmt: skip
         lines.append(
-            f"  output gates: {told(records)}. Closing them takes the paths through h away and leaves the forget "
+            f"  output gates: {told(records)}. Closing them removes the paths through h and leaves the forget "
             f"gates: d c_T / d c_k over the product of gates, in decades: {gaps}. So closed gates tame an "
-            "explosion, and take from a gradient that vanishes."
+            "exploding gradient, but shrink a vanishing one further."
         )
     return "\n".join(lines)
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """One row for each piece of advice, an arrow from before to after."""
+    """One row for each piece of advice, with an arrow from before to after."""
     runs = list(results["runs"].values())
     figure, (axis,) = _run.axes(1, (11, 1.9 + 0.42 * max(len(runs), 6)))
     names = [f"{path}_{when}" for path in ("state", "direct") for when in ("before", "after")]
@@ -285,7 +286,7 @@ def draw(results: dict[str, Any]) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     parser = _claims.command(__doc__ or "", out="claim_advice", hidden=128, inputs=32, lags=100, seeds=5)
-    parser.add_argument("--burn-in", type=_options.at_least(0), default=50, help="steps from a zero state before")
+    parser.add_argument("--burn-in", type=_options.at_least(0), default=50, help="steps to run from a zero state first")
 
     def load(args: argparse.Namespace) -> list[Advice]:
         jax.config.update("jax_enable_x64", True)

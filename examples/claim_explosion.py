@@ -1,15 +1,15 @@
 """Forget gates are at most 1, so the gradient of an LSTM cannot explode: is that true?
 
-The argument takes d c_t / d c_{t-1} for the forget gate f_t.  The gradient also goes through h_{t-1} into the
-gates and the candidate.  At the origin (no input, c = h = 0) with an orthogonal U_g the Jacobian of a step has
-the eigenvalues f + i o lambda(U_g), |lambda| = 1, and 0, so where one lambda is 1 (in large networks one is nearly)
-its spectral radius is
+The argument takes the forget gate f_t for d c_t / d c_{t-1}.  But the gradient also flows through h_{t-1} into the
+gates and the candidate.  At the origin (no input, c = h = 0) with an orthogonal U_g, the Jacobian of a step has the
+eigenvalues f + i o lambda(U_g), |lambda| = 1, and 0.  If one lambda is 1, as it nearly is in large networks, the
+spectral radius is
 
   rho = f + i o = sigmoid(b_f) + 1/4,   above 1 for a forget bias b_f > ln 3 = 1.0986
 
-although every forget gate is below 1.  This example sweeps b_f, measures the slope of ln retention of the whole
-state (c, h) against the lag without input and with inputs x ~ N(0, s^2), and sets beside it the direct path,
-the product of the forget gates alone.  Exact Jacobians, float64, recurrent matrices orthogonal gate by gate.
+although every forget gate is below 1.  This example sweeps b_f and measures the slope of ln retention of the whole
+state (c, h) against the lag, without input and with inputs x ~ N(0, s^2).  It compares this with the direct path, the
+product of the forget gates alone.  Jacobians are exact, in float64; each gate's recurrent matrix is orthogonal.
 
   python examples/claim_explosion.py
   python examples/claim_explosion.py --hidden 256 --seeds 10
@@ -34,7 +34,7 @@ from rnncore import analysis, initializers
 
 LOWEST, HIGHEST = -1.0, 5.0
 CRITICAL = initializers.critical_forget_bias()
-FLAT = 1e-3  # a slope nearer to 0 than this, over 100 steps a factor of 1.1, is neither growth nor decay
+FLAT = 1e-3  # a slope closer to 0 than this, a factor of 1.1 over 100 steps, is neither growth nor decay
 
 
 def measure(args: argparse.Namespace, bias: float, scale: float, seed: int) -> dict[str, float]:
@@ -55,7 +55,7 @@ def measure(args: argparse.Namespace, bias: float, scale: float, seed: int) -> d
 
 
 def radius(args: argparse.Namespace, bias: float) -> float:
-    """Largest |eigenvalue| of the Jacobian of one step at the origin, computed and not derived."""
+    """Largest |eigenvalue| of the Jacobian of one step at the origin, computed numerically."""
     key = jax.random.key(0)
     cell, params = _claims.orthogonal("LSTM", initializers.forget_bias(bias))(args.hidden, args.inputs, key)
     run = analysis.trajectory(cell, params, _claims.inputs(key, 1, args.inputs, 0.0))
@@ -91,7 +91,7 @@ def gate(bias: float) -> float:
 
 
 def crossing(biases: Sequence[float], slopes: Sequence[float]) -> float | None:
-    """The bias at which the slope first passes from decay to growth, interpolated; None where it does not."""
+    """The bias at which the slope first changes from decay to growth, interpolated; None if it never does."""
     for n in range(1, len(slopes)):
         if slopes[n - 1] <= 0 < slopes[n]:
             part = -slopes[n - 1] / (slopes[n] - slopes[n - 1])
@@ -131,7 +131,7 @@ def words(results: dict[str, Any]) -> str:
             text += (
                 f"the gradient {begin}, most at b_f = {done[worst]:.3g}: {slopes[worst]:+.4f} per step, "
                 f"{_claims.exponent(run['rms_log10'][worst])} after {lags} steps, with no forget gate above "
-                f"{run['largest_gate'][worst]:.4f}; the product of the gates says "
+                f"{run['largest_gate'][worst]:.4f}; the product of the gates predicts "
                 f"{_claims.exponent(run['direct_log10'][worst])}"
             )
         else:
@@ -144,7 +144,7 @@ def words(results: dict[str, Any]) -> str:
     lines.append(
         "verdict: FALSE. f <= 1 bounds the direct path only; the path through h_{t-1} and the candidate adds up to "
         "i o = 1/4 to it, and the gradient explodes." if grown else
-        "verdict: no explosion at these settings; the claim asks for more than that."
+        "verdict: no explosion at these settings, which does not prove the claim."
     )  # fmt: skip
     return "\n".join(lines)
 
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--points", type=_options.at_least(3), default=13, help="forget biases from -1 to 5")
     parser.add_argument("--scales", type=_claims.spread, nargs="+", default=[0.0, 0.1, 1.0],
                         help="standard deviations of x")  # fmt: skip
-    parser.add_argument("--burn-in", type=_options.at_least(0), default=50, help="steps from a zero state before")
+    parser.add_argument("--burn-in", type=_options.at_least(0), default=50, help="steps to run from a zero state first")
 
     def load(args: argparse.Namespace) -> list[float]:
         jax.config.update("jax_enable_x64", True)

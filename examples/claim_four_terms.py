@@ -1,17 +1,17 @@
 """d c_T / d c_k of an LSTM: the product of forget gates, the product of four-term sums, or neither?
 
-Three matrices go by the name of the gradient through the cell state over many steps:
+Three matrices are called the gradient through the cell state over many steps:
 
-  direct          F_T ... F_{k+1},   F_t = diag(f_t), every h held fixed
+  direct          F_T ... F_{k+1},   F_t = diag(f_t), with every h held fixed
   four terms      A_T ... A_{k+1},   A_t = d c_t / d c_{t-1} with h_{t-1} = o_{t-1} tanh(c_{t-1}): through the forget
                   gate itself, and through h_{t-1} into the forget gate, the input gate and the candidate
   exact           [I 0] J_T ... J_{k+1} [I; Delta_k],   J_t the Jacobian of the whole state (c, h)
 
-A_t is exact for one step.  A product of them is not: c_k also reaches c_{k+2} through h_k, the output gate o_{k+1}
-and h_{k+1}, without passing c_{k+1}; over two steps K_{k+2} G_{k+1} Delta_k is missing.  This example measures all
-three at initialisation and after training on the adding problem (two marked numbers among noise, their sum asked for
-at the end), and lets finite differences decide: c_k is moved along random directions, h_k with it at a fixed o_k, and
-the network is run on.
+A_t is exact for one step, but a product of them is not: c_k also reaches c_{k+2} through h_k, the output gate o_{k+1}
+and h_{k+1}, without passing through c_{k+1}; over two steps K_{k+2} G_{k+1} Delta_k is missing.  This example measures
+all three at initialisation and after training on the adding problem (two marked numbers among noise, whose sum is
+asked for at the end), and lets finite differences decide: it moves c_k along random directions, and h_k with it at a
+fixed o_k, and runs the network on from there.
 
   python examples/claim_four_terms.py
   python examples/claim_four_terms.py --hidden 64 --lags 100 --steps 2000
@@ -44,7 +44,7 @@ CHOICES = ((0.1, 0.7, 0.1, 0.1), (0.0, 0.7, 0.0, 0.0))  # A, B, C, D
 
 
 def chosen(a: float, b: float, c: float, d: float, lags: int) -> np.ndarray:
-    """log10 of d c_T / d c_(T-k), k = 0 .. lags, where the four terms of every step are chosen numbers."""
+    """log10 of d c_T / d c_(T-k), k = 0 .. lags, if the four terms of every step are the given numbers."""
     cell, params, carry = with_terms(a, b, c, d)
     run = analysis.trajectory(cell, params, jnp.zeros((lags + 1, 1), _claims.FLOAT), carry)
     return np.asarray(analysis.retention_curve(run, path="cell", lags=lags).log10)
@@ -53,7 +53,7 @@ def chosen(a: float, b: float, c: float, d: float, lags: int) -> np.ndarray:
 def with_terms(a: float, b: float, c: float, d: float) -> tuple[rnncore.LSTM, Any, Any]:
     """(cell, parameters, carry) of one unit at rest: A through h into the forget gate, B = f, C into i, D into g.
 
-    The unit stays at c = 1/2 with i = o = 1/2 and g = 1 - b.  U_o = 0, so nothing passes by c through the output gate,
+    The unit stays at c = 1/2 with i = o = 1/2 and g = 1 - b.  U_o = 0, so nothing bypasses c through the output gate,
     and the product of the sums is the derivative.
     """
     values = {"i": 0.5, "f": b, "g": 1 - b, "o": 0.5}
@@ -70,7 +70,7 @@ def with_terms(a: float, b: float, c: float, d: float) -> tuple[rnncore.LSTM, An
 
 
 class Batch(NamedTuple):
-    """Adding problem: xs (B, T, 2), numbers from 0 to 1 and marks; targets (B,), the sum of the two marked."""
+    """Adding problem: xs (B, T, 2), numbers from 0 to 1 and marks; targets (B,), the sum of the two marked numbers."""
 
     xs: np.ndarray
     targets: np.ndarray
@@ -85,14 +85,14 @@ def draw_batch(random: np.random.Generator, count: int, steps: int) -> Batch:
 
 
 def batches(count: int, steps: int, seed: int) -> Iterator[Batch]:
-    """New sequences endlessly."""
+    """New sequences, endlessly."""
     random = np.random.default_rng(seed)
     while True:
         yield draw_batch(random, count, steps)
 
 
 def measure(cell: rnncore.LSTM, params: Any, xs: np.ndarray, lags: int) -> dict[str, Any]:
-    """Retention of every product by lag, their error against the exact one, and what finite differences say."""
+    """Retention of every product by lag, its error against the exact one, and its error against finite differences."""
     run = analysis.trajectory(cell, params, jnp.asarray(xs))
     products = analysis.cell_products(run)
     exact = products.state
@@ -101,7 +101,7 @@ def measure(cell: rnncore.LSTM, params: Any, xs: np.ndarray, lags: int) -> dict[
         logs = product.log_frobenius_norm() - 0.5 * math.log(cell.hidden_size)
         found[name] = mean_log10(logs[:, 1 : lags + 1])
         if name != "state":
-            # Both on the scale of the exact product, so that nothing underflows.
+            # Scale both as the exact product, so that nothing underflows.
             shift = jnp.exp(product.log_scale - exact.log_scale)[..., None, None]
             gap = analysis.ScaledMatrix(product.matrix * shift - exact.matrix, exact.log_scale)
             relative = gap.log_frobenius_norm() - exact.log_frobenius_norm()
@@ -149,12 +149,12 @@ def differences(run: analysis.Trajectory, products: analysis.CellProducts, lag: 
 
 
 def work(args: argparse.Namespace, test: Batch, results: dict[str, Any]) -> None:
-    """Measures, trains and measures again, on the same sequences."""
+    """Measures, trains and measures again on the same sequences."""
     cell = rnncore.LSTM(args.hidden, forget_bias=args.forget_bias)
     key, last = jax.random.split(jax.random.key(args.seed))
     readout = jax.random.normal(last, (args.hidden,), _claims.FLOAT) / math.sqrt(args.hidden)
     params = {"cell": cell.init(key, 2, _claims.FLOAT), "readout": readout, "offset": jnp.zeros((), _claims.FLOAT)}
-    results["variance"] = 1 / 6  # of the sum of two numbers, the error of a network that knows its mean only
+    results["variance"] = 1 / 6  # of the sum of two numbers: the error of a network that knows only the mean
     results["chosen"] = [{"terms": terms, "log10": chosen(*terms, args.lags).tolist()} for terms in CHOICES]
     results["runs"][STAGES[0]] = measure(cell, params["cell"], test.xs, args.lags)
 
@@ -182,7 +182,7 @@ def words(results: dict[str, Any]) -> str:
             rows.append([stage, label, *(_claims.exponent(run[name][lag - 1]) for lag in chosen)])
     lines = [
         f"terms A, B, C, D chosen as {', '.join(map(str, entry['terms']))}: over {last} steps "
-        f"{_claims.exponent(entry['log10'][last])} is left, the power of their sum"
+        f"{_claims.exponent(entry['log10'][last])} is left, which is the power of their sum"
         for entry in results["chosen"]
     ]
     lines += ["", "retention ||M||_F / sqrt n, mean of log10 over sequences",
@@ -190,11 +190,11 @@ def words(results: dict[str, Any]) -> str:
     record = results.get("training", {}).get("adding problem")
     if record and record["loss"]:
         lines.append(f"training: squared error {np.mean(record['loss'][-20:]):.4f} after {len(record['loss'])} steps; "
-                     f"knowing the mean only: {results['variance']:.4f}")  # fmt: skip
+                     f"{results['variance']:.4f} for knowing only the mean")  # fmt: skip
     for stage, run in runs.items():
         part = run["residual"]
         lines.append(
-            f"{stage}: what the four-term product lacks over two steps is {part['median']:.2%} of the exact derivative "
+            f"{stage}: over two steps the four-term product misses {part['median']:.2%} of the exact derivative "
             f"(8 in 10 steps: {part['low']:.2%} to {part['high']:.2%})"
         )
         for lag, errors in sorted(run["differences"].items(), key=lambda item: int(item[0])):
@@ -209,16 +209,16 @@ def words(results: dict[str, Any]) -> str:
     held = all(errors["state"] < 1e-4 for run in runs.values() for errors in run["differences"].values())
     worst = max(run["one_step_total_error"][-1] for run in runs.values())
     lines.append(
-        "verdict: the product of state Jacobians alone is d c_T / d c_k. The four-term sum is exact for one step, its "
-        f"product is off by up to {worst:.2g} of the derivative at lag {last}; the product of forget gates is the "
+        "verdict: the product of state Jacobians alone is d c_T / d c_k. The four-term sum is exact for one step, but "
+        f"its product is off by up to {worst:.2g} of the derivative at lag {last}; the product of forget gates is the "
         "derivative with every h held fixed (h-detach with p = 1)." if held else
-        "verdict: none; the finite differences do not confirm the exact product (too little is left of it to measure)."
+        "verdict: none; finite differences do not confirm the exact product (too little of it is left to measure)."
     )  # fmt: skip
     return "\n".join(lines)
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Left the retention of all four, right the errors of the two products; one row for each stage."""
+    """On the left the retention of all four, on the right the errors of the two products; a row for each stage."""
     runs = results["runs"]
     figure, grid = _run._picture.plt.subplots(
         len(runs), 2, figsize=(11.5, 1.4 + 3.6 * len(runs)), squeeze=False, layout="constrained", sharex=True
@@ -262,12 +262,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     parser = _run.command(__doc__ or "", out="claim_four_terms", steps=1500, batch=32, learning_rate=1e-2)
     parser.add_argument("--hidden", type=_options.at_least(2), default=32, help="hidden units")
-    parser.add_argument("--lags", type=_options.at_least(3), default=60, help="steps back to measure; sequence length")
+    parser.add_argument(
+        "--lags", type=_options.at_least(3), default=60, help="steps back to measure; also the sequence length"
+    )
     parser.add_argument("--forget-bias", type=float, default=1.0, help="of the LSTM at initialisation")
 
     def load(args: argparse.Namespace) -> Batch:
         jax.config.update("jax_enable_x64", True)
-        # One step more than the lags: the cell path starts after the first.
+        # One step more than the lags, because the cell path starts after the first step.
         return draw_batch(np.random.default_rng(12345), SEQUENCES, args.lags + 1)
 
     return _run.main(parser, argv, load, work, words, draw)

@@ -1,14 +1,14 @@
 """Over 100 steps the LSTM keeps 1e-2 of a gradient and the RNN 1e-10: under which initialisation?
 
-Measures d s_T / d s_{T-100} of untrained networks for the initialisations in use and inputs x ~ N(0, s^2), after
-50 steps of burn-in, with exact Jacobians in float64, as
+Measures d s_T / d s_{T-100} of untrained networks with common initialisations and inputs x ~ N(0, s^2), after 50 steps
+of burn-in, with exact Jacobians in float64, as
 
-  operator  the largest singular value, the best direction
-  rms       ||.||_F / sqrt n, all directions alike
+  operator  the largest singular value: the best direction
+  rms       ||.||_F / sqrt n: the average over directions
   direct    the product of the forget gates alone, rms over units, which is often taken for the gradient (LSTM)
 
-s is the whole state, (c, h) of an LSTM.  Medians and quartiles over --seeds draws of parameters and inputs.  A
-claim holds at a setting where the median lies within half a decade of it.
+s is the whole state, which is (c, h) for an LSTM.  The tables show medians and quartiles over --seeds draws of
+parameters and inputs.  A claim holds at a setting if the median lies within half a decade of it.
 
   python examples/claim_initialisation.py
   python examples/claim_initialisation.py --seeds 20 --out full
@@ -39,7 +39,7 @@ OF = {"rms": "rms of the whole state", "operator": "operator norm of the whole s
 
 
 def networks(lags: int) -> dict[str, tuple[str, _claims.Build]]:
-    """Name to (kind of network, how it is made); chrono is told how many steps matter."""
+    """Name to (kind of network, how to build it); chrono gets the number of steps that matter."""
     orthogonal, biased = functools.partial(_claims.orthogonal, "LSTM"), initializers.forget_bias
     return {
         "RNN, PyTorch default": ("RNN", _claims.torch("RNN")),
@@ -74,7 +74,7 @@ def measure(args: argparse.Namespace, build: _claims.Build, scale: float, seed: 
 
 
 def work(args: argparse.Namespace, builds: dict[str, tuple[str, _claims.Build]], results: dict[str, Any]) -> None:
-    """All seeds of one network at one scale, then the next."""
+    """One network after the other, at one scale after the other, with all seeds."""
     total = len(builds) * len(args.scales) * args.seeds
     with tqdm(total=total, unit="run", dynamic_ncols=True) as bar:
         for name, (kind, build) in builds.items():
@@ -90,7 +90,7 @@ def work(args: argparse.Namespace, builds: dict[str, tuple[str, _claims.Build]],
 
 
 def words(results: dict[str, Any]) -> str:
-    """One table for every kind, and a verdict for each claim."""
+    """A table for every kind, and a verdict on each claim."""
     runs, settings = results["runs"], results["settings"]
     lags, scales = settings["lags"], [f"{s:g}" for s in settings["scales"]]
     lines = []
@@ -109,7 +109,7 @@ def words(results: dict[str, Any]) -> str:
 
 
 def defaults(results: dict[str, Any]) -> list[str]:
-    """How far apart the two networks are at the defaults of one library."""
+    """How far apart the two networks are at the defaults of each library."""
     lines = []
     for library in ("PyTorch", "Keras"):
         entries = (results["runs"].get(f"{kind}, {library} default", {"scales": {}}) for kind in ("RNN", "LSTM"))
@@ -133,7 +133,7 @@ def slopes(values: list[float]) -> str:
 
 
 def verdict(results: dict[str, Any], network: str) -> str:
-    """Where the claim about a kind of network holds, and how far off it is elsewhere."""
+    """Where the claim about a kind of network holds, and how wrong it is elsewhere."""
     claim, holds, off, exact = CLAIMED[network], [], [], 0
     for name, entry in results["runs"].items():
         if entry["network"] != network:
@@ -154,12 +154,12 @@ def verdict(results: dict[str, Any], network: str) -> str:
         f"{_claims.exponent(high)} ({most})"
     )
     if high - low > 4 * WITHIN:
-        head += ", so it is a statement about an initialisation, not about the architecture"
+        head += ", so it depends on the initialisation, not on the architecture"
     return "\n".join([head, *holds])
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """One row for each initialisation: medians and quartiles at every scale, claims as bands."""
+    """One row for each initialisation: medians and quartiles at every scale, with the claims as bands."""
     runs, scales = results["runs"], [f"{s:g}" for s in results["settings"]["scales"]]
     kinds = [kind for kind in CLAIMED if any(entry["network"] == kind for entry in runs.values())]
     counts = [sum(entry["network"] == kind for entry in runs.values()) for kind in kinds]
@@ -213,7 +213,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def mark(axis: Any, values: list[float], y: float, **look: Any) -> None:
-    """A median with its quartiles; what is exactly 0 lies beyond every axis."""
+    """A median with its quartiles; a retention of exactly 0 is not drawn."""
     low, middle, high = values
     if np.isfinite(low):
         axis.plot([low, high], [y, y], color=look["color"], linewidth=1.4, zorder=2)
@@ -226,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _claims.command(__doc__ or "", out="claim_initialisation", hidden=128, inputs=32, lags=100, seeds=5)
     parser.add_argument("--scales", type=_claims.spread, nargs="+", default=[0.0, 0.1, 0.7, 1.0],
                         help="standard deviations of x")  # fmt: skip
-    parser.add_argument("--burn-in", type=_options.at_least(0), default=50, help="steps from a zero state before")
+    parser.add_argument("--burn-in", type=_options.at_least(0), default=50, help="steps to run from a zero state first")
 
     def load(args: argparse.Namespace) -> dict[str, tuple[str, _claims.Build]]:
         jax.config.update("jax_enable_x64", True)

@@ -1,17 +1,17 @@
 """In a language model the gradient falls as e^(-0.5 t) in an RNN and as e^(-0.01 t) in an LSTM: does it?
 
-Trains language models, by characters or by words, and measures at initialisation, after about one pass over the text,
-and at the end, on held-out text,
+Trains language models, by characters or by words, and measures on held-out text, at initialisation, after about one
+pass over the text, and at the end,
 
   R(k) = ||dl_T/ds_{T-k}|| / ||dl_T/ds_T||,   l_T = -log p(x_{T+1} | x_1 ... x_T)
 
-for one loss term at many positions: s = h in the RNN, the cell state c with h following it in the LSTM.  The
-measurement is not truncated; states are warm.  On the lags 5 to 40 and 40 to 100 an exponential e^(-lambda k) and a
-power law (k + 1)^(-p) are fitted to the mean of ln R (the typical position) and to the ln of the mean of R (ruled by
-few positions), and the lower AIC says which of the two it is.  A claim holds where the exponential is the better
-model and its rate lies within a quarter of the claimed one.  The default weights are PyTorch's, U(-1/sqrt H, 1/sqrt H)
-with two biases; the third network has both of its forget biases set to 1.  As a control, the gradient of the sum of
-all loss terms, which is refreshed at every step.
+for one loss term at many positions, where s is h in the RNN, and the cell state c with h following it in the LSTM.  The
+measurement is not truncated, and starts from a state that has seen text.  On the lags 5 to 40 and 40 to 100, an
+exponential e^(-lambda k) and a power law (k + 1)^(-p) are fitted to the mean of ln R (the typical position) and to the
+ln of the mean of R (dominated by few positions); the lower AIC decides between the two.  A claim holds if the
+exponential is the better model and its rate lies within a quarter of the claimed one.  The default weights are
+PyTorch's, U(-1/sqrt H, 1/sqrt H) with two biases; in the third network both forget biases are set to 1.  The control is
+the gradient of the sum of all loss terms, to which every step adds.
 
   python examples/claim_language_model.py
   python examples/claim_language_model.py --text ptb.train.txt --words --steps 20000 --hidden 200 --out ptb
@@ -50,7 +50,7 @@ AVERAGES = {"mean_log": "mean of ln R", "log_mean": "ln of mean R"}
 
 
 def as_torch(params: Any, hidden: int, forget: float | None, seed: int) -> Any:
-    """The parameters with those of the cell drawn as PyTorch does; rnncore holds the sum of its two biases."""
+    """The parameters, with the cell's drawn as in PyTorch; rnncore holds the sum of PyTorch's two biases."""
     edge = hidden**-0.5
     cell, tree = jax.tree_util.tree_flatten_with_path(params["rnn"]["cell"])
     leaves = []
@@ -62,7 +62,7 @@ def as_torch(params: Any, hidden: int, forget: float | None, seed: int) -> Any:
 
 
 def measure(args: argparse.Namespace, model: Any, params: Any, text: np.ndarray) -> dict[str, Any]:
-    """Held-out loss, curve, fits and control of a network as it stands."""
+    """Held-out loss, curve, fits and control of a network with these parameters."""
     _, pieces = _corpus.spread(text, args.positions, BURN_IN + LAGS + 1)
     tokens, target = pieces[:, :-1], pieces[:, -1]
     xs = model.apply({"params": params}, tokens, method=lambda m, t: m.embedding(t))
@@ -77,7 +77,7 @@ def measure(args: argparse.Namespace, model: Any, params: Any, text: np.ndarray)
         for window in WINDOWS:
             try:
                 fit = curve.fit("auto", window, average=average).to_dict()
-            except ValueError as error:  # a retention of exactly 0 has no line through its logarithm
+            except ValueError as error:  # a retention of exactly 0 has no logarithm to fit
                 fit = {"error": str(error)}
             fits[f"{average} {window[0]}-{window[1]}"] = fit
     loss = base.validate(model, params, text, args.batch)
@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, model: Any, params: Any, text: np.ndarray)
 
 
 def control(model: Any, params: Any, pieces: np.ndarray, xs: jax.Array) -> float:
-    """log10 of the gradient of the sum of all loss terms in h, 100 steps back over 5 steps back."""
+    """log10 of the gradient of the sum of all loss terms with respect to h, 100 steps back over 5 steps back."""
     cell, weights = nn.functional(base.CELLS[model.kind](model.hidden), params["rnn"]["cell"])
 
     def total(carry: Any, outputs: jax.Array) -> jax.Array:
@@ -99,7 +99,7 @@ def control(model: Any, params: Any, pieces: np.ndarray, xs: jax.Array) -> float
 
 
 def work(args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, Any]) -> None:
-    """One network after the other: measure, a pass, measure, the rest, measure."""
+    """One network after the other: measure, train for a pass, measure, train for the rest, measure."""
     per_pass = max(len(corpus.train) // (args.batch * args.length), 1)
     first = min(per_pass, args.steps)
     results["text"] = {**corpus.describe(), "unit": corpus.unit, "steps_of_a_pass": per_pass}
@@ -139,7 +139,7 @@ def windows(text: np.ndarray, args: argparse.Namespace) -> Iterator[Any]:
 
 
 def words(results: dict[str, Any]) -> str:
-    """Fits in a table, and the verdicts."""
+    """A table of the fits, and the verdicts."""
     rows = []
     for name, entry in results["runs"].items():
         for stage, found in entry["stages"].items():
@@ -164,7 +164,7 @@ def words(results: dict[str, Any]) -> str:
 
 
 def verdict(name: str, entry: dict[str, Any]) -> str:
-    """At which stage and window the claim about a network holds."""
+    """The stages and windows at which the claim about a network holds."""
     claim, held, seen = CLAIMED[entry["kind"]], [], []
     for stage, found in entry["stages"].items():
         for key, fit in found["fits"].items():
@@ -176,13 +176,13 @@ def verdict(name: str, entry: dict[str, Any]) -> str:
                 held.append(f"{stage}, lags {key.rpartition(' ')[2]}, {AVERAGES[key.rpartition(' ')[0]]}: {rate:.4f}")
     text = f'"{entry["kind"].upper()} e^(-{claim:g} t)", {name}: '
     if not seen:
-        return text + "no line fits"
+        return text + "no fit was possible"
     text += f"holds in {len(held)} of {len(seen)} fits (rates from {min(seen):+.4f} to {max(seen):+.4f} per step)"
     return text + ("; " + "; ".join(held) if held else "")
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """One panel for each network, a curve for each stage, the claim as a line."""
+    """One panel for each network, with a curve for each stage and the claim as a line."""
     runs = results["runs"]
     figure, panels = _run.axes(len(runs), (max(9.0, 1.4 + 4.4 * len(runs)), 5.2))
     for axis, (name, entry) in zip(panels, runs.items(), strict=True):

@@ -6,9 +6,9 @@ Three ways to read the 1797 images of 8 x 8 pixels that come with scikit-learn:
   columns   8 features a step, left to right; blank columns on the right are cut off: 5 to 8 steps
   pixels    1 feature a step, row by row; blank pixels at the end are cut off: 59 to 64 steps
 
-Sequences are put into one array, padded with NaN: the padding reaches neither the loss nor a gradient, because
-`seq_lengths` says where each sequence ends.  The class is read off the last state: of a GRU in both
-directions for rows and columns, of an LSTM that reads once for pixels.
+The sequences are put into one array and padded with NaN.  The padding reaches neither the loss nor a gradient, because
+`seq_lengths` says where each sequence ends.  The class is read from the last state: that of a bidirectional GRU for
+rows and columns, that of a forward LSTM for pixels.
 
   python examples/digits.py
   python examples/digits.py --readings columns --steps 200 --padding 1e6
@@ -35,7 +35,7 @@ from rnncore import linen as nn
 READINGS = ("rows", "columns", "pixels")
 HELD_OUT = 360  # images
 CLASSES = 10
-MORE = 2  # steps of padding behind the longest sequence, so that there is some behind each
+MORE = 2  # steps of padding after the longest sequence, so that every sequence has some
 SHOWN = 8  # images in the figure
 
 
@@ -57,7 +57,7 @@ class Digits(NamedTuple):
 
 
 class Classifier(nn.Module):
-    """Sequences (B, T, D) with lengths (B,) to logits (B, 10), from the last states alone."""
+    """Sequences (B, T, D) with lengths (B,) to logits (B, 10), from the last states only."""
 
     hidden: int
     both: bool
@@ -89,7 +89,7 @@ def read(reading: str, padding: float) -> Digits:
 
 
 def load(args: argparse.Namespace) -> dict[str, tuple[Digits, Digits]]:
-    """(training, held-out) images of every reading that is asked for; the same images in each.
+    """(training, held-out) images for every reading asked for; the same images in each.
 
     Raises:
       ValueError: a batch larger than the training set.
@@ -103,7 +103,7 @@ def load(args: argparse.Namespace) -> dict[str, tuple[Digits, Digits]]:
 
 
 def batches(data: Digits, size: int, seed: int) -> Iterator[Digits]:
-    """Random batches for ever; every image once in a pass."""
+    """Random batches, endlessly; every image at most once in a pass."""
     random = np.random.default_rng(seed)
     while True:
         order = random.permutation(len(data.labels))
@@ -146,7 +146,7 @@ def work(args: argparse.Namespace, data: dict[str, tuple[Digits, Digits]], resul
 
 
 def chosen(test: Digits, guesses: np.ndarray) -> list[tuple[np.ndarray, int, int, int]]:
-    """Images for the figure: mistakes first, but at most half, then the shortest sequences of other classes."""
+    """Images for the figure: mistakes first, at most half, then the shortest correct sequence of each class."""
     wrong = np.flatnonzero(guesses != test.labels)[: SHOWN // 2]
     right = np.flatnonzero(guesses == test.labels)
     right = right[np.argsort(test.lengths[right], kind="stable")]
@@ -172,7 +172,7 @@ def draw(results: dict[str, Any]) -> Any:
     figure, (left, right) = _run.axes(2, (11.5, 4.8), width_ratios=(1, 1.15))
     for style, (name, run) in zip(_run.STYLES, results["runs"].items(), strict=False):
         error = 1 - np.array(run["accuracy"])
-        # No mistake at all has no place on a log axis; it is drawn as half of one.
+        # A log axis has no 0, so no mistake at all is drawn as half of one.
         drawn = 100 * np.maximum(error, 0.5 / HELD_OUT)
         left.plot(run["watched"], drawn, linewidth=1.8, **style, label=f"{name}: {error[-1]:.1%}")
     left.set_yscale("log")
@@ -184,7 +184,7 @@ def draw(results: dict[str, Any]) -> Any:
     done = [name for name, run in results["runs"].items() if run.get("examples")]
     right.set_axis_off()
     if done:
-        # Pixels show best what a sequence that ends early is.
+        # Pixels show best how a sequence ends early.
         show(right, done[-1], results["runs"][done[-1]]["examples"])
     note = ", interrupted" if results["interrupted"] else ""
     padding = f"padded with {results['settings']['padding']:g}{note}".replace("nan", "NaN")
@@ -193,7 +193,7 @@ def draw(results: dict[str, Any]) -> Any:
 
 
 def show(axis: Any, reading: str, examples: list[dict[str, Any]]) -> None:
-    """Images in a grid; hatched is what was cut off."""
+    """Images in a grid; what was cut off is hatched."""
     for place, example in enumerate(examples):
         steps = np.array(example["steps"])
         inner = axis.inset_axes([place % 4 / 4, 0.5 - 0.52 * (place // 4), 0.22, 0.40])
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--readings", nargs="+", choices=READINGS, default=list(READINGS), help="which ways to read")
     add("--hidden", type=_options.at_least(1), default=64, help="hidden units")
-    add("--padding", type=float, default=float("nan"), help="what stands behind the end of a sequence")
+    add("--padding", type=float, default=float("nan"), help="value after the end of each sequence")
     return _run.main(parser, argv, load, work, words, draw)
 
 

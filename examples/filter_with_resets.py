@@ -1,13 +1,13 @@
-"""A recurrent filter over many episodes in one row, with `resets` where each begins.
+"""A recurrent filter over rows of packed episodes, with `resets` where each episode begins.
 
-A swinging mass is observed through noise: its state is s = (position, velocity),
+A swinging mass is observed through noise.  Its state is s = (position, velocity),
 
   s' = A s + w,  w ~ N(0, Q),   z = position + v,  v ~ N(0, r),   s_1 ~ N(0, P) in every episode,
 
-and only z is measured.  Episodes of 5 to 60 steps stand end to end in rows of 240 steps, as a replay
-buffer packs them.  A GRU learns to estimate position and velocity, once with `resets` at the first step
-of every episode, once without.  For such a system the Kalman filter, which is given A, Q, r and P, has
-the least mean squared error that any filter can have; the networks are given only examples.
+and only z is measured.  Episodes of 5 to 60 steps are packed end to end into rows of 240 steps, as in a
+replay buffer.  A GRU learns to estimate position and velocity, once with `resets` at the first step of
+every episode, and once without.  For such a system no filter has a smaller mean squared error than the
+Kalman filter, which knows A, Q, r and P; the networks see only examples.
 
   python examples/filter_with_resets.py
   python examples/filter_with_resets.py --hidden 16 --steps 300
@@ -33,8 +33,8 @@ SHORTEST, LONGEST = 5, 60  # steps of an episode
 ROW = 240  # steps of a row
 TEST_ROWS = 400
 TEST_SEED = 12345  # the test set is the same for every --seed
-# An oscillator with a period of 24 steps that loses 5 % of its swing a step and is pushed at random;
-# velocity in units in which it swings as far as the position.
+# An oscillator with a period of 24 steps that loses 5 % of its amplitude per step and is pushed at random.
+# Velocity is in units in which it has the same amplitude as the position.
 TURN, KEEP = 2 * math.pi / 24, 0.95
 A = KEEP * np.array([[math.cos(TURN), math.sin(TURN)], [-math.sin(TURN), math.cos(TURN)]])
 Q = np.diag([0.0, 0.02])
@@ -46,7 +46,7 @@ class Rows(NamedTuple):
     """Packed episodes.
 
     Fields:
-      z: float32 (B, T, 1), what is measured.
+      z: float32 (B, T, 1), the measurements.
       states: float32 (B, T, 2), position and velocity.
       starts: bool (B, T), the first step of every episode.
     """
@@ -67,7 +67,7 @@ class Filter(nn.Module):
 
 
 def simulate(random: np.random.Generator, rows: int, steps: int = ROW) -> Rows:
-    """Rows of episodes; the first begins with the row, the last is cut off at its end."""
+    """Rows of episodes; the first begins with the row, and the last is cut off where the row ends."""
     starts = np.zeros((rows, steps), bool)
     for row in starts:
         at = 0
@@ -119,7 +119,7 @@ def squared_error(estimates: np.ndarray, rows: Rows) -> np.ndarray:
 
 
 def batches(size: int, seed: int) -> Iterator[Rows]:
-    """New episodes endlessly."""
+    """New episodes, endlessly."""
     random = np.random.default_rng(seed)
     while True:
         yield simulate(random, size)
@@ -157,7 +157,7 @@ def words(results: dict[str, Any]) -> str:
     """Mean squared errors in a few lines."""
     optimum = results["kalman"]
     lines = [
-        f"mean squared error of position plus velocity; knowing nothing: {np.trace(P):.2f}",
+        f"mean squared error of position plus velocity; with no measurement yet: {np.trace(P):.2f}",
         f"Kalman filter: {optimum['error']:.3f}, the least possible (it expects {optimum['expected']:.3f})",
     ]
     for name, run in results["runs"].items():

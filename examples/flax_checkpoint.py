@@ -1,10 +1,10 @@
 """A checkpoint of flax.linen, loaded and trained further by rnncore.linen, and loaded by flax.linen again.
 
 The model is written once, as a function of the module namespace, and learns to put the spaces back into
-text: it reads a line without them, in both directions, and says of every character whether a space
-followed.  Flax's own modules train it and orbax saves parameters and optimiser state.  The same lines
-built from rnncore.linen read that checkpoint, give the same outputs, train it further and save it, and
-Flax's modules read it back.  The time of a training step is shown for both.
+text: it reads a line without them, in both directions, and predicts for each character whether a space
+followed.  Flax's modules train it, and orbax saves parameters and optimiser state.  The same code with
+rnncore.linen loads that checkpoint, gives the same outputs, trains it further and saves it, and Flax's
+modules load it again.  The example also shows the time of a training step of both.
 
   python examples/flax_checkpoint.py
   python examples/flax_checkpoint.py --text book.txt --steps 1000
@@ -55,7 +55,7 @@ class Tagged(NamedTuple):
 
 
 class Data(NamedTuple):
-    """A corpus for this task, `windows` being the held-out part in pieces (B, T)."""
+    """A corpus for this task; `windows` is the held-out part in pieces (B, T)."""
 
     source: str
     vocabulary: int
@@ -64,7 +64,7 @@ class Data(NamedTuple):
 
 
 def without_spaces(tokens: np.ndarray, characters: Sequence[str]) -> Tagged:
-    """The characters that are no white space, and where white space stood."""
+    """The characters other than white space, and after which of them white space stood."""
     blank = np.array([c.isspace() for c in characters])[tokens]
     followed = np.append(blank[1:], False)
     return Tagged(tokens[~blank], followed[~blank])
@@ -89,7 +89,7 @@ def load(args: argparse.Namespace) -> Data:
 
 
 def batches(text: Tagged, size: int, length: int, seed: int) -> Iterator[Tagged]:
-    """Random windows endlessly."""
+    """Random windows, endlessly."""
     random = np.random.default_rng(seed)
     while True:
         index = random.integers(len(text.tokens) - length, size=(size, 1)) + np.arange(length)
@@ -108,7 +108,7 @@ def f1_score(said: np.ndarray, right: np.ndarray) -> float:
 
 
 def work(args: argparse.Namespace, data: Data, results: dict[str, Any]) -> None:
-    """Flax trains and saves, rnncore loads, compares, trains and saves, Flax loads and compares."""
+    """Flax trains and saves; rnncore loads, compares, trains and saves; Flax loads and compares."""
     results["text"] = data.source
     rate = optax.cosine_decay_schedule(args.learning_rate, 2 * args.steps, alpha=0.05)
     optimizer = optax.adam(rate)
@@ -132,7 +132,7 @@ def work(args: argparse.Namespace, data: Data, results: dict[str, Any]) -> None:
         with orbax.checkpoint.StandardCheckpointer() as checkpointer:
             checkpointer.save(folder, {"params": state[0], "moments": state[1]}, force=True)
             checkpointer.wait_until_finished()
-            # What is restored has to fit the other library's own model, name by name and shape by shape.
+            # What is restored has to match the other library's model in every name and shape.
             init = functools.partial(nets[other].init, jax.random.key(0), test.tokens[:1])
             expected = jax.eval_shape(lambda init=init: (p := init()["params"], optimizer.init(p)))
             loaded = checkpointer.restore(folder, {"params": expected[0], "moments": expected[1]})
@@ -150,17 +150,17 @@ def milliseconds(run: dict[str, Any]) -> float | None:
 
 
 def words(results: dict[str, Any]) -> str:
-    """What was equal, how fast, and how good."""
+    """How close the outputs are, how fast each library is, and how well the model learned."""
     lines = [f"text: {results['text']}"]
     for name, run in results["runs"].items():
         time = milliseconds(run)
         lines.append(
             f"trained by {name}: held-out loss {run['held_out'][0]:.4f} to {run['held_out'][-1]:.4f} nats, spaces "
-            f"found with F1 {run['f1'][-1]:.1%}" + (f", {time:.1f} ms a step" if time else "")
+            f"found with F1 {run['f1'][-1]:.1%}" + (f", {time:.1f} ms per step" if time else "")
         )
     for way, seen in results["handed over"].items():
         lines.append(
-            f"checkpoint from {way}: outputs differ by {seen['largest_difference']:.1e} at most, where the largest is "
+            f"checkpoint from {way}: outputs differ by {seen['largest_difference']:.1e} at most; the largest output is "
             f"{seen['largest_output']:.1f}"
         )
     times = [milliseconds(run) for run in results["runs"].values()]
@@ -178,7 +178,7 @@ def draw(results: dict[str, Any]) -> Any:
         steps = begin + np.arange(1, len(run["loss"]) + 1)
         axis.plot(steps, run["loss"], color=style["color"], linewidth=0.6, alpha=0.35)
         axis.plot(steps, _run.smooth(run["loss"], 20), linewidth=1.8, **style,
-                  label=f"trained by {name}" + (f", {time:.1f} ms a step" if time else ""))  # fmt: skip
+                  label=f"trained by {name}" + (f", {time:.1f} ms per step" if time else ""))  # fmt: skip
         axis.plot(begin + np.array(run["watched"]), run["held_out"], linestyle="", marker="os"[begin > 0],
                   markersize=5, markerfacecolor="white", color=style["color"], label="held-out text")  # fmt: skip
         begin += len(run["loss"])
@@ -203,12 +203,12 @@ def draw(results: dict[str, Any]) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the example; returns the exit code."""
     parser = _run.command(__doc__ or "", out="checkpoint", steps=300, batch=32, learning_rate=5e-3)
-    parser.epilog = f"{parser.epilog}\nThe checkpoints are the folders PREFIX.flax.linen and PREFIX.rnncore.linen."
+    parser.epilog = f"{parser.epilog}\nThe checkpoints are in the folders PREFIX.flax.linen and PREFIX.rnncore.linen."
     add, positive = parser.add_argument, _options.at_least(1)
     add("--embed", type=positive, default=32, help="size of the character embedding")
     add("--hidden", type=positive, default=96, help="hidden units in each direction")
-    add("--length", type=positive, default=96, help="characters of a piece of text")
-    add("--text", metavar="FILE", help="utf-8 text in place of the pydoc_data.topics of the standard library")
+    add("--length", type=positive, default=96, help="characters in a piece of text")
+    add("--text", metavar="FILE", help="utf-8 text to use instead of pydoc_data.topics from the standard library")
     return _run.main(parser, argv, load, work, words, draw)
 
 

@@ -1,10 +1,10 @@
-"""The 3-bit flip-flop: a network that remembers three signs, and the fixed points by which it does.
+"""The 3-bit flip-flop: a network that remembers three signs, and the fixed points that store them.
 
-    python examples/flip_flop.py                    # some minutes on two CPU cores
+    python examples/flip_flop.py                    # a few minutes on two CPU cores
     python examples/flip_flop.py --peer ~/fixed-point-finder    # also times that library; needs PyTorch
 
-From time to time one of three inputs gives a pulse of +1 or -1; output i is the sign of the last pulse of input i.
-Eight memories need eight stable fixed points; between them lie saddles, over which a pulse carries the state.
+From time to time one of three inputs gives a pulse of +1 or -1.  Output i is the sign of the last pulse of input i.
+Eight memories need eight stable fixed points.  Between them lie saddles, across which a pulse pushes the state.
 """
 
 import argparse
@@ -28,8 +28,8 @@ parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
 parser.add_argument("--steps", type=int, default=800, help="training steps")
 parser.add_argument("--hidden", type=int, default=24, help="units of the GRU")
 parser.add_argument("--length", type=int, default=60, help="steps of a sequence")
-parser.add_argument("--peer", metavar="FOLDER", help="a clone of mattgolub/fixed-point-finder, to time beside")
-parser.add_argument("--starts", type=int, default=512, help="states from which fixed points are looked for")
+parser.add_argument("--peer", metavar="FOLDER", help="a clone of mattgolub/fixed-point-finder, to time as well")
+parser.add_argument("--starts", type=int, default=512, help="random states from which to look for fixed points")
 
 
 def sequences(rng: np.random.Generator, batch: int, length: int) -> tuple[jax.Array, jax.Array]:
@@ -43,7 +43,7 @@ def sequences(rng: np.random.Generator, batch: int, length: int) -> tuple[jax.Ar
 
 
 def train(options: argparse.Namespace) -> tuple[rnncore.GRU, rnncore.CellParams, jax.Array, float]:
-    """(cell, its parameters, the read-out (H, 3), the last loss)."""
+    """(cell, its parameters, the readout (H, 3), the last loss)."""
     cell = rnncore.GRU(options.hidden)
     weights = (cell.init(jax.random.key(0), 3), 0.1 * jax.random.normal(jax.random.key(1), (options.hidden, 3)))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
@@ -68,10 +68,11 @@ def train(options: argparse.Namespace) -> tuple[rnncore.GRU, rnncore.CellParams,
     return cell, *weights, float(value)
 
 
-def beside(folder: str, cell: rnncore.GRU, wide: rnncore.CellParams, starts: np.ndarray) -> None:
-    """Times both libraries on the same network and starts, in turns; theirs in its float32, of 5000 Adam steps at most.
+def compare(folder: str, cell: rnncore.GRU, wide: rnncore.CellParams, starts: np.ndarray) -> None:
+    """Times both libraries in turns, on the same network and starts; the other one in float32, at most 5000 Adam steps.
 
-    Its own rate of 1 throws the states about; 0.1 left the smallest residuals of 1, 0.1, 0.01 and 0.003.
+    Its default learning rate of 1 makes the states jump around; of 1, 0.1, 0.01 and 0.003, 0.1 left the smallest
+    residuals.
     """
     import torch
 
@@ -96,7 +97,7 @@ def beside(folder: str, cell: rnncore.GRU, wide: rnncore.CellParams, starts: np.
         print(", ".join(f"{name} {taken[-1]:.2f} s" for name, taken in seconds.items()), flush=True)
     stable = int(np.sum(found.is_stable)) if found.is_stable is not None else 0
     residuals = np.sqrt(2 * np.quantile(found.qstar, (0.0, 0.5, 1.0)))
-    print(f"rnncore {ours}, seconds by round {np.round(seconds['rnncore'], 2)}, the first with compilation")
+    print(f"rnncore {ours}, seconds in each round {np.round(seconds['rnncore'], 2)}, the first with compilation")
     print(
         f"fixed-point-finder: {found.n} points, {stable} stable, residuals {residuals[0]:.1e} to {residuals[2]:.1e}, "
         f"median {residuals[1]:.1e}, seconds {np.round(seconds['fixed-point-finder'], 2)}"
@@ -115,13 +116,13 @@ def main() -> None:
         xs, _ = sequences(rng, 32, options.length)
         run = analysis.trajectory(cell, wide, jnp.asarray(np.asarray(xs), jnp.float64))
         visited = np.asarray(run.carries.h).reshape(-1, options.hidden)
-        # Where the state has been, and halfway between such places: there the saddles are.
+        # Start from visited states, and from halfway between two of them, where the saddles are.
         pairs = rng.integers(0, len(visited), (2, options.starts))
         starts = (visited[pairs[0]] + visited[pairs[1]] * rng.integers(0, 2, (options.starts, 1))) / 2
         starts += rng.normal(0, 0.05, starts.shape)
         starts = np.concatenate([visited[::7], starts])
         if options.peer:
-            beside(options.peer, cell, wide, starts)
+            compare(options.peer, cell, wide, starts)
         found = analysis.fixed_points(cell, wide, jnp.zeros(3), starts)
         print(found)
         for i in range(len(found)):
@@ -133,7 +134,7 @@ def main() -> None:
             )
         memories = {tuple(np.sign(found.states[i] @ np.asarray(readout))) for i in np.flatnonzero(found.stable)}
         whole = memories == set(itertools.product((-1.0, 1.0), repeat=3))
-        print("all eight memories have a stable point" if whole else f"{len(memories)} of eight memories found")
+        print("each of the eight memories has a stable point" if whole else f"{len(memories)} of eight memories found")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""How far back the gradient of one loss term reaches in a vanilla RNN and in an LSTM: one picture of each.
+"""How far back the gradient of one loss term reaches in a vanilla RNN and in an LSTM.
 
-The size of dL/dh_t at every step and unit, L = w h_T with a random w, inputs from N(0, 1).  Neither network is trained:
-they have PyTorch's default weights, but for the LSTM's forget bias.  Beside it what every step adds to the gradient of
-the weights, and the LSTM's gate gradients as sums over steps with their difference from jax.grad.
+One picture shows the size of dL/dh_t at every step and unit, for L = w h_T with a random w and inputs from N(0, 1).
+Neither network is trained: they have PyTorch's default weights, except for the LSTM's forget bias.  A second picture
+shows what every step adds to the gradient of the weights.  The table has the LSTM's gate gradients as sums over steps,
+and how they differ from jax.grad.
 
     python examples/gradient_maps.py                # seconds; writes gradient_maps.png and gradient_maps_bars.png
 """

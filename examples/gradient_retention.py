@@ -1,19 +1,20 @@
 """How much of the gradient of one loss term survives 1 to 100 steps back?
 
-Trains a vanilla RNN and an LSTM as language models on real text, by characters or by words, and measures, at
-initialisation and after training, on held-out text,
+Trains a vanilla RNN and an LSTM as language models on real text, by characters or by words, and measures on
+held-out text, at initialisation and after training,
 
   R(k) = ||dl_T/ds_{T-k}|| / ||dl_T/ds_T||,   l_T = -log p(x_{T+1} | x_1 ... x_T)
 
-for the whole state s, which is (c, h) in the LSTM, and for the LSTM's cell state c with h = o tanh(c)
-following it.  One loss term, because the gradient of a sum over time is refreshed at every step and
-cannot decay.  Exact: the actual dl_T/ds_T is pulled back through the Jacobian of every step.  The
-curves are means of log R over positions.  Beside them stand the direct path, the product of forget
-gates that is often taken for R, and the bound, the product of bounds of the single steps.
+for the whole state s, which is (c, h) in the LSTM, and for the LSTM's cell state c, with h = o tanh(c)
+following it.  It takes one loss term, because every step adds to the gradient of a sum over time, which
+therefore cannot decay.  The measurement is exact: the actual dl_T/ds_T is pulled back through the Jacobian
+of every step.  The curves are means of log R over positions.  For comparison there are two more curves:
+the direct path, which is the product of forget gates that is often taken for R, and the bound, which is
+the product of bounds on the single steps.
 
 Training is truncated backpropagation: windows of --length steps in text order, each starting from the
-last state of the window before, with no gradient across the border.  Clipping scales all of a gradient
-alike, so it changes what is learned, but not R of the network that comes out.
+last state of the window before, with no gradient across the boundary.  Clipping scales the whole gradient
+by one number, so it changes what the network learns, but not how R is measured.
 
   python examples/gradient_retention.py
   python examples/gradient_retention.py --cell lstm --forget-bias 1 --text ptb.train.txt --words --out ptb
@@ -57,8 +58,8 @@ CURVES: dict[str, dict[str, tuple[str, str]]] = {
     },
 }  # fmt: skip
 BOUND_POSITIONS = 4  # the norms of whole Jacobians are expensive, and hardly differ between positions
-LOGITS = 2**24  # of the held-out text that are there at one time
-SHOW_OVER = 20  # windows that the loss in the progress bar is averaged over, roughly
+LOGITS = 2**24  # how many logits of the held-out text to hold at a time
+SHOW_OVER = 20  # roughly how many windows the loss in the progress bar is averaged over
 
 
 class LanguageModel(nn.Module):
@@ -109,7 +110,7 @@ def window_loss(
 
 
 def train(args: argparse.Namespace, model: LanguageModel, params: Any, text: np.ndarray, record: dict) -> Any:
-    """The parameters after `args.steps` windows; `record` is up to date at any moment."""
+    """The parameters after `args.steps` windows; `record` is always up to date."""
     rate = optax.cosine_decay_schedule(args.learning_rate, max(args.steps, 1), alpha=0.1)
     optimizer = optax.chain(optax.clip_by_global_norm(args.clip), optax.adam(rate))
 
@@ -144,7 +145,7 @@ def train(args: argparse.Namespace, model: LanguageModel, params: Any, text: np.
 
 
 def validate(model: LanguageModel, params: Any, text: np.ndarray, batch: int) -> float:
-    """Nats per token over all of a text, in `batch` streams from a zero carry."""
+    """Nats per token over a whole text, in `batch` streams from a zero carry."""
     tokens, carry, total = _corpus.streams(text, batch), zero_carry(model, batch), 0.0
     size = max(LOGITS // (batch * model.vocabulary), 1)
     for start in range(0, tokens.shape[1] - 1, size):
@@ -156,7 +157,7 @@ def validate(model: LanguageModel, params: Any, text: np.ndarray, batch: int) ->
 
 @functools.partial(jax.jit, static_argnums=0)
 def loss_adjoint(model: LanguageModel, params: Any, hidden: jax.Array, target: jax.Array) -> jax.Array:
-    """dl_T/dh_T (B, H) of every position's own loss term, which sees the state through h_T alone."""
+    """dl_T/dh_T (B, H) of every position's own loss term, which depends on the state only through h_T."""
 
     def total(hidden: jax.Array) -> jax.Array:
         logits = model.apply({"params": params}, hidden, method=lambda m, h: m.readout(h))
@@ -166,17 +167,17 @@ def loss_adjoint(model: LanguageModel, params: Any, hidden: jax.Array, target: j
 
 
 def measure(args: argparse.Namespace, model: LanguageModel, params: Any, text: np.ndarray) -> dict[str, Any]:
-    """Validation loss and all curves of a network as it stands."""
+    """Validation loss and all curves of a network with these parameters."""
     _, pieces = _corpus.spread(text, args.positions, args.burn_in + args.lags + 1)
     tokens, target = pieces[:, :-1], pieces[:, -1]
     xs = model.apply({"params": params}, tokens, method=lambda m, t: m.embedding(t))
     cell, weights = nn.functional(CELLS[model.kind](model.hidden), params["rnn"]["cell"])
     run = analysis.trajectory(cell, weights, xs)
     slope = loss_adjoint(model, params, run.last.h, target)
-    # A token predicted with certainty has a gradient of exactly 0, of which there is no share.
+    # A token predicted with certainty has a gradient of exactly 0, so its retention is 0 / 0.
     kept = np.flatnonzero(np.asarray(jnp.abs(slope).max(-1) > 0))
     if not len(kept):
-        raise FloatingPointError("the gradient of every loss term is exactly 0; there is nothing to retain")
+        raise FloatingPointError("the gradient of every loss term is exactly 0; there is no retention to measure")
     if len(kept) < args.positions:
         xs, slope = xs[kept], slope[kept]
         run = analysis.trajectory(cell, weights, xs)
@@ -217,7 +218,7 @@ def describe(args: argparse.Namespace, corpus: _corpus.Corpus) -> dict[str, Any]
 def run_all(
     args: argparse.Namespace, corpus: _corpus.Corpus, results: dict[str, Any], save: Callable[[], None]
 ) -> None:
-    """Measures, trains and measures again; `results` is up to date at any moment, `save` called at every stage."""
+    """Measures, trains and measures again; `results` is always up to date, and `save` is called at every stage."""
     networks, held_out = results["networks"], corpus.validation
     models, params = {}, {}
     for kind in CELLS if args.cell == "both" else (args.cell,):
@@ -236,7 +237,7 @@ def run_all(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the job; returns the exit code: 0, or 130 after Ctrl-C."""
+    """Runs the example; returns the exit code: 0, 1 if the training diverged, or 130 after Ctrl-C."""
     begin, command = time.perf_counter(), _options.parser(__doc__ or "", tuple(CELLS))
     args = command.parse_args(argv)
     data, picture = Path(f"{args.out}.json"), Path(f"{args.out}.png")

@@ -1,15 +1,16 @@
-"""A network of cortex that decides: which of two noisy streams is the stronger, and how it keeps the answer.
+"""A model of cortex that decides which of two noisy streams is stronger, and remembers the answer.
 
-The task of random dots: for 800 ms two inputs show the evidence for left and right, (1 - c) / 2 and (1 + c) / 2 with
-noise, c the coherence.  After a delay a cue goes off, and the network has to say which side was stronger.
-The network obeys what is known of cortex:
+The task imitates random dots.  For 800 ms two inputs show the evidence for left and right, (1 - c) / 2 and (1 + c) / 2
+with noise, where c is the coherence.  After a delay a cue goes off, and the network has to say which side was stronger.
+The network follows what is known about cortex:
 
   tau dr/dt = -r + relu(W x + U r + b + noise),   tau 100 ms, Euler steps of 20 ms
 
-with Dale's law (four of five units excite, the rest inhibit, and no unit reaches itself), rates and inputs that are
-not negative, noise private to every unit, and a readout of the excitatory units.  After training it is asked what
-an experiment asks, the share of choices by coherence, beside the observer who adds up all evidence without loss; and
-what only a model can be asked: how much each moment of evidence counts, exactly, and between which states it decides.
+with Dale's law (four of five units excite, the rest inhibit, and no unit connects to itself), rates and input weights
+that are not negative, independent noise in every unit, and a readout of the excitatory units.  After training, the
+example measures what an experiment would: the share of choices by coherence, compared with an observer who adds up all
+evidence without loss.  It also measures what only a model can tell: exactly how much each moment of evidence counts,
+and between which states the network decides.
 
   python examples/perceptual_decision.py
   python examples/perceptual_decision.py --hidden 50 --noise 0.3
@@ -41,14 +42,14 @@ FIXATION, STIMULUS, DELAY, CHOICE = 10, 40, 15, 10  # steps of a trial
 STEPS = FIXATION + STIMULUS + DELAY + CHOICE
 COHERENCES = (0.032, 0.064, 0.128, 0.256, 0.512)
 EVIDENCE_NOISE = 0.3  # standard deviation of each stream at each step
-MOST_FIXED_POINTS = 8  # that are told one by one
+MOST_FIXED_POINTS = 8  # that are printed one by one
 
 
 class Trials(NamedTuple):
     """B trials.
 
     Fields:
-      xs: float32 (B, STEPS, 3): evidence for left, for right, and the cue, 1 until the network is to choose.
+      xs: float32 (B, STEPS, 3): evidence for left, for right, and the cue, which is 1 until the network has to choose.
       right: int (B,), 1 where right is the answer.
       seed: of the noise in the network.
     """
@@ -59,7 +60,7 @@ class Trials(NamedTuple):
 
 
 def trials(random: np.random.Generator, coherence: np.ndarray) -> Trials:
-    """One trial for each signed coherence (B,), positive for right; without coherence the answer is a coin's."""
+    """One trial for each signed coherence (B,), positive for right; at coherence 0 the answer is a coin flip."""
     xs = np.zeros((len(coherence), STEPS, 3))
     stimulus = slice(FIXATION, FIXATION + STIMULUS)
     mean = np.stack([1 - coherence, 1 + coherence], -1) / 2
@@ -75,7 +76,7 @@ def signed() -> np.ndarray:
 
 
 def batches(size: int, seed: int) -> Iterator[Trials]:
-    """New trials endlessly, all coherences alike."""
+    """New trials, endlessly; all coherences are equally likely."""
     random = np.random.default_rng(seed)
     while True:
         yield trials(random, random.choice(signed(), size))
@@ -85,7 +86,7 @@ def batches(size: int, seed: int) -> Iterator[Trials]:
 
 
 def balanced(signs: tuple[int, ...]) -> Callable[..., jax.Array]:
-    """Weights (H, 1, H) whose excitation and inhibition cancel on average; the rest has a spectral radius near 1."""
+    """Weights (H, 1, H): excitation and inhibition cancel on average, and deviations have a spectral radius near 1."""
     sign = np.array(signs)
     size = np.where(sign > 0, 1.0, (sign > 0).sum() / max((sign < 0).sum(), 1))
     scale = size / math.sqrt((1 - 2 / math.pi) * (size**2).sum())
@@ -97,7 +98,7 @@ def balanced(signs: tuple[int, ...]) -> Callable[..., jax.Array]:
 
 
 def cortex(hidden: int) -> rnncore.Leaky:
-    """Rates of four excitatory units to one inhibitory, all connected but to themselves."""
+    """Four excitatory units for each inhibitory one; every unit is connected to all others but not to itself."""
     excitatory = round(0.8 * hidden)
     signs = (1,) * excitatory + (-1,) * (hidden - excitatory)
     connections = rnncore.Dale(signs, rnncore.Sparse.of(~np.eye(hidden, dtype=bool)))
@@ -114,43 +115,43 @@ class Weights(NamedTuple):
 
 
 def positive_inputs(params: rnncore.CellParams) -> rnncore.CellParams:
-    """The parameters that run: fibres from afar excite."""
+    """The parameters that the network runs with: long-range inputs excite."""
     return params._replace(input_kernel=jnp.abs(params.input_kernel))
 
 
 def choices(weights: Weights, rates: jax.Array) -> jax.Array:
-    """Log odds of right over left, by the rates (..., H)."""
+    """Log odds of right over left, from the rates (..., H)."""
     excitatory, _ = weights.readout.shape
     left, right = jnp.moveaxis(rates[..., :excitatory] @ weights.readout, -1, 0)
     return right - left
 
 
 def rates(cell: rnncore.Leaky, weights: Weights, xs: Any, seed: Any, noise: float) -> jax.Array:
-    """(B, STEPS, H), with the noise that the seed decides."""
+    """(B, STEPS, H), with the noise drawn from the seed."""
     params, xs = cell.with_noise(jax.random.key(seed), positive_inputs(weights.cell), jnp.asarray(xs), noise)
     return rnncore.unroll(cell, params, xs)[1]
 
 
 def loss(cell: rnncore.Leaky, weights: Weights, batch: Trials, noise: float, cost: float) -> jax.Array:
-    """Cross-entropy of the choice over its steps, and a price on the mean squared rate."""
+    """Cross-entropy of the choice over its steps, plus a cost on the mean squared rate."""
     r = rates(cell, weights, batch.xs, batch.seed, noise)
     odds = choices(weights, r[:, -CHOICE:])
     return jnp.mean(jax.nn.softplus(jnp.where(batch.right[:, None] > 0, -odds, odds))) + cost * jnp.mean(r**2)
 
 
-# --------------------------------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------------------------------- measurement
 
 
 def ideal(coherence: Any) -> Any:
-    """The share of right of the observer who adds up all evidence: the sum of differences is normal."""
+    """How often an observer who adds up all evidence chooses right: the sum of differences is normal."""
     return np.asarray(jax.scipy.special.ndtr(jnp.asarray(coherence) * math.sqrt(STIMULUS / 2) / EVIDENCE_NOISE))
 
 
 def threshold(right: np.ndarray) -> float:
-    """The coherence that an observer of this sensitivity k and no bias gets right in 84 of 100 trials: 1 / k.
+    """The coherence at which an observer with this sensitivity k and no bias is right in 84 of 100 trials: 1 / k.
 
-    P(right) = Phi(k (c - b)), k and b by maximum likelihood over a fine grid, from the share of right by coherence;
-    1 where that is all the same.
+    P(right) = Phi(k (c - b)), with k and b by maximum likelihood over a fine grid, from the share of choices to the
+    right by coherence; 1 if that share is always the same.
     """
     if np.ptp(right) == 0:
         return 1.0
@@ -161,7 +162,7 @@ def threshold(right: np.ndarray) -> float:
 
 
 def weight_of_evidence(cell: rnncore.Leaky, weights: Weights, batch: Trials, noise: float) -> tuple[Any, Any]:
-    """Of trials with noise, in float64: what each step counts for the choice, and what the gradient of it keeps.
+    """For trials with noise, in float64: how much each step counts for the choice, and how its gradient is retained.
 
     Returns:
       (d log odds / d (right - left), the mean at every step of the stimulus;
@@ -175,7 +176,7 @@ def weight_of_evidence(cell: rnncore.Leaky, weights: Weights, batch: Trials, noi
 
 @functools.partial(jax.jit, static_argnums=0)
 def gradients(cell: rnncore.Leaky, weights: Weights, xs: jax.Array, seed: Any, noise: float) -> Any:
-    """(d log odds at the end / d inputs and noise (B, STEPS, 3 + H), log retention of it (B, STEPS + 1))."""
+    """(d log odds at the end / d inputs and noise (B, STEPS, 3 + H), its log retention (B, STEPS + 1))."""
     params, noisy = cell.with_noise(jax.random.key(seed), positive_inputs(weights.cell), xs, noise)
     run = analysis.trajectory(cell, params, noisy)
     odds = jax.grad(lambda xs: choices(weights, rnncore.unroll(cell, params, xs)[1][:, -1]).sum())(noisy)
@@ -184,12 +185,12 @@ def gradients(cell: rnncore.Leaky, weights: Weights, xs: jax.Array, seed: Any, n
 
 
 def in_float64(weights: Weights) -> Weights:
-    """For what is asked of a network, where rounding should not answer."""
+    """The weights in float64, so that rounding does not affect what is measured."""
     return jax.tree.map(lambda a: jnp.asarray(np.asarray(a), jnp.float64), weights)
 
 
 def fixed_points(cell: rnncore.Leaky, weights: Weights, r: np.ndarray, x: Sequence[float]) -> list[dict[str, Any]]:
-    """The states that a constant input leaves alone, found from rates (N, H): their readings and slowest directions."""
+    """The fixed points under a constant input, searched from rates (N, H): their log odds and slowest directions."""
     with jax.enable_x64(True):
         wide = in_float64(weights)
         found = analysis.fixed_points(cell, positive_inputs(wide.cell), jnp.asarray(x, jnp.float64), r.astype(float))
@@ -199,7 +200,7 @@ def fixed_points(cell: rnncore.Leaky, weights: Weights, r: np.ndarray, x: Sequen
 
 
 def work(args: argparse.Namespace, _: None, results: dict[str, Any]) -> None:
-    """Trains the network, has it decide, and takes it apart."""
+    """Trains the network, tests its decisions, and analyses it."""
     cell, optimizer = cortex(args.hidden), _run.optimizer(args)
     keys = jax.random.split(jax.random.key(args.seed))
     excitatory = round(0.8 * args.hidden)
@@ -237,34 +238,34 @@ def work(args: argparse.Namespace, _: None, results: dict[str, Any]) -> None:
 
 
 def words(results: dict[str, Any]) -> str:
-    """How well it decides, what counts, and between which states."""
+    """How well the network decides, which evidence counts, and between which states it decides."""
     run = results["runs"]["cortex"]
     least = 1 / (math.sqrt(STIMULUS / 2) / EVIDENCE_NOISE)
     counts, kept = np.array(run["counts"][-1]), run["kept"][-1]
     lines = [
-        f"after {run['watched'][-1]} steps of training 84 % of choices are right from a coherence of "
-        f"{run['threshold'][-1]:.1%} on, {run['threshold'][-1] / least:.2f} times the threshold of the observer who "
+        f"after {run['watched'][-1]} steps of training, 84 % of choices are correct from a coherence of "
+        f"{run['threshold'][-1]:.1%} on, {run['threshold'][-1] / least:.2f} times the threshold of an observer who "
         f"adds up all evidence, {least:.1%}; mean rate {run['rate'][-1]:.3f}",
-        f"right was chosen, from coherence {signed()[0]:.0%} to {signed()[-1]:.0%}: "
+        f"share of choices to the right, from coherence {signed()[0]:.0%} to {signed()[-1]:.0%}: "
         + " ".join(f"{p:.2f}" for p in run["right"][-1]),
         "weight of the evidence's first, second, third and last quarter: "
         + ", ".join(f"{p:.0%}" for p in (counts / np.abs(counts).sum()).reshape(4, -1).sum(-1)),
         f"of the gradient of the choice {kept[STEPS - FIXATION]:.2g} reaches the onset of the evidence, "
         f"{(STEPS - FIXATION) * DT:.0f} ms back ({run['kept'][0][STEPS - FIXATION]:.2g} before training; a unit that "
-        f"leaks alone keeps {(1 - DT / TAU) ** (STEPS - FIXATION):.0e})",
+        f"only leaks keeps {(1 - DT / TAU) ** (STEPS - FIXATION):.0e})",
     ]
     for when, points in results.get("fixed_points", {}).items():
         stable = sum(point["unstable"] == 0 for point in points)
         lines.append(f"fixed points {when}: {stable} stable, {len(points) - stable} saddles")
         for point in points[:MOST_FIXED_POINTS]:
-            kind = f"saddle with {point['unstable']} ways out" if point["unstable"] else "stable"
+            kind = f"saddle with {point['unstable']} unstable directions" if point["unstable"] else "stable"
             slowest = f"the slowest direction changes by e in {point['slowest_ms']:.0f} ms"
             lines.append(f"  {kind}, log odds of right {point['log_odds']:+.1f}, {slowest}")
     return "\n".join(lines)
 
 
 def draw(results: dict[str, Any]) -> Any:
-    """Choices by coherence; the decision over time; the weight of evidence over time."""
+    """Choices by coherence, the decision over time, and the weight of evidence over time."""
     run, coherence = results["runs"]["cortex"], 100 * signed()
     figure, (choice, course, weight) = _run.axes(3, (15, 4.6))
     fine = np.linspace(coherence[0], coherence[-1], 201)
@@ -310,7 +311,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _run.command(__doc__ or "", out="perceptual_decision", steps=1500, batch=64, learning_rate=5e-3)
     parser.add_argument("--hidden", type=_options.at_least(5), default=100, help="units, a fifth of them inhibitory")
     parser.add_argument("--noise", type=_options.positive, default=0.1, help="standard deviation of a leaking unit")
-    parser.add_argument("--cost", type=_options.positive, default=0.01, help="price of the mean squared rate")
+    parser.add_argument(
+        "--cost", type=_options.positive, default=0.01, help="weight of the mean squared rate in the loss"
+    )
     parser.add_argument("--test-trials", type=_options.at_least(1), default=200, help="trials for each coherence")
     return _run.main(parser, argv, lambda args: None, work, words, draw)
 

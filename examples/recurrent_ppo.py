@@ -1,19 +1,19 @@
 """Proximal policy optimisation with a recurrent network, on a maze that cannot be solved without memory.
 
-A T-maze: the first place of a corridor shows a sign, left or right; at its far end, where the corridor
-looks the same whatever the sign was, the agent has to turn that way.  A policy without memory reaches
-the right place half of the time, however long it is trained.
+A T-maze: the first place of a corridor shows a sign, left or right.  At the far end, which looks the same
+for both signs, the agent has to turn that way.  A policy without memory reaches the goal half of the time,
+however long it is trained.
 
-What a recurrent network adds to PPO, and where it goes wrong by hand:
+What a recurrent network adds to PPO, and what is easy to get wrong:
 
-  * The reset belongs to the done of the step BEFORE: where an episode ended at step t - 1, the observation
-    of step t is the first of the next one, and the carry starts anew before it is read.
-  * The carry that a rollout began with is stored and starts the replay.  It is not what a reset returns to:
-    hence `reset_carry` beside `initial_carry`.
+  * The reset belongs to the done of the step BEFORE: if an episode ended at step t - 1, the observation of
+    step t is the first of the next one, and the carry is reset before it is read.
+  * The carry at the start of a rollout is stored, and the replay starts from it.  A reset does not return to
+    it, which is why there is a `reset_carry` besides `initial_carry`.
   * The value of the step after the last one needs the same carry and the same reset.
-  * Minibatches are whole sequences, chosen among environments and not among steps.
-  * While the parameters change, the stored carry grows old.  Burn-in runs the first steps of a rollout again
-    with the parameters of today, without gradients, and the loss begins where they end.
+  * Minibatches are whole sequences: they are chosen among environments, not among steps.
+  * While the parameters change, the stored carry becomes stale.  Burn-in runs the first steps of a rollout
+    again with the current parameters, without gradients, and the loss begins where they end.
 
   python examples/recurrent_ppo.py
   python examples/recurrent_ppo.py --corridor 20 --steps 400
@@ -48,8 +48,8 @@ class Maze(NamedTuple):
 
     Fields:
       sign: LEFT or RIGHT, (B,).
-      place: 0 where the sign is, `corridor` at the junction.
-      age: steps of this episode.
+      place: 0 at the sign, `corridor` at the junction.
+      age: steps of this episode so far.
       fresh: whether the next observation is the first of an episode.
     """
 
@@ -65,14 +65,14 @@ def start(key: jax.Array, batch: int) -> Maze:
 
 
 def observe(maze: Maze, corridor: int) -> jax.Array:
-    """(B, 3): the sign as -1 or 1, where it can be seen; in the corridor; at the junction."""
+    """(B, 3): the sign as -1 or 1 where it is visible; whether in the corridor; whether at the junction."""
     junction = maze.place == corridor
     sign = jnp.where(maze.place == 0, 2 * (maze.sign == RIGHT) - 1, 0)
     return jnp.stack([sign, ~junction, junction], -1).astype(jnp.float32)
 
 
 def move(maze: Maze, action: jax.Array, key: jax.Array, corridor: int) -> tuple[Maze, jax.Array, jax.Array]:
-    """(the state of the next step, reward, done); an episode that is over begins again."""
+    """(the state of the next step, reward, done); an episode that is over starts again."""
     junction, turns = maze.place == corridor, action != AHEAD
     reward = jnp.where(junction & (action == maze.sign), GOAL, jnp.where(junction | turns, WRONG, 0.0))
     age = maze.age + 1
@@ -92,7 +92,7 @@ class Agent(NamedTuple):
       init: key -> parameters.
       step: (params, carry, x (B, D), fresh (B,)) -> (carry, (logits (B, 3), value (B,))).
       replay: (params, carry, xs (T, B, D), fresh (T, B)) -> (carry, (logits (T, B, 3), values (T, B))).
-      carry: batch -> the carry before anything.
+      carry: batch -> the initial carry.
     """
 
     init: Callable[..., Any]
@@ -107,7 +107,7 @@ def readouts(params: Any, ys: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def init_readouts(key: jax.Array, hidden: int) -> Any:
-    """Small, so that the first policy is nearly uniform."""
+    """Small weights, so that the first policy is nearly uniform."""
     return {"kernel": 0.1 * jax.random.normal(key, (hidden, 4)) / hidden**0.5, "bias": jnp.zeros(4)}
 
 
@@ -143,10 +143,10 @@ def forgetful(agent: Agent) -> Agent:
 
 
 class Rollout(NamedTuple):
-    """T steps of B environments, (T, B, ...) arrays, and the carry that they began with.
+    """T steps of B environments, as (T, B, ...) arrays, and the carry that they started from.
 
     Fields:
-      fresh: where an observation is the first of an episode: the done of the step before.
+      fresh: whether an observation is the first of an episode: the done of the step before.
     """
 
     carry: Any
@@ -160,7 +160,7 @@ class Rollout(NamedTuple):
 
 
 class Learner(NamedTuple):
-    """What goes from one update to the next."""
+    """What one update passes to the next."""
 
     params: Any
     moments: Any
@@ -170,7 +170,7 @@ class Learner(NamedTuple):
 
 
 def roll(agent: Agent, params: Any, maze: Maze, carry: Any, key: jax.Array, steps: int, corridor: int) -> Any:
-    """(maze, carry, Rollout) after so many steps of the sampled policy."""
+    """(maze, carry, Rollout) after `steps` steps of the sampled policy."""
 
     def step(state: Any, key: jax.Array) -> Any:
         maze, carry = state
@@ -186,7 +186,7 @@ def roll(agent: Agent, params: Any, maze: Maze, carry: Any, key: jax.Array, step
 
 
 def advantages(rollout: Rollout, bootstrap: jax.Array) -> jax.Array:
-    """Generalised advantage estimates (T, B); nothing is carried over the end of an episode."""
+    """Generalised advantage estimates (T, B); nothing is carried across the end of an episode."""
 
     def step(later: Any, now: Any) -> Any:
         estimate, value_after = later
@@ -201,7 +201,7 @@ def advantages(rollout: Rollout, bootstrap: jax.Array) -> jax.Array:
 
 
 def burned_in(agent: Agent, params: Any, rollout: Rollout, steps: int) -> Any:
-    """The carry after the first steps of a rollout, with the parameters of today; a constant."""
+    """The carry after the first steps of a rollout with the current parameters, as a constant."""
     if not steps:
         return rollout.carry
     carry, _ = agent.replay(params, rollout.carry, rollout.xs[:steps], rollout.fresh[:steps])
@@ -209,7 +209,7 @@ def burned_in(agent: Agent, params: Any, rollout: Rollout, steps: int) -> Any:
 
 
 def loss_of(agent: Agent, params: Any, carry: Any, rollout: Rollout, advantage: Any, target: Any) -> jax.Array:
-    """The clipped objective, the values' squared error, the entropy."""
+    """The clipped objective, the squared error of the values, and the entropy."""
     _, (logits, values) = agent.replay(params, carry, rollout.xs, rollout.fresh)
     logs = jax.nn.log_softmax(logits)
     log = jnp.take_along_axis(logs, rollout.actions[..., None], -1)[..., 0]
@@ -263,7 +263,7 @@ def first_learner(agent: Agent, optimizer: Any, batch: int, seed: int) -> Learne
 
 
 def success(agent: Agent, params: Any, corridor: int) -> jax.Array:
-    """The share of episodes that end at the goal, of the sampled policy."""
+    """The share of episodes in which the sampled policy reaches the goal."""
     batch, steps = 256, 6 * corridor
     maze, carry = start(jax.random.key(7), batch), agent.carry(batch)
     _, _, rollout = roll(agent, params, maze, carry, jax.random.key(8), steps, corridor)
@@ -271,7 +271,7 @@ def success(agent: Agent, params: Any, corridor: int) -> jax.Array:
 
 
 def work(args: argparse.Namespace, _: None, results: dict[str, Any]) -> None:
-    """Trains a GRU, then the same with its past cut off."""
+    """Trains a GRU, then the same network with its past cut off."""
     agent = recurrent(rnncore.GRU(args.hidden))
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(args.learning_rate, eps=1e-5))
     for name, made in (("GRU", agent), ("GRU without its past", forgetful(agent))):
@@ -288,7 +288,7 @@ def work(args: argparse.Namespace, _: None, results: dict[str, Any]) -> None:
 def words(results: dict[str, Any]) -> str:
     """How often each reaches the goal."""
     settings = results["settings"]
-    lines = [f"T-maze with a corridor of {settings['corridor']}; without memory half of the episodes end at the goal"]
+    lines = [f"T-maze with a corridor of {settings['corridor']}; without memory half of the episodes reach the goal"]
     for name, run in results["runs"].items():
         taken = run["watched"][-1] * settings["batch"] * settings["rollout"]
         solved = [n for n, share in zip(run["watched"], run["success"], strict=True) if share >= 0.95]
@@ -321,14 +321,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _run.command(__doc__ or "", out="recurrent_ppo", steps=200, batch=64, learning_rate=1e-3)
     parser.add_argument("--hidden", type=_options.at_least(1), default=32, help="hidden units")
     parser.add_argument("--corridor", type=_options.at_least(1), default=10, help="places before the junction")
-    parser.add_argument("--rollout", type=_options.at_least(2), default=64, help="steps of every environment an update")
+    parser.add_argument("--rollout", type=_options.at_least(2), default=64, help="steps per environment and update")
     parser.add_argument("--burn-in", type=_options.at_least(0), default=8, help="first steps of a rollout without loss")
 
     def load(args: argparse.Namespace) -> None:
         if args.burn_in >= args.rollout:
             raise ValueError(f"--burn-in {args.burn_in} leaves nothing of a rollout of {args.rollout} steps")
         if args.batch % MINIBATCHES:
-            raise ValueError(f"--batch {args.batch} cannot be dealt out among {MINIBATCHES} minibatches")
+            raise ValueError(f"--batch {args.batch} cannot be divided into {MINIBATCHES} equal minibatches")
 
     return _run.main(parser, argv, load, work, words, draw)
 

@@ -1,18 +1,18 @@
 """Where does my model's gradient go?  From `pip install` to a report, on a model trained here.
 
-    pip install "rnncore[examples]"
+    pip install -e ".[examples]"
     python examples/tutorial.py                     # a few minutes on two CPU cores; writes tutorial.html
     python examples/tutorial.py --steps 30 --out short
 
-The parts between `# %%` lines are cells: editors that know them (VS Code, Spyder, PyCharm, Jupyter by way of
-jupytext) run them one by one and show what they print.
+The parts between `# %%` lines are cells: VS Code, Spyder, PyCharm, and Jupyter with jupytext run them one by one and
+show what they print.
 """
 
 # %% [markdown]
 # ## 1. A model and a task
-# An ordinary Flax model: a recurrent layer reads scikit-learn's handwritten digits pixel by pixel, 64 steps, a second
-# one reads its outputs, and a dense layer names the digit after the last step.  The first pixel
-# has to be remembered for 64 steps.
+# An ordinary Flax model: a recurrent layer reads scikit-learn's handwritten digits pixel by pixel, in 64 steps, a
+# second one reads its outputs, and a dense layer names the digit after the last step.  So the first pixel has to be
+# remembered for 64 steps.
 
 # %%
 import argparse
@@ -30,7 +30,7 @@ parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
 parser.add_argument("--steps", type=int, default=600, help="training steps")
 parser.add_argument("--hidden", type=int, default=32, help="units of each layer")
 parser.add_argument("--out", default="tutorial", help="writes OUT.html and OUT.jsonl")
-options, _ = parser.parse_known_args()  # a notebook has arguments of its own
+options, _ = parser.parse_known_args()  # a notebook adds arguments of its own
 
 images, digits = load_digits(return_X_y=True)
 images, digits = jnp.asarray(images[:, :, None] / 16, jnp.float32), jnp.asarray(digits)
@@ -56,8 +56,8 @@ variables = model.init(jax.random.key(0), train_x[:1])
 
 # %% [markdown]
 # ## 2. The gradient of the untrained model
-# One call: the model, its variables, a batch and the loss.  `report` finds the recurrent layers, runs the model once
-# and once back, and lists its findings; `print` shows the same sentences as the page.
+# One call with the model, its variables, a batch and the loss.  `report` finds the recurrent layers, runs the model
+# once forward and once backward, and lists its findings; `print` shows the same sentences as the page.
 
 # %%
 held_out = (test_x[:16], test_y[:16])
@@ -66,8 +66,8 @@ print(before)
 
 # %% [markdown]
 # ## 3. Training, with a monitor
-# The monitor takes a record every so many steps: retention, gate saturation, leading Lyapunov exponents, one JSON line
-# each, cheap enough to leave on.
+# Every so many steps, the monitor records retention, gate saturation and the leading Lyapunov exponents as one line of
+# JSON.  It is cheap enough to leave on.
 
 # %%
 optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(5e-3))
@@ -100,8 +100,8 @@ for record in monitor.records:
     print(f"step {record['step']:>4}: {kept}   forget gates above 0.9: {layer['gates']['f']['right']:.0%}")
 
 # %% [markdown]
-# ## 4. The gradient of the trained model, beside the untrained one
-# To learn the task is to learn to keep the gradient.  The page holds both, layer by layer.
+# ## 4. The gradient of the trained model, compared with the untrained one
+# To learn the task, the model has to learn to keep the gradient.  The page compares both, layer by layer.
 
 # %%
 after = analysis.report(model, variables, held_out, loss, title="Two layers that read digits pixel by pixel")
@@ -109,8 +109,9 @@ print(after)
 page = after.save(f"{options.out}.html", before=before)
 
 # %% [markdown]
-# ## 5. Further, with one layer
-# Every layer of a report holds its functional cell, parameters and trajectory, for all else in `rnncore.analysis`.
+# ## 5. A closer look at one layer
+# Every layer of a report holds its functional cell, parameters and trajectory, for everything else in
+# `rnncore.analysis`.
 
 # %%
 layer = after.layers["pixels"].layer

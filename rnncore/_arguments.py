@@ -93,14 +93,18 @@ def known_as(option: str, known: Iterable[str]) -> str | None:
 
 
 def refuse_foreign(cls: type, given: Mapping[str, Any]) -> None:
-    """TypeError for an argument that has another name here than in PyTorch, Keras or Flax."""
+    """TypeError for an argument that is misspelt, or has another name here than in PyTorch, Keras or Flax."""
     known: set[str] = set()
     for base in cls.__mro__:
         if "__init__" in vars(base):
             known |= inspect.signature(vars(base)["__init__"]).parameters.keys()
+    made: Any = cls
+    closed = all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(made.__init__).parameters.values())
     for option, value in given.items():
         if option not in known and (advice := known_as(option, known)):
             raise TypeError(f"`{cls.__name__}({option}={shown(value)})`: {advice}.")
+        if option not in known and closed and (near := nearest(option, known)):
+            raise TypeError(f"`{cls.__name__}({option}={shown(value)})`: there is no such option{near}.")
         if isinstance(value, str) and option in FUNCTIONS:
             example = "jnp.tanh" if option.endswith("_fn") else "jax.nn.initializers.orthogonal()"
             raise ValueError(f"`{cls.__name__}({option}={value!r})`: expected a function, such as {example}.")

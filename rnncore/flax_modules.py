@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import math
+import types
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,11 +16,24 @@ import jax.numpy as jnp
 from rnncore import _arguments, _lengths, sequence
 from rnncore._types import Array, PyTree
 from rnncore.cells import Cell, PointwiseCell, pointwise
-from rnncore.cells.recurrent_kernels import Dense, Heads, Recurrence
-from rnncore.layers.compose import unroll_stack
-from rnncore.layers.stack import Stack, StackParams
+from rnncore.layers.fields import without
 from rnncore.sequence import choices
 from rnncore.sequence.call import States
+
+
+def front(
+    name: str, own: types.ModuleType, flax: types.ModuleType
+) -> tuple[list[str], Callable[[str], Any], Callable[[], list[str]]]:
+    """`__all__`, `__getattr__` and `__dir__` of a module: its own public names, and for all others Flax's."""
+    public = sorted({n for module in (own, flax) for n in dir(module) if not n.startswith("_")})
+
+    def __getattr__(asked: str) -> Any:
+        if asked.startswith("__") or not hasattr(flax, asked):
+            near = "" if asked.startswith("__") else _arguments.nearest(asked, public)
+            raise AttributeError(f"module {name!r} has no attribute {asked!r}, nor has {flax.__name__}{near}")
+        return getattr(flax, asked)
+
+    return public, __getattr__, lambda: public
 
 
 def to_core(cell: Any, carry: Any) -> Any:
@@ -45,26 +59,45 @@ def from_core(carry: Any) -> Any:
     return carry[0] if len(carry) == 1 else tuple(carry)
 
 
+def core_of(kind: type[PointwiseCell], module: Any, size: int) -> PointwiseCell:
+    """The functional cell with H = size and the options that a Flax cell has too."""
+    options = ("gate_fn", "activation_fn", "reset_gate", "residual")
+    return kind(size, **{name: getattr(module, name) for name in options if hasattr(module, name)})
+
+
 class Call(NamedTuple):
-    """What the arguments of a call, and where they are None the fields of the module, say of a run.
+    """A call of an RNN module: its arguments, and where they are None the fields of the module.
 
     Fields:
-      return_carry, time_major, reverse, keep_order: as there.
+      inputs, seq_lengths, resets, reset_carry, return_states, return_carry, time_major, reverse, keep_order: as there.
+      carry: the initial one.
       time_axis: of the inputs.
       step_shape: the inputs' shape without time.
     """
 
+    inputs: Array
+    carry: Any
+    seq_lengths: Any
+    resets: Any
+    reset_carry: Any
+    return_states: bool
+    time_axis: int
+    step_shape: tuple[int, ...]
     return_carry: bool
     time_major: bool
     reverse: bool
     keep_order: bool
-    time_axis: int
-    step_shape: tuple[int, ...]
 
 
-def call_of(rnn: Any, inputs: Any, **arguments: bool | None) -> Call:
-    """`Call` of an RNN module on these inputs, or ValueError."""
-    said = {name: getattr(rnn, name) if value is None else value for name, value in arguments.items()}
+def call_of(
+    rnn: Any, inputs: Any, initialize: Callable[[tuple[int, ...]], Any], *, initial_carry: Any = None,
+    seq_lengths: Any = None, resets: Any = None, reset_carry: Any = None, return_states: bool = False,
+    return_carry: bool | None = None, time_major: bool | None = None, reverse: bool | None = None,
+    keep_order: bool | None = None,
+) -> Call:  # fmt: skip
+    """`Call` of an RNN module, or ValueError; `initialize` makes the carry for inputs of the shape of a step."""
+    given = {"return_carry": return_carry, "time_major": time_major, "reverse": reverse, "keep_order": keep_order}
+    said = {name: getattr(rnn, name) if value is None else value for name, value in given.items()}
     features = rnn.cell.num_feature_axes
     if not hasattr(inputs, "ndim"):
         raise ValueError(
@@ -78,7 +111,11 @@ def call_of(rnn: Any, inputs: Any, **arguments: bool | None) -> Call:
             "features."
         )
     axis = 0 if said["time_major"] else inputs.ndim - features - 1
-    return Call(**said, time_axis=axis, step_shape=inputs.shape[:axis] + inputs.shape[axis + 1 :])
+    step_shape = inputs.shape[:axis] + inputs.shape[axis + 1 :]
+    carry = initialize(step_shape) if initial_carry is None else initial_carry
+    carry = cast(carry, getattr(rnn, "carry_dtype", None))
+    reset_carry = _checked_reset_carry(reset_carry, carry, resets)
+    return Call(inputs, carry, seq_lengths, resets, reset_carry, return_states, axis, step_shape, **said)
 
 
 def check_is_cell(cell: Any, example: str) -> None:
@@ -122,7 +159,7 @@ def cast(tree: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(one, tree)
 
 
-def checked_reset_carry(reset_carry: Any, carry: Any, resets: Any) -> Any:
+def _checked_reset_carry(reset_carry: Any, carry: Any, resets: Any) -> Any:
     """The carry that resets return to, in the dtypes of the first one; ValueError where it makes no sense."""
     if reset_carry is None:
         return None
@@ -137,12 +174,10 @@ def checked_reset_carry(reset_carry: Any, carry: Any, resets: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.result_type(b)), reset_carry, carry)
 
 
-def result_of(rnn: Any, result: tuple[Any, ...], return_carry: bool) -> Any:
-    """What an RNN module returns of (carry, outputs[, States])."""
-    last, outputs, *states = result
-    outputs = cast(outputs, rnn.output_dtype)
-    chosen = (last, outputs, *states) if return_carry else (outputs, *states)
-    return chosen[0] if len(chosen) == 1 else chosen
+def result_of(rnn: Any, call: Call, last: Any, outputs: Array, *states: States) -> Any:
+    """What an RNN module returns of the last carry, the outputs and, if they were asked for, the states."""
+    outputs = cast(outputs, getattr(rnn, "output_dtype", None))
+    return without(last, outputs, *states, return_carry=call.return_carry)
 
 
 class SlowPathWarning(UserWarning):
@@ -183,35 +218,18 @@ def complex_numbers(cell: Any, inputs: Array, carry: Any) -> SlowPath | None:
     return None
 
 
-def unfit_functions(make: Callable[[], Cell], size: int, functions: Sequence[Any], module: type) -> SlowPath | None:
-    """Of functions of units that no loop can apply, or None; `make` gives the functional cell with them."""
+def unfit_functions(cell: Any, core: Callable[[], Cell], size: int, module: type) -> SlowPath | None:
+    """Of functions of units that no loop can apply, or None; `core` makes the functional cell with them."""
+    functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]
     for function in functions:
         if isinstance(function, module):
             reason = f"its function {type(function).__name__} is a module"
             return SlowPath(reason, f"give a plain function, or {AS_POINTWISE}")
     if why := pointwise.why_not_static(functions, size):
         return SlowPath(why, "give a function that is made outside of the transformed one, such as jnp.tanh")
-    core = make()
-    why = pointwise.why_not_elementwise(core) if isinstance(core, PointwiseCell) else None
+    made = core()
+    why = pointwise.why_not_elementwise(made) if isinstance(made, PointwiseCell) else None
     return SlowPath(why) if why else None
-
-
-def before_scan(rnn: Any, scan: str, slow: SlowPath) -> None:
-    """Called before a module runs under Flax's scan: rejects options, and warns if there is a remedy."""
-    cell = type(rnn.cell)
-    _refuse_options(rnn, scan, slow.reason)
-    if choices.is_recording():
-        remedies = () if slow.remedy is None else (slow.remedy,)
-        with choices.layer(rnn):
-            choices.record(choices.BackendChoice(scan, f"Flax's own scan, because {slow.reason}", {}, remedies))
-    elif slow.remedy is not None and not _silent.get() and (cell, slow.reason) not in _warned:
-        warnings.warn(
-            f"`RNN({cell.__name__}(...))`: runs under {scan}, as in Flax and no faster, because {slow.reason}. To have "
-            f"it run in rnncore's loops, {slow.remedy}.",
-            SlowPathWarning,
-            stacklevel=3,
-        )
-        _warned.add((cell, slow.reason))
 
 
 @contextlib.contextmanager
@@ -224,55 +242,47 @@ def without_warning() -> Iterator[None]:
         _silent.reset(token)
 
 
-def _refuse_options(rnn: Any, scan: str, why: str) -> None:
-    """NotImplementedError for options of `rnncore.unroll` on a module that runs under Flax's scan."""
-    for name, default in (("checkpoint_every", None), ("recompute", "nothing"), ("backend", None)):
-        if getattr(rnn, name) != default:
-            raise NotImplementedError(
-                f"`RNN({type(rnn.cell).__name__}(...), {name}={getattr(rnn, name)!r})`: this cell runs under {scan}, "
-                f"where {name} means nothing, because {why}. Leave it out, or use a cell of rnncore."
-            )
-
-
-def unroll(
-    rnn: Any, core: Cell, params: Any, inputs: Array, carry: Any, call: Call, *, seq_lengths: Any, resets: Any,
-    return_states: bool, reset_carry: Any = None, recompute: str | None = None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """(carry, outputs[, States]) of an RNN module through `rnncore.unroll`, in Flax's carries and dtypes.
+def unroll(rnn: Any, call: Call, core: Cell, params: Any, recompute: str | None = None) -> Any:
+    """What the call of an RNN module returns, through `rnncore.unroll`, in Flax's carries and dtypes.
 
     `recompute` overrides the module's own.
     """
-    xs = jnp.asarray(inputs, params.input_kernel.dtype)
-    start = to_core(core, carry)
-    back = None if reset_carry is None else to_core(core, reset_carry)
+    xs = jnp.asarray(call.inputs, params.input_kernel.dtype)
+    start = to_core(core, call.carry)
     with choices.layer(rnn):
         last, outputs, *states = sequence.unroll(
-            core, params, xs, initial_carry=start, reset_carry=back, seq_lengths=seq_lengths, resets=resets,
-            reverse=call.reverse, keep_order=call.keep_order, time_major=call.time_major, return_states=return_states,
+            core, params, xs, initial_carry=start, seq_lengths=call.seq_lengths, resets=call.resets,
+            reset_carry=None if call.reset_carry is None else to_core(core, call.reset_carry), reverse=call.reverse,
+            keep_order=call.keep_order, time_major=call.time_major, return_states=call.return_states,
             checkpoint_every=rnn.checkpoint_every, recompute=recompute or rnn.recompute, backend=rnn.backend,
         )  # fmt: skip
-    # The outputs have the dtype of a step's output, also where the carry has another one.
-    step = jax.eval_shape(core.step, params, start, core.project(params, jnp.zeros(call.step_shape, xs.dtype)))
-    states = [s._replace(carries=from_core(s.carries)) for s in states]
-    return (from_core(last), outputs.astype(step[1].dtype), *states)
+    outputs = outputs.astype(output_dtype(call, core, params, start, xs.dtype))
+    return result_of(rnn, call, from_core(last), outputs, *(s._replace(carries=from_core(s.carries)) for s in states))
 
 
-def scan_cell(
-    scan: Callable[..., Any], rnn: Any, inputs: Array, carry: Any, call: Call, *, seq_lengths: Any, resets: Any,
-    reset_carry: Any, return_states: bool,
-) -> tuple[Any, ...]:  # fmt: skip
-    """(carry, outputs[, States]) of an RNN module with any cell: Flax's scan, with correct lengths.
+def output_dtype(call: Call, core: Cell, params: Any, carry: Any, dtype: Any) -> Any:
+    """The dtype of a step's output, also where the carry has another one."""
+    step = jax.eval_shape(core.step, params, carry, core.project(params, jnp.zeros(call.step_shape, dtype)))
+    return step[1].dtype
+
+
+def scan_cell(rnn: Any, call: Call, name: str, slow: SlowPath, scan: Callable[..., Any]) -> Any:
+    """What the call of an RNN module returns with any cell: Flax's scan, with correct lengths.
 
     Args:
-      scan: Flax's scan over the cell: (step, carry, xs) -> (carry, ys), where step is
+      rnn, call: the module and its call.
+      name: of Flax's scan.
+      slow: why it is taken.  Options that it does not have are refused, and there is a warning if there is a remedy.
+      scan: Flax's scan over the cell: (rnn, step, carry, xs) -> (carry, ys), where step is
         (cell, carry, x) -> (carry, y) and all is time-major.
-      rnn: the module; all others: see its call.
     """
-    features, time_axis = rnn.cell.num_feature_axes, call.time_axis
-    xs = jnp.moveaxis(inputs, time_axis, 0)
+    _before_scan(rnn, name, slow)
+    features, time_axis, carry, resets = rnn.cell.num_feature_axes, call.time_axis, call.carry, call.resets
+    xs = jnp.moveaxis(call.inputs, time_axis, 0)
     steps, batch_shape = xs.shape[0], xs.shape[1 : xs.ndim - features]
-    lengths = None if seq_lengths is None else _lengths.check_lengths(seq_lengths, batch_shape, steps)
-    if lengths is not None:
+    lengths = None
+    if call.seq_lengths is not None:
+        lengths = _lengths.check_lengths(call.seq_lengths, batch_shape, steps)
         flat = xs.reshape(*xs.shape[: xs.ndim - features], math.prod(xs.shape[xs.ndim - features :]))
         xs = _lengths.blank_padding(flat, lengths).reshape(xs.shape)
     if resets is not None:
@@ -283,7 +293,7 @@ def scan_cell(
         resets = jnp.moveaxis(resets, time_axis, 0)
     if call.reverse:
         xs, resets = _lengths.reverse_time((xs, resets), lengths)
-    back = carry if reset_carry is None else reset_carry
+    back = carry if call.reset_carry is None else call.reset_carry
     # The last valid carry is part of the loop's carry, so that the carries need not be stacked.
     last = carry if lengths is not None and call.return_carry else None
     if last is not None or resets is not None:
@@ -292,26 +302,47 @@ def scan_cell(
     def step(cell: Any, state: Any, now: Any) -> Any:
         (before, last), (x, reset, t) = state, now
         if reset is not None:
-            before = jax.tree.map(lambda a, b: jnp.where(_expand(reset, a), a, b), back, before)
+            before = jax.tree.map(
+                lambda a, b: jnp.where(reset.reshape(reset.shape + (1,) * (a.ndim - reset.ndim)), a, b), back, before
+            )
         new, y = cell(before, x)
         new = _in_dtypes_of(before, new)
         if last is not None:
             assert lengths is not None
             last = _lengths.last_valid(last, jax.tree.map(lambda a: a[None], new), lengths, t)
-        return (new, last), (y, new if return_states else None)
+        return (new, last), (y, new if call.return_states else None)
 
     # While a backend is explained nothing is compiled, and this scan would become a Python loop.
     with jax.disable_jit(False) if choices.is_recording() else contextlib.nullcontext():
-        (end, last), ys = scan(step, (carry, last), (xs, resets, jnp.arange(steps)))
+        (end, last), ys = scan(rnn, step, (carry, last), (xs, resets, jnp.arange(steps)))
     if call.reverse and call.keep_order:
         ys = _lengths.reverse_time(ys, lengths)
     outputs, carries = jax.tree.map(lambda a: jnp.moveaxis(a, 0, time_axis), ys)
-    states = (States(carries, None),) if return_states else ()
-    return (end if last is None else last, outputs, *states)
+    states = (States(carries, None),) if call.return_states else ()
+    return result_of(rnn, call, end if last is None else last, outputs, *states)
 
 
-def _expand(mask: Array, like: Array) -> Array:
-    return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
+def _before_scan(rnn: Any, scan: str, slow: SlowPath) -> None:
+    """Refuses options that Flax's scan does not have, and warns if there is a remedy."""
+    cell = type(rnn.cell)
+    for name, default in (("checkpoint_every", None), ("recompute", "nothing"), ("backend", None)):
+        if getattr(rnn, name) != default:
+            raise NotImplementedError(
+                f"`RNN({cell.__name__}(...), {name}={getattr(rnn, name)!r})`: this cell runs under {scan}, where "
+                f"{name} means nothing, because {slow.reason}. Leave it out, or use a cell of rnncore."
+            )
+    if choices.is_recording():
+        remedies = () if slow.remedy is None else (slow.remedy,)
+        with choices.layer(rnn):
+            choices.record(choices.BackendChoice(scan, f"Flax's own scan, because {slow.reason}", {}, remedies))
+    elif slow.remedy is not None and not _silent.get() and (cell, slow.reason) not in _warned:
+        warnings.warn(
+            f"`RNN({cell.__name__}(...))`: runs under {scan}, as in Flax and no faster, because {slow.reason}. To have "
+            f"it run in rnncore's loops, {slow.remedy}.",
+            SlowPathWarning,
+            stacklevel=4,
+        )
+        _warned.add((cell, slow.reason))
 
 
 def _in_dtypes_of(before: PyTree, new: PyTree) -> PyTree:
@@ -335,36 +366,6 @@ def _check_batch(cell: Any, carry: Any, batch_shape: tuple[int, ...]) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------- several layers
-
-
-def recurrence(heads: int) -> Recurrence:
-    """The structure of a recurrent kernel with this number of heads."""
-    return Dense() if heads == 1 else Heads(heads)
-
-
-def run_layers(
-    layers: Any, stack: Stack, params: StackParams, xs: Array, *, initial_carry: Any, return_carry: bool | None,
-    **options: Any,
-) -> Any:  # fmt: skip
-    """The result of a module of several layers, by `unroll_stack` with its fields and the options of the call."""
-    with choices.layer(layers, [name for row in stack.names for name in row]):
-        last, outputs, *states = unroll_stack(
-            stack, params, xs, initial_carry=initial_carry, dtype=layers.dtype,
-            carry_dtype=layers.carry_dtype if initial_carry is not None else carry_dtype(layers),
-            output_dtype=layers.output_dtype, time_major=layers.time_major,
-            checkpoint_every=layers.checkpoint_every, recompute=layers.recompute, backend=layers.backend, **options,
-        )  # fmt: skip
-    carry = (last,) if (layers.return_carry if return_carry is None else return_carry) else ()
-    result = (*carry, outputs, *states)
-    return result[0] if len(result) == 1 else result
-
-
-def carry_dtype(layers: Any) -> Any:
-    """The dtype of the layers' own initial carry; that of the parameters by default."""
-    return layers.param_dtype if layers.carry_dtype is None else layers.carry_dtype
-
-
 # ------------------------------------------------------------------------------------ both directions
 
 
@@ -373,20 +374,40 @@ def concatenate(a: Array, b: Array) -> Array:
     return jnp.concatenate([a, b], axis=-1)
 
 
-def refuse_reverse(reverse: bool | None) -> None:
-    """NotImplementedError for `reverse=True` on a Bidirectional."""
+def both_directions(
+    layer: Any, inputs: Array, random: Sequence[Mapping[str, Any]], *, initial_carry: Any, seq_lengths: Any,
+    return_carry: bool | None, time_major: bool | None, reverse: bool | None,
+) -> Any:  # fmt: skip
+    """What the call of a Bidirectional returns; `random` is what each child takes for a random initial carry."""
     if reverse:
         raise NotImplementedError(
             "`Bidirectional(...)(inputs, reverse=True)`: both directions are read already; flip the inputs, or swap "
             "forward_rnn and backward_rnn."
         )
-
-
-def check_children(layer: Any, time_major: bool) -> None:
-    """ValueError where a Bidirectional would pass its batch axis to a child as time."""
-    for name in ("forward_rnn", "backward_rnn"):
-        if getattr(getattr(layer, name), "time_major", False) and not time_major:
-            raise ValueError(
-                f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would pass its batch "
-                "axis to this child as time; give Bidirectional time_major=True as well."
+    if time_major is None:
+        time_major = layer.time_major
+        for name in ("forward_rnn", "backward_rnn"):
+            if getattr(getattr(layer, name), "time_major", False) and not time_major:
+                raise ValueError(
+                    f"`Bidirectional({name}=RNN(..., time_major=True), time_major=False)`: the layer would pass its "
+                    "batch axis to this child as time; give Bidirectional time_major=True as well."
+                )
+    if layer.forward_rnn is layer.backward_rnn:
+        warnings.warn(
+            "`Bidirectional(forward_rnn, backward_rnn)`: both are the same object, so they share parameters.",
+            stacklevel=3,
+        )
+    starts = (None, None) if initial_carry is None else initial_carry
+    ways = ((layer.forward_rnn, {"reverse": False}), (layer.backward_rnn, {"reverse": True, "keep_order": True}))
+    carries, outputs = zip(
+        *(
+            rnn(
+                inputs, initial_carry=start, seq_lengths=seq_lengths, return_carry=True, time_major=time_major,
+                **given, **order,
             )
+            for (rnn, order), start, given in zip(ways, starts, random, strict=True)
+        ),
+        strict=True,
+    )  # fmt: skip
+    merged = jax.tree.map(layer.merge_fn, *outputs)
+    return without(carries, merged, return_carry=layer.return_carry if return_carry is None else return_carry)

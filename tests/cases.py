@@ -254,7 +254,7 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 def forget() -> None:
     """What has been traced is traced anew: for tests that exchange a part of a backend."""
     call._run.clear_cache()
-    for cached in (primitives._on_trees, primitives._mapped):
+    for cached in (primitives._forward, primitives._mapped):
         cached.cache_clear()
 
 

@@ -13,7 +13,6 @@ from rnncore.kernels import mosaic_gpu
 
 CHECKS = (
     Check("lstm", 64, 12, 16, False, "bfloat16"), Check("lstm", 64, 12, 16, True, "bfloat16"),
-    Check("lstm", 128, 6, 16, False, "bfloat16"), Check("lstm", 32, 24, 16, False, "bfloat16"),
     Check("gru", 64, 12, 16, False, "float16"),
 )  # fmt: skip
 KERNELS = {

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -43,17 +44,22 @@ def directory() -> Path | None:
         return None
 
 
+def library(path: Path) -> ctypes.CDLL:
+    """A file as a library of this process."""
+    return ctypes.CDLL(str(path))
+
+
 def find(key: str) -> ctypes.CDLL | None:
     """The library of a key, if it is on disk; raises UntrustedError if another user can write it."""
     where = directory()
     if where is None or not where.is_dir():
         return None
     _check(where, "directory")
-    return _found(where, key)
+    return _found(where, key, library)
 
 
-def load(key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
-    """The library of a key, from the disk or by `make`, which writes it to a path.
+def load(key: str, make: Callable[[Path], object], read: Callable[[Path], Any] = library) -> Any:
+    """The file of a key as `read` has it, from the disk or by `make`, which writes it to a path.
 
     A key may be the beginning of one.  Names have digests of the contents, so that what is not whole is never loaded.
 
@@ -66,27 +72,26 @@ def load(key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
         raise OSError("there is no home directory")
     where.mkdir(parents=True, exist_ok=True, mode=0o700)
     _check(where, "directory")
-    library = _found(where, key)
-    if library is not None:
-        return library
+    found = _found(where, key, read)
+    if found is not None:
+        return found
     with _turn(where / f"{key}.lock"):
-        library = _found(where, key)  # another process has made it
-        return library or _made(where, key, make)
+        return _found(where, key, read) or _made(where, key, make, read)  # perhaps another process has made it
 
 
-def _found(where: Path, key: str) -> ctypes.CDLL | None:
+def _found(where: Path, key: str, read: Callable[[Path], Any]) -> Any:
     for path in sorted(where.glob(f"{key}*.so")):
         _check(path, "file")
         try:
             if path.name == _name(path.name.rpartition("-")[0], path):
-                return ctypes.CDLL(str(path))
+                return read(path)
         except OSError as error:  # for example, built for another machine
             _log.info("%s is made again: %s", path, error)
         path.unlink(missing_ok=True)
     return None
 
 
-def _made(where: Path, key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
+def _made(where: Path, key: str, make: Callable[[Path], object], read: Callable[[Path], Any]) -> Any:
     _remove_stale(where)
     with tempfile.TemporaryDirectory(prefix="making-", dir=where, ignore_cleanup_errors=True) as alone:
         made = Path(alone) / "made.so"
@@ -94,7 +99,7 @@ def _made(where: Path, key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
         path = where / _name(key, made)
         made.chmod(0o600)
         os.replace(made, path)  # atomic
-    return ctypes.CDLL(str(path))
+    return read(path)
 
 
 def _name(key: str, path: Path) -> str:

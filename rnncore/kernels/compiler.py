@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -82,16 +83,16 @@ def library(source: str, what: str) -> tuple[ctypes.CDLL, str]:
     return load(key, lambda to: compile_to(to, source, (*command, *FLAGS), what)), key
 
 
-def load(key: str, make: Callable[[Path], None]) -> ctypes.CDLL:
-    """`cache.load`, or a temporary library for this process alone if the cache cannot be written."""
+def load(key: str, make: Callable[[Path], object], read: Callable[[Path], Any] = cache.library) -> Any:
+    """`cache.load`, or a temporary file for this process alone if the cache cannot be written."""
     try:
-        return cache.load(key, make)
+        return cache.load(key, make, read)
     except OSError as error:
         _log.info("nothing can be kept in %s (%s): this process compiles for itself", cache.directory(), error)
         with tempfile.TemporaryDirectory(prefix="rnncore-") as alone:
             made = Path(alone) / "made.so"
             make(made)
-            return ctypes.CDLL(str(made))  # once loaded, the file is not needed
+            return read(made)  # once loaded, the file is not needed
 
 
 def compile_to(to: Path, source: str, command: Sequence[str], what: str, *folders: str | Path) -> None:

@@ -21,6 +21,39 @@ BITWISE = ("and", "or", "xor", "not")
 _OF_MASKS = (*BITWISE, "eq", "ne", "select_n", "copy", "broadcast_in_dim", "stop_gradient")
 
 
+COMMON: dict[str, str] = {
+    **dict.fromkeys(("add", "add_any"), "{0} + {1}"),
+    **dict.fromkeys(("copy", "copy_p", "stop_gradient", "broadcast_in_dim", "optimization_barrier"), "{0}"),
+    "and": "{0} & {1}",
+    "clamp": "smaller(larger({1}, {0}), {2})",
+    "div": "{0} / {1}",
+    "eq": "{0} == {1}",
+    "exp": "exponential({0})",
+    "ge": "{0} >= {1}",
+    "gt": "{0} > {1}",
+    "integer_pow": "power<{y}>({0})",
+    "is_finite": "{0} - {0} == 0",
+    "le": "{0} <= {1}",
+    "logistic": "logistic({0})",
+    "lt": "{0} < {1}",
+    "max": "larger({0}, {1})",
+    "min": "smaller({0}, {1})",
+    "mul": "{0} * {1}",
+    "ne": "{0} != {1}",
+    "neg": "-{0}",
+    "not": "~{0}",
+    "one_minus_square": "1 - {0} * {0}",
+    "or": "{0} | {1}",
+    "select_n": "select({0}, {2}, {1})",
+    "sign": "signum({0})",
+    "square": "{0} * {0}",
+    "sub": "{0} - {1}",
+    "tanh": "hyperbolic_tangent({0})",
+    "xor": "{0} ^ {1}",
+}
+"""Operations whose expressions are the same in every language, see `Language`."""
+
+
 class Unsayable(Exception):
     """An operation that has no expression in the language."""
 
@@ -64,7 +97,7 @@ def struct(part: kernel_body.Body, language: Language, staged: Sequence[str] = (
     rest_of = ", ".join(str(part.rest.index(g) if g in part.rest else -1) for g in range(len(cell.gates)))
     lines = [
         "struct Cell {",
-        f"  static constexpr bool states = {_said(part.states)}, reduces = {_said(bool(staged))};",
+        f"  static constexpr bool states = {str(part.states).lower()}, reduces = {str(bool(staged)).lower()};",
         "  static constexpr int " + ", ".join(f"{name} = {value}" for name, value in constants.items()) + ";",
         f"  static constexpr int rest_of[gates] = {{{rest_of}}};  // among `rest`; -1: z and r of it are added up",
         *staged,
@@ -72,10 +105,6 @@ def struct(part: kernel_body.Body, language: Language, staged: Sequence[str] = (
     for name, closed, inputs, outputs in () if staged else functions(part):
         lines += function(name, closed, inputs, outputs, part.dtype, language)
     return [*lines, "};"]
-
-
-def _said(condition: bool) -> str:
-    return "true" if condition else "false"
 
 
 Names = Sequence[tuple[str, int]]
@@ -101,18 +130,13 @@ def functions(part: kernel_body.Body) -> list[tuple[str, Any, Names, Names]]:
 def function(name: str, closed: Any, inputs: Names, outputs: Names, dtype: str, language: Language) -> list[str]:
     """The lines of a member function that evaluates a flat jaxpr; inputs and outputs are arrays of vectors."""
     parameters = [f"const vec* {what}" for what, _ in inputs] + [f"vec* {what}" for what, _ in outputs]
-    lines = _statements(closed, inputs, outputs, dtype, language)
+    writer = Writer(closed, inputs, dtype, language)
+    lines = [*map(writer.line, closed.jaxpr.eqns), *writer.results(outputs, closed.jaxpr.outvars)]
     return [f"  {language.qualifier} void {name}({', '.join(parameters)}) {{", *("    " + a for a in lines), "  }"]
 
 
 def _elements(names: Names) -> list[str]:
     return [f"{name}[{n}]" for name, count in names for n in range(count)]
-
-
-def _statements(closed: Any, inputs: Names, outputs: Names, dtype: str, language: Language) -> list[str]:
-    """A flat jaxpr, a line for each equation."""
-    writer = Writer(closed, inputs, dtype, language)
-    return [*map(writer.line, closed.jaxpr.eqns), *writer.results(outputs, closed.jaxpr.outvars)]
 
 
 class Writer:

@@ -1,14 +1,14 @@
 """What backends that run all steps in one kernel share: everything but the kernels.
 
-z_t is projected for all steps at once, outside.  The forward kernel keeps the carries and nothing else, so that
-the loop is as short as can be.  Reverse mode forms the recurrent products of all steps again, in one product, and
-from them what the derivative needs of every step (`Body.residuals`); its kernel is the loop that is left,
+The inputs are projected to z_t outside the kernel, for all steps at once.  The forward kernel stores the carries only,
+which keeps its loop short.  Reverse mode recomputes the recurrent products of all steps in one product, and from them
+the residuals of every step (`Body.residuals`).  The backward kernel is the loop that remains,
 
   dr_t, dz_t, ds_{t-1} = transposed linearised step (ds_t),   dh_{t-1} += U^T dr_t
 
-and dU = sum_t h_{t-1}^T dr_t is one product again: no weight gradient in the loop, no atomic sums.
+and dU = sum_t h_{t-1}^T dr_t is again one product: no weight gradients in the loop, no atomic sums.
 
-vmap over sequences becomes more of a batch; over parameters it runs one call after the other, or one of more heads.
+vmap over sequences extends the batch; vmap over parameters runs one call after the other, or one call with more heads.
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ from rnncore.kernels import kernel_body
 from rnncore.recurrence import mesh, primitives
 from rnncore.recurrence.backend import LoopBackend, without
 from rnncore.recurrence.batching import HEADS, LAST, Units, over_batch
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 
 
 class Loop(NamedTuple):
     """What the loops of both kernels read besides their stacks.
+
+    All up to `reset_carry` is differentiable.
 
     Fields:
       kernel: (N, H/N, G, H/N), N = 1 for a dense one.
@@ -57,17 +59,6 @@ class Loop(NamedTuple):
     resets: Array | None = None
     mask: Array | None = None
     zoneout: tuple[Array | None, ...] | None = None
-
-
-class Operands(NamedTuple):
-    """What is differentiable of a run, as the kernels have it: z (T, B, G*H), and the first fields of `Loop`."""
-
-    z: Array
-    kernel: Array
-    rest_bias: Array | None
-    units: tuple[Array, ...]
-    start: tuple[Array, ...]
-    reset_carry: tuple[Array, ...] | None
 
 
 class Outputs(NamedTuple):
@@ -135,37 +126,27 @@ class KernelBackend(LoopBackend):
             refused = f"it takes no empty batch, and this one is {request.batch_shape}"
         return refused
 
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return mesh.by_device(functools.partial(primitives.run, self), request, differentiable, constants)
+    def run(self, problem: Problem) -> Result:
+        return mesh.by_device(functools.partial(primitives.run, self), problem)
 
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return self._run(request, differentiable, constants, None)[0]
-
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        return self._run(request, differentiable, constants, request.residual_dtype or request.dtype)
-
-    def _run(
-        self, request: Request, differentiable: Differentiable, constants: Constants, keep: str | None
-    ) -> tuple[Result, PyTree]:
-        forward, arrays = self.kernels().forward, Arrays(request, differentiable, constants)
-        operands, batch = arrays.operands(differentiable), request.batch_shape
-        found = mapped(lambda loop, z: forward(arrays.cell, loop, z, keep), arrays.loop(operands), operands.z)
-        last = [a.reshape(*batch, -1) for a in found.last]
-        hs, *kept = (a.reshape(request.steps, *batch, -1) for a in (found.hs, operands.z, *found.others))
-        return result(request, arrays.part, arrays.dtypes, last, hs, (), ()), (kept[0], tuple(kept[1:]))
+    def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
+        request, forward, arrays = problem.request, self.kernels().forward, Arrays(problem)
+        z, loop = arrays.operands(problem.differentiable)
+        stored = arrays.stored if keep else None
+        found = mapped(lambda loop, z: forward(arrays.cell, loop, z, stored), arrays.with_constants(loop), z)
+        last = [a.reshape(*request.batch_shape, -1) for a in found.last]
+        hs, z, *others = (a.reshape(request.steps, *request.batch_shape, -1) for a in (found.hs, z, *found.others))
+        return result(request, arrays.part, arrays.dtypes, last, hs), (z, tuple(others)) if keep else None
 
     def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable:  # fmt: skip
+        self, problem: Problem, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable
+    ) -> Differentiable:
         cotangents = dense(cotangents, result)
-        arrays = Arrays(request, differentiable, constants)
-        operands, back = jax.vjp(arrays.operands, differentiable)
-        cell, part, loop = arrays.cell, arrays.part, arrays.loop(operands)
+        arrays = Arrays(problem)
+        operands, back = jax.vjp(arrays.operands, problem.differentiable)
+        cell, part, loop = arrays.cell, arrays.part, arrays.with_constants(operands[1])
         z, others = jax.tree.map(arrays.flat, residuals)
-        count, stored = len(cell.gates), request.residual_dtype or request.dtype
+        count = len(cell.gates)
         stacks = (*others[: part.hidden], arrays.flat(result.outputs), *others[part.hidden :])
         before = tuple(previous(loop, n, a) for n, a in enumerate(stacks))
         h = before[part.hidden].astype(loop.kernel.dtype)
@@ -174,7 +155,7 @@ class KernelBackend(LoopBackend):
         sums = tuple(zg + rg if a else zg for zg, rg, a in zip(zs, r, part.additive, strict=True))
         bias = () if loop.rest_bias is None else loop.rest_bias
         rest = tuple(r[g] + b for g, b in zip(part.rest, bias, strict=True))
-        needed = tuple(a.astype(stored) for a in part.residuals(loop.units, sums, rest, before))
+        needed = tuple(a.astype(arrays.stored) for a in part.residuals(loop.units, sums, rest, before))
         dhs, dlast = arrays.flat(cotangents.outputs), arrays.carry(cotangents.carry)
         found = mapped(lambda *a: self.kernels().backward(cell, *a), loop, needed, dhs, dlast)
         return back(arrays.cotangents(operands, found, h, dlast))[0]
@@ -183,32 +164,32 @@ class KernelBackend(LoopBackend):
 class Arrays:
     """The arrays of a run as the kernels have them, with one batch axis."""
 
-    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
+    def __init__(self, problem: Problem):
+        request = problem.request
         assert isinstance(request.cell, PointwiseCell)
-        self.request, self.cell, self.constants = request, request.cell, constants
+        self.request, self.cell, self.constants = request, request.cell, problem.constants
         self.part = kernel_body.of(self.cell, (1, 1), "float32", request.return_states)
         self.rows = math.prod(request.batch_shape)
-        self.dtypes = [a.dtype for a in differentiable.initial_carry]
+        self.dtypes = [a.dtype for a in problem.differentiable.initial_carry]
+        self.stored = request.residual_dtype or request.dtype  # of what is kept
 
-    def operands(self, differentiable: Differentiable) -> Operands:
-        """What the kernels read of what is differentiable."""
+    def operands(self, differentiable: Differentiable) -> tuple[Array, Loop]:
+        """What the kernels read of what is differentiable: z (T, B, G*H), and the loop without constants."""
         params, xs, start, reset_carry = differentiable
         count, size = len(self.cell.gates), head_size(self.cell)
         z = self.cell.project(params, xs.reshape(self.request.steps, self.rows, -1))
         added, rest = self.part.recurrent_biases(params)
         z = z if added is None else z + added.reshape(-1)
-        return Operands(
-            z, params.recurrent_kernel.reshape(-1, size, count, size).astype(z.dtype),
+        return z, Loop(
+            params.recurrent_kernel.reshape(-1, size, count, size).astype(z.dtype),
             jnp.stack(rest).astype(jnp.float32) if rest else None,
             tuple(a.astype(jnp.float32) for a in params.units), self.carry(start),
             None if self.constants.resets is None else self.carry(reset_carry),
         )  # fmt: skip
 
-    def loop(self, operands: Operands) -> Loop:
-        """The same but z, with the constants."""
+    def with_constants(self, loop: Loop) -> Loop:
         lengths, resets, mask, zoneout = self.constants
-        return Loop(
-            *operands[1:],
+        return loop._replace(
             lengths=None if lengths is None else lengths.reshape(self.rows),
             resets=None if resets is None else resets.reshape(self.request.steps, self.rows),
             mask=None if mask is None else mask.reshape(self.rows, -1),
@@ -223,7 +204,7 @@ class Arrays:
         """(*batch, H) each, as (B, H) in float32."""
         return tuple(a.reshape(self.rows, a.shape[-1]).astype(jnp.float32) for a in fields)
 
-    def cotangents(self, operands: Operands, found: Cotangents, h: Array, dlast: tuple[Array, ...]) -> Operands:
+    def cotangents(self, operands: Any, found: Cotangents, h: Array, dlast: tuple[Array, ...]) -> Any:
         """The cotangents of the operands, from those that a backward kernel gave and h as it entered the product."""
         dr, drest, dstart, lengths = found.z, None, found.start, self.constants.lengths
         if found.rest is not None:
@@ -235,8 +216,8 @@ class Arrays:
             never = (lengths.reshape(self.rows) == 0)[:, None]
             dstart = tuple(a + jnp.where(never, b, 0) for a, b in zip(dstart, dlast, strict=True))
         dunits = tuple(jnp.sum(a, 0) for a in found.units)
-        dkernel = _kernel_cotangent(operands.kernel, h, dr.astype(h.dtype))
-        made = Operands(found.z, dkernel, drest, dunits, dstart, found.reset_carry)
+        dkernel = _kernel_cotangent(operands[1].kernel, h, dr.astype(h.dtype))
+        made = found.z, Loop(dkernel, drest, dunits, dstart, found.reset_carry)
         return jax.tree.map(lambda d, a: d.astype(a.dtype), made, operands)
 
 
@@ -271,7 +252,7 @@ def previous(loop: Loop, field: int, stack: Array) -> Array:
 
 def result(
     request: Request, part: kernel_body.Body, dtypes: Sequence[Any], last: Sequence[Array], outputs: Array,
-    others: Sequence[Array], gates: Sequence[Array],
+    others: Sequence[Array] = (), gates: Sequence[Array] = (),
 ) -> Result:  # fmt: skip
     """A run's result with its states, where they are asked for, in the dtypes of the carry.
 
@@ -287,7 +268,7 @@ def result(
 
     outputs = outputs.astype(dtypes[part.hidden])
     if not request.return_states:
-        return Result(carry(last), outputs, None, None)
+        return Result(carry(last), outputs)
     hs = jnp.moveaxis(outputs, request.time_axis, 0)
     leaves, tree = jax.tree.flatten(part.gates)
     # Gates are of the dtype of what they are made of; a cell may call a boolean or an integer one.

@@ -1,10 +1,9 @@
 """The body of a whole-sequence kernel: a cell's pointwise update and its vjp, as flat lists of operations.
 
-Both are traced outside the kernel at the shape of one of its tiles, nested calls and custom rules are
-opened, and the operations are then evaluated inside, where a kernel language may lack some of them:
-what can be said by others is said by them (`LOWERINGS`), the rest is a reason not to run there.  The vjp
-transposes the linearised step of `pointwise.linearize`, so that it is arithmetic on values that are formed
-for all steps at once outside the kernel.
+Both are traced outside the kernel, at the shape of one of its tiles, with nested calls and custom rules inlined, and
+evaluated inside it.  Operations that a kernel language lacks are expressed by others (`LOWERINGS`); where that is not
+possible, `Body.why_not` gives the reason.  The vjp transposes the linearised step of `pointwise.linearize`: it is
+arithmetic on values that are computed outside the kernel, for all steps at once.
 """
 
 from __future__ import annotations

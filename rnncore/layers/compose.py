@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypedDict, Unpack, overload
 
 import jax
@@ -14,6 +15,13 @@ from rnncore.layers.stack import Merge, Stack, StackParams, check_stack
 from rnncore.sequence import checks
 from rnncore.sequence.call import Options, unroll
 from rnncore.sequence.layers import unroll_layers
+
+_MERGES: Mapping[Merge, Callable[[Array, Array], Array]] = {
+    "concat": lambda a, b: jnp.concatenate([a, b], -1),
+    "sum": jnp.add,
+    "mean": lambda a, b: (a + b) / 2,
+    "mul": jnp.multiply,
+}
 
 
 class StackOptions(TypedDict, total=False):
@@ -133,55 +141,88 @@ def unroll_stack(
     xs = jnp.asarray(xs)
     if xs.ndim < 2:
         raise ValueError(f"`unroll_stack(xs=<{xs.dtype} {xs.shape}>)`: expected (*batch, T, D), at least two axes.")
-    time_axis = 0 if time_major else xs.ndim - 2
-    batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]
-    dtype = jnp.result_type(xs, *jax.tree.leaves(params.layers)) if dtype is None else dtype
-    layers, xs = jax.tree.map(lambda a: a.astype(dtype), (params.layers, xs))
-    start = stack.start(params, batch_shape, dtype if carry_dtype is None else carry_dtype)
-    carry = start
-    if initial_carry is not None:
-        carry = _checked(stack, initial_carry)
-        if carry_dtype is not None:
-            carry = jax.tree.map(lambda a: jnp.asarray(a, carry_dtype), carry)
-    back = None
-    if resets is not None:
-        back = _backward_resets(checks.check_resets(resets, xs.shape[:-1]), seq_lengths, time_axis)
-    if _is_one_call(stack, key) and resets is None and not return_states:
-        options = Options(
-            seq_lengths=seq_lengths, time_major=time_major, checkpoint_every=checkpoint_every, recompute=recompute,
-            residual_dtype=residual_dtype, backend=backend,
-        )  # fmt: skip
-        together = unroll_layers(stack.cell, layers, carry, xs, options)
-        if together is not None:
-            return together[0], together[1].astype(dtype if output_dtype is None else output_dtype)
+    shared: dict[str, Any] = dict(
+        checkpoint_every=checkpoint_every, recompute=recompute, residual_dtype=residual_dtype, backend=backend
+    )
     keys: Any = [[None] * (stack.directions + 1)] * stack.num_layers
     if key is not None:
         keys = jax.random.split(key, (stack.num_layers, stack.directions + 1))
+
+    def one(level: int, way: int, own: Any, xs: Array, **options: Any) -> Any:
+        return unroll(
+            stack.cell, own, xs, **options, **_regularisers(stack, keys[level][way], xs, time_major),
+            return_states=return_states, **shared,
+        )  # fmt: skip
+
+    def between(level: int, xs: Array) -> Array:
+        if key is None or not stack.dropout:
+            return xs
+        keep = 1 - stack.dropout
+        # A product, not a selection: with an explicit mesh it takes on the sharding of the data.
+        return xs * (jax.random.bernoulli(keys[level][stack.directions], keep, xs.shape).astype(xs.dtype) / keep)
+
+    def together(layers: Any, carry: Any, xs: Array) -> tuple[Any, Array] | None:
+        options = Options(seq_lengths=seq_lengths, time_major=time_major, **shared)
+        return unroll_layers(stack.cell, layers, carry, xs, options)
+
+    apart = not _is_one_call(stack, key) or resets is not None or return_states
+    carry, outputs, states = run_levels(
+        stack, params, xs, one, between, None if apart else together, initial_carry=initial_carry, dtype=dtype,
+        carry_dtype=carry_dtype, output_dtype=output_dtype, seq_lengths=seq_lengths, resets=resets,
+        time_major=time_major,
+    )  # fmt: skip
+    return (carry, outputs, states) if return_states else (carry, outputs)
+
+
+def run_levels(
+    stack: Stack, params: StackParams, xs: Any, one: Callable[..., Any],
+    between: Callable[[int, Array], Array] | None = None, together: Callable[..., Any] | None = None, *,
+    initial_carry: Any = None, dtype: Any = None, carry_dtype: Any = None, output_dtype: Any = None,
+    seq_lengths: Any = None, resets: Any = None, time_major: bool = False,
+) -> tuple[Any, Array, Any]:  # fmt: skip
+    """(carry, outputs, states) of all layers.
+
+    Args:
+      one: runs one layer and direction: (level, way, params, xs, options of `unroll`) to (carry, outputs[, states]).
+      between: (level, outputs) to the inputs of the next layer.
+      together: (params, carries, xs) to (carries, outputs) of all layers, or None where that is not to be had.
+      All others: as in `unroll_stack`.
+    """
+    xs = jnp.asarray(xs)
+    time_axis = 0 if time_major else xs.ndim - 2
+    dtype = jnp.result_type(xs, *jax.tree.leaves(params.layers)) if dtype is None else dtype
+    output_dtype = dtype if output_dtype is None else output_dtype
+    layers, xs = jax.tree.map(lambda a: a.astype(dtype), (params.layers, xs))
+    batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]
+    start = stack.start(params, batch_shape, dtype if carry_dtype is None else carry_dtype)
+    carry = start if initial_carry is None else _checked(stack, initial_carry)
+    if initial_carry is not None and carry_dtype is not None:
+        carry = jax.tree.map(lambda a: jnp.asarray(a, carry_dtype), carry)
+    back = None
+    if resets is not None:
+        back = _backward_resets(checks.check_resets(resets, xs.shape[:-1]), seq_lengths, time_axis)
+    result = None if together is None else together(layers, carry, xs)
+    if result is not None:
+        return result[0], result[1].astype(output_dtype), ()
     ends, states = [], []
     for level, weights in enumerate(layers):
-        results = []
-        for way, own in enumerate(weights):
-            results.append(
-                unroll(
-                    stack.cell, own, xs, initial_carry=carry[level][way], seq_lengths=seq_lengths,
-                    resets=back if way else resets, reset_carry=None if resets is None else start[level][way],
-                    **_regularisers(stack, keys[level][way], batch_shape, xs.shape[time_axis], time_axis, xs.dtype),
-                    reverse=bool(way), keep_order=True, time_major=time_major, return_states=return_states,
-                    checkpoint_every=checkpoint_every, recompute=recompute,
-                    residual_dtype=residual_dtype, backend=backend,
-                )
-            )  # fmt: skip
+        results = [
+            one(
+                level, way, own, xs, initial_carry=carry[level][way], seq_lengths=seq_lengths,
+                resets=back if way else resets, reset_carry=None if resets is None else start[level][way],
+                reverse=bool(way), keep_order=True, time_major=time_major,
+            )
+            for way, own in enumerate(weights)
+        ]  # fmt: skip
         last = level + 1 == stack.num_layers
-        ys = _merge(stack.merge, [ys for _, ys, *_ in results])
-        xs = ys.astype(output_dtype if last and output_dtype is not None else dtype)
+        ways = [outputs for _, outputs, *_ in results]
+        ys = _MERGES[stack.merge](*ways) if len(ways) == 2 else ways[0]
+        xs = ys.astype(output_dtype if last else dtype)
         ends.append(tuple(end for end, *_ in results))
         states.append(tuple(more[0] for _, _, *more in results if more))
-        if key is not None and stack.dropout and not last:
-            keep = 1 - stack.dropout
-            # A product, not a selection: with an explicit mesh it takes on the sharding of the data.
-            kept = jax.random.bernoulli(keys[level][stack.directions], keep, xs.shape)
-            xs = xs * (kept.astype(dtype) / keep)
-    return (tuple(ends), xs, tuple(states)) if return_states else (tuple(ends), xs)
+        if between is not None and not last:
+            xs = between(level, xs)
+    return tuple(ends), xs, tuple(states)
 
 
 def _is_one_call(stack: Stack, key: Array | None) -> bool:
@@ -203,34 +244,21 @@ def _checked(stack: Stack, carry: Any) -> Any:
     return carry
 
 
-def _regularisers(
-    stack: Stack, key: Array | None, batch: tuple[int, ...], steps: int, time_axis: int, dtype: Any
-) -> dict[str, Any]:
-    """The recurrent mask and zoneout of one layer and direction."""
+def _regularisers(stack: Stack, key: Array | None, xs: Array, time_major: bool) -> dict[str, Any]:
+    """The recurrent mask and zoneout of one layer and direction with these inputs."""
     zoneout = stack.zoneout if any(stack.zoneout or ()) else None
     if key is None:
         return {"zoneout": zoneout}
     mask_key, *keys = jax.random.split(key, 1 + len(zoneout or ()))
-    mask, keep = None, 1 - stack.recurrent_dropout
+    mask, keep, axes = None, 1 - stack.recurrent_dropout, xs.shape[:-1]
     if stack.recurrent_dropout:
-        mask = jax.random.bernoulli(mask_key, keep, (*batch, stack.cell.output_size)).astype(dtype) / keep
+        batch = axes[1:] if time_major else axes[:-1]
+        mask = jax.random.bernoulli(mask_key, keep, (*batch, stack.cell.output_size)).astype(xs.dtype) / keep
     if zoneout is not None:
-        every = (*batch[:time_axis], steps, *batch[time_axis:])
         sizes = (a.shape for a in jax.eval_shape(stack.cell.initial_carry))
         draws = zip(keys, zoneout, sizes, strict=True)
-        zoneout = type(zoneout)(*(jax.random.bernoulli(k, rate, every + n) if rate else None for k, rate, n in draws))
+        zoneout = type(zoneout)(*(jax.random.bernoulli(k, rate, axes + n) if rate else None for k, rate, n in draws))
     return {"recurrent_mask": mask, "zoneout": zoneout}
-
-
-def _merge(merge: Merge, ways: list[Array]) -> Array:
-    if len(ways) == 1:
-        return ways[0]
-    forward, backward = ways
-    if merge == "concat":
-        return jnp.concatenate(ways, -1)
-    if merge == "mul":
-        return forward * backward
-    return forward + backward if merge == "sum" else (forward + backward) / 2
 
 
 def _backward_resets(resets: Array, lengths: Any, time_axis: int) -> Array:

@@ -5,20 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rnncore.cells import GRU, LSTM
 from rnncore.layers import foreign_weights as foreign
 from rnncore.layers.stack import Stack, StackParams
 
-
-def _usual(cell: Any) -> bool:
-    return cell.gate_fn is jax.nn.sigmoid and cell.activation_fn is jnp.tanh
-
-
-_CELLS: dict[type, Callable[[Any], bool]] = {LSTM: _usual, GRU: _usual}
+_CELLS: dict[type, Callable[[Any], bool]] = {LSTM: foreign.usual, GRU: foreign.usual}
 _EXPECTED = "LSTM or GRU over Dense(), with the usual functions, without peepholes or coupled, and no learned carry"
 
 
@@ -98,16 +91,14 @@ def to_equinox(stack: Stack, params: StackParams) -> list[dict[str, np.ndarray |
     gates = stack.cell.gates  # type: ignore[attr-defined]
 
     def one(own: Any) -> dict[str, np.ndarray | None]:
+        bias, of_h = foreign.both_biases("to_equinox", own)
         made: dict[str, np.ndarray | None] = {
             "weight_ih": foreign.joined(own.input_kernel, gates, gates).T.copy(),
             "weight_hh": foreign.joined(own.recurrent_kernel, gates, gates).T.copy(),
-            "bias": None if own.bias is None else foreign.joined(own.bias, gates, gates),
+            "bias": None if bias is None else foreign.joined(bias, gates, gates),
         }
         if isinstance(stack.cell, GRU):
-            if own.bias is None and own.recurrent_bias is not None:
-                raise ValueError("`to_equinox(stack, params)`: b_hn without the other biases.")
-            none = None if own.bias is None else np.zeros_like(np.asarray(own.bias)[0])
-            made["bias_n"] = none if own.recurrent_bias is None else np.asarray(own.recurrent_bias)[0]
+            made["bias_n"] = None if of_h is None else of_h[2]
         return made
 
     return [one(own) for layer in params.layers for own in layer]

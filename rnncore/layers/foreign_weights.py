@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -13,7 +14,7 @@ from rnncore.cells import CellParams, ResetBeforeGRU
 from rnncore.cells.base import named
 from rnncore.cells.gru_reset_before import ResetBeforeGRUParams
 from rnncore.cells.recurrent_kernels import Dense
-from rnncore.layers.stack import Stack, StackParams, check_stack
+from rnncore.layers.stack import Merge, Stack, StackParams, check_stack
 
 
 def taken(call: str, what: str, value: Any, shape: tuple[int | None, ...]) -> Array:
@@ -51,11 +52,34 @@ def of_stack(stack: Stack, one: Callable[[int, int], Any]) -> StackParams:
     return StackParams(tuple(tuple(one(level, way) for way in ways) for level in range(stack.num_layers)), None)
 
 
-def check(call: str, stack: Stack, cells: dict[type, Callable[[Any], bool]], library: str, expected: str) -> None:
-    """NotImplementedError unless the library has an equivalent of the stack's cell."""
+def both_biases(call: str, own: Any) -> tuple[Any, Any]:
+    """b, and the second bias of PyTorch and Keras, which is zeros but for b_hn of a GRU; or (None, None)."""
+    recurrent_bias = getattr(own, "recurrent_bias", None)
+    if own.bias is None:
+        if recurrent_bias is not None:
+            raise ValueError(f"`{call}(stack, params)`: b_hn without the other biases.")
+        return None, None
+    bias = np.asarray(own.bias)
+    of_h = np.zeros_like(bias)
+    if recurrent_bias is not None:
+        of_h[2:] = recurrent_bias
+    return bias, of_h
+
+
+def usual(cell: Any) -> bool:
+    """Whether the functions of units are sigmoid and tanh."""
+    return cell.gate_fn is jax.nn.sigmoid and cell.activation_fn is jnp.tanh
+
+
+def check(
+    call: str, stack: Stack, cells: Mapping[type, Callable[[Any], bool]], library: str, expected: str,
+    merges: Collection[str] = get_args(Merge),
+) -> None:  # fmt: skip
+    """NotImplementedError unless the library has an equivalent of the stack."""
     check_stack(call, stack)
     cell: Any = stack.cell
     options = [o for o in ("peepholes", "coupled", "residual") if getattr(cell, o, False)]
     dense = isinstance(getattr(cell, "recurrence", Dense()), Dense)
-    if type(cell) not in cells or options or not dense or stack.learned_carry or not cells[type(cell)](cell):
+    known = type(cell) in cells and dense and not options and not stack.learned_carry and cells[type(cell)](cell)
+    if not known or (stack.bidirectional and stack.merge not in merges):
         raise NotImplementedError(f"`{call}({stack})`: expected {expected}; {library} has no other.")

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
@@ -16,15 +15,9 @@ from rnncore.layers.stack import Stack, StackParams
 
 _LSTM, _GRU = ("i", "g", "f", "o"), ("z", "r", "n")
 _NAMES = {LSTM: "lstm", ResetBeforeGRU: "gru", Elman: "vanilla_rnn"}
-
-
-def _usual(cell: Any) -> bool:
-    return cell.gate_fn is jax.nn.sigmoid and cell.activation_fn is jnp.tanh
-
-
 _CELLS: dict[type, Callable[[Any], bool]] = {
-    LSTM: _usual,
-    ResetBeforeGRU: _usual,
+    LSTM: foreign.usual,
+    ResetBeforeGRU: foreign.usual,
     Elman: lambda cell: cell.activation_fn is jax.nn.relu,
 }
 _EXPECTED = (
@@ -121,23 +114,21 @@ def to_haiku(stack: Stack, params: StackParams, names: Sequence[str] | None = No
     call = "to_haiku"
     foreign.check(call, stack, _CELLS, "Haiku", _EXPECTED)
     cell: Any = stack.cell
-    each = iter(_names(call, stack, names))
     made: dict[str, dict[str, np.ndarray]] = {}
-    for layer in params.layers:
-        for own in layer:
-            name = next(each)
-            kernel, recurrent = np.asarray(own.input_kernel), np.asarray(own.recurrent_kernel)
-            bias = np.zeros(kernel.shape[1:], kernel.dtype) if own.bias is None else np.array(own.bias)
-            if isinstance(cell, LSTM):
-                bias[cell.gates.index("f")] -= 1
-                both = foreign.joined(np.concatenate([kernel, recurrent]), cell.gates, _LSTM)
-                made[f"{name}/linear"] = {"w": both, "b": foreign.joined(bias, cell.gates, _LSTM)}
-            elif isinstance(cell, ResetBeforeGRU):
-                arrays = {"w_i": kernel, "w_h": recurrent, "b": bias}
-                made[name] = {k: foreign.joined(_turned(a), cell.gates, _GRU) for k, a in arrays.items()}
-            else:
-                made[f"{name}/linear"] = {"w": kernel[:, 0], "b": bias[0]}
-                made[f"{name}/linear_1"] = {"w": recurrent[:, 0], "b": np.zeros_like(bias[0])}
+    every = (own for layer in params.layers for own in layer)
+    for name, own in zip(_names(call, stack, names), every, strict=True):
+        kernel, recurrent = np.asarray(own.input_kernel), np.asarray(own.recurrent_kernel)
+        bias = np.zeros(kernel.shape[1:], kernel.dtype) if own.bias is None else np.array(own.bias)
+        if isinstance(cell, LSTM):
+            bias[cell.gates.index("f")] -= 1
+            both = foreign.joined(np.concatenate([kernel, recurrent]), cell.gates, _LSTM)
+            made[f"{name}/linear"] = {"w": both, "b": foreign.joined(bias, cell.gates, _LSTM)}
+        elif isinstance(cell, ResetBeforeGRU):
+            arrays = {"w_i": kernel, "w_h": recurrent, "b": bias}
+            made[name] = {k: foreign.joined(_turned(a), cell.gates, _GRU) for k, a in arrays.items()}
+        else:
+            made[f"{name}/linear"] = {"w": kernel[:, 0], "b": bias[0]}
+            made[f"{name}/linear_1"] = {"w": recurrent[:, 0], "b": np.zeros_like(bias[0])}
     return made
 
 

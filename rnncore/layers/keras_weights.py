@@ -14,6 +14,7 @@ from rnncore.layers.stack import Stack, StackParams
 _ORDER: dict[type, tuple[str, ...]] = {
     LSTM: ("i", "f", "g", "o"), GRU: ("z", "r", "n"), ResetBeforeGRU: ("z", "r", "n"), Elman: ("h",),
 }  # fmt: skip
+_CELLS = dict.fromkeys(_ORDER, lambda _: True)
 _EXPECTED = (
     "LSTM, GRU (reset_after=True), ResetBeforeGRU (reset_after=False) or Elman over Dense() without peepholes, coupled "
     "or residual, and no learned carry"
@@ -49,7 +50,7 @@ def from_keras(stack: Stack, weights: Sequence[Sequence[Any]]) -> StackParams:
     and of the cell; give the cell the layer's.
     """
     call = "from_keras"
-    foreign.check(call, stack, dict.fromkeys(_ORDER, lambda _: True), "Keras", _EXPECTED)
+    foreign.check(call, stack, _CELLS, "Keras", _EXPECTED)
     cell = stack.cell
     theirs, hidden = _ORDER[type(cell)], cell.hidden_size
     ours, width = cell.gates, len(theirs) * hidden  # type: ignore[attr-defined]
@@ -109,22 +110,15 @@ def to_keras(stack: Stack, params: StackParams) -> list[list[np.ndarray]]:
 
     Source: as `from_keras`, whose inverse it is.
     """
-    foreign.check("to_keras", stack, dict.fromkeys(_ORDER, lambda _: True), "Keras", _EXPECTED)
+    foreign.check("to_keras", stack, _CELLS, "Keras", _EXPECTED)
     cell: Any = stack.cell
     theirs, ours = _ORDER[type(cell)], cell.gates
 
     def one(own: Any) -> list[np.ndarray]:
         made = [foreign.joined(k, ours, theirs) for k in (own.input_kernel, own.recurrent_kernel)]
-        if own.bias is None:
-            if own.recurrent_bias is not None:
-                raise ValueError("`to_keras(stack, params)`: b_hn without the other biases.")
+        bias, of_h = foreign.both_biases("to_keras", own)
+        if bias is None:
             return made
-        bias = np.asarray(own.bias)
-        if isinstance(cell, GRU):
-            of_h = np.zeros_like(bias)
-            if own.recurrent_bias is not None:
-                of_h[2:] = own.recurrent_bias
-            bias = np.stack([bias, of_h])
-        return [*made, foreign.joined(bias, ours, theirs)]
+        return [*made, foreign.joined(np.stack([bias, of_h]) if isinstance(cell, GRU) else bias, ours, theirs)]
 
     return [[array for own in layer for array in one(own)] for layer in params.layers]

@@ -19,7 +19,7 @@ from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.layers import compose
 from rnncore.layers.stack import Stack, StackParams
-from rnncore.sequence.call import unroll
+from rnncore.sequence.call import States, unroll
 
 
 class LayerRun(NamedTuple):
@@ -158,8 +158,8 @@ def widened(tree: PyTree) -> PyTree:
 
 
 def run_layer(
-    visit: Visit, name: str, cell: Cell, params: PyTree, inputs: Array, carry: Any, *, time_axis: int,
-    seq_lengths: Any, resets: Any, reset_carry: Any = None, reverse: bool, keep_order: bool,
+    visit: Visit, name: str, cell: Cell, params: PyTree, inputs: Array, *, initial_carry: Any, seq_lengths: Any,
+    resets: Any, reset_carry: Any, reverse: bool, keep_order: bool, time_major: bool,
 ) -> tuple[Any, Array, Any, Any]:  # fmt: skip
     """(carry, outputs, carries, gates) of one layer, as an RNN gives them, time where the inputs have it.
 
@@ -167,7 +167,8 @@ def run_layer(
       visit: runs the layer in the order of its steps.
       inputs: features on one axis.
     """
-    dtype = jnp.result_type(*jax.tree.leaves(carry))
+    time_axis = 0 if time_major else inputs.ndim - 2
+    dtype = jnp.result_type(*jax.tree.leaves(initial_carry))
     xs = jnp.moveaxis(inputs, time_axis, 0)
     lengths = None if seq_lengths is None else _lengths.check_lengths(seq_lengths, xs.shape[1:-1], xs.shape[0])
     if lengths is not None:
@@ -181,7 +182,7 @@ def run_layer(
     def batch_major(a: Any) -> Any:
         return None if a is None else jnp.moveaxis(a, 0, lead)
 
-    run = widened(LayerRun(params, batch_major(xs), carry, lengths, batch_major(resets), reset_carry))
+    run = widened(LayerRun(params, batch_major(xs), initial_carry, lengths, batch_major(resets), reset_carry))
     # The carry is that of the step's own dtype, of which the functional cell makes no other.
     last, *inside = visit(name, Layer(cell, reverse, dtype.name), run)
     outputs, carries, gates = jax.tree.map(lambda a: jnp.moveaxis(a, lead, 0), tuple(inside))
@@ -193,33 +194,15 @@ def run_layer(
 
 
 def run_stack(
-    visit: Visit, stack: Stack, params: StackParams, xs: Array, *, initial_carry: Any, dtype: Any, carry_dtype: Any,
-    output_dtype: Any, seq_lengths: Any, resets: Any, time_major: bool,
-) -> tuple[Any, Array, Any]:  # fmt: skip
-    """(carry, outputs, states by layer and direction) as `unroll_stack` gives them without regularisers."""
+    visit: Visit, stack: Stack, params: StackParams, xs: Array, *, return_states: bool = False, **options: Any
+) -> tuple[Any, ...]:
+    """(carry, outputs[, states by layer and direction]) as `unroll_stack` gives them without regularisers."""
     if any(stack.zoneout or ()):
         raise NotImplementedError("zoneout mixes old and new state at every step; analyse the layer without it")
-    xs = jnp.asarray(xs)
-    time_axis = 0 if time_major else xs.ndim - 2
-    batch_shape = xs.shape[:time_axis] + xs.shape[time_axis + 1 : -1]
-    dtype = jnp.result_type(xs, *jax.tree.leaves(params.layers)) if dtype is None else dtype
-    layers, xs = jax.tree.map(lambda a: a.astype(dtype), (params.layers, xs))
-    start = stack.start(params, batch_shape, dtype if carry_dtype is None else carry_dtype)
-    carry = start if initial_carry is None else compose._checked(stack, initial_carry)
-    back = None if resets is None else compose._backward_resets(jnp.asarray(resets), seq_lengths, time_axis)
-    ends, states = [], []
-    for level, (names, weights) in enumerate(zip(stack.names, layers, strict=True)):
-        results = [
-            run_layer(
-                visit, name, stack.cell, own, xs, carry[level][way], time_axis=time_axis, seq_lengths=seq_lengths,
-                resets=back if way else resets, reset_carry=None if resets is None else start[level][way],
-                reverse=bool(way), keep_order=True,
-            )
-            for way, (name, own) in enumerate(zip(names, weights, strict=True))
-        ]  # fmt: skip
-        ys = compose._merge(stack.merge, [ys for _, ys, *_ in results])
-        last = level + 1 == stack.num_layers
-        xs = ys.astype(output_dtype if last and output_dtype is not None else dtype)
-        ends.append(tuple(end for end, *_ in results))
-        states.append(tuple((carries, gates) for *_, carries, gates in results))
-    return tuple(ends), xs, tuple(states)
+
+    def one(level: int, way: int, own: PyTree, xs: Array, **options: Any) -> Any:
+        last, outputs, *inside = run_layer(visit, stack.names[level][way], stack.cell, own, xs, **options)
+        return last, outputs, States(*inside)
+
+    carry, outputs, states = compose.run_levels(stack, params, xs, one, **options)
+    return (carry, outputs, states) if return_states else (carry, outputs)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
-from rnncore.cells import GRU, LSTM, LSTMP, CellParams, Elman, LSTMPParams
-from rnncore.cells.base import named
-from rnncore.cells.recurrent_kernels import Dense
-from rnncore.layers.stack import Stack, StackParams, check_stack
+from rnncore.cells import GRU, LSTM, LSTMP, Elman, LSTMPParams
+from rnncore.layers import foreign_weights as foreign
+from rnncore.layers.stack import Stack, StackParams
+
+_CELLS: dict[type, Callable[[Any], bool]] = dict.fromkeys((LSTM, LSTMP, GRU, Elman), lambda _: True)
+_EXPECTED = (
+    "LSTMP, or LSTM, GRU or Elman over Dense() without peepholes, coupled or residual, merge='concat' and no learned "
+    "carry"
+)
 
 
 def from_torch(stack: Stack, state: Mapping[str, Any]) -> StackParams:
@@ -46,49 +50,44 @@ def from_torch(stack: Stack, state: Mapping[str, Any]) -> StackParams:
 
     Source: the layout that torch.nn.LSTM documents.  Its outputs are (T, B, H) unless batch_first.
     """
-    _check(stack, "from_torch")
+    foreign.check("from_torch", stack, _CELLS, "PyTorch", _EXPECTED, merges=("concat",))
     if not isinstance(state, Mapping):
         raise ValueError(
             f"`from_torch(stack, state=<{type(state).__name__}>)`: expected a state dictionary, such as "
             "`module.state_dict()`."
         )
-    left = {name: _array(value) for name, value in state.items()}
-    gates, hidden = len(stack.cell.gates), stack.cell.hidden_size  # type: ignore[attr-defined]
+    left = {name: value.detach().cpu().numpy() if hasattr(value, "detach") else value for name, value in state.items()}
+    cell: Any = stack.cell
+    gates, wide = cell.gates, len(cell.gates) * cell.hidden_size
 
-    def take(name: str, columns: int | None) -> Array:
+    def take(name: str, *shape: int | None) -> Array:
         if name not in left:
             raise ValueError(f"`from_torch(state=<{sorted(state)}>)`: has no {name!r}, which the stack needs.")
-        value = left.pop(name)
-        rows = stack.cell.output_size if name.startswith("weight_hr") else gates * hidden
-        expected = (rows,) if columns is None else (rows, columns)
-        if value.shape != expected:
-            raise ValueError(f"`from_torch(state)`: {name!r} has shape {value.shape}, expected {expected}.")
-        if name.startswith("weight_hr"):
-            return value.T
-        value = value.reshape(gates, hidden, *value.shape[1:])
-        return value if columns is None else jnp.transpose(value, (2, 0, 1))
+        return foreign.taken("from_torch(state)", repr(name), left.pop(name), shape).T
 
-    def one(level: int, way: int) -> CellParams | LSTMPParams:
+    def one(level: int, way: int) -> Any:
         end = f"_l{level}" + "_reverse" * way
-        width = stack.output_size if level else left[f"weight_ih{end}"].shape[-1] if f"weight_ih{end}" in left else 0
-        kernels = take(f"weight_ih{end}", width), take(f"weight_hh{end}", stack.cell.output_size)
+        sizes = {"ih": stack.output_size if level else None, "hh": cell.output_size}
+        kernel, recurrent = (
+            foreign.apart(take(f"weight_{n}{end}", wide, size), gates, gates) for n, size in sizes.items()
+        )
         bias = recurrent_bias = None
         if f"bias_ih{end}" in left:
-            of_inputs, of_h = take(f"bias_ih{end}", None), take(f"bias_hh{end}", None)
+            of_inputs, of_h = (foreign.apart(take(f"bias_{n}{end}", wide), gates, gates) for n in sizes)
             bias = of_inputs + of_h
-            if isinstance(stack.cell, GRU):
+            if isinstance(cell, GRU):
                 bias, recurrent_bias = bias.at[2].set(of_inputs[2]), of_h[2:]
-        if isinstance(stack.cell, LSTMP):
-            return LSTMPParams(*kernels, bias, take(f"weight_hr{end}", hidden))
-        return CellParams(*kernels, bias, recurrent_bias, named("Units", ())())
+        if isinstance(cell, LSTMP):
+            return LSTMPParams(kernel, recurrent, bias, take(f"weight_hr{end}", cell.output_size, cell.hidden_size))
+        return foreign.own_params(cell, (kernel, recurrent), bias, recurrent_bias)
 
-    layers = tuple(tuple(one(level, way) for way in range(stack.directions)) for level in range(stack.num_layers))
+    params = foreign.of_stack(stack, one)
     if left:
         raise ValueError(
             f"`from_torch(state)`: {sorted(left)} are left over; expected {stack.num_layers} layers of "
             f"{stack.directions} directions of {type(stack.cell).__name__}; a projection weight_hr is that of LSTMP."
         )
-    return StackParams(layers, None)
+    return params
 
 
 def to_torch(stack: Stack, params: StackParams) -> dict[str, np.ndarray]:
@@ -116,7 +115,7 @@ def to_torch(stack: Stack, params: StackParams) -> dict[str, np.ndarray]:
 
     Source: as `from_torch`, whose inverse it is.
     """
-    _check(stack, "to_torch")
+    foreign.check("to_torch", stack, _CELLS, "PyTorch", _EXPECTED, merges=("concat",))
     state: dict[str, np.ndarray] = {}
     with_bias = {own.bias is not None for layer in params.layers for own in layer}
     if len(with_bias) > 1:
@@ -128,30 +127,7 @@ def to_torch(stack: Stack, params: StackParams) -> dict[str, np.ndarray]:
                 state[f"weight_{name}{end}"] = np.asarray(kernel).reshape(kernel.shape[0], -1).T.copy()
             if isinstance(own, LSTMPParams):
                 state[f"weight_hr{end}"] = np.asarray(own.projection).T.copy()
-            recurrent_bias = getattr(own, "recurrent_bias", None)
-            if own.bias is None:
-                if recurrent_bias is not None:
-                    raise ValueError("`to_torch(stack, params)`: b_hn without the other biases.")
-                continue
-            of_h = np.zeros_like(np.asarray(own.bias))
-            if recurrent_bias is not None:
-                of_h[2:] = recurrent_bias
-            state[f"bias_ih{end}"], state[f"bias_hh{end}"] = np.asarray(own.bias).reshape(-1), of_h.reshape(-1)
+            for name, bias in zip(("ih", "hh"), foreign.both_biases("to_torch", own), strict=True):
+                if bias is not None:
+                    state[f"bias_{name}{end}"] = bias.reshape(-1)
     return state
-
-
-def _array(value: Any) -> Array:
-    return jnp.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
-
-
-def _check(stack: Stack, name: str) -> None:
-    check_stack(name, stack)
-    cell = stack.cell
-    plain = type(cell) in (LSTM, GRU, Elman) and isinstance(cell.recurrence, Dense)  # type: ignore[attr-defined]
-    plain = plain or type(cell) is LSTMP
-    options = [o for o in ("peepholes", "coupled", "residual") if getattr(cell, o, False)]
-    if not plain or options or stack.learned_carry or (stack.bidirectional and stack.merge != "concat"):
-        raise NotImplementedError(
-            f"`{name}({stack})`: expected LSTMP, or LSTM, GRU or Elman over Dense() without peepholes, coupled or "
-            "residual, merge='concat' and no learned carry; PyTorch has no other."
-        )

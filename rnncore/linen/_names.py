@@ -1,118 +1,24 @@
-"""The names of flax.linen that `rnncore.linen` re-exports, for editors and type checkers.
+"""The names of `rnncore.linen` that are not flax.linen's own."""
 
-They are listed because a star import would include Flax's recurrent classes; nothing is imported at run time.
-"""
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from flax.linen import PARTITION_NAME as PARTITION_NAME
-    from flax.linen import BatchApply as BatchApply
-    from flax.linen import BatchNorm as BatchNorm
-    from flax.linen import Conv as Conv
-    from flax.linen import ConvLocal as ConvLocal
-    from flax.linen import ConvTranspose as ConvTranspose
-    from flax.linen import Dense as Dense
-    from flax.linen import DenseGeneral as DenseGeneral
-    from flax.linen import DenyList as DenyList
-    from flax.linen import Dropout as Dropout
-    from flax.linen import Einsum as Einsum
-    from flax.linen import Embed as Embed
-    from flax.linen import Fp8DirectDotGeneralOp as Fp8DirectDotGeneralOp
-    from flax.linen import Fp8DotGeneral as Fp8DotGeneral
-    from flax.linen import Fp8DotGeneralOp as Fp8DotGeneralOp
-    from flax.linen import Fp8Einsum as Fp8Einsum
-    from flax.linen import FrozenDict as FrozenDict
-    from flax.linen import GroupNorm as GroupNorm
-    from flax.linen import InstanceNorm as InstanceNorm
-    from flax.linen import LayerNorm as LayerNorm
-    from flax.linen import LogicallyPartitioned as LogicallyPartitioned
-    from flax.linen import Module as Module
-    from flax.linen import MultiHeadAttention as MultiHeadAttention
-    from flax.linen import MultiHeadDotProductAttention as MultiHeadDotProductAttention
-    from flax.linen import NANOOFp8DotGeneralOp as NANOOFp8DotGeneralOp
-    from flax.linen import Partitioned as Partitioned
-    from flax.linen import PReLU as PReLU
-    from flax.linen import RMSNorm as RMSNorm
-    from flax.linen import RNNCellBase as RNNCellBase
-    from flax.linen import SelfAttention as SelfAttention
-    from flax.linen import Sequential as Sequential
-    from flax.linen import SpectralNorm as SpectralNorm
-    from flax.linen import Variable as Variable
-    from flax.linen import WeightNorm as WeightNorm
-    from flax.linen import apply as apply
-    from flax.linen import avg_pool as avg_pool
-    from flax.linen import broadcast as broadcast
-    from flax.linen import celu as celu
-    from flax.linen import checkpoint as checkpoint
-    from flax.linen import combine_masks as combine_masks
-    from flax.linen import compact as compact
-    from flax.linen import compact_name_scope as compact_name_scope
-    from flax.linen import cond as cond
-    from flax.linen import custom_vjp as custom_vjp
-    from flax.linen import disable_named_call as disable_named_call
-    from flax.linen import dot_product_attention as dot_product_attention
-    from flax.linen import dot_product_attention_weights as dot_product_attention_weights
-    from flax.linen import elu as elu
-    from flax.linen import enable_named_call as enable_named_call
-    from flax.linen import fold_rngs as fold_rngs
-    from flax.linen import gelu as gelu
-    from flax.linen import get_logical_axis_rules as get_logical_axis_rules
-    from flax.linen import get_partition_spec as get_partition_spec
-    from flax.linen import get_sharding as get_sharding
-    from flax.linen import glu as glu
-    from flax.linen import grad as grad
-    from flax.linen import hard_sigmoid as hard_sigmoid
-    from flax.linen import hard_silu as hard_silu
-    from flax.linen import hard_swish as hard_swish
-    from flax.linen import hard_tanh as hard_tanh
-    from flax.linen import init as init
-    from flax.linen import init_with_output as init_with_output
-    from flax.linen import intercept_methods as intercept_methods
-    from flax.linen import jit as jit
-    from flax.linen import jvp as jvp
-    from flax.linen import leaky_relu as leaky_relu
-    from flax.linen import log_sigmoid as log_sigmoid
-    from flax.linen import log_softmax as log_softmax
-    from flax.linen import logical_axis_rules as logical_axis_rules
-    from flax.linen import logsumexp as logsumexp
-    from flax.linen import make_attention_mask as make_attention_mask
-    from flax.linen import make_causal_mask as make_causal_mask
-    from flax.linen import map_variables as map_variables
-    from flax.linen import max_pool as max_pool
-    from flax.linen import merge_param as merge_param
-    from flax.linen import meta as meta
-    from flax.linen import named_call as named_call
-    from flax.linen import normalize as normalize
-    from flax.linen import nowrap as nowrap
-    from flax.linen import one_hot as one_hot
-    from flax.linen import ones as ones
-    from flax.linen import ones_init as ones_init
-    from flax.linen import override_named_call as override_named_call
-    from flax.linen import pool as pool
-    from flax.linen import relu as relu
-    from flax.linen import relu6 as relu6
-    from flax.linen import remat as remat
-    from flax.linen import remat_scan as remat_scan
-    from flax.linen import scan as scan
-    from flax.linen import selu as selu
-    from flax.linen import set_logical_axis_rules as set_logical_axis_rules
-    from flax.linen import share_scope as share_scope
-    from flax.linen import sigmoid as sigmoid
-    from flax.linen import silu as silu
-    from flax.linen import soft_sign as soft_sign
-    from flax.linen import softmax as softmax
-    from flax.linen import softplus as softplus
-    from flax.linen import standardize as standardize
-    from flax.linen import swish as swish
-    from flax.linen import switch as switch
-    from flax.linen import tanh as tanh
-    from flax.linen import unbox as unbox
-    from flax.linen import value_and_grad as value_and_grad
-    from flax.linen import vjp as vjp
-    from flax.linen import vmap as vmap
-    from flax.linen import while_loop as while_loop
-    from flax.linen import with_logical_partitioning as with_logical_partitioning
-    from flax.linen import with_partitioning as with_partitioning
-    from flax.linen import zeros as zeros
-    from flax.linen import zeros_init as zeros_init
+from rnncore.linen.bidirectional import Bidirectional as Bidirectional
+from rnncore.linen.cells import GRUCell as GRUCell
+from rnncore.linen.cells import LSTMCell as LSTMCell
+from rnncore.linen.cells import MGUCell as MGUCell
+from rnncore.linen.cells import OptimizedLSTMCell as OptimizedLSTMCell
+from rnncore.linen.cells import SimpleCell as SimpleCell
+from rnncore.linen.conv import ConvLSTMCell as ConvLSTMCell
+from rnncore.linen.convert import from_functional as from_functional
+from rnncore.linen.convert import functional as functional
+from rnncore.linen.layers import GRU as GRU
+from rnncore.linen.layers import LSTM as LSTM
+from rnncore.linen.layers import Elman as Elman
+from rnncore.linen.own_cells import LayerNormGRUCell as LayerNormGRUCell
+from rnncore.linen.own_cells import LayerNormLSTMCell as LayerNormLSTMCell
+from rnncore.linen.own_cells import LeakyCell as LeakyCell
+from rnncore.linen.own_cells import LSTMPCell as LSTMPCell
+from rnncore.linen.own_cells import MinGRUCell as MinGRUCell
+from rnncore.linen.own_cells import MinLSTMCell as MinLSTMCell
+from rnncore.linen.own_cells import QRNNCell as QRNNCell
+from rnncore.linen.own_cells import RGLRUCell as RGLRUCell
+from rnncore.linen.own_cells import SLSTMCell as SLSTMCell
+from rnncore.linen.rnn import RNN as RNN

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -79,27 +78,8 @@ class Bidirectional(nn.Module):
         """
         del keep_order
         modules.check_are_rnns(self)
-        modules.refuse_reverse(reverse)
-        return_carry = self.return_carry if return_carry is None else return_carry
-        if time_major is None:
-            time_major = self.time_major
-            modules.check_children(self, time_major)
-        if self.forward_rnn is self.backward_rnn:
-            warnings.warn(
-                "`Bidirectional(forward_rnn, backward_rnn)`: both are the same object, so they share parameters.",
-                stacklevel=2,
-            )
-        keys = (None, None) if init_key is None else tuple(jax.random.split(init_key))
-        starts = (None, None) if initial_carry is None else initial_carry
-        (carry_forward, forward), (carry_backward, backward) = (
-            rnn(
-                inputs, initial_carry=start, init_key=key, seq_lengths=seq_lengths, return_carry=True,
-                time_major=time_major, **order,
-            )
-            for rnn, start, key, order in (
-                (self.forward_rnn, starts[0], keys[0], {"reverse": False}),
-                (self.backward_rnn, starts[1], keys[1], {"reverse": True, "keep_order": True}),
-            )
+        keys = (None, None) if init_key is None else jax.random.split(init_key)
+        return modules.both_directions(
+            self, inputs, [{"init_key": key} for key in keys], initial_carry=initial_carry, seq_lengths=seq_lengths,
+            return_carry=return_carry, time_major=time_major, reverse=reverse,
         )  # fmt: skip
-        outputs = jax.tree.map(self.merge_fn, forward, backward)
-        return ((carry_forward, carry_backward), outputs) if return_carry else outputs

@@ -58,7 +58,7 @@ class _Gate(nn.Module):
 class Cell(nn.RNNCellBase):
     """Base class: one step through the functional cell that `tree` describes."""
 
-    tree: ClassVar[trees.Tree]
+    tree: ClassVar[Any]
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
@@ -74,13 +74,21 @@ class Cell(nn.RNNCellBase):
         """One step.
 
         Args:
-          carry: (c, h) of an LSTM, h of the others; arrays (*batch, H).
+          carry: a tuple of the fields of the functional cell's carry, such as (c, h), or h alone; arrays (*batch, H).
           inputs: (*batch, D).
 
         Returns:
-          (new carry, outputs (*batch, H)).
+          (new carry, outputs).
         """
         h = jax.tree.leaves(carry)[-1]
+        core, params = self.tree.assemble(self, self._weights(inputs, h), inputs, h)
+        zs = core.project(params, jnp.asarray(inputs, params.input_kernel.dtype))
+        new, y = core.step(params, modules.to_core(core, carry), zs)
+        return modules.from_core(new), y
+
+    @nn.nowrap
+    def _weights(self, inputs: Array, h: Array) -> dict[str, Any]:
+        """The parameters, by the names of `tree`."""
         weights, biased = {}, self.tree.biased(self)
         for name in self.tree.names:
             seen, init = (inputs, self.kernel_init) if name in self.tree.inputs else (h, self.recurrent_kernel_init)
@@ -88,10 +96,7 @@ class Cell(nn.RNNCellBase):
                 h.shape[-1], name in biased, self.param_dtype, _drawable(init, self.param_dtype),
                 self._bias_init(name), name=name,
             )(seen)  # fmt: skip
-        core, params = self.tree.assemble(self, weights, inputs, h)
-        zs = core.project(params, jnp.asarray(inputs, params.input_kernel.dtype))
-        new, y = core.step(params, modules.to_core(core, carry), zs)
-        return modules.from_core(new), y
+        return weights
 
     @nn.nowrap
     def _bias_init(self, name: str) -> Initializer:

@@ -121,18 +121,15 @@ class ConvLSTMCell(nn.RNNCellBase):
 
     @nn.nowrap
     def _own_padding(self) -> Any:
-        added = self._padded()
-        return self.padding if added is None or added == tuple(k - 1 for k in self.kernel_size) else "SAME"
+        return self.padding if self._padded() == tuple(k - 1 for k in self.kernel_size) else "SAME"
 
     @nn.nowrap
-    def _padded(self) -> tuple[int, ...] | None:
-        """By how much the padding lengthens each spatial axis; None for the two kinds of "SAME"."""
-        rank, padding = len(self.kernel_size), self.padding
+    def _padded(self) -> tuple[int, ...]:
+        """By how much the padding lengthens each spatial axis; a name other than "VALID" keeps the size."""
+        padding = self.padding
         if isinstance(padding, str):
-            if padding.startswith("SAME"):
-                return None
-            return (0,) * rank if padding == "VALID" else tuple(k - 1 for k in self.kernel_size)
-        each = (padding,) * rank if isinstance(padding, int) else tuple(padding)
+            return tuple(0 if padding == "VALID" else k - 1 for k in self.kernel_size)
+        each = (padding,) * len(self.kernel_size) if isinstance(padding, int) else padding
         return tuple(2 * p if isinstance(p, int) else sum(p) for p in each)
 
     @nn.nowrap
@@ -140,13 +137,8 @@ class ConvLSTMCell(nn.RNNCellBase):
         """The spatial axes that come out of the convolution of inputs with these."""
         strides = self.strides or 1
         strides = (strides,) * len(space) if isinstance(strides, int) else strides
-        added = self._padded()
-        if added is None:
-            out = tuple(-(-n // s) for n, s in zip(space, strides, strict=True))
-        else:
-            out = tuple(
-                (n + p - k) // s + 1 for n, p, k, s in zip(space, added, self.kernel_size, strides, strict=True)
-            )
+        sizes = zip(space, self._padded(), self.kernel_size, strides, strict=True)
+        out = tuple((n + p - k) // s + 1 for n, p, k, s in sizes)
         if any(n < 1 for n in out):
             raise ValueError(
                 f"`ConvLSTMCell(kernel_size={self.kernel_size}, padding={self.padding!r})`: nothing is left of inputs "

@@ -6,22 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
+from rnncore import flax_modules as modules
 from rnncore.linen import cells, own_cells, trees
 
-TREES: dict[type, trees.Tree | trees.Entries] = {
-    cells.LSTMCell: trees.LSTM_TREE,
-    cells.OptimizedLSTMCell: trees.LSTM_TREE,
-    cells.GRUCell: trees.GRU_TREE,
-    cells.MGUCell: trees.MGU_TREE,
-    cells.SimpleCell: trees.SIMPLE_TREE,
-    nn.LSTMCell: trees.LSTM_TREE,
-    nn.OptimizedLSTMCell: trees.LSTM_TREE,
-    nn.GRUCell: trees.GRU_TREE,
-    nn.MGUCell: trees.MGU_TREE,
-    nn.SimpleCell: trees.SIMPLE_TREE,
-    **dict.fromkeys(own_cells.CELLS, trees.Entries()),
-}
+_NAMESAKES: tuple[type[cells.Cell], ...] = (
+    cells.LSTMCell,
+    cells.OptimizedLSTMCell,
+    cells.GRUCell,
+    cells.MGUCell,
+    cells.SimpleCell,
+)
+TREES: dict[type, trees.Tree | trees.Entries] = {kind: kind.tree for kind in (*_NAMESAKES, *own_cells.CELLS)}
+TREES |= {getattr(nn, kind.__name__): kind.tree for kind in _NAMESAKES}
 """The tree of every class whose equations are known, Flax's too; a subclass may compute something else."""
 
 
@@ -34,6 +33,12 @@ def is_rematerialized(cell: nn.Module) -> bool:
 def class_of(cell: nn.Module) -> type:
     """The cell's class inside nn.remat, which does not change the equations."""
     return type(cell).__mro__[1] if is_rematerialized(cell) else type(cell)
+
+
+def unfit_functions(cell: Any, carry: Any) -> modules.SlowPath | None:
+    """Which functions of a known cell no loop can apply, or None."""
+    tree, size = TREES[class_of(cell)], jnp.shape(jax.tree.leaves(carry)[-1])[-1]
+    return modules.unfit_functions(cell, lambda: tree.make(cell, size), size, nn.Module)
 
 
 def functional(cell: nn.Module, params: Mapping[str, Any]) -> Any:
@@ -88,13 +93,8 @@ def functional(cell: nn.Module, params: Mapping[str, Any]) -> Any:
         return tuple(functional(getattr(cell, way), _entry(name, params, way)) for way in ways)
     if hasattr(cell, "functional") and hasattr(cell, "num_layers"):
         return cell.functional(params)
-    tree = TREES.get(type(cell))
-    if tree is None:
-        raise NotImplementedError(
-            f"`functional({name}, params)`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or "
-            "SimpleCell of rnncore.linen or flax.linen, or another cell of rnncore.linen; a subclass or a transformed "
-            "class may compute something else. If it does not, pass the plain cell with the same fields."
-        )
+    advice = "; a subclass or a transformed class may compute something else. If it does not, pass the plain cell with "
+    tree = _tree_of(f"functional({name}, params)", cell, f"{advice}the same fields.")
     weights = nn.meta.unbox(params)
     if not isinstance(weights, Mapping) or not tree.is_complete(cell, weights):
         got = sorted(weights) if isinstance(weights, Mapping) else type(weights).__name__
@@ -145,11 +145,14 @@ def from_functional(cell: nn.Module, params: Any) -> dict[str, Any]:
 
     Source: trees as in flax.linen.
     """
-    name = type(cell).__name__
+    return _tree_of(f"from_functional({type(cell).__name__}, params)", cell, ".").disassemble(cell, params)
+
+
+def _tree_of(call: str, cell: nn.Module, end: str) -> Any:
     tree = TREES.get(type(cell))
     if tree is None:
         raise NotImplementedError(
-            f"`from_functional({name}, params)`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or "
-            "SimpleCell of rnncore.linen or flax.linen, or another cell of rnncore.linen."
+            f"`{call}`: expected exactly an LSTMCell, OptimizedLSTMCell, GRUCell, MGUCell or SimpleCell of "
+            f"rnncore.linen or flax.linen, or another cell of rnncore.linen{end}"
         )
-    return tree.disassemble(cell, params)
+    return tree

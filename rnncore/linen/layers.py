@@ -10,43 +10,18 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rnncore import _arguments, cells, initializers
+from rnncore import _arguments, cells
 from rnncore import flax_modules as modules
-from rnncore._types import Activation, Array, Initializer
-from rnncore.layers.stack import Merge, Stack, StackParams
+from rnncore._types import Activation, Array
+from rnncore.layers import fields
+from rnncore.layers.stack import Stack, StackParams
 
 
-class Layers(nn.Module):
+class Layers(fields.LayerFields, nn.Module):
     """What `LSTM`, `GRU` and `Elman` share: the fields, the call, the parameters of a `rnncore.Stack`."""
 
-    make: ClassVar[Callable[..., cells.PointwiseCell]]
-    """The functional cell."""
-    own: ClassVar[tuple[str, ...]] = ()
-    """Fields that only this kind of cell has."""
-
     features: int
-    num_layers: int = field(default=1, kw_only=True)
-    bidirectional: bool = field(default=False, kw_only=True)
-    merge: Merge = field(default="concat", kw_only=True)
-    dropout: float = field(default=0.0, kw_only=True)
-    recurrent_dropout: float = field(default=0.0, kw_only=True)
-    zoneout: float = field(default=0.0, kw_only=True)
-    heads: int = field(default=1, kw_only=True)
-    learned_carry: bool = field(default=False, kw_only=True)
-    activation_fn: Activation = field(default=jnp.tanh, kw_only=True)
-    kernel_init: Initializer = field(default=initializers.lecun_normal, kw_only=True)
-    recurrent_kernel_init: Initializer | None = field(default=None, kw_only=True)
-    bias_init: Initializer = field(default=initializers.zeros, kw_only=True)
-    dtype: Any = field(default=None, kw_only=True)
-    param_dtype: Any = field(default=jnp.float32, kw_only=True)
-    carry_dtype: Any = field(default=None, kw_only=True)
-    output_dtype: Any = field(default=None, kw_only=True)
-    time_major: bool = field(default=False, kw_only=True)
-    return_carry: bool = field(default=False, kw_only=True)
     deterministic: bool | None = field(default=None, kw_only=True)
-    checkpoint_every: int | None = field(default=None, kw_only=True)
-    recompute: str = field(default="nothing", kw_only=True)
-    backend: str | None = field(default=None, kw_only=True)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
@@ -95,7 +70,7 @@ class Layers(nn.Module):
         key = None
         if stack.is_random and not nn.merge_param("deterministic", self.deterministic, deterministic):
             key = self.make_rng("dropout")
-        return modules.run_layers(
+        return fields.run_layers(
             self, stack, stack.from_tree(tree), xs, key=key, initial_carry=initial_carry, seq_lengths=seq_lengths,
             resets=resets, return_carry=return_carry, return_states=return_states,
         )  # fmt: skip
@@ -103,18 +78,7 @@ class Layers(nn.Module):
     @property
     def stack(self) -> Stack:
         """The description of these layers."""
-        cell = self.make(
-            self.features, **{name: getattr(self, name) for name in self.own}, activation_fn=self.activation_fn,
-            recurrence=modules.recurrence(self.heads), kernel_init=self.kernel_init,
-            recurrent_init=self.recurrent_kernel_init, bias_init=self.bias_init,
-        )  # fmt: skip
-        rates = {"h": self.zoneout, "c": getattr(self, "zoneout_cell", 0.0)}
-        zoneout = cell.Carry(*(rates[name] for name in cell.Carry._fields))
-        return Stack(
-            cell, num_layers=self.num_layers, bidirectional=self.bidirectional, merge=self.merge, dropout=self.dropout,
-            recurrent_dropout=self.recurrent_dropout, zoneout=zoneout if any(zoneout) else None,
-            learned_carry=self.learned_carry,
-        )  # fmt: skip
+        return fields.stack_of(self, self.features)
 
     @nn.nowrap
     def functional(self, params: Mapping[str, Any]) -> tuple[Stack, StackParams]:
@@ -136,7 +100,7 @@ class Layers(nn.Module):
         params = StackParams((), None)
         if stack.learned_carry:
             params = stack.from_tree({n: self.get_variable("params", n) for row in stack.names for n in row})
-        return stack.start(params, batch_shape, modules.carry_dtype(self))
+        return stack.start(params, batch_shape, fields.carry_dtype(self))
 
 
 class LSTM(Layers):

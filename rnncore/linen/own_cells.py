@@ -11,13 +11,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rnncore import _arguments, cells, initializers
+from rnncore import cells, initializers
 from rnncore import flax_modules as modules
 from rnncore._types import Activation, Array, Initializer
 from rnncore.cells.qrnn import Pooling
 from rnncore.cells.recurrent_kernels import Recurrence
 from rnncore.layers.entries import entry_shapes, to_entries
 from rnncore.linen import trees
+from rnncore.linen.cells import Cell
 
 
 @functools.lru_cache(maxsize=256)
@@ -38,11 +39,12 @@ def _unboxed(cell: str, name: str, init: Initializer) -> Initializer:
     return draw
 
 
-class OwnCell(nn.RNNCellBase):
+class OwnCell(Cell):
     """What these cells share: one step, and the parameters, each drawn as the functional cell draws it."""
 
     kind: ClassVar[type[cells.Cell]]
     """The functional cell."""
+    tree: ClassVar[trees.Entries] = trees.Entries()
 
     features: int
     kernel_init: Initializer = field(default=initializers.lecun_normal, kw_only=True)
@@ -51,14 +53,6 @@ class OwnCell(nn.RNNCellBase):
     dtype: Any = field(default=None, kw_only=True)
     param_dtype: Any = field(default=jnp.float32, kw_only=True)
     carry_init: Initializer = field(default=nn.initializers.zeros_init(), kw_only=True)
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        _arguments.refuse_foreign(cls, kwargs)
-        return super().__new__(cls)
-
-    def __post_init__(self) -> None:
-        _arguments.check_size(type(self).__name__, "features", self.features)
-        super().__post_init__()
 
     @property
     def core(self) -> Any:
@@ -70,27 +64,15 @@ class OwnCell(nn.RNNCellBase):
         inits = {n: _unboxed(type(self).__name__, n, v) for n, v in given.items() if n.endswith("_init")}
         return self.kind(self.features, **given | inits)
 
-    @nn.compact
-    def __call__(self, carry: Any, inputs: Array) -> tuple[Any, Array]:
-        """One step.
-
-        Args:
-          carry: a tuple of the fields of the functional cell's carry, or h alone; arrays (*batch, H).
-          inputs: (*batch, D).
-
-        Returns:
-          (new carry, outputs).
-        """
+    @nn.nowrap
+    def _weights(self, inputs: Array, h: Array) -> dict[str, Array]:
+        del h
         core, size = self.core, jnp.shape(inputs)[-1]
 
         def draw(key: Array, name: str) -> Array:
             return to_entries(core.init(key, size, self.param_dtype))[name]
 
-        weights = {name: self.param(name, draw, name) for name in entry_shapes(core, size)}
-        core, params = trees.Entries().assemble(self, weights, inputs)
-        zs = core.project(params, jnp.asarray(inputs, params.input_kernel.dtype))
-        new, y = core.step(params, modules.to_core(core, carry), zs)
-        return modules.from_core(new), y
+        return {name: self.param(name, draw, name) for name in entry_shapes(core, size)}
 
     @nn.nowrap
     def initialize_carry(self, rng: Array, input_shape: tuple[int, ...]) -> Any:
@@ -104,11 +86,6 @@ class OwnCell(nn.RNNCellBase):
         keys = jax.random.split(rng, len(like))
         drawn = (self.carry_init(key, a.shape, self.param_dtype) for key, a in zip(keys, like, strict=True))
         return modules.from_core(type(like)(*drawn))
-
-    @property
-    def num_feature_axes(self) -> int:
-        """How many of the last axes of an input are not batch: 1."""
-        return 1
 
 
 class SLSTMCell(OwnCell):

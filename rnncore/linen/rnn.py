@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any
 
@@ -18,7 +17,7 @@ from rnncore import _arguments
 from rnncore import flax_modules as modules
 from rnncore._types import Array
 from rnncore.cells import Cell
-from rnncore.linen.convert import TREES, class_of, is_rematerialized
+from rnncore.linen.convert import TREES, class_of, is_rematerialized, unfit_functions
 from rnncore.linen.flax_scan import has_plain_parameters, scan_over
 
 
@@ -130,48 +129,34 @@ class RNN(nn.Module):
         """
         modules.check_dtypes(self)
         call = modules.call_of(
-            self, inputs, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+            self, inputs, initializer(self.cell, init_key), initial_carry=initial_carry, seq_lengths=seq_lengths,
+            resets=resets, reset_carry=reset_carry, return_states=return_states, return_carry=return_carry,
+            time_major=time_major, reverse=reverse, keep_order=keep_order,
         )  # fmt: skip
-        carry = initial_carry
-        if carry is None:
-            carry = self.cell.initialize_carry(jax.random.key(0) if init_key is None else init_key, call.step_shape)
-        carry = modules.cast(carry, self.carry_dtype)
-        reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
-
-        slow = self._slow_path(inputs, carry)
-        if slow is None:
-            core, params = self._functional(inputs, carry, call.step_shape)
-            # A step under nn.remat keeps its carry, and recomputes projections and gates.
-            rematerialized = is_rematerialized(self.cell) and self.recompute == "nothing"
-            result = modules.unroll(
-                self, core, params, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
-                reset_carry=reset_carry, return_states=return_states, recompute="gates" if rematerialized else None,
-            )  # fmt: skip
-        else:
-            modules.before_scan(self, "nn.scan", slow)
-            result = modules.scan_cell(
-                functools.partial(scan_over, self), self, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
-                reset_carry=reset_carry, return_states=return_states,
-            )  # fmt: skip
-        return modules.result_of(self, result, call.return_carry)
+        slow = self._slow_path(inputs, call.carry)
+        if slow is not None:
+            return modules.scan_cell(self, call, "nn.scan", slow, scan_over)
+        core, params = self._functional(call)
+        # A step under nn.remat keeps its carry, and recomputes projections and gates.
+        rematerialized = is_rematerialized(self.cell) and self.recompute == "nothing"
+        return modules.unroll(self, call, core, params, recompute="gates" if rematerialized else None)
 
     @nn.nowrap
-    def _functional(self, inputs: Array, carry: Any, step_shape: tuple[int, ...]) -> tuple[Cell, Any]:
+    def _functional(self, call: modules.Call) -> tuple[Cell, Any]:
         """The cell and its parameters as `rnncore.unroll` takes them."""
         cell: Any = self.cell
         tree = TREES[class_of(cell)]
         if not tree.is_complete(cell, cell.variables.get("params", {})):
             # One step creates the parameters; where that is not allowed, it raises Flax's own error.
-            cell(carry, jnp.zeros(step_shape, inputs.dtype))
+            cell(call.carry, jnp.zeros(call.step_shape, call.inputs.dtype))
         weights = nn.meta.unbox(cell.variables["params"])
-        return tree.assemble(cell, weights, inputs, jax.tree.leaves(carry)[-1])
+        return tree.assemble(cell, weights, call.inputs, jax.tree.leaves(call.carry)[-1])
 
     @nn.nowrap
     def _slow_path(self, inputs: Array, carry: Any) -> modules.SlowPath | None:
         """Why the cell has to run under nn.scan, or None."""
         cell = self.cell
-        tree = TREES.get(class_of(cell))
-        if tree is None:
+        if class_of(cell) not in TREES:
             return modules.unknown_cell(cell, TREES, "linen")
         if found := modules.complex_numbers(cell, inputs, carry):
             return found
@@ -185,6 +170,9 @@ class RNN(nn.Module):
             reason = "`capture_intermediates` needs its result at every step"
             remedy = "leave 'intermediates' out of the RNN's scan fields; return_states=True gives every carry"
             return modules.SlowPath(reason, remedy)
-        size = jnp.shape(jax.tree.leaves(carry)[-1])[-1]
-        functions = [getattr(cell, name) for name in ("gate_fn", "activation_fn") if hasattr(cell, name)]
-        return modules.unfit_functions(lambda: tree.make(cell, size), size, functions, nn.Module)
+        return unfit_functions(cell, carry)
+
+
+def initializer(cell: Any, key: Array | None) -> Callable[[tuple[int, ...]], Any]:
+    """What makes the carry of a cell for inputs of a step's shape."""
+    return lambda shape: cell.initialize_carry(jax.random.key(0) if key is None else key, shape)

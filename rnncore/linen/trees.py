@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 
+from rnncore import flax_modules as modules
 from rnncore._types import Array
 from rnncore.cells import GRU, LSTM, MGU, Cell, CellParams, Elman, PointwiseCell
-from rnncore.cells.base import named
-from rnncore.layers.entries import entry_shapes, from_entries, to_entries
+from rnncore.layers.entries import entry_shapes, fitting_entries, from_entries, from_gates
 
 Weights = Mapping[str, Mapping[str, Array]]
 """{name: {"kernel": (., H)[, "bias": (H,)]}} by the names of a `Tree`."""
@@ -30,20 +30,24 @@ class Tree(NamedTuple):
       inputs: names of the input side, one for each gate in the order of the functional cell.
       recurrent: names of the recurrent side, likewise.
       biased: Flax cell -> the names that have a bias.
-      make: (Flax cell, H) -> functional cell.
+      kind: class of the functional cell.
       created: all names in the order in which Flax creates them; () for gate by gate, input side first.
     """
 
     inputs: tuple[str, ...]
     recurrent: tuple[str, ...]
     biased: Callable[[Any], frozenset[str]]
-    make: Callable[[Any, int], PointwiseCell]
+    kind: type[PointwiseCell]
     created: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """All names, as created."""
         return self.created or tuple(name for pair in zip(self.inputs, self.recurrent, strict=True) for name in pair)
+
+    def make(self, module: Any, size: int) -> PointwiseCell:
+        """The functional cell."""
+        return modules.core_of(self.kind, module, size)
 
     def expected(self, module: Any) -> list[str]:
         """The names of all entries, sorted."""
@@ -83,28 +87,17 @@ class Tree(NamedTuple):
           inputs, h: what the cell will see: where `module.dtype` is None their dtypes take part in the
             promotion, as in `flax.linen.Dense`.  None: the parameters' own.
         """
-        sides = [[jax.tree.leaves(dict(weights[n])) for n in names] for names in (self.inputs, self.recurrent)]
-        input_dtype, recurrent_dtype = (
+        biased = self.biased(module)
+        sides = [
+            [{leaf: weights[n][leaf] for leaf in ("kernel", "bias")[: 1 + (n in biased)]} for n in names]
+            for names in (self.inputs, self.recurrent)
+        ]
+        dtypes = [
             canonicalize_dtype(seen, *jax.tree.leaves(side), dtype=module.dtype)
             for seen, side in zip((inputs, h), sides, strict=True)
-        )
-
-        def stack(names: tuple[str, ...], leaf: str, axis: int, dtype: Any) -> Array:
-            return jnp.stack([weights[name][leaf] for name in names], axis).astype(dtype)
-
-        # Each gate has one bias; where it has a second, that one stays with U h (the GRU's b_hn).
-        biased = self.biased(module)
-        first = tuple(i if i in biased else r for i, r in zip(self.inputs, self.recurrent, strict=True))
-        second = tuple(n for n in self.recurrent if n in biased and n not in first)
-        kernel = stack(self.recurrent, "kernel", 1, recurrent_dtype)
-        params = CellParams(
-            input_kernel=stack(self.inputs, "kernel", 1, input_dtype),
-            recurrent_kernel=kernel,
-            bias=stack(first, "bias", 0, input_dtype if first == self.inputs else recurrent_dtype),
-            recurrent_bias=stack(second, "bias", 0, recurrent_dtype) if second else None,
-            units=named("Units", ())(),
-        )
-        return self.make(module, kernel.shape[0]), params
+        ]
+        params = from_gates(sides[0], sides[1], len(self.inputs), dtypes)
+        return self.make(module, params.input_kernel.shape[-1]), params
 
     def disassemble(self, module: Any, params: CellParams) -> dict[str, dict[str, Array]]:
         """The inverse of `assemble`: the Flax cell's parameters from functional ones."""
@@ -166,39 +159,27 @@ class Entries:
 
     def disassemble(self, module: Any, params: Any) -> dict[str, Array]:
         """The inverse of `assemble`."""
-        entries, made = to_entries(params), {}
-        for name, like in entry_shapes(module.core, params.input_kernel.shape[0]).items():
-            made[name] = entries.get(name, jnp.zeros(like.shape, params.input_kernel.dtype))
-            if made[name].shape != like.shape:
-                raise ValueError(
-                    f"`from_functional({type(module).__name__}, params)`: {name} has shape {made[name].shape}, "
-                    f"expected {like.shape}."
-                )
-        return made
+        call = f"from_functional({type(module).__name__}, params)"
+        return fitting_entries(call, module.core, params, params.input_kernel.shape[0])
 
 
 LSTM_TREE = Tree(
     inputs=("ii", "if", "ig", "io"),
     recurrent=("hi", "hf", "hg", "ho"),
     biased=lambda m: frozenset(("hi", "hf", "hg", "ho")),
-    make=lambda m, size: LSTM(size, gate_fn=m.gate_fn, activation_fn=m.activation_fn),
+    kind=LSTM,
 )
 GRU_TREE = Tree(
     inputs=("ir", "iz", "in"),
     recurrent=("hr", "hz", "hn"),
     biased=lambda m: frozenset(("ir", "iz", "in", "hn")),
-    make=lambda m, size: GRU(size, gate_fn=m.gate_fn, activation_fn=m.activation_fn),
+    kind=GRU,
 )
 MGU_TREE = Tree(
     inputs=("if", "in"),
     recurrent=("hf", "hn"),
     biased=lambda m: frozenset(("if", "in", "hn") if m.reset_gate else ("if", "in")),
-    make=lambda m, size: MGU(size, gate_fn=m.gate_fn, activation_fn=m.activation_fn, reset_gate=m.reset_gate),
+    kind=MGU,
     created=("if", "hf", "hn", "in"),
 )
-SIMPLE_TREE = Tree(
-    inputs=("i",),
-    recurrent=("h",),
-    biased=lambda m: frozenset(("i",)),
-    make=lambda m, size: Elman(size, activation_fn=m.activation_fn, residual=m.residual),
-)
+SIMPLE_TREE = Tree(inputs=("i",), recurrent=("h",), biased=lambda m: frozenset(("i",)), kind=Elman)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from flax import nnx
 
 from rnncore import _arguments
@@ -101,31 +99,12 @@ class Bidirectional(nnx.Bidirectional):
           NotImplementedError: `reverse=True`.
         """
         del keep_order
-        modules.refuse_reverse(reverse)
-        return_carry = self.return_carry if return_carry is None else return_carry
-        if time_major is None:
-            time_major = self.time_major
-            modules.check_children(self, time_major)
-        if self.forward_rnn is self.backward_rnn:
-            warnings.warn(
-                "`Bidirectional(forward_rnn, backward_rnn)`: both are the same object, so they share parameters.",
-                stacklevel=2,
-            )
         rngs = self.rngs if rngs is None else rngs
         rngs = rngs.carry if isinstance(rngs, nnx.Rngs) else rngs
-        starts = (None, None) if initial_carry is None else initial_carry
-        (carry_forward, forward), (carry_backward, backward) = (
-            rnn(
-                inputs, initial_carry=start, rngs=rngs, seq_lengths=seq_lengths, return_carry=True,
-                time_major=time_major, **order,
-            )
-            for rnn, start, order in (
-                (self.forward_rnn, starts[0], {"reverse": False}),
-                (self.backward_rnn, starts[1], {"reverse": True, "keep_order": True}),
-            )
+        return modules.both_directions(
+            self, inputs, [{"rngs": rngs}] * 2, initial_carry=initial_carry, seq_lengths=seq_lengths,
+            return_carry=return_carry, time_major=time_major, reverse=reverse,
         )  # fmt: skip
-        outputs = jax.tree.map(self.merge_fn, forward, backward)
-        return ((carry_forward, carry_backward), outputs) if return_carry else outputs
 
 
 def _is_random(rnn: Any) -> bool:

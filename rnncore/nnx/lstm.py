@@ -54,13 +54,8 @@ class LSTMCell(initial.Cell, nnx.LSTMCell):
         recurrent_kernel_init: Initializer = initial.orthogonal_in_default_dtype,
         **options: Any,
     ):
-        super().__init__(
-            in_features,
-            hidden_features,
-            kernel_init=kernel_init,
-            recurrent_kernel_init=recurrent_kernel_init,
-            **options,
-        )
+        options |= {"kernel_init": kernel_init, "recurrent_kernel_init": recurrent_kernel_init}
+        super().__init__(in_features, hidden_features, **options)
 
 
 class OptimizedLSTMCell(initial.Cell, nnx.OptimizedLSTMCell):

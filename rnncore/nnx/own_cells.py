@@ -15,7 +15,7 @@ from flax.nnx.nn import dtypes
 from rnncore import cells
 from rnncore import flax_modules as modules
 from rnncore._types import Array, Initializer
-from rnncore.layers.entries import entry_shapes, from_entries, to_entries
+from rnncore.layers.entries import entry_shapes, fitting_entries, from_entries, to_entries
 from rnncore.nnx import initial
 
 
@@ -74,14 +74,9 @@ class OwnCell(initial.Cell):
 
     def take(self, params: Any) -> None:
         """Replaces the parameters by functional ones; a bias that is None becomes zeros."""
-        given = to_entries(params)
-        for name, param in self.entries().items():
-            value = given.get(name, jnp.zeros_like(param[...]))
-            if value.shape != param[...].shape:
-                raise ValueError(
-                    f"`from_functional({type(self).__name__}, params)`: {name} has shape {value.shape}, expected "
-                    f"{param[...].shape}."
-                )
+        call = f"from_functional({type(self).__name__}, params)"
+        for name, value in fitting_entries(call, self.core, params, self.in_features).items():
+            param = getattr(self, name)
             param[...] = value.astype(param[...].dtype)
 
     def __call__(self, carry: Any, inputs: Array) -> tuple[Any, Array]:

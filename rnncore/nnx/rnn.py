@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -144,29 +143,16 @@ class RNN(nnx.RNN):
           NotImplementedError: an option that this cell cannot take; the message says why.
         """
         call = modules.call_of(
-            self, inputs, return_carry=return_carry, time_major=time_major, reverse=reverse, keep_order=keep_order
+            self, inputs, lambda shape: initial.carry(self.cell, shape, self.rngs if rngs is None else rngs),
+            initial_carry=initial_carry, seq_lengths=seq_lengths, resets=resets, reset_carry=reset_carry,
+            return_states=return_states, return_carry=return_carry, time_major=time_major, reverse=reverse,
+            keep_order=keep_order,
         )  # fmt: skip
-        carry = initial_carry
-        if carry is None:
-            carry = initial.carry(self.cell, call.step_shape, self.rngs if rngs is None else rngs)
-        carry = modules.cast(carry, self.carry_dtype)
-        reset_carry = modules.checked_reset_carry(reset_carry, carry, resets)
-
-        slow = self._slow_path(inputs, carry)
-        if slow is None:
-            core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(carry)[-1])
-            result = modules.unroll(
-                self, core, params, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
-                reset_carry=reset_carry,
-                return_states=return_states,
-            )  # fmt: skip
-        else:
-            modules.before_scan(self, "nnx.scan", slow)
-            result = modules.scan_cell(
-                functools.partial(scan_over, self), self, inputs, carry, call, seq_lengths=seq_lengths, resets=resets,
-                reset_carry=reset_carry, return_states=return_states,
-            )  # fmt: skip
-        return modules.result_of(self, result, call.return_carry)
+        slow = self._slow_path(inputs, call.carry)
+        if slow is not None:
+            return modules.scan_cell(self, call, "nnx.scan", slow, scan_over)
+        core, params = trees.assemble(self.cell, inputs, jax.tree.leaves(call.carry)[-1])
+        return modules.unroll(self, call, core, params)
 
     def _slow_path(self, inputs: Array, carry: Any) -> modules.SlowPath | None:
         """Why the cell has to run under nnx.scan, or None."""

@@ -53,13 +53,8 @@ class SimpleCell(initial.Cell, nnx.SimpleCell):
         recurrent_kernel_init: Initializer = initial.orthogonal,
         **options: Any,
     ):
-        super().__init__(
-            in_features,
-            hidden_features,
-            kernel_init=kernel_init,
-            recurrent_kernel_init=recurrent_kernel_init,
-            **options,
-        )
+        options |= {"kernel_init": kernel_init, "recurrent_kernel_init": recurrent_kernel_init}
+        super().__init__(in_features, hidden_features, **options)
 
 
 class IndRNNCell(initial.Cell):

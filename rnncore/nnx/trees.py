@@ -7,9 +7,10 @@ The table below is the only place with the names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
@@ -18,8 +19,7 @@ from jax import lax
 from rnncore import flax_modules as modules
 from rnncore._types import Array
 from rnncore.cells import GRU, LSTM, MGU, CellParams, Elman, IndRNN, PointwiseCell
-from rnncore.cells.base import named
-from rnncore.layers.entries import entry_shapes
+from rnncore.layers.entries import entry_shapes, from_gates
 from rnncore.nnx import gated, lstm, own_cells, simple
 
 
@@ -31,45 +31,25 @@ class Tree(NamedTuple):
       recurrent: names of the recurrent side's; none for a diagonal kernel, the (H,) Param `u`.
       gates: how many gates.
       biased: the side whose Linears have a bias.
-      functions: names of the cell's functions of units.
-      make: (cell, H) -> functional cell.
+      kind: class of the functional cell.
     """
 
     inputs: tuple[str, ...]
     recurrent: tuple[str, ...]
     gates: int
     biased: tuple[str, ...]
-    functions: tuple[str, ...]
-    make: Callable[[Any, int], PointwiseCell]
+    kind: type[PointwiseCell] | None
 
 
-_GATED = ("gate_fn", "activation_fn")
 _INPUT, _RECURRENT = ("dense_i",), ("dense_h",)
-
-
-def _lstm(cell: Any, size: int) -> PointwiseCell:
-    return LSTM(size, gate_fn=cell.gate_fn, activation_fn=cell.activation_fn)
-
-
-LSTM_TREE = Tree(("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"), 4, ("hi", "hf", "hg", "ho"), _GATED, _lstm)
-OPTIMIZED_LSTM_TREE = Tree(_INPUT, _RECURRENT, 4, _RECURRENT, _GATED, _lstm)
-GRU_TREE = Tree(
-    _INPUT, _RECURRENT, 3, _INPUT, _GATED,
-    lambda cell, size: GRU(size, gate_fn=cell.gate_fn, activation_fn=cell.activation_fn),
-)  # fmt: skip
-MGU_TREE = Tree(
-    _INPUT, _RECURRENT, 2, _INPUT, _GATED,
-    lambda cell, size: MGU(
-        size, gate_fn=cell.gate_fn, activation_fn=cell.activation_fn, reset_gate=cell.reset_gate
-    ),
-)  # fmt: skip
-SIMPLE_TREE = Tree(
-    _INPUT, _RECURRENT, 1, _INPUT, _GATED[1:],
-    lambda cell, size: Elman(size, activation_fn=cell.activation_fn, residual=cell.residual),
-)  # fmt: skip
-OWN_TREE = Tree((), (), 0, (), (), lambda cell, size: cell.core)
+LSTM_TREE = Tree(("ii", "if_", "ig", "io"), ("hi", "hf", "hg", "ho"), 4, ("hi", "hf", "hg", "ho"), LSTM)
+OPTIMIZED_LSTM_TREE = Tree(_INPUT, _RECURRENT, 4, _RECURRENT, LSTM)
+GRU_TREE = Tree(_INPUT, _RECURRENT, 3, _INPUT, GRU)
+MGU_TREE = Tree(_INPUT, _RECURRENT, 2, _INPUT, MGU)
+SIMPLE_TREE = Tree(_INPUT, _RECURRENT, 1, _INPUT, Elman)
+INDRNN_TREE = Tree(_INPUT, (), 1, _INPUT, IndRNN)
+OWN_TREE = Tree((), (), 0, (), None)
 """Of the cells that Flax has not, whose parameters are the functional ones."""
-INDRNN_TREE = Tree(_INPUT, (), 1, _INPUT, _GATED[1:], lambda cell, size: IndRNN(size, activation_fn=cell.activation_fn))
 
 KNOWN: dict[type, Tree] = {
     lstm.LSTMCell: LSTM_TREE,
@@ -100,17 +80,18 @@ def slow_path(cell: Any) -> modules.SlowPath | None:
         return modules.unknown_cell(cell, KNOWN, "nnx")
     if why := _changed(cell, tree):
         return modules.SlowPath(why)
-    size, functions = cell.hidden_features, [getattr(cell, name) for name in tree.functions]
-    if tree is OWN_TREE:
-        functions = [getattr(cell.core, name) for name in _GATED if hasattr(cell.core, name)]
-    return modules.unfit_functions(lambda: tree.make(cell, size), size, functions, nnx.Module)
+    source = cell.core if tree is OWN_TREE else cell
+    return modules.unfit_functions(source, functools.partial(_core, cell), cell.hidden_features, nnx.Module)
+
+
+def _core(cell: Any) -> Any:
+    """The functional cell."""
+    kind = KNOWN[type(cell)].kind
+    return cell.core if kind is None else modules.core_of(kind, cell, cell.hidden_features)
 
 
 def _changed(cell: Any, tree: Tree) -> str | None:
     """Which part of a known cell differs from what its constructor makes, or None."""
-    if tree is OWN_TREE:
-        wrong = wrong_shape(cell)
-        return f"its {wrong}" if wrong else None
     for name in tree.inputs + tree.recurrent:
         part = getattr(cell, name)
         if type(part) is not nnx.Linear:
@@ -124,15 +105,9 @@ def _changed(cell: Any, tree: Tree) -> str | None:
                 return f"its {name} has {field}={getattr(part, field)!r}"
         if (part.bias is None) == (name in tree.biased):
             return f"its {name} has {'no' if part.bias is None else 'a'} bias"
-    if not tree.recurrent and cell.promote_dtype is not dtypes.promote_dtype:
+    if tree is INDRNN_TREE and cell.promote_dtype is not dtypes.promote_dtype:
         return f"it has promote_dtype={cell.promote_dtype!r}"
-    wrong = wrong_shape(cell)
-    return f"its {wrong}" if wrong else None
-
-
-def wrong_shape(cell: Any) -> str | None:
-    """Which parameter of a known cell has a shape that does not fit its sizes, or None."""
-    tree, size = KNOWN[type(cell)], cell.hidden_features
+    size = cell.hidden_features
     expected: list[tuple[str, Any, tuple[int, ...]]] = []
     if isinstance(cell, own_cells.OwnCell):
         like = entry_shapes(cell.core, cell.in_features)
@@ -145,7 +120,7 @@ def wrong_shape(cell: Any) -> str | None:
     expected += [(name, getattr(cell, name, None), (size,)) for name in ("u", "b_hn")]
     for name, param, shape in expected:
         if param is not None and jnp.shape(param[...]) != shape:
-            return f"{name} has shape {jnp.shape(param[...])}, expected {shape}"
+            return f"its {name} has shape {jnp.shape(param[...])}, expected {shape}"
     return None
 
 
@@ -159,29 +134,22 @@ def assemble(cell: Any, inputs: Any = None, h: Any = None) -> tuple[Any, Any]:
     """
     if isinstance(cell, own_cells.OwnCell):
         return cell.core, cell.functional_params(inputs)
-    tree, size = KNOWN[type(cell)], cell.hidden_features
-
-    def side(names: tuple[str, ...], leaf: str) -> list[Array]:
-        return [getattr(getattr(cell, name), leaf)[...] for name in names]
-
-    def joined(arrays: list[Array], dtype: Any) -> Array:
-        wide = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, -1)
-        return wide.reshape(*wide.shape[:-1], tree.gates, size).astype(dtype)
-
-    input_kernels, biases = side(tree.inputs, "kernel"), side(tree.biased, "bias")
-    recurrent_kernels = side(tree.recurrent, "kernel") if tree.recurrent else [cell.u[...]]
-    on_inputs = tree.biased == tree.inputs
-    input_dtype = dtypes.canonicalize_dtype(inputs, *input_kernels, *(biases if on_inputs else ()), dtype=cell.dtype)
-    recurrent_dtype = dtypes.canonicalize_dtype(h, *recurrent_kernels, *(() if on_inputs else biases), dtype=cell.dtype)
-    b_hn = getattr(cell, "b_hn", None)
-    params = CellParams(
-        input_kernel=joined(input_kernels, input_dtype),
-        recurrent_kernel=joined(recurrent_kernels, recurrent_dtype),
-        bias=joined(biases, input_dtype if on_inputs else recurrent_dtype),
-        recurrent_bias=None if b_hn is None else b_hn[...].astype(recurrent_dtype)[None],
-        units=named("Units", ())(),
+    tree, b_hn = KNOWN[type(cell)], getattr(cell, "b_hn", None)
+    sides = [[_arrays(getattr(cell, name)) for name in names] for names in (tree.inputs, tree.recurrent or ("u",))]
+    input_dtype, recurrent_dtype = (
+        dtypes.canonicalize_dtype(seen, *jax.tree.leaves(side), dtype=cell.dtype)
+        for seen, side in zip((inputs, h), sides, strict=True)
     )
-    return tree.make(cell, size), params
+    params = from_gates(sides[0], sides[1], tree.gates, (input_dtype, recurrent_dtype))
+    if b_hn is not None:
+        params = params._replace(recurrent_bias=b_hn[...].astype(recurrent_dtype)[None])
+    return _core(cell), params
+
+
+def _arrays(part: Any) -> dict[str, Array]:
+    if isinstance(part, nnx.Param):
+        return {"kernel": part[...]}
+    return {leaf: getattr(part, leaf)[...] for leaf in ("kernel", "bias") if getattr(part, leaf) is not None}
 
 
 def disassemble(cell: Any, params: CellParams) -> None:

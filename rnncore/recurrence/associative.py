@@ -22,7 +22,7 @@ from rnncore.cells.base import PointwiseCell
 from rnncore.recurrence import linear
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.backend import Backend, without
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+from rnncore.recurrence.run import Problem, Request, Result
 
 
 class AssociativeScan(Backend):
@@ -49,10 +49,10 @@ class AssociativeScan(Backend):
             f"backend={self.name!r} has no loop over time and may be faster where T is long and B H small: measure it"
         )
 
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+    def run(self, problem: Problem) -> Result:
+        request, (params, xs, start, reset_carry), constants = problem
         cell = request.cell
         assert isinstance(cell, PointwiseCell) and request.linear is not None
-        params, xs, start, reset_carry = differentiable
         resets, _ = steps.per_step(request, constants)
         zs = cell.project(params, jnp.moveaxis(xs, request.time_axis, 0))
         carries, gates = states(cell, request.linear, params, zs, start, reset_carry, resets)
@@ -95,25 +95,18 @@ def states(
         decay = tuple(zip(*columns, strict=True))
         if resets is not None:
             again = tuple(getattr(reset_carry, n) for n in fields)
-            begun = tuple(b + _dot(row, again) for row, b in zip(decay, added, strict=True))
+            begun = tuple(b + linear.dot(row, again) for row, b in zip(decay, added, strict=True))
             added = tuple(jnp.where(resets, b, a) for a, b in zip(added, begun, strict=True))
             decay = jax.tree.map(lambda a: jnp.where(resets, 0, a), decay)
         first = tuple(getattr(start, n).astype(s.dtype) for n, s in zip(fields, none, strict=True))
         added = tuple(
-            b.at[0].add(_dot([a[0] for a in row], first)) for row, b in zip(decay, added, strict=True)
+            b.at[0].add(linear.dot([a[0] for a in row], first)) for row, b in zip(decay, added, strict=True)
         )  # fmt: skip
         found = recurrence(decay, added)
         before = {n: jnp.concatenate([s[None], u[:-1]]) for n, s, u in zip(fields, first, found, strict=True)}
         previous = steps.reset(resets, reset_carry, zero._replace(**before))
     new, gates = cell.pointwise(p, z, r, previous)
     return steps.blend(None, start, new), gates
-
-
-def _dot(row: Any, column: Any) -> Array:
-    total: Any = 0
-    for a, b in zip(row, column, strict=True):
-        total = total + a * b
-    return total
 
 
 @jax.custom_jvp
@@ -128,5 +121,5 @@ def _recurrence_jvp(primals: Any, tangents: Any) -> Any:
     (a, b), (da, db) = primals, tangents
     u = recurrence(a, b)
     before = tuple(jnp.concatenate([jnp.zeros_like(s[:1]), s[:-1]]) for s in u)
-    added = tuple(_dot(row, before) + d for row, d in zip(da, db, strict=True))
+    added = tuple(linear.dot(row, before) + d for row, d in zip(da, db, strict=True))
     return u, recurrence(a, added)

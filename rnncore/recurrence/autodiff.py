@@ -18,7 +18,7 @@ from rnncore.cells.recurrent_kernels import Recurrence
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.backend import Backend
 from rnncore.recurrence.chunks import chunk_size, scan_chunks
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+from rnncore.recurrence.run import Problem, Request, Result
 
 
 class Autodiff(Backend):
@@ -38,9 +38,9 @@ class Autodiff(Backend):
             )
         return None
 
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+    def run(self, problem: Problem) -> Result:
+        request, (params, xs, start, reset_carry), constants = problem
         cell, lengths, mask = request.cell, constants.lengths, constants.recurrent_mask
-        params, xs, start, reset_carry = differentiable
         options = {} if mask is None else {"mask": mask}
 
         def step(carry: Any, now: Any) -> Any:

@@ -10,7 +10,10 @@ from typing import ClassVar
 from rnncore._types import PyTree
 from rnncore.cells.recurrent_kernels import Recurrence
 from rnncore.recurrence import mesh, plain, primitives
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result
+
+GATHERED = "only where it is named: data that is sharded over devices would be gathered to each of them"
+"""Why an opaque backend is not chosen on several devices."""
 
 
 class Backend(abc.ABC):
@@ -33,26 +36,22 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def unsupported(self, request: Request) -> str | None:
-        """Reason why this backend cannot serve the request, or None."""
+        """Reason why this backend cannot serve the request, or None; symbolic ones as `takes_symbolic` says."""
 
     def takes_product(self, recurrence: Recurrence) -> bool:
         """Whether it multiplies by the own `matmul` of a structure that is formed of parameters."""
-        del recurrence
         return False
 
     def why_not_by_default(self, request: Request) -> str | None:
         """Reason why a request that it can serve runs here only where the backend is named, or None."""
-        del request
         return self.must_be_named
 
     def prepare(self, request: Request) -> str | None:
         """Called once it is chosen, before it runs: why another backend has to be chosen after all, or None."""
-        del request
         return None
 
     def describe(self, request: Request) -> str | None:
         """How it would run a request that it can serve, for `explain_backend`, or None."""
-        del request
         return None
 
     def remedy(self, request: Request) -> str | None:
@@ -67,11 +66,10 @@ class Backend(abc.ABC):
         Parameters, initial carries and the last ones are then, for each layer, a tuple of those of its directions, and
         the request is that of the first of them.
         """
-        del request, layers, directions
         return False
 
     @abc.abstractmethod
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+    def run(self, problem: Problem) -> Result:
         """The run, with its derivatives."""
 
 
@@ -89,83 +87,63 @@ class LoopBackend(Backend):
     maps_into_batch: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        """The run."""
-
-    @abc.abstractmethod
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        """The run, and what `backward` needs of it besides arguments and result: any pytree of arrays."""
+    def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
+        """The run, and, with `keep`, what `backward` needs besides both: any pytree of arrays; else None."""
 
     @abc.abstractmethod
     def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable:  # fmt: skip
+        self, problem: Problem, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable
+    ) -> Differentiable:
         """The cotangents of what is differentiable, in its shapes and dtypes.
 
         Args:
-          request, differentiable, constants: of the run.
-          result, residuals: what `forward_with_residuals` gave.
+          problem: the run.
+          result, residuals: what `forward` gave.
           cotangents: of the result; None for every array of it whose cotangent is zero, see `run.dense`.
           wanted: a boolean for each array of `differentiable`; other entries are ignored and may be None.
         """
 
-    def tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
+    def tangent(self, problem: Problem, result: Result, residuals: PyTree, tangents: Differentiable) -> Result:
         """The tangent of the result, linear in `tangents`, which has None for every array without a tangent.
 
         This one forms what the linearised step depends on from the outputs; a backend whose residuals are all of that
         calls `plain.tangent` with them.
         """
-        return self.plain_tangent(request, differentiable, constants, result, tangents)
+        return self.plain_tangent(problem, result, tangents)
 
-    def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+    def plain(self, problem: Problem) -> Result:
         """The run by operations that JAX differentiates to every order: for second and higher ones."""
-        return plain.run(request, differentiable, constants)
+        return plain.run(problem)
 
-    def plain_tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
+    def plain_tangent(self, problem: Problem, result: Result, tangents: Differentiable) -> Result:
         """`tangent` by operations that JAX differentiates to every order, as a function of the result as well."""
-        if request.recompute != "nothing":
+        if problem.request.recompute != "nothing":
             # What a memory policy does not keep is not formed for all steps here either.
-            return plain.jvp(self.plain, request, differentiable, constants, tangents)
-        residuals = plain.residuals_from_outputs(request, differentiable, constants, result.outputs)
-        return plain.tangent(request, differentiable, constants, result, residuals, tangents)
+            return plain.jvp(self.plain, problem, tangents)
+        return plain.tangent(problem, result, plain.residuals_from_outputs(problem, result.outputs), tangents)
 
     def residuals_move(self, request: Request) -> bool:
         """Whether second and higher orders differentiate residuals too, which saves forming them once more.
 
         Then `plain_with_residuals` and `tangent` are operations that JAX differentiates to every order.
         """
-        del request
         return False
 
-    def plain_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        """`forward_with_residuals` by such operations; asked for where `residuals_move` says so."""
-        return self.forward_with_residuals(request, differentiable, constants)
+    def plain_with_residuals(self, problem: Problem) -> tuple[Result, PyTree]:
+        """`forward` by such operations, with residuals; asked for where `residuals_move` says so."""
+        return self.forward(problem, True)
 
     def plain_tangent_from_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
+        self, problem: Problem, result: Result, residuals: PyTree, tangents: Differentiable
+    ) -> Result:
         """`plain_tangent` as a function of the residuals as well, where they move."""
-        if self.residuals_move(request):
-            return self.tangent(request, differentiable, constants, result, residuals, tangents)
-        return self.plain_tangent(request, differentiable, constants, result, tangents)
+        if self.residuals_move(problem.request):
+            return self.tangent(problem, result, residuals, tangents)
+        return self.plain_tangent(problem, result, tangents)
 
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+    def run(self, problem: Problem) -> Result:
         run = functools.partial(primitives.run, self)
-        if self.opaque:
-            return mesh.by_device(run, request, differentiable, constants)
-        return run(request, differentiable, constants)
+        return mesh.by_device(run, problem) if self.opaque else run(problem)
 
 
 _OPTIONS: dict[str, Callable[[Request], bool]] = {

@@ -13,9 +13,7 @@ from jax.custom_batching import custom_vmap
 from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.recurrence.loop import Loop, at_leaves
-from rnncore.recurrence.run import Constants, Differentiable, Result
-
-Axes = Sequence[int | None] | Callable[[Array], int | None]
+from rnncore.recurrence.run import operand_axes, result_axes
 
 
 class Units(NamedTuple):
@@ -47,10 +45,11 @@ class Units(NamedTuple):
 
 
 HEADS, LAST = 0, -1
+Axes = Sequence[int | None] | Callable[[Array], int | None]
 
 
 def over_batch(
-    call: Callable[..., PyTree], inputs: Axes, outputs: Axes, units: Units | None = None
+    call: Callable[..., PyTree], inputs: Sequence[int | None], outputs: Axes, units: Units | None = None
 ) -> Callable[..., PyTree]:
     """`call(groups, *arrays)`, which returns a pytree of arrays, as a function whose vmap extends the batch.
 
@@ -59,10 +58,11 @@ def over_batch(
 
     Args:
       call: the opaque call, such as an FFI call or a kernel.
-      inputs: for each array the axis of its batch, or a function of the array that says it; None where the sequences
-        share the array.  An array of shape (0,) stands for none.
-      outputs: the same for each leaf of the result; None for a sum over the sequences of each group, which then has the
-        groups as its first axis, also where there is one.  Only a call with such results need look at `groups`.
+      inputs: for each array the axis of its batch; None where the sequences share the array.  An array of shape (0,)
+        stands for none.
+      outputs: the same for each leaf of the result, or a function of the leaf that says it; None for a sum over the
+        sequences of each group, which then has the groups as its first axis, also where there is one.  Only a call with
+        such results need look at `groups`.
       units: for a call that takes arrays of more heads as they are; None for others.
 
     Example:
@@ -76,7 +76,7 @@ def over_batch(
 
 
 def _over_batch(
-    call: Callable[..., PyTree], inputs: Axes, outputs: Axes, groups: int, units: Units | None
+    call: Callable[..., PyTree], inputs: Sequence[int | None], outputs: Axes, groups: int, units: Units | None
 ) -> Callable[..., PyTree]:
     @custom_vmap
     def run(*arrays: Array) -> PyTree:
@@ -86,14 +86,12 @@ def _over_batch(
         return jax.tree.map(lambda a: _compat.vary_over(a, axes), out)
 
     def rule(size: int, mapped: Sequence[bool], *arrays: Array) -> tuple[PyTree, PyTree]:
-        if size == 0:
-            one = [jax.ShapeDtypeStruct(a.shape[m:], a.dtype) for a, m in zip(arrays, mapped, strict=True)]
-            out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(run, *one))
-            return out, jax.tree.map(lambda _: True, out)
         # For a mapped array, count the axes of one example.
         examples = [jax.ShapeDtypeStruct(a.shape[m:], a.dtype) for a, m in zip(arrays, mapped, strict=True)]
-        axes = _axes(inputs, examples)
-        if any(m and axis is None and a.shape != (0,) for m, axis, a in zip(mapped, axes, examples, strict=True)):
+        if size == 0:
+            out = jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), jax.eval_shape(run, *examples))
+            return out, jax.tree.map(lambda _: True, out)
+        if any(m and axis is None and a.shape != (0,) for m, axis, a in zip(mapped, inputs, examples, strict=True)):
             if units is not None and all(axis is not None for axis, m in zip(units.inputs, mapped, strict=True) if m):
                 together = [
                     a if axis is None else units.merged(a, m, size, axis)
@@ -119,7 +117,7 @@ def _over_batch(
             a = jnp.moveaxis(a, 0, axis) if is_mapped else jnp.repeat(jnp.expand_dims(a, axis), size, axis)
             return a.reshape(*a.shape[:axis], size * a.shape[axis + 1], *a.shape[axis + 2 :])
 
-        more = map(merged, arrays, mapped, axes, examples)
+        more = map(merged, arrays, mapped, inputs, examples)
         out = _over_batch(call, inputs, outputs, groups * size, units)(*more)
         tree: Any
         leaves, tree = jax.tree.flatten(out)
@@ -132,15 +130,12 @@ def _over_batch(
             apart = (*a.shape[:axis], size, a.shape[axis] // size, *a.shape[axis + 1 :])
             return jnp.moveaxis(a.reshape(apart), axis, 0)
 
-        apart = [parted(a, axis) for a, axis in zip(leaves, _axes(outputs, leaves), strict=True)]
+        axes = map(outputs, leaves) if callable(outputs) else outputs
+        apart = [parted(a, axis) for a, axis in zip(leaves, axes, strict=True)]
         return tree.unflatten(apart), tree.unflatten([a.shape != (0,) for a in leaves])
 
     run.def_vmap(rule)
     return run
-
-
-def _axes(axes: Axes, arrays: Sequence[Any]) -> Sequence[int | None]:
-    return [axes(a) for a in arrays] if callable(axes) else axes
 
 
 # -------------------------------------------------------------------------------------- a run
@@ -153,24 +148,10 @@ def _axes(axes: Axes, arrays: Sequence[Any]) -> Sequence[int | None]:
 
 def _axes_of_run(loop: Loop, ndims: Sequence[int]) -> tuple[list[int | None], list[int], list[int]]:
     """Where the batch begins in (differentiable, constants), in the result, and in the residuals."""
-    xs = 0 if loop.request.time_axis else 1
-
-    def fill(tree: Any, axis: Any) -> Any:
-        return jax.tree.map(lambda _: axis, tree)
-
-    d = at_leaves(loop.differentiable, (), (), 0)
-    count = loop.differentiable.num_leaves
-    c = jax.tree.unflatten(loop.constants, ndims[count : count + loop.constants.num_leaves])
-    result = at_leaves(loop.result, (), (), 0)
-    operands = (
-        Differentiable(fill(d.params, -1), xs, fill(d.initial_carry, 0), fill(d.reset_carry, 0)),
-        Constants(
-            fill(c.lengths, 0), fill(c.resets, 1), fill(c.recurrent_mask, 0),
-            jax.tree.map(lambda ndim: 1 if ndim else -1, c.zoneout),
-        ),
-    )  # fmt: skip
-    results = Result(fill(result.carry, 0), xs, fill(result.carries, 1), fill(result.gates, 1))
-    residuals = 0 if loop.residuals is None else loop.residuals.num_leaves
+    count, residuals = loop.differentiable.num_leaves, 0 if loop.residuals is None else loop.residuals.num_leaves
+    constants = jax.tree.unflatten(loop.constants, ndims[count : count + loop.constants.num_leaves])
+    operands = operand_axes(loop.request, at_leaves(loop.differentiable, (), (), 0), constants)
+    results = result_axes(loop.request, at_leaves(loop.result, (), (), 0))
     shared = [None if axis < 0 else axis for axis in jax.tree.leaves(operands)]
     return shared, jax.tree.leaves(results), [1] * residuals
 

@@ -43,18 +43,15 @@ def over_chunks(
 ) -> Any:
     """`chunk` (first step, size, state) -> state over all of them, in order or from the last to the first."""
     count, left = divmod(steps, chunk_size)
-    order: list[tuple[int | None, int]] = [(None, chunk_size)] if count > 1 else [(0, chunk_size)] * count
-    order += [(count, left)] if left else []
-    for n, size in reversed(order) if backward else order:
-        if n is None:
 
-            def one(i: Any, state: Any) -> Any:
-                return chunk((count - 1 - i if backward else i) * chunk_size, chunk_size, state)
+    def whole(i: Any, state: Any) -> Any:
+        return chunk((count - 1 - i if backward else i) * chunk_size, chunk_size, state)
 
-            state = lax.fori_loop(0, count, one, state)
-        else:
-            state = chunk(n * chunk_size, size, state)
-    return state
+    if left and backward:
+        state = chunk(count * chunk_size, left, state)
+    if count:
+        state = lax.fori_loop(0, count, whole, state) if count > 1 else whole(0, state)
+    return chunk(count * chunk_size, left, state) if left and not backward else state
 
 
 def scan_chunks(

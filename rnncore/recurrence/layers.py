@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,37 +11,31 @@ import jax.numpy as jnp
 
 from rnncore import _lengths
 from rnncore._types import Array
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
-
-Run = Callable[[Request, Differentiable, Constants], Result]
+from rnncore.recurrence.run import Differentiable, Problem, Result
 
 
-def each_way(run: Run, request: Request, layer: Sequence[Differentiable], constants: Constants) -> list[Result]:
-    """One run for each direction, the second of which gets its inputs reversed."""
-    return [run(request, direction, constants) for direction in layer]
+def run_layers(run: Callable[[Problem], Result], problem: Problem, side_by_side: bool = False) -> Result:
+    """The run of a stack: of parameters and carries there is, for each layer, a tuple with one for each direction.
 
-
-def side_by_side(run: Run, request: Request, layer: Sequence[Differentiable], constants: Constants) -> list[Result]:
-    """The directions as one run under vmap."""
-    if len(layer) == 1:
-        return each_way(run, request, layer, constants)
-    together: Any = jax.tree.map(lambda *ways: jnp.stack(ways), *layer)
-    results = jax.vmap(lambda direction: run(request, direction, constants))(together)
-    return [jax.tree.map(lambda a, way=way: a[way], results) for way in range(len(layer))]
-
-
-def run_layers(
-    run: Run, request: Request, differentiable: Differentiable, constants: Constants, directions: Callable = each_way
-) -> Result:
-    """The run of a stack: of parameters and carries there is, for each layer, a tuple with one for each direction."""
+    The second direction gets its inputs reversed.  `side_by_side`: both are one run, under vmap.
+    """
+    request, differentiable, constants = problem
     xs, lengths, ends = differentiable.xs, constants.lengths, []
     for row, starts in zip(differentiable.params, differentiable.initial_carry, strict=True):
         one = dataclasses.replace(request, input_size=xs.shape[-1])
         ways = (xs, _lengths.reverse_time(xs, lengths)) if len(row) == 2 else (xs,)
         layer = [Differentiable(own, x, start, None) for own, x, start in zip(row, ways, starts, strict=True)]
-        results = directions(run, one, layer, constants)
+
+        def of(direction: Differentiable, one: Any = one) -> Result:
+            return run(Problem(one, direction, constants))
+
+        if side_by_side and len(layer) == 2:
+            both = jax.vmap(of)(jax.tree.map(lambda *two: jnp.stack(two), *layer))
+            results = [jax.tree.map(lambda a, way=way: a[way], both) for way in range(2)]
+        else:
+            results = list(map(of, layer))
         outputs: list[Array] = [result.outputs for result in results]
         outputs[1:] = [_lengths.reverse_time(ys, lengths) for ys in outputs[1:]]
         ends.append(tuple(result.carry for result in results))
         xs = jnp.concatenate(outputs, -1)
-    return Result(tuple(ends), xs, None, None)
+    return Result(tuple(ends), xs)

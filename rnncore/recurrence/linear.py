@@ -20,15 +20,17 @@ def by_blocks(a: Array, b: Array) -> Array:
     return jax.lax.associative_scan(compose, (a, b))[1]
 
 
+def dot(row: Any, column: Any) -> Array:
+    """The sum of the products of two rows of arrays."""
+    return sum((x * y for x, y in zip(row[1:], column[1:], strict=True)), row[0] * column[0])
+
+
 def by_units(a: Any, b: Any) -> Any:
     """The same unit by unit: a is a tuple of F tuples of F arrays (T, ...), b one of F arrays; F is 1 or 2.
 
     Written out over the F fields: a product of matrices as small as these is slower than its sums.
     """
     fields = range(len(b))
-
-    def dot(row: Any, column: Any) -> Array:
-        return sum((x * y for x, y in zip(row[1:], column[1:], strict=True)), row[0] * column[0])
 
     def compose(first: Any, second: Any) -> Any:
         (a, b), (c, d) = first, second

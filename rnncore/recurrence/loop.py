@@ -4,57 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
-
-
-class Functions(Protocol):
-    """The backend as the primitives use it: see `backend.LoopBackend`."""
-
-    def __hash__(self) -> int: ...
-
-    @property
-    def opaque(self) -> bool: ...
-
-    @property
-    def maps_into_batch(self) -> bool: ...
-
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result: ...
-
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, Any]: ...
-
-    def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: Any,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable: ...  # fmt: skip
-
-    def tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: Any,
-        tangents: Differentiable,
-    ) -> Result: ...  # fmt: skip
-
-    def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result: ...
-
-    def plain_tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result,
-        tangents: Differentiable,
-    ) -> Result: ...  # fmt: skip
-
-    def residuals_move(self, request: Request) -> bool: ...
-
-    def plain_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, Any]: ...
-
-    def plain_tangent_from_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: Any,
-        tangents: Differentiable,
-    ) -> Result: ...  # fmt: skip
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +16,12 @@ class Loop:
     """The static parameters of the primitives: a backend, a request, and the structures of the trees.
 
     Fields:
+      backend: a `backend.LoopBackend`.
       inexact: the leaves of the result that have tangents; a cell may call a boolean a gate.
       residuals: None before anything is kept.
     """
 
-    backend: Functions
+    backend: Any
     request: Request
     differentiable: Any
     constants: Any
@@ -83,6 +38,16 @@ class Loop:
     def count(self) -> int:
         """Arrays in them."""
         return sum(tree.num_leaves for tree in self.held)
+
+    def problem(self, flat: Sequence[Any]) -> Problem:
+        """The run whose arrays come first."""
+        (differentiable, constants), _ = parted((self.differentiable, self.constants), flat)
+        return Problem(self.request, differentiable, constants)
+
+    def opened(self, flat: Sequence[Any]) -> tuple[Problem, Result, Any, list[Any]]:
+        """(the run, its result, its residuals, the other operands) of a derivative."""
+        (differentiable, constants, result, residuals), rest = parted(self.held, flat)
+        return Problem(self.request, differentiable, constants), result, residuals, rest
 
     def differentiable_at(self, where: Sequence[int], leaves: Sequence[Any], other: Any = None) -> Differentiable:
         """A tree of these leaves, `other` elsewhere."""

@@ -31,47 +31,42 @@ from rnncore._types import Array, PyTree
 from rnncore.cells.base import CellParams, GatedCell
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.chunks import chunk_size, scan_chunks
-from rnncore.recurrence.joint import value_and_tangent
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.joint import jvp_at, value_and_tangent
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 from rnncore.recurrence.step import Inputs, LinearizedStep, RecurrentProduct, Step
 
 CARRIES = "rnncore_carries"
 """Name, for checkpoint policies, of what a recurrence that rematerializes keeps."""
 
 
-def run(request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+def run(problem: Problem) -> Result:
     """The run of a gated cell, with the memory policy of the request."""
-    step = steps.of(request, differentiable, request.return_states or request.lengths)
-    return _run(request, differentiable, constants, step)
+    return _run(problem, steps.of(problem))
 
 
-def run_with_residuals(request: Request, differentiable: Differentiable, constants: Constants) -> tuple[Result, PyTree]:
+def run_with_residuals(problem: Problem) -> tuple[Result, PyTree]:
     """The run, and what its steps keep, for `residuals`; without a memory policy."""
-    result = _run(request, differentiable, constants, linearized(request, differentiable).forward)
+    result = _run(problem, linearized(problem).forward)
     gates, kept = result.gates
     return result._replace(gates=gates), kept
 
 
-def residuals(
-    request: Request, differentiable: Differentiable, constants: Constants, outputs: Array, kept: PyTree
-) -> tuple[Array, ...]:
+def residuals(problem: Problem, outputs: Array, kept: PyTree) -> tuple[Array, ...]:
     """The residuals of `tangent`, of the outputs of a run and what its steps keep."""
-    _, _, start, reset_carry = differentiable
-    resets, _ = steps.per_step(request, constants)
-    before = previous(start, reset_carry, resets, jnp.moveaxis(outputs, request.time_axis, 0))
-    return linearized(request, differentiable).residuals(_first(request, differentiable), before, kept)
+    return linearized(problem).residuals(_first(problem), before(problem, outputs), kept)
 
 
-def linearized(request: Request, differentiable: Differentiable) -> LinearizedStep:
-    """The derivative of the steps of a run, which keeps all that is not its parameters or its outputs."""
-    step = steps.of(request, differentiable, request.return_states or request.lengths)
-    first = _first(request, differentiable)
-    return LinearizedStep(step, steps.recurrent_product(step_cell(request)), first, ("state", "sum", "input"))
+def linearized(problem: Problem, keep: tuple[str, ...] = ("state", "sum", "input")) -> LinearizedStep:
+    """The derivative of the steps of a run; by default it keeps all that is not its parameters or its outputs."""
+    return LinearizedStep(
+        steps.of(problem), steps.recurrent_product(step_cell(problem.request)), _first(problem), keep
+    )  # fmt: skip
 
 
-def _first(request: Request, differentiable: Differentiable) -> Inputs:
+def _first(problem: Problem) -> Inputs:
     """The inputs of the first step."""
-    cell, (params, xs, start, reset_carry) = step_cell(request), differentiable
+    request, (params, xs, start, reset_carry), _ = problem
+    cell = step_cell(request)
     zs = cell.split(cell.project(params, jnp.take(xs, 0, request.time_axis)))
     return Inputs(steps.recurrent_params(params), steps.spread_units(params, start.h), zs, start, reset_carry)
 
@@ -81,9 +76,9 @@ def step_cell(request: Request) -> GatedCell:
     return request.cell
 
 
-def _run(request: Request, differentiable: Differentiable, constants: Constants, step: Step) -> Result:
+def _run(problem: Problem, step: Step) -> Result:
+    request, (params, xs, start, reset_carry), constants = problem
     cell, recompute = step_cell(request), request.recompute
-    params, xs, start, reset_carry = differentiable
     xs = jnp.moveaxis(xs, request.time_axis, 0)
     product = steps.recurrent_product(cell)
     projection, kernel = steps.input_params(cell, params), steps.recurrent_params(params)
@@ -111,43 +106,33 @@ def _run(request: Request, differentiable: Differentiable, constants: Constants,
     return Result(last, jnp.moveaxis(outputs, 0, request.time_axis), carries, gates)
 
 
-def jvp(
-    run: Callable[..., Result], request: Request, differentiable: Differentiable, constants: Constants,
-    tangents: Differentiable,
-) -> Result:  # fmt: skip
+def jvp(run: Callable[[Problem], Result], problem: Problem, tangents: Differentiable) -> Result:
     """The tangent of a plain run; None for an array that does not move."""
+    request, differentiable, constants = problem
     tree: Any
     leaves, tree = jax.tree.flatten(differentiable)
     moves = {n: t for n, t in enumerate(tree.flatten_up_to(tangents)) if t is not None}
-
-    def of_active(active: dict[int, Array]) -> Result:
-        return run(request, tree.unflatten([active.get(n, a) for n, a in enumerate(leaves)]), constants)
-
-    return jax.jvp(of_active, ({n: leaves[n] for n in moves},), (moves,))[1]
+    return jvp_at(lambda *flat: run(Problem(request, tree.unflatten(flat), constants)), [*moves], leaves, moves)[1]
 
 
 def tangent(
-    request: Request, differentiable: Differentiable, constants: Constants, result: Result,
-    residuals: tuple[Array, ...], tangents: Differentiable,
+    problem: Problem, result: Result, residuals: tuple[Array, ...], tangents: Differentiable
 ) -> Result:  # fmt: skip
     """The tangent of a run whose residuals are at hand, as one loop of L_t.
 
     Args:
-      request, differentiable, constants, result: of the run.
+      problem, result: the run.
       residuals: (T, *batch, H) arrays, all that L_t depends on but per-unit parameters: what
         `kernel_body.Body.residuals` gives, in its order.
       tangents: None for an array that does not move.
     """
+    request, differentiable, constants = problem
     cell, axis = step_cell(request), request.time_axis
-    params, xs, start, reset_carry = differentiable
+    params, xs, start, _ = differentiable
     moved = dense(tangents, differentiable)
-    inputs = _first(request, differentiable)
-    recurrent, units = inputs.recurrent_params, inputs.units
-    step = steps.of(request, differentiable, request.return_states or request.lengths)
-    product = steps.recurrent_product(cell)
-    linear = LinearizedStep(step, product, inputs, ())
+    inputs, linear = _first(problem), linearized(problem, ())
+    recurrent, units, product = inputs.recurrent_params, inputs.units, linear.product
     resets, zoneout = steps.per_step(request, constants)
-    before = previous(start, reset_carry, resets, jnp.moveaxis(result.outputs, axis, 0))
     projection, dprojection = steps.input_params(cell, params), steps.input_params(cell, tangents.params)
     drecurrent = None
     if jax.tree.leaves(steps.recurrent_params(tangents.params)):
@@ -156,10 +141,10 @@ def tangent(
     tangent_params = product.tangent_params(recurrent)
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
-        (carry, last), (xs, dxs, residuals, before, resets, zoneout) = carry, now
+        (carry, last), (xs, dxs, residuals, hs, resets, zoneout) = carry, now
         dz = _moved_projection(cell, projection, xs, dprojection, dxs)
         prepared = linear.prepare(
-            steps.masked(constants.recurrent_mask, before), recurrent, drecurrent, cell.split(dz), dunits
+            steps.masked(constants.recurrent_mask, hs), recurrent, drecurrent, cell.split(dz), dunits
         )
         inputs = Inputs(
             tangent_params, units, (residuals, *prepared), carry, moved.reset_carry, resets, constants.recurrent_mask,
@@ -170,23 +155,21 @@ def tangent(
         return (carry, last), (dhs, (carries, gates) if request.return_states else (None, None))
 
     dxs = None if tangents.xs is None else jnp.moveaxis(tangents.xs, axis, 0)
-    stacks = (jnp.moveaxis(xs, axis, 0), dxs, residuals, before, resets, zoneout)
+    stacks = (jnp.moveaxis(xs, axis, 0), dxs, residuals, before(problem, result.outputs), resets, zoneout)
     begin = (moved.initial_carry, moved.initial_carry)
     (_, last), (dhs, states) = scan_chunks(chunk, begin, stacks, request.steps, chunk_size(request), False)
     return Result(last, jnp.moveaxis(dhs, 0, axis), *states)
 
 
-def residuals_from_outputs(
-    request: Request, differentiable: Differentiable, constants: Constants, outputs: Array
-) -> tuple[Array, ...]:
+def residuals_from_outputs(problem: Problem, outputs: Array) -> tuple[Array, ...]:
     """The residuals of `tangent` as a function of the outputs too: no product with U remains in a loop."""
+    request, (params, xs, start, reset_carry), constants = problem
     cell, axis = step_cell(request), request.time_axis
-    params, xs, start, reset_carry = differentiable
-    linear, inputs = linearized(request, differentiable), _first(request, differentiable)
+    linear, inputs = linearized(problem), _first(problem)
     step, product, recurrent, units = linear.step, linear.product, inputs.recurrent_params, inputs.units
     projection = steps.input_params(cell, params)
     resets, zoneout = steps.per_step(request, constants)
-    before = previous(start, reset_carry, resets, jnp.moveaxis(outputs, axis, 0))
+    hs = before(problem, outputs)
 
     def body(carry: Any, now: Any) -> Any:
         x, rest, h, resets, zoneout = now
@@ -196,32 +179,35 @@ def residuals_from_outputs(
         return steps.blend(zoneout, old, new)._replace(h=carry.h), kept
 
     def chunk(carry: Any, first: Any, now: Any) -> Any:
-        xs, before, resets, zoneout = now
+        xs, hs, resets, zoneout = now
         zs = cell.split(cell.project(projection, xs))
-        masked_h = steps.masked(constants.recurrent_mask, before)
+        masked_h = steps.masked(constants.recurrent_mask, hs)
         x, rest = step.add_recurrent(zs, product.product(recurrent, masked_h))
         if len(start) > 1:
-            return lax.scan(body, carry, (x, rest, before, resets, zoneout))
-        return carry, jax.vmap(linear.forward.update, (None, 0, 0, 0))(units, x, rest, start._replace(h=before))[1][1]
+            return lax.scan(body, carry, (x, rest, hs, resets, zoneout))
+        return carry, jax.vmap(linear.forward.update, (None, 0, 0, 0))(units, x, rest, start._replace(h=hs))[1][1]
 
-    stacks = (jnp.moveaxis(xs, axis, 0), before, resets, zoneout)
+    stacks = (jnp.moveaxis(xs, axis, 0), hs, resets, zoneout)
     _, kept = scan_chunks(chunk, start, stacks, request.steps, chunk_size(request), False)
-    return linear.residuals(inputs, before, kept)
+    return linear.residuals(inputs, hs, kept)
 
 
 def _moved_projection(cell: GatedCell, params: CellParams, xs: Array, dparams: CellParams, dxs: Any) -> Array:
     """The tangent of the projected inputs: a product for each of the two that moves."""
     tree: Any
     flat, tree = jax.tree.flatten((params, xs))
-    at = {n: t for n, t in enumerate(tree.flatten_up_to((dparams, dxs))) if t is not None}
-
-    def of_active(active: dict[int, Array]) -> Array:
-        return cell.project(*tree.unflatten([active.get(n, a) for n, a in enumerate(flat)]))
-
-    if not at:
+    moves = {n: t for n, t in enumerate(tree.flatten_up_to((dparams, dxs))) if t is not None}
+    if not moves:
         shape = jax.eval_shape(cell.project, params, xs)
         return jnp.zeros(shape.shape, shape.dtype)
-    return jax.jvp(of_active, ({n: flat[n] for n in at},), (at,))[1]
+    return jvp_at(lambda *flat: cell.project(*tree.unflatten(flat)), [*moves], flat, moves)[1]
+
+
+def before(problem: Problem, outputs: Array) -> Array:
+    """h_{t-1} of every step of a run, time-major, after resets."""
+    request, (_, _, start, reset_carry), constants = problem
+    resets, _ = steps.per_step(request, constants)
+    return previous(start, reset_carry, resets, jnp.moveaxis(outputs, request.time_axis, 0))
 
 
 def previous(initial_carry: Any, reset_carry: Any, resets: Array | None, hs: Array) -> Array:

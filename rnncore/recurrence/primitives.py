@@ -33,16 +33,17 @@ from rnncore import _compat
 from rnncore._types import Array
 from rnncore.recurrence import batching
 from rnncore.recurrence.joint import jvp_at
-from rnncore.recurrence.loop import Functions, Loop, at_leaves, parted
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+from rnncore.recurrence.loop import Loop, at_leaves
+from rnncore.recurrence.run import Constants, Differentiable, Problem, Request, Result
 
 RESIDUALS = "rnncore_residuals"
 """Name, for checkpoint policies, of what a run keeps for its derivative, its result included."""
 
 
-def run(backend: Functions, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-    """`backend.forward`, with all its derivatives."""
-    shapes = jax.eval_shape(_on_trees(backend, request, "forward"), differentiable, constants)
+def run(backend: Any, problem: Problem) -> Result:
+    """`backend.forward` without residuals, with all its derivatives; backend: a `backend.LoopBackend`."""
+    request, differentiable, constants = problem
+    shapes, _ = jax.eval_shape(_forward(backend, request, False), differentiable, constants)
     leaves, tree = jax.tree.flatten(shapes)
     inexact = tuple(n for n, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.inexact))
     loop = Loop(backend, request, jax.tree.structure(differentiable), jax.tree.structure(constants), tree, inexact)
@@ -51,12 +52,12 @@ def run(backend: Functions, request: Request, differentiable: Differentiable, co
 
 
 @functools.lru_cache(maxsize=1024)
-def _on_trees(backend: Functions, request: Request, name: str) -> Callable:
-    """A function of the backend, traced once for the same shapes."""
+def _forward(backend: Any, request: Request, keep: bool) -> Callable:
+    """`backend.forward`, traced once for the same shapes."""
 
-    def call(*trees: Any) -> Any:
+    def call(differentiable: Differentiable, constants: Constants) -> Any:
         with jax.default_matmul_precision(request.precision):
-            return getattr(backend, name)(request, *trees)
+            return backend.forward(Problem(request, differentiable, constants), keep)
 
     return jax.jit(call)
 
@@ -68,25 +69,20 @@ def _on_trees(backend: Functions, request: Request, name: str) -> Callable:
 
 
 def _run(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
-    (differentiable, constants), _ = parted((loop.differentiable, loop.constants), flat)
-    name = "forward" if loop.residuals is None else "forward_with_residuals"
-    return jax.tree.leaves(_on_trees(loop.backend, loop.request, name)(differentiable, constants))
+    request, *arrays = loop.problem(flat)
+    return jax.tree.leaves(_forward(loop.backend, request, loop.residuals is not None)(*arrays))
 
 
 def _tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
-    held, moved = parted(loop.held, flat)
-    with jax.default_matmul_precision(loop.request.precision):
-        found = loop.backend.tangent(*(loop.request, *held, loop.differentiable_at(which, moved)))
-    return _inexact(loop, found)
+    *held, moved = loop.opened(flat)
+    return _inexact(loop, loop.backend.tangent(*held, loop.differentiable_at(which, moved)))
 
 
 def _backward(loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> list[Array]:
-    held, arriving = parted(loop.held, flat)
+    *held, arriving = loop.opened(flat)
     cotangents = at_leaves(loop.result, which[0], arriving)
     wanted = loop.differentiable_at(which[1], [True] * len(which[1]), False)
-    with jax.default_matmul_precision(loop.request.precision):
-        found = loop.backend.backward(*(loop.request, *held, cotangents, wanted))
-    leaves = loop.differentiable.flatten_up_to(found)
+    leaves = loop.differentiable.flatten_up_to(loop.backend.backward(*held, cotangents, wanted))
     return [leaves[n] for n in which[1]]
 
 
@@ -97,27 +93,22 @@ def _inexact(loop: Loop, result: Any) -> list[Array]:
 
 def _plain_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     """`_tangent` as a function of all its operands but the residuals."""
-    (differentiable, constants, result, _), moved = parted(loop.held, flat)
-    tangents = loop.differentiable_at(which, moved)
-    with jax.default_matmul_precision(loop.request.precision):
-        return _inexact(loop, loop.backend.plain_tangent(loop.request, differentiable, constants, result, tangents))
+    problem, result, _, moved = loop.opened(flat)
+    return _inexact(loop, loop.backend.plain_tangent(problem, result, loop.differentiable_at(which, moved)))
 
 
 def _higher_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     """`_tangent` as a function of all its operands, differentiated by JAX."""
-    held, moved = parted(loop.held, flat)
-    with jax.default_matmul_precision(loop.request.precision):
-        found = loop.backend.plain_tangent_from_residuals(*(loop.request, *held, loop.differentiable_at(which, moved)))
-    return _inexact(loop, found)
+    *held, moved = loop.opened(flat)
+    return _inexact(loop, loop.backend.plain_tangent_from_residuals(*held, loop.differentiable_at(which, moved)))
 
 
 def _transposed(tangent: Callable, loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> Any:
     held, cotangents = flat[: loop.count], flat[loop.count :]
     arriving = dict(zip(which[0], cotangents, strict=True))
-    own = zip(loop.inexact, _inexact(loop, parted(loop.held, held)[0][2]), strict=True)
+    own = zip(loop.inexact, _inexact(loop, loop.opened(held)[1]), strict=True)
     back = jax.linear_transpose(lambda *moved: tangent(loop, which[1], *held, *moved), *(held[n] for n in which[1]))
-    with jax.default_matmul_precision(loop.request.precision):
-        return list(back([arriving.get(n, jnp.zeros_like(a)) for n, a in own]))
+    return list(back([arriving.get(n, jnp.zeros_like(a)) for n, a in own]))
 
 
 _plain_backward = functools.partial(_transposed, _plain_tangent)
@@ -126,19 +117,16 @@ _higher_backward = functools.partial(_transposed, _higher_tangent)
 
 def _run_with_residuals(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
     """`_run` with residuals, as JAX differentiates it."""
-    trees, _ = parted((loop.differentiable, loop.constants), flat)
-    with jax.default_matmul_precision(loop.request.precision):
-        return jax.tree.leaves(loop.backend.plain_with_residuals(loop.request, *trees))
+    return jax.tree.leaves(loop.backend.plain_with_residuals(loop.problem(flat)))
 
 
 def _run_plain(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
     """`_run` by `Backend.plain`, with zeros for residuals: `_plain_tangent` and `_plain_backward` need none."""
-    trees, _ = parted((loop.differentiable, loop.constants), flat)
-    with jax.default_matmul_precision(loop.request.precision):
-        results = jax.tree.leaves(loop.backend.plain(loop.request, *trees))
+    request, *arrays = problem = loop.problem(flat)
+    results = jax.tree.leaves(loop.backend.plain(problem))
     if loop.residuals is None:
         return results
-    _, kept = jax.eval_shape(_on_trees(loop.backend, loop.request, "forward_with_residuals"), *trees)
+    _, kept = jax.eval_shape(_forward(loop.backend, request, True), *arrays)
     return results + [jnp.zeros(a.shape, a.dtype) for a in jax.tree.leaves(kept)]
 
 
@@ -148,7 +136,12 @@ def _run_plain(loop: Loop, which: tuple, *flat: Array) -> list[Array]:
 @functools.lru_cache(maxsize=4096)
 def _mapped(function: Callable, loop: Loop, maps: tuple, which: Any) -> Callable:
     """A function of flat arrays under all its maps, the last of which is the outermost."""
-    call: Callable = functools.partial(function, loop, which)
+
+    def one(*flat: Array) -> list[Array]:
+        with jax.default_matmul_precision(loop.request.precision):
+            return function(loop, which, *flat)
+
+    call: Callable = one
     for dims in maps:
         call = jax.vmap(call, dims)
     return jax.jit(call)
@@ -232,8 +225,8 @@ def _keeping(loop: Loop, maps: tuple, primals: Any) -> Loop:
     if maps:
         axes = [sum(dims[n] is not None for dims in maps) for n in range(len(avals))]
         avals = [jax.ShapeDtypeStruct(a.shape[k:], a.dtype) for a, k in zip(avals, axes, strict=True)]
-    trees, _ = parted((loop.differentiable, loop.constants), avals)
-    _, residuals = jax.eval_shape(_on_trees(loop.backend, loop.request, "forward_with_residuals"), *trees)
+    request, *shapes = loop.problem(avals)
+    _, residuals = jax.eval_shape(_forward(loop.backend, request, True), *shapes)
     return dataclasses.replace(loop, residuals=jax.tree.structure(residuals))
 
 

@@ -102,6 +102,14 @@ class Constants(NamedTuple):
     zoneout: Any
 
 
+class Problem(NamedTuple):
+    """A run: what is static about it, and its arrays."""
+
+    request: Request
+    differentiable: Differentiable
+    constants: Constants
+
+
 class Result(NamedTuple):
     """What a run gives.
 
@@ -114,8 +122,29 @@ class Result(NamedTuple):
 
     carry: Any
     outputs: Any
-    carries: Any
-    gates: Any
+    carries: Any = None
+    gates: Any = None
+
+
+def operand_axes(request: Request, differentiable: Differentiable, constants: Constants) -> tuple[Any, Any]:
+    """Where the batch begins in every array of a run, -1 in what the sequences share; of constants that are `ndim`s."""
+    operands = Differentiable(
+        _filled(differentiable.params, -1), 0 if request.time_axis else 1, _filled(differentiable.initial_carry, 0),
+        _filled(differentiable.reset_carry, 0),
+    )  # fmt: skip
+    lengths, resets, recurrent_mask, zoneout = constants
+    stacks = jax.tree.map(lambda ndim: 1 if ndim else -1, zoneout)
+    return operands, Constants(_filled(lengths, 0), _filled(resets, 1), _filled(recurrent_mask, 0), stacks)
+
+
+def result_axes(request: Request, result: Result) -> Result:
+    """The same of its result."""
+    in_time = _filled(result.carries, 1), _filled(result.gates, 1)
+    return Result(_filled(result.carry, 0), 0 if request.time_axis else 1, *in_time)
+
+
+def _filled(tree: Any, value: int) -> Any:
+    return jax.tree.map(lambda _: value, tree)
 
 
 def dense(tree: Any, like: Any) -> Any:

@@ -30,7 +30,7 @@ from rnncore.recurrence import plain
 from rnncore.recurrence import step as steps
 from rnncore.recurrence.backend import LoopBackend
 from rnncore.recurrence.chunks import chunk_size, over_chunks
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 from rnncore.recurrence.step import Inputs, LinearizedStep, Step
 from rnncore.recurrence.time_buffers import at, blank, packed, put, stretch, unpacked
 
@@ -52,39 +52,25 @@ class Scan(LoopBackend):
         changed = pointwise.why_not_as_declared(request.cell, "recurrent_matmul", "output", "split", "update")
         return changed or pointwise.why_not_a_product(request.cell)
 
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        return _Run(request, differentiable, constants).forward(False)[0]
-
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        return _Run(request, differentiable, constants).forward(True)
+    def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
+        return _Run(problem).forward(keep)
 
     def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable:  # fmt: skip
-        run = _Run(request, differentiable, constants)
-        return _Backward(run, result, residuals, cotangents, wanted).all_chunks()
+        self, problem: Problem, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable
+    ) -> Differentiable:
+        return _Backward(_Run(problem), result, residuals, cotangents, wanted).all_chunks()
 
-    def tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
-        if request.recompute != "nothing":
-            return super().tangent(request, differentiable, constants, result, residuals, tangents)
-        run = _Run(request, differentiable, constants)
-        kept = run.restored(residuals)
-        stacks = plain.residuals(request, differentiable, constants, result.outputs, kept)
-        return plain.tangent(request, differentiable, constants, result, stacks, tangents)
+    def tangent(self, problem: Problem, result: Result, residuals: PyTree, tangents: Differentiable) -> Result:
+        if problem.request.recompute != "nothing":
+            return super().tangent(problem, result, residuals, tangents)
+        stacks = plain.residuals(problem, result.outputs, _Run(problem).restored(residuals))
+        return plain.tangent(problem, result, stacks, tangents)
 
     def residuals_move(self, request: Request) -> bool:
         return request.recompute == "nothing" and request.residual_dtype is None
 
-    def plain_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        return plain.run_with_residuals(request, differentiable, constants)
+    def plain_with_residuals(self, problem: Problem) -> tuple[Result, PyTree]:
+        return plain.run_with_residuals(problem)
 
 
 class Rows(NamedTuple):
@@ -106,17 +92,17 @@ class Rows(NamedTuple):
 class _Run:
     """A run in chunks, with what its functions share."""
 
-    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
+    def __init__(self, problem: Problem):
+        request, differentiable, constants = self.request, self.differentiable, self.constants = problem
         assert isinstance(request.cell, GatedCell)
-        self.request, self.cell, self.axis = request, request.cell, request.time_axis
-        self.differentiable, self.constants = differentiable, constants
+        self.cell, self.axis = request.cell, request.time_axis
         self.start = differentiable.initial_carry
         self.chunk_size = chunk_size(request)
         self.units = steps.spread_units(differentiable.params, self.start.h)
         self.input_params = steps.input_params(self.cell, differentiable.params)
         self.recurrent_params = steps.recurrent_params(differentiable.params)
         self.product = steps.recurrent_product(self.cell)
-        self.step = steps.of(request, differentiable, False)
+        self.step = steps.of(problem)
         self.resets, self.zoneout = steps.per_step(request, constants)
 
     def inputs(self, first: Any, size: int) -> Inputs:

@@ -20,7 +20,7 @@ from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.cells import pointwise
 from rnncore.cells.base import CellParams, GatedCell
-from rnncore.recurrence.run import Constants, Differentiable, Request
+from rnncore.recurrence.run import Constants, Problem, Request
 
 # ------------------------------------------------------------------------------- what a run does to a step
 
@@ -190,12 +190,12 @@ def recurrent_product(cell: GatedCell) -> RecurrentProduct:
     )
 
 
-def of(request: Request, differentiable: Differentiable, carries: bool) -> Step:
+def of(problem: Problem) -> Step:
     """The update of the cell as a step, which reads its inputs gate by gate."""
+    request, (params, xs, carry, _), _ = problem
     cell = request.cell
     assert isinstance(cell, GatedCell)
-    params, carry = differentiable.params, differentiable.initial_carry
-    z = cell.project(params, jnp.take(differentiable.xs, 0, request.time_axis))
+    z = cell.project(params, jnp.take(xs, 0, request.time_axis))
     r, units = cell.recurrent_matmul(params, carry.h), spread_units(params, carry.h)
     additive = pointwise.additive_gates(cell, units, cell.split(z), cell.split(r), carry)
 
@@ -226,7 +226,7 @@ def of(request: Request, differentiable: Differentiable, carries: bool) -> Step:
         count = len(cell.gates) - sum(additive)
         return cell.split(z), tuple(jax.lax.split(rest, [cell.hidden_size] * count, rest.ndim - 1))
 
-    return Step(update, add_recurrent, carries, join, add_joined, part)
+    return Step(update, add_recurrent, request.return_states or request.lengths, join, add_joined, part)
 
 
 # ------------------------------------------------------------------------------------------ the linearised step

@@ -16,7 +16,7 @@ from rnncore._types import Array, PyTree, exportable
 from rnncore.cells import linear_state, pointwise, structured_kernels
 from rnncore.cells.base import Cell, GatedCell, PointwiseCell
 from rnncore.recurrence.backend import Backend, LoopBackend
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+from rnncore.recurrence.run import Constants, Differentiable, Problem, Request, Result
 from rnncore.sequence import checks as _checks
 from rnncore.sequence import choices, translated
 from rnncore.sequence.backends import BACKENDS
@@ -438,7 +438,7 @@ def _run(
     if request.steps == 0:
         result = _empty(cell, differentiable)
     else:
-        result = backend.run(request, differentiable, constants)
+        result = backend.run(Problem(request, differentiable, constants))
     last, outputs, states = result.carry, result.outputs, States(result.carries, result.gates)
 
     if layout.reverse and layout.keep_order:

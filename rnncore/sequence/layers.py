@@ -12,7 +12,7 @@ from rnncore import _lengths
 from rnncore._types import Array
 from rnncore.cells.base import Cell
 from rnncore.recurrence.backend import Backend
-from rnncore.recurrence.run import Constants, Differentiable, Request
+from rnncore.recurrence.run import Constants, Differentiable, Problem, Request
 from rnncore.sequence import call, choices
 from rnncore.sequence.backends import BACKENDS
 from rnncore.sequence.call import Options
@@ -65,5 +65,5 @@ def _run_layers(
     xs = jnp.moveaxis(differentiable.xs, axis, 0)
     if constants.lengths is not None:
         xs = _lengths.blank_padding(xs, constants.lengths)
-    result = backend.run(request, *call._follow(differentiable._replace(xs=xs), constants, 0))
+    result = backend.run(Problem(request, *call._follow(differentiable._replace(xs=xs), constants, 0)))
     return result.carry, jnp.moveaxis(result.outputs, 0, axis)

@@ -241,6 +241,8 @@ def test_bad_input():
         (XS.at[0, 0].set(jnp.inf), {"seq_lengths": jnp.array([1, 4])}, r"`f\(xs=...\)`: .* holds 2 NaN or infinite"),
         (XS, {"initial_carry": rnncore.HiddenCarry(jnp.ones((2, 3)))}, "expected LSTMCarry"),
         (XS, {"resets": jnp.ones((2, 4))}, r"resets=<float64 \(2, 4\)>.*expected bool \(2, 4\)"),
+        (XS, {"loss": lambda outputs: 0.0}, r"loss=<<lambda>\(outputs\)>\)`: expected a function \(carry, outputs\)"),
+        (XS, {"loss": rnncore.LSTM(3)}, r"`f\(loss=<LSTM>\)`: expected a function \(carry, outputs\) to one number"),
         (XS, {"loss": lambda carry, outputs: carry.h.sum(-1)}, r"`f\(loss=...\)`: it returned <float64 \(2,\)>"),
         (XS, {"loss": lambda carry, outputs: 1}, r"it returned <int.* \(\)>, expected one floating-point number"),
         (XS, {"loss": lambda carry, outputs: jnp.inf * carry.h.sum()}, "the gradient leaves the floating-point range"),

@@ -343,6 +343,12 @@ def test_a_foreign_cell_of_one_sequence_at_a_time_with_gates():
 # ----------------------------------------------------------------------------------------------------- errors
 
 
+class NeedsLengths(fnn.Module):
+    @fnn.compact
+    def __call__(self, xs, lengths):
+        return linen.RNN(linen.GRUCell(H))(xs, seq_lengths=lengths)
+
+
 def test_what_cannot_be_found_is_said():
     dense = fnn.Dense(2)
     with pytest.raises(ValueError, match="the model runs no recurrent layer that can be analysed;"):
@@ -359,3 +365,12 @@ def test_what_cannot_be_found_is_said():
         analysis.recurrent_layers(3, XS)
     with pytest.raises(ValueError, match="pass call=lambda model, batch"):
         analysis.recurrent_layers(layer, variables, {"x": XS})
+    wanted = (
+        r"`batch=<tuple>`: \w+ is called as model\(batch\[0\]\), but missing a required .*'lengths'; pass call=lambda"
+    )
+    with pytest.raises(ValueError, match=wanted):
+        analysis.recurrent_layers(NeedsLengths(), {"params": {}}, (XS, 1))
+    with pytest.raises(ValueError, match=r"variables=<dict of cell>, ...\)`: expected the variables as `model.init"):
+        analysis.recurrent_layers(layer, {"cell": {}}, XS)
+    with pytest.raises(ValueError, match=r"variables=<\w+>, ...\)`: expected the variables"):
+        analysis.recurrent_layers(layer, XS, variables)

@@ -16,6 +16,7 @@ import rnncore
 from rnncore import analysis, linen
 from rnncore.analysis import plots
 from rnncore.analysis.plots import report_page
+from rnncore.analysis.report.findings import findings
 
 DECAY, H, T, B = 0.9, 3, 40, 4
 F64 = {"param_dtype": jnp.float64}
@@ -75,6 +76,10 @@ def test_findings_of_a_known_decay():
     text = str(found)
     assert text == repr(found) and all(f"- {one}" in text for one in found.findings)
     assert re.search(r"^upper +Elman +3 +40 +4 ", text, re.M)
+    lengths = dataclasses.replace(upper.layer.run, lengths=jnp.array([24, T, T, T]))
+    ragged = findings([dataclasses.replace(upper, layer=upper.layer._replace(run=lengths))])
+    assert "reaches back 11 (11 to 11) of 24 to 40 steps in upper" in ragged[0]
+    assert "after as many steps as the shortest sequence has (24): " in ragged[2]
     assert repr(upper) == "LayerReport('upper', reach 11 (11 to 11), half-life 6.58 (6.58 to 6.58), of 40 steps)"
 
 
@@ -122,6 +127,8 @@ def test_what_is_wrong_is_said_by_name():
         analysis.report(model, variables, XS, lambda outputs, _: outputs[:, -1])
     with pytest.raises(ValueError, match=r"loss=<ArrayImpl>\)`: expected the loss last, a function"):
         analysis.report(model, variables, XS)
+    with pytest.raises(ValueError, match=r"loss=<<lambda>\(outputs\)>\)`: expected a function \(outputs, batch\) to"):
+        analysis.report(model, variables, XS, lambda outputs: 0.0)
     with pytest.raises(ValueError, match=r"`report\(model\)`: expected \(model, variables, batch, loss\)"):
         analysis.report(model)
 

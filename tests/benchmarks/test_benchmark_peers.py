@@ -115,8 +115,8 @@ def test_what_a_backend_cannot_do_has_its_own_reason(as_if_there):
     named = workloads.WORKLOADS
     for name, dtype, product, contender, why in (
         ("W1-768x1", "float32", True, MOSAIC, "bfloat16 or float16"),
-        ("W5-H40", "bfloat16", True, MOSAIC, "16 units at a time"),
-        ("W1-768x1", "bfloat16", True, MOSAIC, "does not fit"),
+        ("W5-H40", "bfloat16", True, MOSAIC, "heads of 64 units, and these have 40"),
+        ("W1-768x1", "bfloat16", True, MOSAIC, "heads of 64 units, and these have 768"),
         ("W4-lstm768", "float16", True, TPU, "float32 or bfloat16"),
         ("W1-768x1", "float32", True, "rnncore cudnn", "cudnn"),  # JAX runs on a CPU here
     ):
@@ -149,8 +149,8 @@ def as_if_there(monkeypatch):
     cases.forget()
 
 
-NARROW = workloads.Workload("narrow", "a test", "lstm", 2, 6, 5, 32, heads=2, own_cell=True)
-SMALL_GRU = workloads.Workload("gru", "a test", "gru", 3, 6, 5, 16)
+NARROW = workloads.Workload("narrow", "a test", "lstm", 2, 6, 5, 128, heads=2, own_cell=True)
+SMALL_GRU = workloads.Workload("gru", "a test", "gru", 3, 6, 5, 64)
 
 
 @pytest.mark.parametrize(

@@ -300,7 +300,7 @@ def test_help_names_the_options(name, options, capsys):
 
 def test_wrong_options_are_refused(tmp_path, capsys):
     for name, options, message in (
-        ("claim_explosion", ("--scales", "-1"), "-1 is no standard deviation"),
+        ("claim_explosion", ("--scales", "-1"), "-1 is not a standard deviation"),
         ("claim_initialisation", ("--lags", "5"), "5 is too small, expected at least 10"),
         ("claim_advice", ("--seeds", "0"), "0 is too small, expected at least 1"),
         ("claim_language_model", ("--text", "no such file"), "cannot read no such file"),

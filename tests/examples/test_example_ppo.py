@@ -116,7 +116,7 @@ def test_memory_solves_the_maze_and_nothing_else_does(example, tmp_path):
 def test_command_line(example, tmp_path, capsys):
     example_runs.check_help(example, capsys, "--hidden", "--corridor", "--rollout", "--burn-in")
     assert "leaves nothing" in example_runs.refused(example, capsys, tmp_path, "--rollout", "4", "--burn-in", "4")
-    assert "cannot be dealt out" in example_runs.refused(example, capsys, tmp_path, "--batch", "6")
+    assert "cannot be divided" in example_runs.refused(example, capsys, tmp_path, "--batch", "6")
 
 
 def test_the_python_block_of_the_page_runs():

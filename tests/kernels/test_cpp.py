@@ -18,7 +18,7 @@ import two_devices
 
 import rnncore
 from rnncore.kernels import compiler
-from rnncore.kernels.cpp import emit, handlers, recurrence
+from rnncore.kernels.cpp import emit, handlers
 
 CPP, SCAN = "cpp", "scan"
 # Two orders of summing some hundred terms of about 1 in float32, forward, back and over steps.
@@ -503,7 +503,6 @@ def test_processors_with_narrower_vectors(processor: str, monkeypatch: pytest.Mo
 
 def forget() -> None:
     """What refers to compiled cells."""
-    recurrence._calls.cache_clear()
     cases.forget()
 
 

@@ -18,7 +18,7 @@ import pytest
 
 import rnncore
 from rnncore.kernels import compiler
-from rnncore.kernels.cpp import handlers, recurrence
+from rnncore.kernels.cpp import handlers
 from rnncore.sequence import call
 
 pytestmark = pytest.mark.skipif(compiler.find() is None, reason="no C++ compiler here")
@@ -49,7 +49,6 @@ def known(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def forget() -> None:
-    recurrence._calls.cache_clear()
     cases.forget()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from pathlib import Path
 from typing import Any
 
 import chex
@@ -17,11 +18,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cuda_problems import DEVICES
 
 import rnncore
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cuda import emit, kernels, nvrtc
-from rnncore.kernels.cuda.plan import DEVICES, Device, Shape, layouts, plan_of
+from rnncore.kernels.cuda.plan import Device, Shape, layouts, plan_of
 from rnncore.sequence import backends
 
 HOPPER = Device("a small Hopper", 16, 96 * 1024, 90)
@@ -297,6 +299,29 @@ def test_compiles_in_float32(product: str):
             plan = plan_of(DEVICES["A100"], shape)
             assert not isinstance(plan, str)
             assert nvrtc.figures(emit.source(cell, plan), 80)["registers"] <= 255
+
+
+def test_machine_code_is_kept_as_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: Any):
+    compiled: list[str] = []
+
+    def compile_source(source: str, capability: int) -> bytes:
+        compiled.append(source)
+        return b"machine code\0"
+
+    monkeypatch.setenv("RNNCORE_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(nvrtc, "_version", lambda: (13, 0))
+    monkeypatch.setattr(nvrtc, "compile_source", compile_source)
+    for _ in range(2):
+        nvrtc._code_for.cache_clear()  # as a new process would have it
+        code, _ = nvrtc.code_for("a source", 90)
+        assert code == b"machine code\0" and compiled == ["a source"]
+    [kept] = tmp_path.glob("cubin-*")
+    assert kept.read_bytes() == code and kept.stat().st_mode & 0o077 == 0
+    assert capfd.readouterr().err.count("compiling a cell for this GPU") == 1
+    kept.write_bytes(b"cut")
+    nvrtc._code_for.cache_clear()
+    assert nvrtc.code_for("a source", 90)[0] == code and len(compiled) == 2
+    nvrtc._code_for.cache_clear()
 
 
 @pytest.mark.skipif(nvrtc.library() is None, reason="needs the package nvidia-cuda-nvrtc")

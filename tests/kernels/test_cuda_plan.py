@@ -6,11 +6,12 @@ import dataclasses
 from typing import Any
 
 import pytest
+from cuda_problems import DEVICES
 
 import rnncore
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cuda import Cuda, emit, launch, nvrtc
-from rnncore.kernels.cuda.plan import DEVICES, Device, Plan, Shape, layouts, plan_of, products
+from rnncore.kernels.cuda.plan import Device, Plan, Shape, layouts, plan_of, products
 from rnncore.recurrence.run import Request
 
 GPUS = ("T4", "L4", "RTX 3090", "A100", "RTX 4090", "H100", "B200")

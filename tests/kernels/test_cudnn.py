@@ -22,7 +22,7 @@ import rnncore
 from rnncore import GRU, LSTM, Elman, Heads, Stack, _compat
 from rnncore.kernels import compiler
 from rnncore.kernels.cudnn import algorithm, calls, library, weights
-from rnncore.recurrence.run import Constants, Differentiable, Request
+from rnncore.recurrence.run import Constants, Differentiable, Problem, Request
 from rnncore.sequence.backends import BACKENDS
 
 CUDNN = BACKENDS["cudnn"]
@@ -458,15 +458,16 @@ def test_what_forward_kept_is_used_as_it_was_or_not_at_all(cudnn: Recorder):
     asked = request(lengths=False, precision="highest")
     moving = Differentiable(params, jnp.moveaxis(xs, 1, 0), carry, None)
     constants, wanted = Constants(None, None, None, None), jax.tree.map(lambda _: True, moving)
-    result, kept = CUDNN.forward_with_residuals(asked, moving, constants)
-    want = CUDNN.backward(asked, moving, constants, result, kept, result, wanted)
+    run = Problem(asked, moving, constants)
+    result, kept = CUDNN.forward(run, True)
+    want = CUDNN.backward(run, result, kept, result, wanted)
     mixed = kept._replace(place=jnp.flip(kept.place, 1))  # the stand-in would see it by itself
-    assert np.isnan(CUDNN.backward(asked, moving, constants, result, mixed, result, wanted).xs).all()
+    assert np.isnan(CUDNN.backward(run, result, mixed, result, wanted).xs).all()
     half = jax.tree.map(lambda a: a[..., :2, :], moving._replace(params=None))._replace(params=params)
     fewer = dataclasses.replace(asked, batch_shape=(2,))
     result, part = jax.tree.map(lambda a: a[..., :2, :], result), jax.tree.map(lambda a: a[:, :2], kept)
     cudnn.forget()
-    got = CUDNN.backward(fewer, half, constants, result, part, result, wanted)
+    got = CUDNN.backward(Problem(fewer, half, constants), result, part, result, wanted)
     assert cudnn.runs() == ["forward", "data", "weights"]
     assert_close(got.xs, want.xs[:, :2], 0.0)
 

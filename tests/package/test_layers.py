@@ -19,6 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("sequence",),
     ("layers",),
     ("flax_modules",),
+    ("flax_recording",),
     ("linen", "nnx", "online", "parallel", "training", "gpu"),
     ("analysis",),
     ("_command",),

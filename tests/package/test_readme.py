@@ -45,6 +45,10 @@ def test_the_messages_of_the_questions_are_those_of_the_library():
         "float64 where float32 was expected",
         "The first call takes 5 to 15 seconds",
         "My gradient under vmap is wrong",
+        "Can't access variables on unbound modules",
+        'needs PRNG for "dropout"',
+        "Attempted boolean conversion of traced array",
+        "missing 1 required positional argument: 'inputs'",
     }
     assert [title for title in titles if title not in symptoms and title not in source] == []
 

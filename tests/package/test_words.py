@@ -307,6 +307,18 @@ WRONG_CALLS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nnx.LSTM(4, 5, rngs=rngs())(XS, training=True),
         "`LSTM(...)(inputs, training=True)`: `deterministic`, its opposite, is an option of layers with dropout",
     ),
+    "a misspelt field, linen": (
+        lambda: linen.RNN(linen.LSTMCell(5), time_mayor=True),
+        "`RNN(time_mayor=True)`: there is no such option; the nearest name is time_major.",
+    ),
+    "a misspelt field, nnx": (
+        lambda: nnx.RNN(nnx_cell(), return_cary=True),
+        "`RNN(return_cary=True)`: there is no such option; the nearest name is return_carry.",
+    ),
+    "a misspelt field": (
+        lambda: rnncore.LSTM(5, forget_bais=1.0),
+        "`LSTM(forget_bais=1.0)`: there is no such option; the nearest name is forget_bias.",
+    ),
     "a misspelt option of a call": (
         lambda: nnx.RNN(nnx_cell())(XS, seq_length=3),
         "`RNN(...)(inputs, seq_length=3)`: there is no such option; the nearest name is seq_lengths.",

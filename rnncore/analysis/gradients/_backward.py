@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from rnncore import _lengths
 from rnncore._types import Array, PyTree
 from rnncore.analysis.run.flat import states_of
-from rnncore.analysis.run.trajectory import check_finite, check_loss
+from rnncore.analysis.run.trajectory import check_finite, check_loss, check_takes
 from rnncore.cells.base import Cell, PointwiseCell
 from rnncore.layers.recording import Moved, without_gaps
 from rnncore.recurrence.step import spread_units
@@ -66,6 +66,7 @@ def backward(
     reset_carry: Any = None,
 ) -> Backward:
     """Checks, runs the cell and the loss, and pulls the loss back once."""
+    check_takes(call, loss, "(carry, outputs)")
     xs = jnp.asarray(xs)
     options = {"initial_carry": initial_carry, "seq_lengths": seq_lengths, "resets": resets, "reset_carry": reset_carry}
     explain_backend(cell, params, xs, **options)  # runs the checks of `unroll` on the caller's arguments

@@ -32,7 +32,8 @@ def _reach(layers: Sequence[LayerReport]) -> list[str]:
     if not known:
         return []
     first, *rest = known
-    parts = [f"{first.reach} of {first.steps} steps in {first.name}"] + [f"{one.reach} in {one.name}" for one in rest]
+    parts = [f"{first.reach} of {_lengths(first)} steps in {first.name}"]
+    parts += [f"{one.reach} in {one.name}" for one in rest]
     return [f"90 % of the squared gradient of the loss reaches back {_list(parts)}{_over(first.reach)}."]
 
 
@@ -56,7 +57,10 @@ def _half_lives(layers: Sequence[LayerReport]) -> list[str]:
 def _left(layers: Sequence[LayerReport]) -> list[str]:
     parts = [f"{_power(_last(one.retention))} in {one.name}" for one in layers if one.retention and one.steps > 1]
     longest = max((one.steps for one in layers), default=0)
-    return [f"What is left of that gradient after all steps (up to {longest}): {_list(parts)}."] if parts else []
+    when = f"all steps (up to {longest})"
+    if any(_lengths(one) != str(one.steps) for one in layers):
+        when = f"as many steps as the shortest sequence has ({longest})"
+    return [f"What is left of that gradient after {when}: {_list(parts)}."] if parts else []
 
 
 def _forget_gates(layers: Sequence[LayerReport]) -> list[str]:
@@ -159,6 +163,13 @@ def _over(spread: Spread | None) -> str:
     if spread is None or spread.sequences < 2:
         return ""
     return f" (medians over {spread.sequences} sequences, quartiles in parentheses)"
+
+
+def _lengths(one: LayerReport) -> str:
+    """The number of steps, or "24 to 150" if sequences differ."""
+    lengths = one.layer.run.lengths
+    longest = one.steps if lengths is None else int(np.max(np.asarray(lengths), initial=one.steps))
+    return str(one.steps) if longest == one.steps else f"{one.steps} to {longest}"
 
 
 def _list(parts: Sequence[str]) -> str:

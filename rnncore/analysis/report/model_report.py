@@ -17,7 +17,7 @@ from rnncore.analysis.gradients.over_time import gradients_over_time
 from rnncore.analysis.report.findings import findings, warnings
 from rnncore.analysis.report.measured import LayerReport, measure
 from rnncore.analysis.run.model import Call, RecurrentLayer, record, recorder_of
-from rnncore.analysis.run.trajectory import Trajectory, check_trajectory
+from rnncore.analysis.run.trajectory import Trajectory, check_takes, check_trajectory
 
 HEADER = (
     "layer", "cell", "n", "T", "sequences", "90 % within (steps)", "half gone after (steps)", "decay (ln per step)",
@@ -146,6 +146,7 @@ def report(
             f"`report(..., loss=<{type(loss).__name__}>)`: expected the loss last, a function (outputs, batch) to one "
             "number."
         )
+    check_takes("report", loss, "(outputs, batch)")
     recorder, batch = recorder_of("report", model, tuple(arguments_), call, rngs)
 
     def of_outputs(outputs: Any) -> Array:

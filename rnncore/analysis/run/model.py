@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -147,6 +148,12 @@ def recorder_of(name: str, model: Any, arguments: tuple, call: Call | None, rngs
             f"{len(arguments)} argument(s) after the model."
         )
     *variables, batch = arguments
+    if kind == "linen" and not (isinstance(variables[0], Mapping) and "params" in variables[0]):
+        names = f" of {', '.join(map(str, variables[0]))}" if isinstance(variables[0], Mapping) else ""
+        raise ValueError(
+            f"`{name}(model, variables=<{type(variables[0]).__name__}{names}>, ...)`: expected the variables as "
+            "`model.init(key, inputs)` returns them, with 'params'."
+        )
     chosen = _call_inputs if call is None else call
     # Imports Flax only for a Flax model.
     if kind == "linen":
@@ -171,7 +178,17 @@ def _call_inputs(model: Any, batch: Any) -> Any:
             f"`batch=<mapping of {', '.join(map(str, batch))}>`: pass call=lambda model, batch: ..., which calls "
             "the model on its inputs."
         )
-    return model(batch[0] if isinstance(batch, tuple | list) else batch)
+    whole = not isinstance(batch, tuple | list)
+    inputs = batch if whole else batch[0]
+    try:
+        inspect.signature(model.__call__).bind(inputs)
+    except TypeError as error:
+        raise ValueError(
+            f"`batch=<{type(batch).__name__}>`: {type(model).__name__} is called as "
+            f"model(batch{'' if whole else '[0]'}), but {error}; pass call=lambda model, batch: ..., which calls the "
+            "model on its inputs."
+        ) from None
+    return model(inputs)
 
 
 class _StackRecorder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from typing import Any, NamedTuple
 
@@ -267,6 +268,18 @@ def check_finite(call: str, tree: PyTree, advice: str = "find out where they com
                 f"`{call}`: {jax.tree_util.keystr(path) or 'the array'} of shape {leaf.shape} holds {bad} NaN or "
                 f"infinite numbers; {advice}."
             )
+
+
+def check_takes(call: str, loss: Any, takes: str) -> None:
+    """Refuses what is not a function of two arguments, such as "(outputs, batch)", before anything runs."""
+    try:
+        shape = inspect.signature(loss)
+        shape.bind(None, None)
+    except TypeError:
+        shown = f"{getattr(loss, '__name__', type(loss).__name__)}{shape}" if callable(loss) else type(loss).__name__
+        raise ValueError(f"`{call}(loss=<{shown}>)`: expected a function {takes} to one number.") from None
+    except ValueError:  # some functions that are not written in Python have no signature
+        pass
 
 
 def check_loss(call: str, value: Any) -> None:

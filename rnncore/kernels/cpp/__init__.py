@@ -30,6 +30,7 @@ from rnncore.cells.reductions import MEAN, ReducingCell
 from rnncore.cells.structured_kernels import LowRank
 from rnncore.kernels import compiler
 from rnncore.kernels.cpp import emit, handlers, recurrence
+from rnncore.recurrence.backend import GATHERED
 from rnncore.recurrence.run import Request
 
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -54,8 +55,6 @@ class Cpp(recurrence.CppLoops):
         if not request.dtypes | {request.dtype, request.residual_dtype or "float32"} <= set(DTYPES):
             got = ", ".join(sorted(request.dtypes | {request.residual_dtype or request.dtype}))
             return f"it takes {', '.join(DTYPES)}; parameters, inputs, carry and residuals are {got}"
-        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
-            return "its arrays are of known sizes, and here some are symbols"
         compiled = recurrence.compiled_cell(cell)
         projects = () if isinstance(cell, ReducingCell) else ("project",)
         changed = pointwise.why_not_as_declared(cell, *projects, "recurrent_matmul", "output", "split", "update")
@@ -75,7 +74,7 @@ class Cpp(recurrence.CppLoops):
         if failed is not None:
             return failed
         if request.devices > 1:
-            return "only where it is named: data that is sharded over devices would be gathered to each of them"
+            return GATHERED
         return None
 
     def remedy(self, request: Request) -> str | None:
@@ -93,7 +92,7 @@ class Cpp(recurrence.CppLoops):
         return None
 
     def prepare(self, request: Request) -> str | None:
-        return handlers.why_not(_source(request), recurrence.described(request.cell, recurrence.variant_of(request)))
+        return handlers.why_not(_source(request), emit.described(request.cell, recurrence.variant_of(request)))
 
 
 def _source(request: Request) -> str:

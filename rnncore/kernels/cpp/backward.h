@@ -46,19 +46,6 @@ struct Transposes {
   }
 };
 
-// What each part of the batch sums, in the layout of `Weights`.
-struct Sums {
-  real *w, *u, *readouts, *bias, *rest_bias, *units;  // readouts: by row
-
-  static std::vector<int64_t> sizes(const Sizes& s) { return Weights::sizes(s); }
-  Sums() = default;
-  Sums(const Sizes& s, real* all, int64_t at) {
-    real** parts[] = {&w, &u, &readouts, &bias, &rest_bias, &units};
-    int n = 0;
-    for (int64_t size : sizes(s)) *parts[n++] = all + at, at += rounded(size, kPad);
-  }
-};
-
 // Sequences lo to hi, all steps.  Where `begins` holds carries of some steps, the carries between are formed again from
 // them, or the stretch is run again and what the derivative needs is kept of one stretch at a time.
 class Backward {
@@ -86,7 +73,7 @@ class Backward {
     return all;
   }
 
-  void set(real* const* parts, const Sums& totals) {
+  void set(real* const* parts, const Weights& totals) {
     x = parts[0], entering = parts[1], dz = parts[2], dr = Cell::rest ? parts[3] : dz, ds = parts[4],
     dtarget = parts[5], olds = parts[6], reforming = parts[7], sums = totals;
     staged = reinterpret_cast<Staged*>(parts[8]), read = parts[9], dread = parts[10];
@@ -146,14 +133,14 @@ class Backward {
   real *olds, *reforming;  // the old carry of the steps of a stretch, (step, sequence, field), and of one step
   real *x, *entering, *h, *dz, *dr, *ds, *dtarget;  // x, h, dz, dr: (step, sequence) by row; ds: of the carry after
   real *read, *dread;  // what a kernel of low rank reads of h, as h
-  Sums sums;
+  Weights sums;  // of its part of the batch; readouts: by row
 
   // A vector of units in a step: what its transpose reads and what it gives.
   struct Lanes {
     vec residuals[Cell::residuals + 1], after[Cell::fields], stays[Cell::fields], gates[Cell::emitted + 1],
         dp[Cell::units + 1], z[kGates], rest[Cell::rest + 1], before[Cell::fields];
   };
-  using Staged = rnn::Staged<Lanes, kTransposing>;
+  using Staged = rnn::Staged<Lanes, Cell::Transposing>;
   Staged* staged;  // of each vector of units
 
   // What sequences add to the sums of a vector of units.

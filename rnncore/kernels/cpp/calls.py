@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from rnncore._types import Array
+from rnncore.cells.base import GatedCell
 from rnncore.kernels import ffi
-from rnncore.kernels.cpp.emit import Variant
+from rnncore.kernels.cpp import handlers
+from rnncore.kernels.cpp.emit import Variant, body, described, plan, source
 from rnncore.recurrence.batching import over_batch
 
 PAD = 16
@@ -88,26 +90,25 @@ class Calls:
     """The handlers of one compiled cell.
 
     Fields:
-      targets: names of the handlers, as `handlers.HANDLERS`.
+      cell: as it is compiled.
       variant: the types of the arrays, and whether there are states.
-      width, fields, emitted: what is kept of a step, fields of the carry, gates that the update returns.
       time_major: whether x and y have time first.
       zoneout: NONE, SHARE, CHOSEN or SHARES for each field of the carry.
-      chunk_size: 0, or to keep of every so many steps `begins` fields of the carry.
-      begins: those that are formed again between them; all of them where the steps between are run again.
-      rematerialize: whether they are.
+      chunk_size: of every so many steps `begins` fields of the carry are kept.
+      rematerialize: whether the steps between are run again.
     """
 
-    targets: tuple[str, str, str]
+    cell: GatedCell
     variant: Variant
-    width: int
-    fields: int
-    emitted: int
     time_major: bool
     zoneout: tuple[int, ...]
     chunk_size: int
-    begins: int
     rematerialize: bool
+
+    @property
+    def begins(self) -> int:
+        """Fields of the carry that are formed again between those steps; all of them where the steps are run again."""
+        return len(self.cell.Carry._fields if self.rematerialize else plan(self.cell, self.variant).reformed)
 
     @property
     def _axes(self) -> tuple[tuple, tuple]:
@@ -128,21 +129,23 @@ class Calls:
         That is (T, B, width, padded H), and the carry of some steps (T / chunk_size, B, begins, padded H).
         """
 
+        width, fields = len(plan(self.cell, self.variant).kept), len(self.cell.Carry._fields)
+        emitted = body(self.cell, self.variant).emitted
+
         def run(groups: int, *args: Array) -> Any:
-            del groups  # nothing is summed over sequences
             arrays = Differentiable(*args[: len(Differentiable._fields)])
             steps, rows, hidden = self._shape(arrays)
             heads = arrays.kernel.shape[0] if arrays.kernel.ndim > 3 else 1
             padded = heads * -(-(hidden // heads) // PAD) * PAD
-            kept: tuple[int, ...] = (steps, rows, self.width, padded) if keep and not self.rematerialize else (0,)
+            kept: tuple[int, ...] = (steps, rows, width, padded) if keep and not self.rematerialize else (0,)
             begins: tuple[int, ...] = (0,)
             if keep and self.begins:
                 begins = (-(-steps // self.chunk_size), rows, self.begins, padded)
-            states = (self.fields - 1 + self.emitted, steps, rows, hidden) if self.variant.states else (0,)
+            states = (fields - 1 + emitted, steps, rows, hidden) if self.variant.states else (0,)
             real, stored, residual, _ = self.variant
             y = (*arrays.x.shape[:2], hidden)
             shapes = (y, stored), (arrays.start.shape, real), (kept, residual), (begins, real), (states, stored)
-            return self._call(1 if keep else 0, rows, 1, shapes, args)
+            return self._call("forward_keeping" if keep else "forward", rows, 1, shapes, args)
 
         inputs, (y, last, states) = self._axes
         found = over_batch(run, inputs, (y, last, 1, 1, states))(*differentiable, *constants)
@@ -166,7 +169,7 @@ class Calls:
             if not inputs:
                 shapes = shapes._replace(x=(0,))
             types = [self.variant.stored, *[self.variant.real] * (len(shapes) - 1)]
-            return self._call(2, self._shape(arrays)[1], groups, tuple(zip(shapes, types, strict=True)), args)
+            return self._call("backward", self._shape(arrays)[1], groups, tuple(zip(shapes, types, strict=True)), args)
 
         batch, (rows, last, states) = self._axes
         found = over_batch(run, (*batch, rows, 1, 1, rows, last, states), batch[: len(Differentiable._fields)])(
@@ -174,10 +177,11 @@ class Calls:
         )
         return Differentiable(*(a[0] if axis is None else a for a, axis in zip(found, batch, strict=False)))
 
-    def _call(self, handler: int, rows: int, groups: int, shapes: Any, args: tuple[Array, ...]) -> tuple[Array, ...]:
+    def _call(self, handler: str, rows: int, groups: int, shapes: Any, args: tuple[Array, ...]) -> tuple[Array, ...]:
         if not rows:
             return tuple(jnp.zeros(*one) for one in shapes)
+        targets = handlers.targets(source(self.cell, self.variant), described(self.cell, self.variant))
         return ffi.call(
-            self.targets[handler], shapes, args, time_major=self.time_major, groups=groups, every=self.chunk_size,
+            targets[handler], shapes, args, time_major=self.time_major, groups=groups, every=self.chunk_size,
             again=self.rematerialize, zoneout=np.asarray(self.zoneout, np.int64),
         )  # fmt: skip

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rnncore.cells.base import GatedCell
+from rnncore.cells.base import Cell, GatedCell
 from rnncore.cells.reductions import declared
 from rnncore.kernels import emit, kernel_body
 from rnncore.kernels.cpp import residuals, stages
@@ -19,45 +19,18 @@ _LANE_BY_LANE = (
 ).split()
 
 OPERATIONS: dict[str, str] = {
+    **emit.COMMON,
     **{name: f"each<std::{name}>({{}})" for name in _LANE_BY_LANE},
-    **dict.fromkeys(("add", "add_any"), "{0} + {1}"),
-    **dict.fromkeys(("copy", "copy_p", "stop_gradient", "broadcast_in_dim", "optimization_barrier"), "{0}"),
     "abs": "absolute({0})",
-    "and": "{0} & {1}",
-    "clamp": "smaller(larger({1}, {0}), {2})",
-    "div": "{0} / {1}",
-    "eq": "{0} == {1}",
     "eq of masks": "~({0} ^ {1})",
-    "exp": "exponential({0})",
     "expm1": "exponential_less_one({0})",
-    "ge": "{0} >= {1}",
-    "gt": "{0} > {1}",
-    "integer_pow": "power<{y}>({0})",
-    "is_finite": "{0} - {0} == 0",
-    "le": "{0} <= {1}",
     "lgamma": "each<std::lgamma>({0})",
     "log": "logarithm({0})",
     "log1p": "logarithm_of_one_more({0})",
-    "logistic": "logistic({0})",
-    "lt": "{0} < {1}",
-    "max": "larger({0}, {1})",
-    "min": "smaller({0}, {1})",
-    "mul": "{0} * {1}",
-    "ne": "{0} != {1}",
     "ne of masks": "{0} ^ {1}",
-    "neg": "-{0}",
-    "not": "~{0}",
-    "one_minus_square": "1 - {0} * {0}",
-    "or": "{0} | {1}",
     "rem": "each<std::fmod>({0}, {1})",
     "round": "each<std::{rounding}>({0})",
     "rsqrt": "1 / each<std::sqrt>({0})",
-    "select_n": "select({0}, {2}, {1})",
-    "sign": "signum({0})",
-    "square": "{0} * {0}",
-    "sub": "{0} - {1}",
-    "tanh": "hyperbolic_tangent({0})",
-    "xor": "{0} ^ {1}",
 }
 """Operation to its expression; {} stands for all operands."""
 
@@ -76,6 +49,12 @@ class Variant(NamedTuple):
     stored: str
     residual: str
     states: bool = False
+
+
+def described(cell: Cell, variant: Variant) -> str:
+    """What is compiled, for messages."""
+    types = dict.fromkeys(variant[:3])
+    return f"{type(declared(cell)).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
 
 
 def body(cell: GatedCell, variant: Variant) -> kernel_body.Body:
@@ -105,7 +84,11 @@ def why_not(cell: GatedCell, variant: Variant) -> str | None:
 
 def _struct(cell: GatedCell, variant: Variant) -> list[str]:
     part = body(cell, variant)
-    return emit.struct(part, CPP, stages.lines(part, CPP) if stages.reduces(part) else ())
+    if stages.reduces(part):
+        return emit.struct(part, CPP, stages.lines(part, CPP))
+    *lines, end = emit.struct(part, CPP)
+    none = ["  struct Updating {", "    static constexpr int held = 0;", "  };"]
+    return [*lines, *none, "  using Keeping = Updating;", "  using Transposing = Updating;", end]
 
 
 _TYPES = {"float64": "double", "float32": "float", "bfloat16": "bfloat16", "float16": "float16"}

@@ -47,6 +47,16 @@ struct Weights {
   Weights() = default;
   explicit Weights(real* const* parts)
       : w(parts[0]), u(parts[1]), readouts(parts[2]), bias(parts[3]), rest_bias(parts[4]), units(parts[5]) {}
+  // One after the other in `all`, each from a multiple of kPad numbers on.
+  static int64_t size(const Sizes& s) {
+    int64_t all = 0;
+    for (int64_t n : sizes(s)) all += rounded(n, kPad);
+    return all;
+  }
+  Weights(const Sizes& s, real* all) {
+    real** part[] = {&w, &u, &readouts, &bias, &rest_bias, &units};
+    for (int n = 0; n < 6; n++) *part[n] = all, all += rounded(sizes(s)[n], kPad);
+  }
 
   void pack(const Sizes& s, const Inputs& in, int64_t block) const {
     pack_columns(s, in.w, s.inputs, s.hidden, s.first(block), block, w);
@@ -156,7 +166,7 @@ class Forward {
     vec folded[kGates], rest[Cell::rest + 1], old[Cell::fields], fresh[Cell::fields], gates[Cell::emitted + 1],
         values[Cell::residuals + 1];
   };
-  using Staged = rnn::Staged<Lanes, Keep ? kKeeping : kUpdating>;
+  using Staged = rnn::Staged<Lanes, std::conditional_t<Keep, Cell::Keeping, Cell::Updating>>;
   Staged* staged;  // of each vector of units
 
   real* field(int f, int64_t r) const { return carry + (f * n + r) * s.units; }

@@ -36,6 +36,7 @@ HANDLERS = ("forward", "forward_keeping", "backward")
 
 _log = logging.getLogger("rnncore")
 _lock = threading.RLock()
+_names: dict[str, dict[str, str]] = {}
 _failed: dict[str, str] = {}
 
 
@@ -44,19 +45,26 @@ def turned_off() -> bool:
     return os.environ.get("RNNCORE_CPP", "").strip().lower() in ("0", "false", "off", "no")
 
 
-def targets(source: str, what: str = "a cell") -> dict[str, str]:
+def targets(source: str, what: str = "a cell", keep: bool = False) -> dict[str, str]:
     """The names under which XLA finds the handlers of a source: compiled where they have not been yet.
 
     Args:
       source: the whole file.
       what: it is of, for messages.
+      keep: fail where the compiled file cannot be kept.
 
     Raises:
       compiler.CompilerError: there is no compiler, or it fails.
       cache.UntrustedError: somebody else can write where compiled files are kept.
     """
     with _lock:
-        return _registered(source, what)
+        if source not in _names:
+            library, key = _library(source, what, keep)
+            _names[source] = {
+                handler: ffi.register(f"rnncore_{handler}_{key}", library, f"rnn_{handler}", "cpu")
+                for handler in HANDLERS
+            }
+        return _names[source]
 
 
 def why_not(source: str, what: str = "a cell") -> str | None:
@@ -65,18 +73,16 @@ def why_not(source: str, what: str = "a cell") -> str | None:
     This is for a loop that nobody named: where a compiled file could not be kept, every process would compile it again.
     """
     with _lock:
-        if source in _failed:
-            return _failed[source]
-        try:
-            _registered(source, what, keep=True)
-            return None
-        except (compiler.CompilerError, cache.UntrustedError, OSError) as error:
-            _failed[source] = str(error)
+        if source not in _failed:
+            error = _error(source, what)
+            if error is None:
+                return None
+            _failed[source] = error
             _log.warning(
                 "rnncore runs %s as a scan, because its C++ loop could not be made: %s\nRNNCORE_CPP=0 turns it off.",
                 what, error,
             )  # fmt: skip
-            return _failed[source]
+        return _failed[source]
 
 
 def failed(source: str) -> str | None:
@@ -86,26 +92,15 @@ def failed(source: str) -> str | None:
 
 def missing(source: str) -> str | None:
     """Reason why a source has no handlers here and can get none, or None; nothing is compiled."""
-    with _lock:
-        if source in _names or compiler.find() is not None:
-            return None
-        try:
-            _registered(source, "a cell", keep=True)
-            return None
-        except (compiler.CompilerError, cache.UntrustedError, OSError) as error:
-            return str(error)
+    return None if source in _names or compiler.find() is not None else _error(source, "a cell")
 
 
-_names: dict[str, dict[str, str]] = {}
-
-
-def _registered(source: str, what: str, keep: bool = False) -> dict[str, str]:
-    if source not in _names:
-        library, key = _library(source, what, keep)
-        _names[source] = {
-            handler: ffi.register(f"rnncore_{handler}_{key}", library, f"rnn_{handler}", "cpu") for handler in HANDLERS
-        }
-    return _names[source]
+def _error(source: str, what: str) -> str | None:
+    try:
+        targets(source, what, keep=True)
+    except (compiler.CompilerError, cache.UntrustedError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _library(source: str, what: str, keep: bool) -> tuple[ctypes.CDLL, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,14 +13,14 @@ from rnncore import _compat
 from rnncore._types import Array, PyTree
 from rnncore.cells.base import Cell, CellParams, GatedCell
 from rnncore.cells.recurrent_kernels import Diagonal
-from rnncore.cells.reductions import ReducingCell, Whole, declared
+from rnncore.cells.reductions import ReducingCell, Whole
 from rnncore.cells.structured_kernels import LowRank
 from rnncore.kernels import host, kernel_body
-from rnncore.kernels.cpp import calls, emit, handlers
+from rnncore.kernels.cpp import calls, emit
 from rnncore.kernels.cpp.calls import CHOSEN, NONE, SHARE, SHARES, Calls, Out
 from rnncore.recurrence import plain, step
 from rnncore.recurrence.backend import LoopBackend
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result
 
 STRETCH = 48
 """Of every so many steps the forward loop keeps the carry's fields that the backward one forms again in between."""
@@ -31,12 +30,6 @@ def compiled_cell(cell: Cell) -> GatedCell:
     """The cell that is compiled: its whole update with the part of the inputs, where that takes means over units."""
     assert isinstance(cell, GatedCell)
     return Whole.of(cell) if isinstance(cell, ReducingCell) else cell
-
-
-def described(cell: Cell, variant: emit.Variant) -> str:
-    """What is compiled, for messages."""
-    types = dict.fromkeys(variant[:3])
-    return f"{type(declared(cell)).__name__} ({', '.join(types)}{', with states' if variant.states else ''})"
 
 
 def variant_of(request: Request) -> emit.Variant:
@@ -55,38 +48,27 @@ class CppLoops(LoopBackend):
 
     maps_into_batch = True
 
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        run = _Run(request, differentiable, constants)
-        return run.result(run.compiled.forward(run.arrays(differentiable), run.constants, False)[0])
-
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        run = _Run(request, differentiable, constants)
-        out, kept = run.compiled.forward(run.arrays(differentiable), run.constants, True)
-        return run.result(out), run.residuals(kept)
+    def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
+        run = _Run(problem)
+        out, kept = run.compiled.forward(run.arrays(problem.differentiable), run.constants, keep)
+        return run.result(out), run.residuals(kept) if keep else None
 
     def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable:  # fmt: skip
-        run = _Run(request, differentiable, constants)
-        arrays, back = jax.vjp(run.arrays, differentiable)
+        self, problem: Problem, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable
+    ) -> Differentiable:
+        run = _Run(problem)
+        arrays, back = jax.vjp(run.arrays, problem.differentiable)
         dout = run.cotangents(cotangents)
         stored, y = run.stored(residuals), run.outputs(result)
         found: Any = run.compiled.backward(arrays, run.constants, y, stored, dout, wanted.xs)
         return back(found if wanted.xs else found._replace(x=jnp.zeros_like(arrays.x)))[0]
 
-    def tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
-        run = _Run(request, differentiable, constants)
+    def tangent(self, problem: Problem, result: Result, residuals: PyTree, tangents: Differentiable) -> Result:
+        run = _Run(problem)
         # Inside shard_map the linearised step depends on other values than the one that was compiled.
-        if run.axes or not self.residuals_move(request):
-            return super().tangent(request, differentiable, constants, result, residuals, tangents)
-        stacks = run.stacks(differentiable, constants, result, residuals)
-        return plain.tangent(request, differentiable, constants, result, stacks, tangents)
+        if run.axes or not self.residuals_move(problem.request):
+            return super().tangent(problem, result, residuals, tangents)
+        return plain.tangent(problem, result, run.stacks(problem, result, residuals), tangents)
 
     def residuals_move(self, request: Request) -> bool:
         if isinstance(request.cell, ReducingCell):
@@ -94,20 +76,20 @@ class CppLoops(LoopBackend):
         one_dtype = len({*variant_of(request)[:3], *request.dtypes}) == 1
         return one_dtype and request.recompute == "nothing" and not request.return_states
 
-    def plain_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        result, kept = plain.run_with_residuals(request, differentiable, constants)
-        stacks = plain.residuals(request, differentiable, constants, result.outputs, kept)
+    def plain_with_residuals(self, problem: Problem) -> tuple[Result, PyTree]:
+        result, kept = plain.run_with_residuals(problem)
+        stacks = plain.residuals(problem, result.outputs, kept)
         # Whatever is formed again is formed from the carries of the loop itself; where nobody does, it does not run.
-        _, own = self.forward_with_residuals(request, jax.lax.stop_gradient(differentiable), constants)
-        return result, (_Run(request, differentiable, constants).packed(stacks, own[0].shape), *own[1:])
+        fixed = problem._replace(differentiable=jax.lax.stop_gradient(problem.differentiable))
+        _, own = self.forward(fixed, True)
+        return result, (_Run(problem).packed(stacks, own[0].shape), *own[1:])
 
 
 class _Run:
     """The arrays of a run as the calls have them: one batch axis, a carry as one array, few dtypes."""
 
-    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
+    def __init__(self, problem: Problem):
+        request, differentiable, constants = problem
         cell = compiled_cell(request.cell)
         start = differentiable.initial_carry
         self.request, self.cell, self.dtypes = request, cell, [a.dtype for a in start]
@@ -115,26 +97,20 @@ class _Run:
         self.heads = host.head_count(cell)
         self.variant = variant_of(request)
         self.part = emit.body(cell, self.variant)
-        self.plan, self.rematerialize = emit.plan(cell, self.variant), request.recompute != "nothing"
-        self.chunk_size, self.begins = STRETCH, len(self.plan.reformed)
-        if self.rematerialize:
-            self.chunk_size = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
-            self.begins = len(cell.Carry._fields)
+        self.plan, rematerialize = emit.plan(cell, self.variant), request.recompute != "nothing"
+        chunk_size = STRETCH
+        if rematerialize:
+            chunk_size = min(request.checkpoint_every or max(8, math.isqrt(request.steps)), request.steps)
         self.axes = _compat.varying_axes(differentiable.xs)
         steps, hidden, real = request.steps, cell.hidden_size, self.variant.real
-        self.zoneout, shares, chosen, stacks = self._zoneout(constants.zoneout)
+        zoneout, shares, chosen, stacks = self._zoneout(constants.zoneout)
+        self.compiled = Calls(cell, self.variant, self.time_major, zoneout, chunk_size, rematerialize)
         self.constants = calls.Constants(
             self._one(constants.recurrent_mask, (self.rows, hidden), real),
             self._one(constants.lengths, (self.rows,), jnp.int32),
             self._one(constants.resets, (steps, self.rows), bool),
             shares, chosen, stacks,
         )  # fmt: skip
-
-    @property
-    def compiled(self) -> Calls:
-        return _calls(
-            self.cell, self.variant, self.time_major, self.zoneout, self.chunk_size, self.begins, self.rematerialize
-        )
 
     def residuals(self, kept: tuple[Array, Array]) -> tuple[Array, ...]:
         """What the calls keep with the batch axes of the request, those that there are."""
@@ -143,23 +119,20 @@ class _Run:
     def stored(self, residuals: tuple[Array, ...]) -> tuple[Array, Array]:
         """The inverse."""
         there = iter(a.reshape(a.shape[0], self.rows, *a.shape[-2:]) for a in residuals)
-        kept = self._one(None, (), self.variant.residual) if self.rematerialize else next(there)
-        return kept, next(there) if self.begins else self._one(None, (), self.variant.real)
+        kept = self._one(None, (), self.variant.residual) if self.compiled.rematerialize else next(there)
+        return kept, next(there) if self.compiled.begins else self._one(None, (), self.variant.real)
 
-    def stacks(
-        self, differentiable: Differentiable, constants: Constants, result: Result, residuals: tuple[Array, ...]
-    ) -> tuple[Array, ...]:
+    def stacks(self, problem: Problem, result: Result, residuals: tuple[Array, ...]) -> tuple[Array, ...]:
         """All that the linearised step depends on, as (T, *batch, H) arrays in the order of `Body.residuals`."""
-        request, plan, hidden = self.request, self.plan, self.cell.hidden_size
-        kept = residuals[0]
+        request, differentiable, constants = problem
+        plan, hidden, kept = self.plan, self.cell.hidden_size, residuals[0]
         of_heads = kept.reshape(*kept.shape[:-1], self.heads, -1)[..., : hidden // self.heads]
         rows = of_heads.reshape(*kept.shape[:-1], hidden)
         # Slices, which XLA takes from what `packed` put together without writing it; it would write it transposed.
         found = {n: jax.lax.index_in_dim(rows, k, rows.ndim - 2, False) for k, n in enumerate(plan.kept)}
         resets, zoneout = step.per_step(request, constants)
         start, reset_carry = differentiable.initial_carry, differentiable.reset_carry
-        hs = jnp.moveaxis(result.outputs, request.time_axis, 0)
-        before = plain.previous(start, reset_carry, resets, hs)
+        before = plain.before(problem, result.outputs)
         if plan.h >= 0:
             found[plan.h] = before
         if plan.reformed:
@@ -283,12 +256,3 @@ class _Run:
 
 def _rows(arrays: Any, hidden: int, dtype: Any) -> Array:
     return jnp.stack(list(arrays)) if arrays else jnp.zeros((0, hidden), dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _calls(cell: GatedCell, variant: emit.Variant, *settings: Any) -> Calls:
-    """`settings`: the fields of `Calls` from `time_major` on."""
-    part, width = emit.body(cell, variant), len(emit.plan(cell, variant).kept)
-    names = handlers.targets(emit.source(cell, variant), described(cell, variant))
-    targets = names["forward"], names["forward_keeping"], names["backward"]
-    return Calls(targets, variant, width, len(cell.Carry._fields), part.emitted, *settings)

@@ -69,8 +69,7 @@ void run_backward(Pool& pool, int64_t groups, const Sizes& s, const Inputs& in, 
   if (out.x) expect_writing(out.x, bytes.dx, bytes.all());
   const Parts split(s, groups, pool);
   const int64_t count = split.count();
-  int64_t apart = 0;  // between the sums of one part and the next
-  for (int64_t n : Sums::sizes(s)) apart += rounded(n, kPad);
+  const int64_t apart = Weights::size(s);  // between the sums of one part and the next
   Transposes p(s);
   Weights weights;
   std::vector<Backward> work;
@@ -98,25 +97,25 @@ void run_backward(Pool& pool, int64_t groups, const Sizes& s, const Inputs& in, 
   parallel(pool, count * split.team, s.products(), [&](int64_t n, int64_t thread) {
     const int64_t part = n % count;
     Backward mine = work[part];
-    mine.set(&parts[shared + split.slot(part, thread) * own.size()], Sums(s, sums, part * apart));
+    mine.set(&parts[shared + split.slot(part, thread) * own.size()], Weights(s, sums + part * apart));
     mine.run(teams[part], split.together);
   });
   parallel(pool, groups * s.blocks, 8 * count * s.weights(), [&](int64_t n, int64_t) {
     const int64_t group = n / s.blocks, block = n % s.blocks, head = s.head_of(block);
-    const Sums first(s, sums, group * split.each * apart);
+    const Weights first(s, sums + group * split.each * apart);
+    const auto rows = [&](const real* from, int64_t count, real* to) {
+      unpack_rows(s, from, split.each, apart, int(count), block, to + group * count * s.hidden);
+    };
     const int64_t of_head = (group * s.heads + head) * s.depth * kGates * s.head;
     unpack_columns(s, first.w, split.each, apart, s.inputs, s.hidden, s.first(block), block,
                    out.w + group * s.inputs * kGates * s.hidden);
     if (s.diagonal)
-      unpack_rows(s, first.u, split.each, apart, kGates, block, out.u + of_head);
+      rows(first.u, kGates, out.u);
     else
       unpack_columns(s, first.u, split.each, apart, s.depth, s.head, s.first(block) - head * s.head, block,
                      out.u + of_head);
-    unpack_rows(s, first.readouts, split.each, apart, s.rank, block, out.readouts + group * s.rank * s.hidden);
-    unpack_rows(s, first.bias, split.each, apart, kGates, block, out.bias + group * kGates * s.hidden);
-    unpack_rows(s, first.rest_bias, split.each, apart, Cell::rest, block,
-                out.rest_bias + group * Cell::rest * s.hidden);
-    unpack_rows(s, first.units, split.each, apart, Cell::units, block, out.units + group * Cell::units * s.hidden);
+    rows(first.readouts, s.rank, out.readouts), rows(first.bias, kGates, out.bias);
+    rows(first.rest_bias, Cell::rest, out.rest_bias), rows(first.units, Cell::units, out.units);
   });
 }
 

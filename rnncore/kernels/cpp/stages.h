@@ -5,33 +5,11 @@
 
 namespace rnn {
 
-enum { kUpdating, kKeeping, kTransposing };
-
 // What stands between stages for one vector of units; of a cell without stages nothing does.
 template <class Lanes, class Stages>
-struct WithHeld : Lanes {
+struct Staged : Lanes {
   vec held[Stages::held + 1];
 };
-template <class C, int Which, bool Reduces = C::reduces>
-struct StagesOf {
-  struct type {
-    static constexpr int held = 0;
-  };
-};
-template <class C>
-struct StagesOf<C, kUpdating, true> {
-  using type = typename C::Updating;
-};
-template <class C>
-struct StagesOf<C, kKeeping, true> {
-  using type = typename C::Keeping;
-};
-template <class C>
-struct StagesOf<C, kTransposing, true> {
-  using type = typename C::Transposing;
-};
-template <class Lanes, int Which>
-using Staged = WithHeld<Lanes, typename StagesOf<Cell, Which>::type>;
 
 // How many numbers the vectors of all units take.
 template <class Staged>

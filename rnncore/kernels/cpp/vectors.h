@@ -204,7 +204,6 @@ RNN_INLINE Reduced reduced_exp(vec x) {
   constexpr integer kOne = integer(1) << 23;  // of the exponent
   // Unsigned, for the product may leave the range of integers, and its lowest bits are what counts.
   using Unsigned = std::make_unsigned_t<integer>;
-  typedef Unsigned bits __attribute__((vector_size(kBytes)));
   const bits power = (bits)look_up(kPowers.bits, shifted) + (bits)shifted * Unsigned(kOne / kTable) - Unsigned(Less * kOne);
   return {(vec)power, (p * f) * f + (f + look_up(kPowers.lost, shifted))};
 }

@@ -1,23 +1,22 @@
 """Backend "cuda": a whole run in one kernel for any NVIDIA GPU, generated from a pointwise cell, compiled at run time.
 
-The update, the residuals of its derivative, and its transpose are written as CUDA C++ (`emit.py`) and compiled with
-this library's loops (`forward.cuh`, `backward.cuh`) by NVRTC, once, and cached on disk.  The recurrent matrix stays in
-registers and shared memory for all steps (`plan.py`).  One block runs a head by itself where that is fastest; otherwise
-the blocks of a head exchange h after every step: in a cluster through shared memory, in a grid through the L2 cache,
-where a bit pattern that no number has marks what is not written yet.  Carries and sums are float32; h is rounded to the
-dtype before each product and in the outputs.  In reverse mode dU, dW, dx and biases are products over all steps, after
-the loop: there are no atomic sums, and results are deterministic.
+The update, the residuals of its derivative and its transpose are written as CUDA C++ (`emit.py`), compiled with this
+library's loops (`forward.cuh`, `backward.cuh`) by NVRTC, once, and cached on disk.  The recurrent matrix stays in
+registers and shared memory for all steps (`plan.py`).  A head runs in one block where that is fastest; otherwise its
+blocks exchange h after every step, in a cluster through shared memory, in a grid through the L2 cache, where a bit
+pattern that no number has marks words that are not written yet.  Carries and sums are float32; h is rounded to the
+dtype before each product and in the outputs.  In reverse mode dU, dW, dx and the gradients of biases are products over
+all steps, after the loop: there are no atomic sums, and results are deterministic.
 
-Platform: NVIDIA GPUs from compute capability 7.5 (bfloat16: 8.0) with JAX's CUDA packages, which bring NVRTC, and a C++
-compiler for the call that launches.  Cells: every PointwiseCell whose update is said in the operations of
-`emit.OPERATIONS`, with a dense recurrence or heads.  Dtypes: bfloat16, float16 (with the GPU's own tanh, whose error is
-below 2^-10.9) or float32, of parameters, inputs and carries alike; float32 products follow
-`jax.default_matmul_precision`: TF32 by default as elsewhere in JAX, and three of them for "high" and more.  Lengths,
-resets, recurrent masks, zoneout, states, any number of batch axes: yes; chunks: no.  vmap over sequences becomes more
-of a batch, over parameters more heads, and so do the two directions of a layer; where a step of so many heads is
-predicted to take longer than theirs one by one, a call comes after the other.  Blocks of a grid all run at once, as the
-launch asks for: what cannot is an error of the plan or of the launch, not a hang; a batch that is too large runs in
-parts.
+Platform: NVIDIA GPUs of compute capability 7.5 or higher (bfloat16: 8.0), with JAX's CUDA packages, which include
+NVRTC, and a C++ compiler for the call that launches the kernels.  Cells: any PointwiseCell whose operations are
+in `emit.OPERATIONS`, with a dense recurrence or heads.  Dtypes: bfloat16 or float16 (with the GPU's approximate tanh,
+whose error is below 2^-10.9) or float32, the same for parameters, inputs and carries; float32 products follow
+`jax.default_matmul_precision`: TF32 by default, as elsewhere in JAX, and three TF32 products for "high" and above.
+Lengths, resets, recurrent masks, zoneout, states, any number of batch axes: yes; chunks: no.  vmap over sequences
+extends the batch; vmap over parameters, and the two directions of a layer, add heads, unless a step of so many heads is
+predicted to be slower than separate calls, which then run one after the other.  All blocks of a grid have to run at
+once: where they cannot, the plan or the launch reports an error, and nothing hangs; a batch that is too large is split.
 """
 
 from __future__ import annotations
@@ -28,12 +27,12 @@ from typing import Any
 
 from rnncore._types import PyTree
 from rnncore.cells.base import CellParams, PointwiseCell
-from rnncore.kernels import cache, compiler, host, kernel_body
+from rnncore.kernels import cache, compiler, host
 from rnncore.kernels.cuda import emit, kernels, launch, nvrtc, plan, recurrence
 from rnncore.recurrence import plain
-from rnncore.recurrence.backend import LoopBackend, without
-from rnncore.recurrence.layers import run_layers, side_by_side
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.backend import GATHERED, LoopBackend, without
+from rnncore.recurrence.layers import run_layers
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 
 MEASURED = 90
 """Compute capability, times ten, of the GPU on which it was timed beside the other backends."""
@@ -55,8 +54,6 @@ class Cuda(LoopBackend):
         )
         if refused is not None:
             return refused
-        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
-            return "its arrays are of known sizes, and here some are symbols"
         if 0 in (*request.batch_shape, request.steps):
             return f"it takes no empty run, and this one is of {request.steps} steps and batch {request.batch_shape}"
         residual = request.residual_dtype or request.dtype
@@ -74,7 +71,7 @@ class Cuda(LoopBackend):
         device = launch.device()
         assert device is not None and isinstance(request.cell, PointwiseCell)
         if request.devices > 1:
-            return "only where it is named: data that is sharded over devices would be gathered to each of them"
+            return GATHERED
         if device.capability != MEASURED:
             here, there = device.capability / 10, MEASURED / 10
             return f"only where it is named: it was timed on compute capability {there}, and this GPU has {here}"
@@ -108,10 +105,10 @@ class Cuda(LoopBackend):
             for wide, one in pairs
         )
 
-    def run(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        if isinstance(differentiable.params, CellParams):
-            return super().run(request, differentiable, constants)
-        return run_layers(super().run, request, differentiable, constants, side_by_side)
+    def run(self, problem: Problem) -> Result:
+        if isinstance(problem.differentiable.params, CellParams):
+            return super().run(problem)
+        return run_layers(super().run, problem, side_by_side=True)
 
     def missing(self, request: Request) -> str | None:
         """Reason why its kernels cannot run on this platform, or None."""
@@ -120,7 +117,7 @@ class Cuda(LoopBackend):
         if launch.device() is None:
             return "it needs an NVIDIA GPU, and there is no CUDA driver"
         if nvrtc.library() is None:
-            return "it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found"
+            return nvrtc.MISSING
         if compiler.find() is None:
             return compiler.MISSING
         return None
@@ -138,40 +135,22 @@ class Cuda(LoopBackend):
 
     def _plan(self, request: Request, direction: str, rows: int, cells: int = 1) -> plan.Plan | str:
         cell: Any = request.cell
-        settings = self.settings(request)
-        heads = host.head_count(cell)
-        shape = plan.Shape(
-            direction, request.dtype, request.dtype, settings.product, gates=len(cell.gates),
-            fields=len(cell.Carry._fields), width=kernel_body.of(cell, (1, 1)).width, size=cell.hidden_size // heads,
-            heads=cells * heads, sequences=rows,
-        )  # fmt: skip
-        return settings.choose(settings.device, shape)
+        heads = cells * host.head_count(cell)
+        return self.settings(request).layout(cell, direction, request.dtype, request.dtype, heads, rows)
 
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        arrays = recurrence.Arrays(request, differentiable, constants)
-        return arrays.result(arrays.forward(self.settings(request), differentiable, keep=False))
-
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        arrays = recurrence.Arrays(request, differentiable, constants)
-        kept = arrays.forward(self.settings(request), differentiable, keep=True)
-        return arrays.result(kept), kept.residuals
+    def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
+        arrays = recurrence.Arrays(problem)
+        found = arrays.forward(self.settings(problem.request), problem.differentiable, keep)
+        return arrays.result(found), found.residuals
 
     def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable:  # fmt: skip
-        arrays = recurrence.Arrays(request, differentiable, constants)
+        self, problem: Problem, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable
+    ) -> Differentiable:
+        arrays, settings = recurrence.Arrays(problem), self.settings(problem.request)
         hs = arrays.flat(result.outputs)
-        return arrays.backward(self.settings(request), differentiable, hs, residuals, dense(cotangents, result))
+        return arrays.backward(settings, problem.differentiable, hs, residuals, dense(cotangents, result))
 
-    def tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
-        if request.return_states or request.dtype != "float32":
-            return super().tangent(request, differentiable, constants, result, residuals, tangents)
-        arrays = recurrence.Arrays(request, differentiable, constants)
-        stacks = arrays.residuals(residuals)
-        return plain.tangent(request, differentiable, constants, result, stacks, tangents)
+    def tangent(self, problem: Problem, result: Result, residuals: PyTree, tangents: Differentiable) -> Result:
+        if problem.request.return_states or problem.request.dtype != "float32":
+            return super().tangent(problem, result, residuals, tangents)
+        return plain.tangent(problem, result, recurrence.Arrays(problem).residuals(residuals), tangents)

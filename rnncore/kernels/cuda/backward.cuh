@@ -29,11 +29,6 @@ struct Backward {
   long long steps, batch;
 };
 
-RNN_DEVICE float staying(const void* stay, int field, long long at) {
-  return Plan::stay(field) == 1 ? float(static_cast<const unsigned char*>(stay)[at] != 0)
-                                : load(static_cast<const float*>(stay) + (Plan::stay(field) == 3 ? 0 : at));
-}
-
 RNN_KERNEL(kThreads) rnn_backward(const Backward in) {
   const Here at(in.batch);
   constexpr int hidden = Plan::heads * Plan::size, others = (kFields - 1) * hidden, width = kKept * hidden;

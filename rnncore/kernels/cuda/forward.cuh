@@ -30,11 +30,6 @@ struct Forward {
   long long steps, batch;
 };
 
-// How much of the old carry stays; 0 or 1 where `stay` is made of bytes.
-RNN_DEVICE float staying(const void* stay, int field, long long at) {
-  return Plan::stay(field) == 1 ? float(static_cast<const unsigned char*>(stay)[at] != 0)
-                                : load(static_cast<const float*>(stay) + (Plan::stay(field) == 3 ? 0 : at));
-}
 RNN_DEVICE float kept(float share, float old, float updated, int field) {
   if (Plan::stay(field) == 1) return share != 0 ? old : updated;
   return share * old + (1 - share) * updated;

@@ -13,7 +13,7 @@ from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import kernel_body
 from rnncore.kernels.cuda import emit
 from rnncore.kernels.cuda.plan import Device, Plan, Shape, plan_of
-from rnncore.kernels.host import Cotangents, Loop
+from rnncore.kernels.host import Cotangents, Loop, head_size
 
 
 class Call(NamedTuple):
@@ -64,27 +64,32 @@ class Settings(NamedTuple):
     launch: Launch
     choose: Callable[[Device, Shape], Plan | str] = plan_of
 
+    def layout(
+        self, cell: PointwiseCell, direction: str, dtype: str, stored: str, heads: int, rows: int, **options: Any
+    ) -> Plan | str:
+        """The layout of a run of so many heads and sequences, or the reason why there is none; see `Shape`."""
+        shape = Shape(
+            direction, dtype, stored, self.product, gates=len(cell.gates), fields=len(cell.Carry._fields),
+            width=kernel_body.of(cell, (1, 1)).width, size=head_size(cell), heads=heads, sequences=rows, **options,
+        )  # fmt: skip
+        return self.choose(self.device, shape)
+
 
 def layout(
-    settings: Settings, cell: PointwiseCell, direction: str, run: Loop, rows: int, stored: str, *, keeps: bool = False,
-    states: bool = False,
-) -> Plan | str:  # fmt: skip
+    settings: Settings, cell: PointwiseCell, direction: str, run: Loop, rows: int, stored: str, **options: bool
+) -> Plan | str:
     """The layout of a run of so many sequences, or the reason why there is none."""
-    heads, size, gates, _ = run.kernel.shape
-    shape = Shape(
-        direction, run.kernel.dtype.name, stored, settings.product, gates=gates, fields=len(cell.Carry._fields),
-        width=kernel_body.of(cell, (1, 1)).width, size=size, heads=heads, sequences=rows,
-        lengths=run.lengths is not None, resets=run.resets is not None, mask=run.mask is not None, keeps=keeps,
-        states=states, zoneout=_kinds(run.zoneout),
+    return settings.layout(
+        cell, direction, run.kernel.dtype.name, stored, run.kernel.shape[0], rows, lengths=run.lengths is not None,
+        resets=run.resets is not None, mask=run.mask is not None, zoneout=_kinds(run.zoneout), **options,
     )  # fmt: skip
-    return settings.choose(settings.device, shape)
 
 
 def step(
-    settings: Settings, cell: PointwiseCell, direction: str, run: Loop, rows: int, stored: str, **more: bool
+    settings: Settings, cell: PointwiseCell, direction: str, run: Loop, rows: int, stored: str, **options: bool
 ) -> float | None:
     """Predicted microseconds of a step, or None where the run is parted."""
-    found = layout(settings, cell, direction, run, rows, stored, **more)
+    found = layout(settings, cell, direction, run, rows, stored, **options)
     return None if isinstance(found, str) else found.step
 
 

@@ -13,10 +13,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from rnncore.kernels import cache, compiler
+from rnncore.kernels import compiler
 
 HEADERS = Path(__file__).parent
 OPTIONS = ("-std=c++17", "--device-as-default-execution-space")
+MISSING = "it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found"
 _FOLDERS = ("cu13/lib", "cuda_nvrtc/lib", "cu13/bin", "cuda_nvrtc/bin")
 _VERSIONS = ("13", "12")
 
@@ -42,6 +43,13 @@ def library() -> ctypes.CDLL | None:
         except OSError as error:
             _log.debug("%s cannot be loaded: %s", path, error)
     return None
+
+
+def _required() -> ctypes.CDLL:
+    nvrtc = library()
+    if nvrtc is None:
+        raise NvrtcError(MISSING)
+    return nvrtc
 
 
 def _candidates() -> list[str]:
@@ -85,25 +93,9 @@ def _code_for(source: str, capability: int, what: str) -> tuple[bytes, str]:
 
     def make(to: Path) -> None:
         print(f"rnncore: compiling {what} for this GPU, once, in a few seconds", file=sys.stderr, flush=True)
-        keep(to, compile_source(source, capability), what)
+        to.write_bytes(compile_source(source, capability))
 
-    try:
-        kept = cache.load(f"cuda-{key}", make)
-    except OSError as error:
-        _log.info("nothing can be kept in %s (%s): this process compiles for itself", cache.directory(), error)
-        return compile_source(source, capability), key
-    size = ctypes.c_uint64.in_dll(kept, "rnn_size").value
-    return bytes((ctypes.c_ubyte * size).in_dll(kept, "rnn_code")), key
-
-
-def keep(to: Path, code: bytes, what: str) -> None:
-    """Wraps bytes as a library with `rnn_code` and `rnn_size`, so that the cache of C++ libraries can hold them."""
-    command = compiler.require()
-    numbers = ",".join(map(str, code))
-    text = f"extern const unsigned char rnn_code[];\nconst unsigned char rnn_code[] = {{{numbers}}};\n"
-    text = f'extern "C" {{\n{text}extern const unsigned long long rnn_size;\n'
-    text += f"const unsigned long long rnn_size = {len(code)};\n}}\n"
-    compiler.compile_to(to, text, (*command, "-shared", "-fPIC"), what)
+    return compiler.load(f"cubin-{key}", make, Path.read_bytes), key
 
 
 def compile_source(source: str, capability: int) -> bytes:
@@ -120,9 +112,7 @@ def figures(source: str, capability: int) -> dict[str, int]:
 
 
 def _compiled(source: str, capability: int, more: Sequence[str]) -> tuple[bytes, str]:
-    nvrtc = library()
-    if nvrtc is None:
-        raise NvrtcError("it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found")
+    nvrtc = _required()
     known = [n for n in _capabilities(nvrtc) if n <= capability]
     if not known:
         raise NvrtcError(f"NVRTC {'.'.join(map(str, _version()))} knows no GPU of compute capability {capability / 10}")
@@ -171,10 +161,7 @@ def _capabilities(nvrtc: ctypes.CDLL) -> list[int]:
 
 @functools.cache
 def _version() -> tuple[int, int]:
-    nvrtc = library()
-    if nvrtc is None:
-        raise NvrtcError("it needs NVRTC, which `pip install jax[cuda13]` brings, and none is found")
-    major, minor = ctypes.c_int(), ctypes.c_int()
+    nvrtc, major, minor = _required(), ctypes.c_int(), ctypes.c_int()
     _succeed(nvrtc, nvrtc.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
     return major.value, minor.value
 

@@ -41,19 +41,6 @@ class Device:
     bandwidth: float = 1000.0
 
 
-DEVICES = {
-    d.name: d
-    for d in (
-        Device("T4", 40, 64 * 1024, 75, 1.4, 300), Device("A100", 108, 163 * 1024, 80, 1.4, 1555),
-        Device("RTX 3090", 82, 99 * 1024, 86, 1.7, 936), Device("L4", 58, 99 * 1024, 89, 1.7, 300),
-        Device("RTX 4090", 128, 99 * 1024, 89, 2.4, 1008), Device("H100", 132, 227 * 1024, 90, 1.75, 3350),
-        Device("H200", 132, 227 * 1024, 90, 1.75, 4800), Device("B200", 148, 227 * 1024, 100, 1.8, 8000),
-        Device("RTX 5090", 170, 99 * 1024, 120, 2.3, 1792),
-    )
-}  # fmt: skip
-"""Some GPUs, by the figures of their makers."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What a run asks for.

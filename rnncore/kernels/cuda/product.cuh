@@ -172,6 +172,12 @@ struct Pair {
   static RNN_DEVICE int spot(int line, int unit) { return line * 16 + (unit ^ 8 * (line / 2 % 2)); }
 };
 
+// How much of the old carry stays; 0 or 1 where `stay` is made of bytes.
+RNN_DEVICE float staying(const void* stay, int field, long long at) {
+  return Plan::stay(field) == 1 ? float(static_cast<const unsigned char*>(stay)[at] != 0)
+                                : load(static_cast<const float*>(stay) + (Plan::stay(field) == 3 ? 0 : at));
+}
+
 // Sums of the warps that share k, in shared memory.
 template <int Sets>
 struct Partial {

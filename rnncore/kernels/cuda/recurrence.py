@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -15,11 +16,6 @@ from rnncore.recurrence.run import Differentiable, Result
 
 class Arrays(host.Arrays):
     """The arrays of a run, to the kernels and back."""
-
-    @property
-    def _stored(self) -> str:
-        """The dtype of the residuals."""
-        return self.request.residual_dtype or self.request.dtype
 
     def residuals(self, slab: Array) -> tuple[Array, ...]:
         """Each (T, *batch, H)."""
@@ -43,17 +39,16 @@ class Arrays(host.Arrays):
         )  # fmt: skip
 
     def forward(self, settings: kernels.Settings, differentiable: Differentiable, keep: bool) -> kernels.Outputs:
-        operands = self.operands(differentiable)
-        states, stored = self.request.return_states, self._stored if keep else None
-
-        def step(run: host.Loop, rows: int) -> float | None:
-            of = stored or run.kernel.dtype.name
-            return kernels.step(settings, self.cell, "forward", run, rows, of, keeps=keep, states=states)
+        z, loop = self.operands(differentiable)
+        states, stored = self.request.return_states, self.stored if keep else None
+        step = functools.partial(
+            kernels.step, settings, self.cell, "forward", stored=stored or self.request.dtype, keeps=keep, states=states
+        )
 
         def call(run: host.Loop, z: Array) -> kernels.Outputs:
             return kernels.forward(settings, self.cell, run, z, stored, states)
 
-        return host.mapped(call, self.loop(operands), operands.z, step=step)
+        return host.mapped(call, self.with_constants(loop), z, step=step)
 
     def backward(
         self, settings: kernels.Settings, differentiable: Differentiable, hs: Array, residuals: Array,
@@ -62,7 +57,7 @@ class Arrays(host.Arrays):
         """The cotangents of what is differentiable; hs are the outputs, (T, B, H)."""
         part, states = self.part, self.request.return_states
         operands, back = jax.vjp(self.operands, differentiable)
-        run = self.loop(operands)
+        run = self.with_constants(operands[1])
         dhs = self.flat(cotangents.outputs)
         dothers = dgates = None
         if states:
@@ -80,9 +75,7 @@ class Arrays(host.Arrays):
         def call(run: host.Loop, *stacks: Any) -> host.Cotangents:
             return kernels.backward(settings, self.cell, run, *stacks, states=states)
 
-        def step(run: host.Loop, rows: int) -> float | None:
-            return kernels.step(settings, self.cell, "backward", run, rows, self._stored, states=states)
-
+        step = functools.partial(kernels.step, settings, self.cell, "backward", stored=self.stored, states=states)
         found = host.mapped(call, run, residuals, dhs, dlast, dothers, dgates, step=step)
         h = host.previous(run, part.hidden, hs.astype(jnp.float32))
         h = (h if run.mask is None else h * run.mask.astype(jnp.float32)).astype(run.kernel.dtype)

@@ -33,9 +33,9 @@ from rnncore.cells.base import CellParams
 from rnncore.kernels.cudnn import algorithm, library, weights
 from rnncore.kernels.cudnn.calls import Calls, Inputs, Outputs
 from rnncore.recurrence import plain
-from rnncore.recurrence.backend import LoopBackend, without
+from rnncore.recurrence.backend import GATHERED, LoopBackend, without
 from rnncore.recurrence.layers import run_layers
-from rnncore.recurrence.run import Constants, Differentiable, Request, Result, dense
+from rnncore.recurrence.run import Differentiable, Problem, Request, Result, dense
 
 
 class CuDNN(LoopBackend):
@@ -55,8 +55,6 @@ class CuDNN(LoopBackend):
         if len(request.dtypes) != 1 or request.dtype not in algorithm.DATA:
             got = ", ".join(sorted(request.dtypes))
             return f"it takes float32, float16 or bfloat16, one of them; parameters, inputs and carry are {got}"
-        if not all(isinstance(n, int) for n in (request.steps, request.input_size, *request.batch_shape)):
-            return "its arrays are of known sizes, and here some are symbols"
         version = library.version(str(library.find()))
         if request.dtype == "bfloat16" and version < library.OLDEST_WITH_BFLOAT16:
             return f"it takes bfloat16 with cuDNN 9.13 or newer, and this one is of version {version}"
@@ -72,7 +70,7 @@ class CuDNN(LoopBackend):
 
     def why_not_by_default(self, request: Request) -> str | None:
         if request.devices > 1:
-            return "only where it is named: data that is sharded over devices would be gathered to each of them"
+            return GATHERED
         if request.lengths:
             return "only where it is named: its outputs past the length are zeros"
         # On an H200 4 to 49 times as fast as the scan where these algorithms run both ways.  Else kernels are launched
@@ -90,38 +88,29 @@ class CuDNN(LoopBackend):
         together, apart = _algorithms(request, layers, directions), _algorithms(request, 1, 1)
         return algorithm.STANDARD not in together or algorithm.STANDARD in apart
 
-    def forward(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
-        run = _Run(request, differentiable, constants)
-        return run.result(run.calls.forward(run.inputs, False))
-
-    def forward_with_residuals(
-        self, request: Request, differentiable: Differentiable, constants: Constants
-    ) -> tuple[Result, PyTree]:
-        run = _Run(request, differentiable, constants)
-        outputs = run.calls.forward(run.inputs, True)
-        return run.result(outputs), run.residuals(outputs)
+    def forward(self, problem: Problem, keep: bool) -> tuple[Result, PyTree]:
+        run = _Run(problem)
+        outputs = run.calls.forward(run.inputs, keep)
+        return run.result(outputs), run.residuals(outputs) if keep else None
 
     def backward(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result, residuals: PyTree,
-        cotangents: Result, wanted: Differentiable,
-    ) -> Differentiable:  # fmt: skip
-        run = _Run(request, differentiable, constants)
-        return run.cotangents(result, residuals, dense(cotangents, result), any(jax.tree.leaves(wanted.params)))
+        self, problem: Problem, result: Result, residuals: PyTree, cotangents: Result, wanted: Differentiable
+    ) -> Differentiable:
+        with_params = any(jax.tree.leaves(wanted.params))
+        return _Run(problem).cotangents(result, residuals, dense(cotangents, result), with_params)
 
-    def plain(self, request: Request, differentiable: Differentiable, constants: Constants) -> Result:
+    def plain(self, problem: Problem) -> Result:
+        request, differentiable, constants = problem
         params, starts = _layers(differentiable)
         by_layer = differentiable._replace(params=params, initial_carry=starts)
-        carries, ys, *_ = run_layers(plain.run, request, by_layer, constants)
+        carries, ys, *_ = run_layers(plain.run, problem._replace(differentiable=by_layer))
         if constants.lengths is not None:
             ys = jnp.where(_lengths.valid_mask(constants.lengths, request.steps)[..., None], ys, 0)
-        return Result(_like(differentiable, carries), ys, None, None)
+        return Result(_like(differentiable, carries), ys)
 
-    def plain_tangent(
-        self, request: Request, differentiable: Differentiable, constants: Constants, result: Result,
-        tangents: Differentiable,
-    ) -> Result:  # fmt: skip
+    def plain_tangent(self, problem: Problem, result: Result, tangents: Differentiable) -> Result:
         # Of several layers only the outputs of the last are known.
-        return plain.jvp(self.plain, request, differentiable, constants, tangents)
+        return plain.jvp(self.plain, problem, tangents)
 
 
 def _algorithms(request: Request, layers: int, directions: int) -> tuple[int, int]:
@@ -174,7 +163,8 @@ class _Residuals(NamedTuple):
 class _Run:
     """The arrays of a run as the calls have them, with one batch axis, and back."""
 
-    def __init__(self, request: Request, differentiable: Differentiable, constants: Constants):
+    def __init__(self, problem: Problem):
+        request, differentiable, constants = problem
         self.request, self.differentiable, self.layers = request, differentiable, _layers(differentiable)[0]
         self.rows, self.hidden = math.prod(request.batch_shape), request.cell.hidden_size
         mode, directions = weights.mode(request.cell), len(self.layers[0])
@@ -218,7 +208,7 @@ class _Run:
             h, c = (jnp.where(ran, a, b) if a.size else a for a, b in zip((h, c), self.start, strict=True))
             y = jnp.where(self.inside, y, 0)
         y = y.reshape(self.request.steps, *self.request.batch_shape, -1)
-        return Result(self.carries(h, c), y, None, None)
+        return Result(self.carries(h, c), y)
 
     def residuals(self, outputs: Outputs) -> _Residuals:
         """What the backward call needs."""

@@ -66,7 +66,6 @@ class Calls:
         """The run; without `keep` the reserve is empty."""
 
         def call(groups: int, *arrays: Array) -> tuple[Array, ...]:
-            del groups
             given = Inputs(*arrays)
             kind = self._kind(given, True)
             sizes = library().sizes(kind)
@@ -89,7 +88,6 @@ class Calls:
         """The cotangents of x, h, c and, if they are asked for, the weights; from those of the outputs."""
 
         def call(groups: int, *arrays: Array) -> tuple[Array, ...]:
-            del groups
             given, reserve = Inputs(*arrays[: len(Inputs._fields)]), arrays[-1]
             kind = self._kind(given, False)
             # The library writes to the reserve, and adds the gradients of the weights to what is there.
@@ -118,5 +116,4 @@ class Calls:
     ) -> tuple[Array, ...]:  # fmt: skip
         if CAPTURABLE and not Inputs(*arrays[:5]).lengths.size:
             handler = f"{handler}_capturable"
-        numbers = {name: np.int64(getattr(kind, name)) for name in ("mode", "algorithm", "math")}
-        return ffi.call(library().targets[handler], results, arrays, aliases, **numbers)
+        return ffi.call(library().targets[handler], results, arrays, aliases, kind=np.array(kind, np.int64))

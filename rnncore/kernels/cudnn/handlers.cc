@@ -22,40 +22,27 @@ namespace cudnn {
 
 namespace ffi = xla::ffi;
 using Array = ffi::AnyBuffer;
-using Result = ffi::Result<ffi::AnyBuffer>;
-using Lengths = ffi::Buffer<ffi::S32>;
-using Bytes = ffi::Buffer<ffi::U8>;
-using ResultBytes = ffi::ResultBuffer<ffi::U8>;
-
-inline DataType data_type(ffi::DataType given) {
-  switch (given) {
-    case ffi::DataType::F32: return kFloat;
-    case ffi::DataType::F16: return kHalf;
-    case ffi::DataType::BF16: return kBfloat16;
-    default: throw std::runtime_error("no such dtype");
-  }
-}
 
 inline void* or_null(const Array& a) { return a.element_count() ? a.untyped_data() : nullptr; }
 
-inline Kind kind_of(int64_t mode, int64_t algorithm, int64_t math, const Array& x, const Array& h, const Array& y) {
-  auto xs = x.dimensions(), hs = h.dimensions(), ys = y.dimensions();
-  const int64_t directions = ys[2] / hs[2];
-  return {mode,  algorithm, math,  data_type(x.element_type()), directions, hs[0] / directions,
-          xs[0], xs[1],     xs[2], hs[2]};
+inline Kind kind_from(const int64_t* numbers) {
+  Kind kind;
+  static_assert(sizeof(Kind) == Kind::kNumbers * sizeof(int64_t));
+  std::memcpy(&kind, numbers, sizeof(Kind));
+  return kind;
 }
 
 // The plan of a call: the kept one where lengths are full, else one of its own, made of lengths read on the host.
 class Call {
  public:
-  Call(Stream stream, const Kind& kind, const Lengths& lengths) : session(Session::current()), lock_(session.mutex) {
+  Call(Stream stream, const Kind& kind, const Array& lengths) : session(Session::current()), lock_(session.mutex) {
     RNN_CUDNN(cudnnSetStream, session.handle, stream);
     if (!lengths.element_count()) {
       plan = &session.full(kind);
       return;
     }
     std::vector<int32_t> host(kind.batch);
-    const auto from = reinterpret_cast<unsigned long long>(lengths.typed_data());
+    const auto from = reinterpret_cast<unsigned long long>(lengths.untyped_data());
     RNN_CUDA(cuMemcpyDtoHAsync_v2, host.data(), from, host.size() * sizeof(int32_t), stream);
     RNN_CUDA(cuStreamSynchronize, stream);
     own_ = std::make_unique<Plan>(session.handle, session.dropout, kind, host.data());
@@ -70,6 +57,14 @@ class Call {
   std::unique_ptr<Plan> own_;
 };
 
+// The arrays of a call, in the order that calls.py gives them.
+struct Arrays {
+  ffi::RemainingArgs operands;
+  ffi::RemainingRets results;
+  Array in(size_t n) const { return operands.get<Array>(n).value(); }
+  Array out(size_t n) const { return *results.get<Array>(n).value(); }
+};
+
 template <class Body>
 ffi::Error said(Body&& body) {
   try {
@@ -81,75 +76,53 @@ ffi::Error said(Body&& body) {
 }
 
 // reserve: of no bytes where nothing is kept for a backward call.
-ffi::Error forward(Stream stream, int64_t mode, int64_t algorithm, int64_t math, Array x, Array h, Array c,
-                   Array weights, Lengths lengths, Result y, Result last_h, Result last_c, ResultBytes reserve,
-                   ResultBytes work) {
+ffi::Error forward(Stream stream, ffi::Span<const int64_t> kind, ffi::RemainingArgs operands,
+                   ffi::RemainingRets results) {
   return said([&] {
-    const Kind kind = kind_of(mode, algorithm, math, x, h, *y);
-    const Call call(stream, kind, lengths);
+    const Arrays arrays = {operands, results};
+    const Array x = arrays.in(0), h = arrays.in(1), c = arrays.in(2), weights = arrays.in(3), lengths = arrays.in(4);
+    const Array y = arrays.out(0), last_h = arrays.out(1), last_c = arrays.out(2), reserve = arrays.out(3),
+                work = arrays.out(4);
+    const Call call(stream, kind_from(kind.begin()), lengths);
     const Plan& plan = *call.plan;
-    const bool keeps = reserve->element_count();
+    const bool keeps = reserve.element_count();
     RNN_CUDNN(cudnnRNNForward, call.session.handle, plan.rnn, keeps ? kTraining : kInference, nullptr, plan.x,
-              x.untyped_data(), plan.y, y->untyped_data(), plan.carry, h.untyped_data(), last_h->untyped_data(),
-              plan.carry, or_null(c), or_null(*last_c), weights.size_bytes(), weights.untyped_data(),
-              work->size_bytes(), work->typed_data(), reserve->size_bytes(), keeps ? reserve->typed_data() : nullptr);
+              x.untyped_data(), plan.y, y.untyped_data(), plan.carry, h.untyped_data(), last_h.untyped_data(),
+              plan.carry, or_null(c), or_null(last_c), weights.size_bytes(), weights.untyped_data(),
+              work.size_bytes(), work.untyped_data(), reserve.size_bytes(), or_null(reserve));
   });
 }
 
 // reserve and dweights stand in the memory of the operands: the library writes to the one what it needs in between, and
 // adds to the zeros of the other, of which there are none where nobody wants these gradients.
-ffi::Error backward(Stream stream, int64_t mode, int64_t algorithm, int64_t math, Array x, Array h, Array c,
-                    Array weights, Lengths lengths, Array y, Array dy, Array dlast_h, Array dlast_c, Bytes, Array,
-                    Result dx, Result dh, Result dc, ResultBytes reserve, Result dweights, ResultBytes work) {
+ffi::Error backward(Stream stream, ffi::Span<const int64_t> kind, ffi::RemainingArgs operands,
+                    ffi::RemainingRets results) {
   return said([&] {
-    const Kind kind = kind_of(mode, algorithm, math, x, h, y);
-    const Call call(stream, kind, lengths);
+    const Arrays arrays = {operands, results};
+    const Array x = arrays.in(0), h = arrays.in(1), c = arrays.in(2), weights = arrays.in(3), lengths = arrays.in(4);
+    const Array y = arrays.in(5), dy = arrays.in(6), dlast_h = arrays.in(7), dlast_c = arrays.in(8);
+    const Array dx = arrays.out(0), dh = arrays.out(1), dc = arrays.out(2), reserve = arrays.out(3),
+                dweights = arrays.out(4), work = arrays.out(5);
+    const Call call(stream, kind_from(kind.begin()), lengths);
     const Plan& plan = *call.plan;
     const Handle handle = call.session.handle;
     RNN_CUDNN(cudnnRNNBackwardData_v8, handle, plan.rnn, nullptr, plan.y, y.untyped_data(), dy.untyped_data(), plan.x,
-              dx->untyped_data(), plan.carry, h.untyped_data(), dlast_h.untyped_data(), dh->untyped_data(), plan.carry,
-              or_null(c), or_null(dlast_c), or_null(*dc), weights.size_bytes(), weights.untyped_data(),
-              work->size_bytes(), work->typed_data(), reserve->size_bytes(), reserve->typed_data());
-    if (!dweights->element_count()) return;
+              dx.untyped_data(), plan.carry, h.untyped_data(), dlast_h.untyped_data(), dh.untyped_data(), plan.carry,
+              or_null(c), or_null(dlast_c), or_null(dc), weights.size_bytes(), weights.untyped_data(),
+              work.size_bytes(), work.untyped_data(), reserve.size_bytes(), reserve.untyped_data());
+    if (!dweights.element_count()) return;
     RNN_CUDNN(cudnnRNNBackwardWeights_v8, handle, plan.rnn, kAddGradients, nullptr, plan.x, x.untyped_data(),
-              plan.carry, h.untyped_data(), plan.y, y.untyped_data(), dweights->size_bytes(), dweights->untyped_data(),
-              work->size_bytes(), work->typed_data(), reserve->size_bytes(), reserve->typed_data());
+              plan.carry, h.untyped_data(), plan.y, y.untyped_data(), dweights.size_bytes(), dweights.untyped_data(),
+              work.size_bytes(), work.untyped_data(), reserve.size_bytes(), reserve.untyped_data());
   });
 }
 
-inline auto bind() { return ffi::Ffi::Bind().Ctx<StreamOfCall>(); }
-
-template <class Bound>
-auto with_inputs(Bound&& bound) {
-  return std::move(bound)
-      .template Attr<int64_t>("mode")
-      .template Attr<int64_t>("algorithm")
-      .template Attr<int64_t>("math")
-      .template Arg<Array>()
-      .template Arg<Array>()
-      .template Arg<Array>()
-      .template Arg<Array>()
-      .template Arg<Lengths>();
-}
-
-inline auto forward_binding() {
-  return with_inputs(bind()).Ret<Array>().Ret<Array>().Ret<Array>().Ret<Bytes>().Ret<Bytes>();
-}
-
-inline auto backward_binding() {
-  return with_inputs(bind())
-      .Arg<Array>()
-      .Arg<Array>()
-      .Arg<Array>()
-      .Arg<Array>()
-      .Arg<Bytes>()
-      .Arg<Array>()
-      .Ret<Array>()
-      .Ret<Array>()
-      .Ret<Array>()
-      .Ret<Bytes>()
-      .Ret<Array>()
-      .Ret<Bytes>();
+inline auto binding() {
+  return ffi::Ffi::Bind()
+      .Ctx<StreamOfCall>()
+      .Attr<ffi::Span<const int64_t>>("kind")
+      .RemainingArgs()
+      .RemainingRets();
 }
 
 // Writes the message where Python gave room for it; the status is 0 where all went well.
@@ -165,13 +138,6 @@ int told(char* message, int64_t room, Body&& body) {
   }
 }
 
-inline Kind kind_from(const int64_t* numbers) {
-  Kind kind;
-  static_assert(sizeof(Kind) == Kind::kNumbers * sizeof(int64_t));
-  std::memcpy(&kind, numbers, sizeof(Kind));
-  return kind;
-}
-
 }  // namespace cudnn
 
 #define RNN_VISIBLE extern "C" __attribute__((visibility("default")))
@@ -183,12 +149,10 @@ RNN_VISIBLE XLA_FFI_Error* rnn_backward_capturable(XLA_FFI_CallFrame*);
 
 // Those with full lengths launch the same kernels at every call and wait for nothing: a CUDA graph may hold them.
 #define RNN_CAPTURABLE {xla::ffi::Traits::kCmdBufferCompatible}
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_forward, cudnn::forward, cudnn::forward_binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_backward, cudnn::backward, cudnn::backward_binding());
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_forward_capturable, cudnn::forward, cudnn::forward_binding(),
-                              RNN_CAPTURABLE);
-XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_backward_capturable, cudnn::backward, cudnn::backward_binding(),
-                              RNN_CAPTURABLE);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_forward, cudnn::forward, cudnn::binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_backward, cudnn::backward, cudnn::binding());
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_forward_capturable, cudnn::forward, cudnn::binding(), RNN_CAPTURABLE);
+XLA_FFI_DEFINE_HANDLER_SYMBOL(rnn_backward_capturable, cudnn::backward, cudnn::binding(), RNN_CAPTURABLE);
 
 // Loads the library and makes a handle for each of the GPUs; version: of the library.
 RNN_VISIBLE int rnn_load(const char* path, const int64_t* gpus, int64_t count, int64_t* version, char* message,

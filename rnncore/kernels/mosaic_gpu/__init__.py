@@ -1,21 +1,20 @@
-"""Backend "mosaic_gpu": a whole run in one kernel, made from any pointwise cell by Pallas's Mosaic GPU.
+"""Backend "mosaic_gpu": a whole run in one kernel, generated from any pointwise cell with Pallas's Mosaic GPU.
 
-U of a head stays in the shared memory of one thread block (heads up to 128 units for an LSTM); see `plan.py` for
-the layout and the bytes.  Carries are float32 in registers; h is rounded to the dtype where it enters the
-product and where it is given out; functions are the GPU's approximate instructions (tanh has an error below
-2^-10.9).  A step's inputs are loaded a few steps ahead.  Reverse mode keeps the carries of every step,
-forms what the cell's vjp needs for all steps at once, and its kernel is the transposed loop (`host.py`).
+U of a head stays in the shared memory of one thread block (`plan.py`).  Carries are float32 in registers; h is rounded
+to the dtype before each product and in the outputs; functions are the GPU's approximate instructions (the error of tanh
+is below 2^-10.9).  The inputs of a step are loaded a few steps ahead.  Reverse mode keeps the carries of every step,
+computes what the cell's vjp needs for all steps at once, and runs the transposed loop in a second kernel (`host.py`).
 
-Platform: NVIDIA Hopper (compute capability 9.0: the matrix instructions are wgmma).  Cells: every
-PointwiseCell whose operations the kernel language has, with a dense recurrence or heads of a multiple of 16
-units.  Dtypes: bfloat16 or float16, of parameters, inputs and carries alike.  Lengths, resets and any number
-of batch axes: yes; masks, zoneout, states, chunks: no.  Differentiation: reverse mode of first order; vmap over
-sequences, not over parameters; shard_map over the batch.  The same call gives the same bits: no atomic sums.
+Platform: NVIDIA Hopper (compute capability 9.0; the matrix instructions are wgmma).  Cells: any PointwiseCell whose
+operations exist in the kernel language, with heads of 64 units, or a dense recurrence of 64.  Dtypes: bfloat16 or
+float16, the same for parameters, inputs and carry.  Lengths, resets and any number of batch axes: yes; masks, zoneout,
+states, chunks: no.  Differentiation: reverse mode of first order; vmap over sequences, not over parameters; shard_map
+over the batch.  Results are deterministic: there are no atomic sums.
 
-Run on an H200 with JAX 0.11.2: right, and the same bits again.  Without a GPU it is tested in JAX's interpreter, with
-its detection of races, lowered for CUDA and compiled by ptxas.  Beside `cuda` on that GPU: 1.75 times as fast forward
-and 1.24 times in training with heads of 64 units, half as fast with heads of 128 (docs/kernels.md).  Layouts of several
-blocks to a head stood here too, and `cuda` was faster than each of them.
+It has run on an H200 with JAX 0.11.2: correct, and reproducible bit for bit.  Without a GPU it is tested in JAX's
+interpreter, with race detection, lowered for CUDA and compiled by ptxas.  On that GPU it is 1.75 times as fast as
+`cuda` forward and 1.24 times in training, for heads of 64 units (docs/kernels.md).  For all other heads `cuda` was
+faster than its layouts, which were removed.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ from pathlib import Path
 from rnncore import _compat
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
-from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
+from rnncore.kernels.mosaic_gpu.plan import UNITS, Plan, plan_of
 from rnncore.recurrence.run import Request
 
 DTYPES = ("bfloat16", "float16")
@@ -64,7 +63,7 @@ class MosaicGPU(host.KernelBackend):
         plan = plan_for(request)
         if isinstance(plan, str):
             return plan
-        return kernel_body.of(cell, plan.tile).why_not(KNOWN)
+        return kernel_body.of(cell, (UNITS, plan.batch)).why_not(KNOWN)
 
     def kernels(self) -> host.Kernels:
         from rnncore.kernels.mosaic_gpu import kernels

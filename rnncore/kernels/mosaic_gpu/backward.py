@@ -1,7 +1,7 @@
-"""The backward kernel: the transposed linearised step, from the last to the first, with U in shared memory.
+"""The backward kernel: the transposed linearised step, from the last step to the first, with U in shared memory.
 
-A step evaluates the cell's vjp in registers on what was formed for all steps outside, rounds the cotangents
-of the recurrent products, which are results too, and multiplies those of all gates with the transpose of U.
+A step evaluates the cell's vjp in registers, on residuals that were computed for all steps outside the kernel.  It
+rounds the cotangents of the recurrent products, which are results too, and multiplies those of all gates by U^T.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rnncore import _pallas
 from rnncore._types import Array
+from rnncore.kernels.host import Cotangents
 from rnncore.kernels.kernel_body import Body
 from rnncore.kernels.mosaic_gpu.launch import Scratch, allocate, call
-from rnncore.kernels.mosaic_gpu.plan import SLOTS, Plan
-from rnncore.kernels.mosaic_gpu.tiles import Ring, Tiles, marked, multiply
+from rnncore.kernels.mosaic_gpu.plan import SLOTS, UNITS, Plan
+from rnncore.kernels.mosaic_gpu.tiles import Ring, Tiles, marked
 
 
 class Arrays(NamedTuple):
@@ -27,9 +29,9 @@ class Arrays(NamedTuple):
       residuals: each (T, B, H).
       dhs: (T, B, H).
       dlast: (B, H) per field of the carry.
-      kernel: (N, W, G * units, d): U[d_in, g, d_out], for each gate the rows d_in of a warpgroup's units.
+      kernel: (N, G*64, 64): of U[d_in, g, d_out] the rows d_in, gate by gate.
       units: (B, H) per parameter.
-      flags: (T, B, units), see `tiles.flags`; None for none.
+      flags: (T, B, units), see `kernels._flags`; None for none.
     """
 
     residuals: tuple
@@ -40,31 +42,20 @@ class Arrays(NamedTuple):
     flags: Any
 
 
-class Results(NamedTuple):
-    """What it writes: see `host.Cotangents`; all of the one dtype."""
-
-    z: Any
-    rest: Any
-    start: tuple
-    reset_carry: tuple
-    units: tuple
-
-
-def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, interpret: bool, types: Any) -> Results:
-    """Runs the kernel; `types` makes an output type of a shape."""
+def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, interpret: bool, types: Any) -> Cotangents:
+    """Runs the kernel; `types` makes an output type of a shape.  Its results are all of the one dtype."""
     steps, rows, hidden = arrays.dhs.shape
     dtype, count, fields = arrays.dhs.dtype, len(body.rest), len(arrays.dlast)
     state = types((rows, hidden))
-    out = Results(
+    out = Cotangents(
         z=types((steps, rows, plan.gates * hidden)),
         rest=types((steps, rows, count * hidden)) if count else None,
         start=(state,) * fields,
-        reset_carry=(state,) * fields * resets,
+        reset_carry=(state,) * fields if resets else None,
         units=(state,) * len(arrays.units),
     )
-    inputs = len(arrays.residuals) + 1 + (arrays.flags is not None)
     memory = allocate(
-        plan, dtype, plan.stages[1], inputs, max(count, fields),
+        plan, dtype, plan.stages[1], len(arrays.residuals) + 1 + (arrays.flags is not None), max(count, fields),
         h=(SLOTS, plan.gates),
     )  # fmt: skip
     return call(plan, _kernel(plan, body, dtype, steps, lengths, resets), arrays, out, memory, interpret)
@@ -73,22 +64,17 @@ def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, int
 def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, resets: bool) -> Any:
     apart = {gate: n for n, gate in enumerate(body.rest)}
 
-    def kernel(arrays: Arrays, results: Results, scratch: Scratch) -> None:
-        tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded, scratch.met)
-        mine, loaded = scratch.kernel.at[tiles.thread], scratch.loaded.at[tiles.thread]
-        plgpu.copy_gmem_to_smem(arrays.kernel.at[tiles.head, tiles.thread], mine, loaded)
-        plgpu.barrier_wait(loaded)
-        units = tuple(tiles.fetch(a) for a in arrays.units)
-        dlast = tuple(tiles.fetch(a) for a in arrays.dlast)
+    def kernel(arrays: Arrays, results: Cotangents, scratch: Scratch) -> None:
+        tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded)
+        tiles.load(arrays.kernel.at[tiles.head], scratch.kernel)
+        units, dlast = tiles.fetch(arrays.units), tiles.fetch(arrays.dlast)
         sources: list[tuple[Any, int | None]] = [(a, 0) for a in (*arrays.residuals, arrays.dhs)]
         sources += [(arrays.flags, None)] if arrays.flags is not None else []
         ring = Ring(tiles, scratch.inputs, scratch.input_barriers, sources, lambda n: steps - 1 - n, steps)
-        ring.start()
         count = len(arrays.residuals)
 
         def step(n: Array, state: Any) -> Any:
             ds, dreset_carry, dunits = state
-            t = steps - 1 - n
             given = ring.take(n)
             reset, ends = marked(given[-1] if arrays.flags is not None else None)
             if lengths:
@@ -96,29 +82,28 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
             ds = tuple(a + given[count] if n == body.hidden else a for n, a in enumerate(ds))
             more, dzs, drest, ds = body.backward(units, tuple(given[:count]), ds)
             dunits = tuple(a + b for a, b in zip(dunits, more, strict=True))
-            dh = across(n, t, dzs, drest)
+            dh = across(n, dzs, drest)
             ds = tuple(a + dh if n == body.hidden else a for n, a in enumerate(ds))
             if resets:
                 dreset_carry = tuple(a + jnp.where(reset, b, 0.0) for a, b in zip(dreset_carry, ds, strict=True))
                 ds = tuple(jnp.where(reset, 0.0, a) for a in ds)
             return ds, dreset_carry, dunits
 
-        def across(n: Array, t: Array, dzs: Any, drest: Any) -> Array:
-            """Gives this warpgroup's cotangents to the others and to the results; dr U^T."""
-            now = lax.rem(n, SLOTS)
+        def across(n: Array, dzs: Any, drest: Any) -> Array:
+            """Gives the cotangents to the results; dr U^T."""
+            dr, t = scratch.h.at[lax.rem(n, SLOTS)], steps - 1 - n
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            # What the others wait for first: the cotangents of the recurrent products.
+            # What the product waits for first: the cotangents of the recurrent products.
             outgoing = []  # (where it is staged, result, gate of it)
             for gate, dz in enumerate(dzs):
-                own = scratch.h.at[now, gate, :, tiles.inside]
-                tiles.write(own, drest[apart[gate]] if gate in apart else dz)
-                outgoing.append((own, *((results.rest, apart[gate]) if gate in apart else (results.z, gate))))
+                tiles.write(dr.at[gate], drest[apart[gate]] if gate in apart else dz)
+                to = (results.rest, apart[gate]) if gate in apart else (results.z, gate)
+                outgoing.append((dr.at[gate], *to))
             plgpu.commit_smem()
             give(t, outgoing)
-            tiles.meet()
             ring.refill(n)
             if apart:
-                staged = [(tiles.staged(own), results.z, gate) for gate, own in apart.items()]
+                staged = [(scratch.stage.at[own], results.z, gate) for gate, own in apart.items()]
                 for here, _, gate in staged:
                     tiles.write(here, dzs[gate])
                 plgpu.commit_smem()
@@ -126,27 +111,23 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
 
             def product(total: Any) -> Array:
                 for gate in range(plan.gates):
-                    dr = scratch.h.at[now, gate]
-                    weights = mine.at[pl.ds(gate * plan.units, plan.units), :]
-                    multiply(total, *((weights, dr) if plan.rows == "units" else (dr, weights)), plan.size)
+                    weights = scratch.kernel.at[pl.ds(gate * UNITS, UNITS), :]
+                    plgpu.wgmma(total, weights, _pallas.transposed(dr.at[gate]))
                 return total[...]
 
-            return pl.run_scoped(product, plgpu.ACC(plan.tile, jnp.float32))
+            return pl.run_scoped(product, plgpu.ACC((UNITS, plan.batch), jnp.float32))
 
         def give(t: Array, outgoing: Any) -> None:
             """Staged tiles to the results."""
             for here, target, gate in outgoing:
-                plgpu.copy_smem_to_gmem(tiles.filled(here), target.at[t, tiles.sequences, tiles.units(gate)])
+                plgpu.copy_smem_to_gmem(here, target.at[t, tiles.sequences, tiles.units(gate)])
 
-        def zeros(number: int) -> tuple:
-            return tuple(tiles.zeros() for _ in range(number))
-
-        start = zeros(len(dlast)) if lengths else dlast
+        start = tiles.zeros(len(dlast)) if lengths else dlast
         ds, dreset_carry, dunits = lax.fori_loop(
-            0, steps, step, (start, zeros(len(dlast) * resets), zeros(len(arrays.units)))
+            0, steps, step, (start, tiles.zeros(len(dlast) * resets), tiles.zeros(len(arrays.units)))
         )
         tiles.store(ds, results.start)
-        if resets:
+        if results.reset_carry is not None:
             tiles.store(dreset_carry, results.reset_carry)
         for tile, target in zip(dunits, results.units, strict=True):
             tiles.store([tile], [target])

@@ -1,7 +1,7 @@
 """The forward kernel: U stays in shared memory, and the loop over time runs inside.
 
-A step multiplies U with the h that all warpgroups of the block see, adds what was projected (loaded some
-steps ahead), evaluates the cell in registers, in float32, and gives the rounded h to the others through shared memory.
+A step multiplies U by h, adds the projected inputs (loaded some steps ahead), evaluates the cell in registers, in
+float32, and writes the rounded h to shared memory for the next product.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from rnncore import _pallas
 from rnncore._types import Array
+from rnncore.kernels.host import Outputs
 from rnncore.kernels.kernel_body import Body
 from rnncore.kernels.mosaic_gpu.launch import Scratch, allocate, call
-from rnncore.kernels.mosaic_gpu.plan import SLOTS, Plan
-from rnncore.kernels.mosaic_gpu.tiles import Ring, Tiles, marked, multiply
+from rnncore.kernels.mosaic_gpu.plan import SLOTS, UNITS, Plan
+from rnncore.kernels.mosaic_gpu.tiles import Ring, Tiles, marked
 
 
 class Arrays(NamedTuple):
@@ -25,11 +27,11 @@ class Arrays(NamedTuple):
 
     Fields:
       z: (T, B, G*H).
-      kernel: (N, W, G * units, d), a row for each pre-activation.
+      kernel: (N, G*64, 64), a row for each pre-activation of a head.
       start, reset_carry: (B, H) per field of the carry; `reset_carry` empty without resets.
       reset_r: (B, G*H), the recurrent product of the reset's h; None without resets.
       units, rest_bias: (B, H) per parameter.
-      flags: (T, B, units), see `tiles.flags`; None for none.
+      flags: (T, B, units), see `kernels._flags`; None for none.
     """
 
     z: Any
@@ -42,22 +44,11 @@ class Arrays(NamedTuple):
     flags: Any
 
 
-class Results(NamedTuple):
-    """What it writes: hs and the carry's other fields (T, B, H) where they are kept; the last carry (B, H)."""
-
-    hs: Any
-    others: tuple
-    last: tuple
-
-
-def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, interpret: bool, types: Any) -> Results:
-    """Runs the kernel; `types` makes an output type of a shape."""
-    steps, rows, _ = arrays.z.shape
-    hidden, dtype = plan.heads * plan.size, arrays.z.dtype
-    fields = len(arrays.start)
-    line = types((steps, rows, hidden))
-    state = types((rows, hidden))
-    out = Results(line, (line,) * (fields - 1) * keep, (state,) * fields)
+def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, interpret: bool, types: Any) -> Outputs:
+    """Runs the kernel; `types` makes an output type of a shape.  Its results are all of the one dtype."""
+    (steps, rows, _), hidden, dtype, fields = arrays.z.shape, plan.heads * UNITS, arrays.z.dtype, len(arrays.start)
+    line, state = types((steps, rows, hidden)), types((rows, hidden))
+    out = Outputs(line, (line,) * (fields - 1) * keep, (state,) * fields)
     memory = allocate(
         plan, dtype, plan.stages[0], plan.gates + (arrays.flags is not None), fields,
         h=(SLOTS,), reset_r=arrays.reset_r is not None,
@@ -66,48 +57,35 @@ def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, inter
 
 
 def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths: bool) -> Any:
-    def kernel(arrays: Arrays, results: Results, scratch: Scratch) -> None:
-        tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded, scratch.met)
-        mine = scratch.kernel.at[tiles.thread]
-        loaded = scratch.loaded.at[tiles.thread]
-        plgpu.copy_gmem_to_smem(arrays.kernel.at[tiles.head, tiles.thread], mine, loaded)
-        plgpu.barrier_wait(loaded)
+    def kernel(arrays: Arrays, results: Outputs, scratch: Scratch) -> None:
+        tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded)
+        tiles.load(arrays.kernel.at[tiles.head], scratch.kernel)
         if arrays.reset_r is not None:
             for gate in range(plan.gates):
-                here = scratch.reset_r.at[tiles.thread, gate]
-                plgpu.copy_gmem_to_smem(
-                    arrays.reset_r.at[tiles.sequences, tiles.units(gate)], tiles.filled(here), loaded
-                )  # fmt: skip
-                plgpu.barrier_wait(loaded)
-        start, reset_carry, units, bias = (
-            tuple(tiles.fetch(a) for a in group)
-            for group in (arrays.start, arrays.reset_carry, arrays.units, arrays.rest_bias)
+                tiles.load(arrays.reset_r.at[tiles.sequences, tiles.units(gate)], scratch.reset_r.at[gate])
+        start, reset_carry, units, bias = map(
+            tiles.fetch, (arrays.start, arrays.reset_carry, arrays.units, arrays.rest_bias)
         )
         bias_of = dict(zip(body.rest, bias, strict=True))
         sources: list[tuple[Any, int | None]] = [(arrays.z, gate) for gate in range(plan.gates)]
         sources += [(arrays.flags, None)] if arrays.flags is not None else []
         ring = Ring(tiles, scratch.inputs, scratch.input_barriers, sources, lambda n: n, steps)
-        ring.start()
-        tiles.write(scratch.h.at[0, :, tiles.inside], start[body.hidden])
+        tiles.write(scratch.h.at[0], start[body.hidden])
         plgpu.commit_smem()
-        tiles.meet()
 
         def step(t: Array, state: Any) -> Any:
             carry, last = state
-            now = lax.rem(t, SLOTS)
 
             def product(total: Any) -> tuple[list[Array], Array]:
-                h = scratch.h.at[now]
-                multiply(total, *((mine, h) if plan.rows == "units" else (h, mine)), plan.size)
+                plgpu.wgmma(total, scratch.kernel, _pallas.transposed(scratch.h.at[lax.rem(t, SLOTS)]))
                 return ring.take(t), total[...]  # load the inputs while the matrix unit works
 
-            shape = (plan.gates * 64, plan.batch) if plan.rows == "units" else (64, plan.gates * plan.units)
-            given, r = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-            rs = [tiles.part(r, gate) for gate in range(plan.gates)]
+            given, r = pl.run_scoped(product, plgpu.ACC((plan.gates * UNITS, plan.batch), jnp.float32))
+            rs = [lax.slice(r, (g * UNITS, 0), ((g + 1) * UNITS, plan.batch)) for g in range(plan.gates)]
             resets, ends = marked(given[-1] if arrays.flags is not None else None)
             if arrays.reset_r is not None:
                 # U h is linear, so that a reset may select after the product.
-                rs = [jnp.where(resets, tiles.read(scratch.reset_r.at[tiles.thread, g]), a) for g, a in enumerate(rs)]
+                rs = [jnp.where(resets, tiles.read(scratch.reset_r.at[g]), a) for g, a in enumerate(rs)]
                 carry = tuple(jnp.where(resets, a, b) for a, b in zip(reset_carry, carry, strict=True))
             rs = [a + bias_of[gate] if gate in bias_of else a for gate, a in enumerate(rs)]
             carry = body.forward(units, tuple(given[: plan.gates]), tuple(rs), carry)
@@ -118,22 +96,19 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths:
 
         def publish(t: Array, carry: Any) -> None:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            here = scratch.h.at[lax.rem(t + 1, SLOTS), :, tiles.inside]
+            here = scratch.h.at[lax.rem(t + 1, SLOTS)]
             tiles.write(here, carry[body.hidden])
             plgpu.commit_smem()
-            # h first: it is the only value that other warpgroups wait for.
-            plgpu.copy_smem_to_gmem(tiles.filled(here), results.hs.at[t, tiles.sequences, tiles.units()])
-            tiles.meet()
+            # h first: it is the only value that the next step waits for.
+            plgpu.copy_smem_to_gmem(here, results.hs.at[t, tiles.sequences, tiles.units()])
             ring.refill(t)
             others = [a for n, a in enumerate(carry) if n != body.hidden] if keep else []
             for n, a in enumerate(others):
-                tiles.write(tiles.staged(n + 1), a)
+                tiles.write(scratch.stage.at[n + 1], a)
             if others:
                 plgpu.commit_smem()
             for n, stack in enumerate(results.others):
-                plgpu.copy_smem_to_gmem(
-                    tiles.filled(tiles.staged(n + 1)), stack.at[t, tiles.sequences, tiles.units()]
-                )  # fmt: skip
+                plgpu.copy_smem_to_gmem(scratch.stage.at[n + 1], stack.at[t, tiles.sequences, tiles.units()])
 
         carry, last = lax.fori_loop(0, steps, step, (start, start if lengths else ()))
         tiles.store(last if lengths else carry, results.last)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from rnncore import _compat
@@ -12,8 +13,7 @@ from rnncore._types import Array
 from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.mosaic_gpu import backward, forward
-from rnncore.kernels.mosaic_gpu.plan import Plan, plan_of
-from rnncore.kernels.mosaic_gpu.tiles import flags
+from rnncore.kernels.mosaic_gpu.plan import UNITS, Plan, plan_of
 
 
 def kernels(interpret: bool = False) -> host.Kernels:
@@ -30,7 +30,7 @@ def _planned(cell: PointwiseCell, loop: host.Loop, rows: int) -> Plan:
 def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, keep: str | None) -> host.Outputs:
     steps, rows, _ = z.shape
     plan = _planned(cell, loop, rows)
-    part, dtype = kernel_body.of(cell, plan.tile), z.dtype
+    part, dtype = kernel_body.of(cell, (UNITS, plan.batch)), z.dtype
     whole = plan.tiles * plan.batch
     over = functools.partial(_padded, rows=whole, dtype=dtype)
     bias = () if loop.rest_bias is None else tuple(loop.rest_bias)
@@ -40,23 +40,21 @@ def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, ke
         reset_r = over(host.recurrent_matmul(cell, loop.kernel, loop.reset_carry[part.hidden].astype(dtype)[None])[0])
     arrays = forward.Arrays(
         z=over(z),
-        kernel=_split_rows(plan, loop.kernel.transpose(0, 2, 3, 1)).astype(dtype),
+        kernel=loop.kernel.transpose(0, 2, 3, 1).reshape(plan.heads, -1, UNITS).astype(dtype),
         start=tuple(map(over, loop.start)),
         reset_carry=() if loop.resets is None else tuple(map(over, loop.reset_carry)),  # type: ignore[arg-type]
         reset_r=reset_r,
         units=tuple(_rows(a, whole, dtype) for a in loop.units),
         rest_bias=tuple(_rows(a, whole, dtype) for a in bias),
-        flags=_flags(loop, steps, plan, whole, dtype),
+        flags=_flags(loop, steps, whole, dtype),
     )
-    found = forward.run(
-        plan, part, arrays, keep is not None, loop.lengths is not None, interpret, _types(z)
-    )  # fmt: skip
-    last = tuple(a[:rows].astype(jnp.float32) for a in found.last)
+    found = forward.run(plan, part, arrays, keep is not None, loop.lengths is not None, interpret, _types(z))
+    found = jax.tree.map(lambda a: a[..., :rows, :], found)
+    last = tuple(a.astype(jnp.float32) for a in found.last)
     if loop.lengths is not None:
         never = (loop.lengths == 0)[:, None]
         last = tuple(jnp.where(never, b.astype(a.dtype), a) for a, b in zip(last, loop.start, strict=True))
-    others = tuple(a[:, :rows].astype(keep) for a in found.others)
-    return host.Outputs(found.hs[:, :rows], others, last)
+    return host.Outputs(found.hs, tuple(a.astype(keep) for a in found.others), last)
 
 
 def _backward(
@@ -64,25 +62,22 @@ def _backward(
 ) -> host.Cotangents:
     steps, rows, _ = dhs.shape
     plan = _planned(cell, loop, rows)
-    part, dtype = kernel_body.of(cell, plan.tile), loop.kernel.dtype
+    part, dtype = kernel_body.of(cell, (UNITS, plan.batch)), loop.kernel.dtype
     whole = plan.tiles * plan.batch
     over = functools.partial(_padded, rows=whole, dtype=dtype)
     arrays = backward.Arrays(
         residuals=tuple(map(over, residuals)),
         dhs=over(dhs),
         dlast=tuple(map(over, dlast)),
-        kernel=_split_inputs(plan, loop.kernel).astype(dtype),
+        kernel=loop.kernel.swapaxes(1, 2).reshape(plan.heads, -1, UNITS).astype(dtype),
         units=tuple(_rows(a, whole, dtype) for a in loop.units),
-        flags=_flags(loop, steps, plan, whole, dtype),
+        flags=_flags(loop, steps, whole, dtype),
     )
     found = backward.run(
         plan, part, arrays, loop.lengths is not None, loop.resets is not None, interpret, _types(dhs)
     )  # fmt: skip
-    start, reset_carry, units = (
-        tuple(a[:rows].astype(jnp.float32) for a in group) for group in (found.start, found.reset_carry, found.units)
-    )
-    rest = None if found.rest is None else found.rest[:, :rows]
-    return host.Cotangents(found.z[:, :rows], rest, start, reset_carry if loop.resets is not None else None, units)
+    z, rest, *sums = jax.tree.map(lambda a: a[..., :rows, :], found)
+    return host.Cotangents(z, rest, *jax.tree.map(lambda a: a.astype(jnp.float32), sums))
 
 
 def _padded(a: Array, rows: int, dtype: Any) -> Array:
@@ -94,21 +89,14 @@ def _rows(a: Array, rows: int, dtype: Any) -> Array:
     return jnp.broadcast_to(a.astype(dtype), (rows, a.shape[-1]))
 
 
-def _flags(loop: host.Loop, steps: int, plan: Plan, rows: int, dtype: Any) -> Array | None:
-    marks = flags(loop.lengths, loop.resets, steps, plan.units)
-    return None if marks is None else _padded(marks, rows, dtype)
-
-
-def _split_rows(plan: Plan, kernel: Array) -> Array:
-    """(N, G, d out, d in) to (N, W, G * units, d in): the rows that each warpgroup multiplies."""
-    parts = kernel.reshape(plan.heads, plan.gates, plan.groups, plan.units, plan.size)
-    return parts.swapaxes(1, 2).reshape(plan.heads, plan.groups, -1, plan.size)
-
-
-def _split_inputs(plan: Plan, kernel: Array) -> Array:
-    """(N, d in, G, d out) to (N, W, G * units, d out): for each gate the rows of a warpgroup's units."""
-    parts = kernel.reshape(plan.heads, plan.groups, plan.units, plan.gates, plan.size)
-    return parts.swapaxes(2, 3).reshape(plan.heads, plan.groups, -1, plan.size)
+def _flags(loop: host.Loop, steps: int, rows: int, dtype: Any) -> Array | None:
+    """(T, B, units): 1 where a step begins with a reset, plus 2 where it is the last valid one; None for neither."""
+    if loop.lengths is None and loop.resets is None:
+        return None
+    marks: Array = jnp.int32(0) if loop.resets is None else loop.resets.astype(jnp.int32)
+    if loop.lengths is not None:
+        marks = marks + 2 * (jnp.arange(steps)[:, None] == loop.lengths - 1)
+    return _padded(jnp.broadcast_to(marks[..., None], (*marks.shape, UNITS)), rows, dtype)
 
 
 def _types(like: Array) -> Any:

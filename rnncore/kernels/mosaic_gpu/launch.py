@@ -8,8 +8,8 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rnncore import _compat, _pallas
-from rnncore.kernels.mosaic_gpu.plan import Plan
-from rnncore.kernels.mosaic_gpu.tiles import GROUP, THREADS
+from rnncore.kernels.mosaic_gpu.plan import UNITS, Plan
+from rnncore.kernels.mosaic_gpu.tiles import GROUP
 
 
 class Scratch(NamedTuple):
@@ -22,7 +22,6 @@ class Scratch(NamedTuple):
     reset_r: Any
     loaded: Any
     input_barriers: Any
-    met: Any
 
 
 def allocate(
@@ -33,40 +32,32 @@ def allocate(
     Args:
       stages, inputs: steps whose inputs are there at once, and tiles of one.
       staged: tiles for outputs.
-      h: how many arrays of (sequences, d) the product reads.
+      h: how many tiles the product reads.
       reset_r: whether there is a tile per gate for what resets return to.
     """
-    tile = (plan.lines, plan.units)
+    tile = (plan.batch, UNITS)
     return Scratch(
-        kernel=_pallas.shared((plan.groups, plan.gates * plan.units, plan.size), dtype),
-        h=_pallas.shared((*h, plan.lines, plan.size), dtype),
-        inputs=_pallas.shared((plan.groups, stages, inputs, *tile), dtype),
-        stage=_pallas.shared((plan.groups, staged, *tile), dtype),
-        reset_r=_pallas.shared((plan.groups, plan.gates, *tile), dtype) if reset_r else None,
-        loaded=plgpu.Barrier(num_barriers=plan.groups),
-        input_barriers=plgpu.Barrier(num_arrivals=inputs, num_barriers=plan.groups * stages),
-        met=plgpu.Barrier(num_arrivals=plan.groups),
+        kernel=_pallas.shared((plan.gates * UNITS, UNITS), dtype),
+        h=_pallas.shared((*h, *tile), dtype),
+        inputs=_pallas.shared((stages, inputs, *tile), dtype),
+        stage=_pallas.shared((staged, *tile), dtype),
+        reset_r=_pallas.shared((plan.gates, *tile), dtype) if reset_r else None,
+        loaded=plgpu.Barrier(),
+        input_barriers=plgpu.Barrier(num_arrivals=inputs, num_barriers=stages),
     )
 
 
 def call(plan: Plan, body: Any, arrays: Any, out: Any, scratch: Any, interpret: bool) -> Any:
     """Runs a kernel `body(arrays, results, scratch)` of named tuples of refs on the plan's blocks."""
-    given, given_tree = _flattened(arrays)
-    types, out_tree = _flattened(out)
-    parts, scratch_tree = _flattened(scratch)
+    flat_arrays, types = jax.tree.leaves(arrays), jax.tree.leaves(out)
+    tree: Any = jax.tree.structure((arrays, out, scratch))
 
     def flat(*refs: Any) -> None:
-        a, b = len(given), len(given) + len(types)
-        body(given_tree.unflatten(refs[:a]), out_tree.unflatten(refs[a:b]), scratch_tree.unflatten(refs[b:]))
+        body(*tree.unflatten(refs))
 
     # approximate: tanh in one instruction, with an error below that of the 16 bits that h is rounded to.
     kernel = _pallas.gpu_kernel(
-        flat, types, parts, interpret, True, grid=(plan.heads * plan.tiles,), grid_names=(GROUP,),
-        num_threads=plan.groups, thread_name=THREADS,
+        flat, types, jax.tree.leaves(scratch), interpret, True, grid=(plan.heads * plan.tiles,), grid_names=(GROUP,)
     )  # fmt: skip
     with _compat.in_32_bits():
-        return out_tree.unflatten(kernel(*given))
-
-
-def _flattened(tree: Any) -> tuple[list, Any]:
-    return jax.tree.flatten(tree)
+        return jax.tree.unflatten(jax.tree.structure(out), kernel(*flat_arrays))

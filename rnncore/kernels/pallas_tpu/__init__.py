@@ -1,22 +1,21 @@
-"""Backend "pallas_tpu": a whole recurrence in two TPU kernels, forward and backward, generated from any pointwise cell.
+"""Backend "pallas_tpu": a whole run in two TPU kernels, forward and backward, generated from any pointwise cell.
 
-Platform: TPU.  Cell: any `rnncore.PointwiseCell` with a dense or head-wise recurrence whose update is said in the
-operations of `KNOWN`.  Dtypes: float32 or bfloat16, the same one for parameters, inputs and carry; the update itself,
-the running carry and its cotangent are float32 in both.  Lengths, resets and any number of batch axes: yes; masks,
-zoneout, states, chunks: no.  Differentiation: reverse mode of first order, and vmap over sequences.
-Products of float32 have the precision that `jax.default_matmul_precision` asks for: one pass in bfloat16 by default, as
-everywhere on a TPU, and float32 for all that is above.
-Sharded data: inside shard_map; elsewhere JAX refuses to part a kernel over devices.
+Platform: TPU.  Cells: any `rnncore.PointwiseCell` with a dense or head-wise recurrence whose operations are in `KNOWN`.
+Dtypes: float32 or bfloat16, the same for parameters, inputs and carry; the update, the running carry and its cotangent
+are float32 in both.  Lengths, resets and any number of batch axes: yes; masks, zoneout, states, chunks: no.
+Differentiation: reverse mode of first order, and vmap over sequences.  Products of float32 follow
+`jax.default_matmul_precision`: one pass in bfloat16 by default, as everywhere on a TPU, and float32 for anything above.
+Sharded data: inside shard_map; elsewhere JAX refuses to partition a kernel.
 
 Cost: the recurrent kernel is read into VMEM once for each tile of the batch and stays there, where a scan may read it
-at every step; a step is one product and one pass over a tile.  So it must fit beside the blocks that are laid out in
-`pallas_tpu_plan`: in the 16 MiB of its default limit an LSTM with a dense recurrence does up to H = 896 in float32 and
-1152 in bfloat16.  Units are padded to 128 lanes and rows to 8 (16 in bfloat16): small cells leave the chip idle.  Heads
-that are narrower share a block of the kernel, on whose diagonal they stand.  Time is cut into blocks of nearly equal
-length; the few steps of padding are stored and not run.
+at every step; a step is one product and one pass over a tile.  So the recurrent kernel must fit in VMEM beside the
+blocks of `plan.py`: in the default limit of 16 MiB an LSTM with a dense recurrence runs up to H = 896 in float32 and
+1152 in bfloat16.  Units are padded to 128 lanes and rows to 8 (16 in bfloat16), so small cells leave the chip idle.
+Heads narrower than that share a block of the recurrent kernel, as blocks of its diagonal.  Time is cut into blocks of
+nearly equal length; the few padded steps are stored but not run.
 
-Not yet run on a TPU: what is tested is the kernels' results, interpreted, and that they are lowered for a TPU;
-libtpu compiles them ahead of time for v4 and v5e (benchmarks/NOTES.md).
+Not yet run on a TPU: the tests check the kernels' results, interpreted, and that they lower for a TPU; libtpu compiles
+them ahead of time for v4 and v5e (benchmarks/NOTES.md).
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Backend "pallas_tpu": the two kernels.
 
-The grid is (tiles of the batch, blocks of time).  Blocks of time follow one another, so what a kernel holds in VMEM
-lasts from one to the next: the recurrent kernel, and the carry or its cotangent in float32.  Stacks are fetched a
-block ahead and written a block behind by the grid itself.  Padded steps are not run; padded rows mix with no
-others; padded units are kept out of the products.
+The grid is (tiles of the batch, blocks of time).  Blocks of time run in order, so what a kernel holds in VMEM lasts
+from one to the next: the recurrent kernel, and the carry or its cotangent in float32.  The grid itself fetches stacks
+one block ahead and writes them one block behind.  Padded steps are not run, padded rows do not mix with others, and
+padded units are kept out of the products.
 """
 
 from __future__ import annotations

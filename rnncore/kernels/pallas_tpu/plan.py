@@ -1,8 +1,8 @@
-"""Backend "pallas_tpu": how the work is mapped to the chip: a pure function of shapes and dtypes.
+"""Backend "pallas_tpu": how the work is mapped to the chip, a pure function of shapes and dtypes.
 
-A tile of registers is 8 rows of 128 lanes of 32 bits, 16 rows in bfloat16, and only slices at multiples of that
-are free.  So units are laid out in blocks of a multiple of 128, the recurrent kernel in square blocks of them for
-every gate, the batch in tiles of rows, time in blocks of steps.
+A register tile is 8 rows of 128 lanes of 32 bits, 16 rows in bfloat16, and only slices at multiples of that are free.
+So units are laid out in blocks of a multiple of 128, the recurrent kernel in square blocks of these for every gate, the
+batch in tiles of rows, and time in blocks of steps.
 """
 
 from __future__ import annotations
@@ -38,24 +38,6 @@ FEW_STEPS = 4
 """Below that a tile gives up rows for steps, so that fetching a block has some steps to hide behind."""
 
 
-class Load(NamedTuple):
-    """What a kernel holds besides the recurrent kernel.
-
-    Fields:
-      step: bytes for each unit, row and step of the blocks that it reads and writes.
-      row: bytes for each unit and row, of carries and cotangents.
-      unit: how many parameters it reads for each unit.
-      live: float32 numbers for each unit and row that one step works with.
-      sublanes: rows of a tile of registers, of the smallest dtype.
-    """
-
-    step: int
-    row: int
-    unit: int
-    live: int
-    sublanes: int
-
-
 class Plan(NamedTuple):
     """A layout.
 
@@ -86,53 +68,59 @@ class Plan(NamedTuple):
 
 def forward(cell: PointwiseCell, steps: int, rows: int, dtype: Any, kept: Any | None) -> Plan:
     """The layout of the forward kernel; `kept` is the dtype of the carry's other fields, None where they are not."""
-    fields, item, other = len(cell.Carry._fields), jnp.dtype(dtype).itemsize, 0 if kept is None else _size(kept)
-    load = Load(
-        step=item * (len(cell.gates) + 1) + other * (fields - 1),
+    gates, fields, other = len(cell.gates), len(cell.Carry._fields), 0 if kept is None else _size(kept)
+    return _plan(
+        cell, steps, rows, dtype, kept,
+        step=_size(dtype) * (gates + 1) + other * (fields - 1),
         # Two buffers of start, reset_carry and last, and the running carry.
         row=fields * (2 * 3 * 4 + 4),
-        unit=len(cell.units) + len(cell.gates),
-        live=2 * (len(cell.gates) + fields),
-        sublanes=_sublanes(dtype, kept),
-    )
-    return plan(cell.hidden_size, head_size(cell), len(cell.gates), steps, rows, item, load)
+        unit=len(cell.units) + gates,
+        live=2 * (gates + fields),
+    )  # fmt: skip
 
 
 def backward(cell: PointwiseCell, steps: int, rows: int, dtype: Any, stored: Any) -> Plan:
     """The layout of the backward kernel; `stored` is the dtype of the residuals."""
-    part = kernel_body.of(cell, (1, 1))
-    fields, item = len(cell.Carry._fields), jnp.dtype(dtype).itemsize
-    load = Load(
-        step=item + _size(stored) * (part.width + len(cell.gates) + len(part.rest)),
+    part, gates, fields = kernel_body.of(cell, (1, 1)), len(cell.gates), len(cell.Carry._fields)
+    return _plan(
+        cell, steps, rows, dtype, stored,
+        step=_size(dtype) + _size(stored) * (part.width + gates + len(part.rest)),
         # Two buffers of the cotangents of last, start, reset_carry and units, and the running cotangent.
         row=fields * (2 * 3 * 4 + 4) + 2 * 4 * len(cell.units),
         unit=len(cell.units),
-        live=2 * (len(cell.gates) + fields) + part.width,
-        sublanes=_sublanes(dtype, stored),
-    )
-    return plan(cell.hidden_size, head_size(cell), len(cell.gates), steps, rows, item, load)
+        live=2 * (gates + fields) + part.width,
+    )  # fmt: skip
 
 
-def plan(hidden: int, head: int, gates: int, steps: int, rows: int, itemsize: int, load: Load) -> Plan:
+def _plan(
+    cell: PointwiseCell, steps: int, rows: int, dtype: Any, other: Any | None, *, step: int, row: int, unit: int,
+    live: int,
+) -> Plan:  # fmt: skip
     """The largest tiles, and then the longest blocks of steps, that fit; the smallest of all where nothing does.
 
     Args:
-      hidden, head: H and d.
-      gates, steps, rows, itemsize: G, T, B and the bytes of one number of the recurrent kernel.
-      load: what else the kernel holds.
+      steps, rows: T, B.
+      dtype, other: of the recurrent kernel, and of what is kept, if anything is.
+      step: bytes for each unit, row and step of the blocks that the kernel reads and writes.
+      row: bytes for each unit and row, of carries and cotangents.
+      unit: how many parameters it reads for each unit.
+      live: float32 numbers for each unit and row that one step works with.
     """
-    heads, width = packing(hidden, head)
-    blocks = hidden // (heads * head)
+    gates, head = len(cell.gates), head_size(cell)
+    heads, width = packing(cell.hidden_size, head)
+    blocks = cell.hidden_size // (heads * head)
+    # Rows of a tile of registers, of the smallest dtype.
+    sublanes = 8 * 4 // min(_size(dtype), _size(dtype if other is None else other))
 
     def layout(tiles: int, span: int) -> Plan:
-        tile = _up(math.ceil(rows / tiles), load.sublanes)
+        tile = _up(math.ceil(rows / tiles), sublanes)
         spans = math.ceil(steps / span)
         span = math.ceil(steps / spans)  # as even as can be, so that few steps are padding
         units = blocks * width
-        taken = RESERVE + blocks * width * gates * width * itemsize
-        taken += tile * units * (2 * span * load.step + load.row + 4 * load.live)
+        taken = RESERVE + blocks * width * gates * width * _size(dtype)
+        taken += tile * units * (2 * span * step + row + 4 * live)
         # Lengths and resets take a lane of a register, parameters of units a row of it.
-        taken += 4 * 2 * (2 * tile * LANES + 8 * units * load.unit)
+        taken += 4 * 2 * (2 * tile * LANES + 8 * units * unit)
         return Plan(heads, blocks, heads * head, width, math.ceil(rows / tile), tile, spans, span, taken)
 
     longest = min(MAX_STEPS, steps)
@@ -141,7 +129,7 @@ def plan(hidden: int, head: int, gates: int, steps: int, rows: int, itemsize: in
         fitting = (layout(tiles, span) for span in range(longest, 0, -1))
         best = next((found for found in fitting if found.bytes <= VMEM_LIMIT), layout(tiles, 1))
         enough = best.bytes <= VMEM_LIMIT and best.steps >= min(FEW_STEPS, steps)
-        if enough or best.rows == load.sublanes:
+        if enough or best.rows == sublanes:
             return best
         tiles *= 2
 
@@ -163,7 +151,3 @@ def _up(n: int, multiple: int) -> int:
 
 def _size(dtype: Any) -> int:
     return jnp.dtype(dtype).itemsize
-
-
-def _sublanes(*dtypes: Any) -> int:
-    return 8 * 4 // min(_size(dtype) for dtype in dtypes if dtype is not None)
