@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import math
 import types
 import warnings
@@ -61,8 +62,8 @@ def from_core(carry: Any) -> Any:
 
 def core_of(kind: type[PointwiseCell], module: Any, size: int) -> PointwiseCell:
     """The functional cell with H = size and the options that a Flax cell has too."""
-    options = ("gate_fn", "activation_fn", "reset_gate", "residual")
-    return kind(size, **{name: getattr(module, name) for name in options if hasattr(module, name)})
+    taken = {field.name for field in dataclasses.fields(kind)} & {"gate_fn", "activation_fn", "reset_gate", "residual"}
+    return kind(size, **{name: getattr(module, name) for name in taken if hasattr(module, name)})
 
 
 class Call(NamedTuple):
