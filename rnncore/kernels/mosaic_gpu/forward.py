@@ -57,7 +57,7 @@ def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, inter
 
 
 def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths: bool) -> Any:
-    def kernel(arrays: Arrays, results: Outputs, scratch: Scratch) -> None:
+    def kernel(arrays: Arrays, results: Any, scratch: Scratch) -> None:
         tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded)
         tiles.load(arrays.kernel.at[tiles.head], scratch.kernel)
         if arrays.reset_r is not None:
