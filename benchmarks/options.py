@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
+import socket
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,14 +48,39 @@ def duration(text: str) -> float:
 
 
 @contextlib.contextmanager
-def terminable() -> Iterator[None]:
-    """Inside, SIGTERM is a KeyboardInterrupt."""
+def terminable(grace: float = 10.0) -> Iterator[None]:
+    """Inside, SIGTERM is a KeyboardInterrupt; a process that has not handled it, or Ctrl-C, after `grace` s is ended.
+
+    Python handles a signal between two of its own operations, and a process that waits for a hung kernel never reaches
+    one: a second thread sees the signal too.
+    """
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt("SIGTERM")
 
-    before = signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Only the main thread may set a handler.
+        return
+    done = threading.Event()
+    listen, tell = socket.socketpair()
+    tell.setblocking(False)
+    before, before_wakeup = signal.signal(signal.SIGTERM, stop), signal.set_wakeup_fd(tell.fileno())
+
+    def watch() -> None:
+        while (heard := listen.recv(1)) and heard[0] not in (signal.SIGINT, signal.SIGTERM):
+            pass
+        if heard and not done.wait(grace):
+            print(f"still running {grace:g} s after a signal: killed; the records are complete", file=sys.stderr)
+            os._exit(130)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
+        done.set()
+        signal.set_wakeup_fd(before_wakeup)
         signal.signal(signal.SIGTERM, before)
+        tell.close()  # ends the watcher
+        watcher.join()
+        listen.close()
