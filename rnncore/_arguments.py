@@ -149,6 +149,15 @@ def check_size(call: str, name: str, value: Any) -> None:
         raise ValueError(f"`{call}({name}={shown(value)})`: expected an int, a number of features or units.")
 
 
+def check_static(call: str, name: str, value: Any, remedy: str) -> None:
+    """ValueError for a switch that is traced; `call` is that of the user, with {} for its name and value."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(
+            f"`{call.format(name, f'traced {value.dtype}')}`: expected True or False, known when the call is traced; "
+            f"{remedy}, or make it a static argument of jax.jit."
+        )
+
+
 def check_key(call: str, key: Any) -> None:
     """ValueError unless this is a random key, of the new kind or the old one."""
     dtype = getattr(key, "dtype", None)

@@ -99,6 +99,10 @@ def call_of(
     """`Call` of an RNN module, or ValueError; `initialize` makes the carry for inputs of the shape of a step."""
     given = {"return_carry": return_carry, "time_major": time_major, "reverse": reverse, "keep_order": keep_order}
     said = {name: getattr(rnn, name) if value is None else value for name, value in given.items()}
+    for name, value in said.items():
+        _arguments.check_static(
+            "RNN(...)(inputs, {}=<{}>)", name, value, f"set it in the module, as RNN(cell, {name}=True)"
+        )
     features = rnn.cell.num_feature_axes
     if not hasattr(inputs, "ndim"):
         raise ValueError(
@@ -119,14 +123,20 @@ def call_of(
     return Call(inputs, carry, seq_lengths, resets, reset_carry, return_states, axis, step_shape, **said)
 
 
-def check_is_cell(cell: Any, example: str) -> None:
-    """ValueError unless an RNN module is given a Flax cell that has been made."""
+def check_is_cell(cell: Any, flavour: str, example: str) -> None:
+    """ValueError unless an RNN module of "linen" or "nnx" is given a cell of that flavour that has been made."""
     if isinstance(cell, type) or not hasattr(type(cell), "initialize_carry"):
         shown = cell.__name__ if isinstance(cell, type) else type(cell).__name__
         why = "an instance and not the class" if isinstance(cell, type) else "of Flax or of this module"
         if isinstance(cell, PointwiseCell):
             why += "; `rnncore.unroll` takes this one"
         raise ValueError(f"`RNN(cell=<{shown}>)`: expected a cell, such as {example}, {why}.")
+    other = "nnx" if flavour == "linen" else "linen"
+    if any(base.__module__.startswith((f"flax.{other}.", f"rnncore.{other}.")) for base in type(cell).__mro__):
+        raise ValueError(
+            f"`RNN(cell=<{type(cell).__name__}>)`: a cell of {other}, expected one of {flavour}, such as "
+            f"{flavour}.{example}."
+        )
 
 
 def check_are_rnns(layer: Any) -> None:

@@ -77,8 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "1",
         "JAX_COMPILATION_CACHE_DIR": str(work / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parents[2]), os.environ.get("PYTHONPATH", "")]),
-        # The interpreter holds a thread of XLA's pool for every thread that waits at a barrier.
-        **({"JAX_PLATFORMS": "cpu", "NPROC": "16"} if args.dry else toolkit.environment(home)),
+        **({"JAX_PLATFORMS": "cpu"} if args.dry else toolkit.environment(home)),
     }  # fmt: skip
     runner = Runner(args.out, work, args.seconds, environment, ["--dry"] if args.dry else [])
     runner.write("driver", seconds=args.seconds, dry=args.dry, toolkit=None if home is None else str(home))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,10 +34,9 @@ class Structured(Recurrence):
         del gates, hidden_size
         return False
 
-    @property
-    def default_init(self) -> Callable[..., Array]:  # type: ignore[override]
+    def default_init(self, key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         """Normal, so that U h has about the size of h."""
-        return lambda key, shape, dtype=jnp.float32: jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
+        return jax.random.normal(key, shape, dtype) * shape[0] ** -0.5
 
     def matmul(self, kernel: Array, h: Array) -> Array:
         plain, own = self.effective(kernel)
@@ -78,14 +77,9 @@ class LowRank(Structured):
 
     rank: int
 
-    @property
-    def default_init(self) -> Callable[..., Array]:  # type: ignore[override]
+    def default_init(self, key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         """Normal, so that the entries of U have variance 1 / H."""
-
-        def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
-            return jax.random.normal(key, shape, dtype) * (shape[0] * shape[-1]) ** -0.25
-
-        return init
+        return jax.random.normal(key, shape, dtype) * (shape[0] * shape[-1]) ** -0.25
 
     def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
         if not 1 <= self.rank <= hidden_size:
@@ -155,11 +149,10 @@ class Sparse(Structured):
         size = self.hidden_size
         return np.unpackbits(np.frombuffer(self.bits, np.uint8), count=size * size).reshape(size, size).astype(bool)
 
-    @property
-    def default_init(self) -> Callable[..., Array]:  # type: ignore[override]
+    def default_init(self, key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         """Normal, with variance 1 over the mean number of connections to a unit."""
         each = max(float(self.mask.sum()) / max(self.hidden_size, 1), 1.0)
-        return lambda key, shape, dtype=jnp.float32: jax.random.normal(key, shape, dtype) * each**-0.5
+        return jax.random.normal(key, shape, dtype) * each**-0.5
 
     def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
         if self.hidden_size != hidden_size:
@@ -200,10 +193,9 @@ class Dale(Structured):
                 f"`Dale(signs={self.signs}, within={self.within})`: expected 1 or -1, and Dense or Sparse."
             )
 
-    @property
-    def default_init(self) -> Callable[..., Array]:  # type: ignore[override]
+    def default_init(self, key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Any:
         """That of the structure within."""
-        return self.within.default_init
+        return self.within.default_init(key, shape, dtype)
 
     def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
         if len(self.signs) != hidden_size:
@@ -230,10 +222,9 @@ class Unconnected(Structured):
     Source: Martin and Cundy (2018), arXiv:1709.04057, name such recurrences linear surrogates.
     """
 
-    @property
-    def default_init(self) -> Callable[..., Array]:  # type: ignore[override]
+    def default_init(self, key: Array, shape: Sequence[int], dtype: Any = jnp.float32) -> Array:
         """Nothing to draw."""
-        return lambda key, shape, dtype=jnp.float32: jnp.zeros(shape, dtype)
+        return jnp.zeros(shape, dtype)
 
     def shape(self, gates: int, hidden_size: int) -> tuple[int, ...]:
         return (0, gates, hidden_size)

@@ -83,7 +83,7 @@ class RNN(nn.Module):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        modules.check_is_cell(self.cell, "LSTMCell(256)")
+        modules.check_is_cell(self.cell, "linen", "LSTMCell(256)")
         super().__post_init__()
 
     @_arguments.takes_inputs

@@ -85,7 +85,7 @@ class RNN(nnx.RNN):
         carry_dtype: Any = None,
         output_dtype: Any = None,
     ):
-        modules.check_is_cell(cell, "LSTMCell(3, 256, rngs=rngs)")
+        modules.check_is_cell(cell, "nnx", "LSTMCell(3, 256, rngs=rngs)")
         self.cell = cell
         self.time_major = time_major
         self.return_carry = return_carry

@@ -348,6 +348,8 @@ def _prepare(cell: Cell, params: PyTree, xs: Any, options: Options) -> tuple[Req
     """All checks of a call, in one place."""
     initial_carry, seq_lengths, resets, reset_carry, recurrent_mask, zoneout = options[:6]
     layout = Layout(options.time_major, options.reverse, options.keep_order, options.include_initial)
+    for name, value in vars(layout).items():
+        _arguments.check_static("unroll({}=<{}>)", name, value, "pass it as a Python value")
     checkpoint_every, recompute, residual_dtype = options.checkpoint_every, options.recompute, options.residual_dtype
     _arguments.check_inputs("unroll", "xs", xs)
     if not isinstance(xs, jax.ShapeDtypeStruct):

@@ -79,7 +79,7 @@ def test_findings_of_a_known_decay():
     lengths = dataclasses.replace(upper.layer.run, lengths=jnp.array([24, T, T, T]))
     ragged = findings([dataclasses.replace(upper, layer=upper.layer._replace(run=lengths))])
     assert "reaches back 11 (11 to 11) of 24 to 40 steps in upper" in ragged[0]
-    assert "after as many steps as the shortest sequence has (up to 24): " in ragged[2]
+    assert "after as many steps as the shortest sequence has (24): " in ragged[2]
     assert repr(upper) == "LayerReport('upper', reach 11 (11 to 11), half-life 6.58 (6.58 to 6.58), of 40 steps)"
 
 

@@ -100,6 +100,22 @@ WRONG_VALUES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: nnx.Bidirectional(nnx.RNN(nnx_cell()), nnx_cell(), rngs=rngs()),
         "`Bidirectional(backward_rnn=<LSTMCell>)`: expected an RNN module, such as RNN(cell)",
     ),
+    "a switch under jit": (
+        lambda: jax.jit(lambda flag: rnncore.unroll(CELL, PARAMS, XS, reverse=flag))(True),
+        "`unroll(reverse=<traced bool>)`: expected True or False, known when the call is traced",
+    ),
+    "a switch of a module under jit": (
+        lambda: jax.jit(lambda flag: nnx.RNN(nnx_cell())(XS, time_major=flag))(True),
+        "`RNN(...)(inputs, time_major=<traced bool>)`: expected True or False",
+    ),
+    "a cell of nnx in linen": (
+        lambda: linen.RNN(nnx_cell()),
+        "`RNN(cell=<LSTMCell>)`: a cell of nnx, expected one of linen, such as linen.LSTMCell(256).",
+    ),
+    "a cell of linen in nnx": (
+        lambda: nnx.RNN(linen.LSTMCell(5)),
+        "`RNN(cell=<LSTMCell>)`: a cell of linen, expected one of nnx, such as nnx.LSTMCell(3, 256, rngs=rngs).",
+    ),
     "string for a cell": (
         lambda: rnncore.unroll("lstm", PARAMS, XS),
         "`unroll(cell=<str>)`: expected an rnncore cell, such as rnncore.LSTM(256).",

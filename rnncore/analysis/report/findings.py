@@ -59,7 +59,7 @@ def _left(layers: Sequence[LayerReport]) -> list[str]:
     longest = max((one.steps for one in layers), default=0)
     when = f"all steps (up to {longest})"
     if any(_lengths(one) != str(one.steps) for one in layers):
-        when = f"as many steps as the shortest sequence has (up to {longest})"
+        when = f"as many steps as the shortest sequence has ({longest})"
     return [f"What is left of that gradient after {when}: {_list(parts)}."] if parts else []
 
 

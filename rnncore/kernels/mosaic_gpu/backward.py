@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rnncore import _pallas
 from rnncore._types import Array
+from rnncore.kernels.host import Cotangents
 from rnncore.kernels.kernel_body import Body
 from rnncore.kernels.mosaic_gpu.launch import Scratch, allocate, call
 from rnncore.kernels.mosaic_gpu.plan import SLOTS, UNITS, Plan
@@ -30,7 +31,7 @@ class Arrays(NamedTuple):
       dlast: (B, H) per field of the carry.
       kernel: (N, G*64, 64): of U[d_in, g, d_out] the rows d_in, gate by gate.
       units: (B, H) per parameter.
-      flags: (T, B, units), see `tiles.flags`; None for none.
+      flags: (T, B, units), see `kernels._flags`; None for none.
     """
 
     residuals: tuple
@@ -41,26 +42,16 @@ class Arrays(NamedTuple):
     flags: Any
 
 
-class Results(NamedTuple):
-    """What it writes: see `host.Cotangents`; all of the one dtype."""
-
-    z: Any
-    rest: Any
-    start: tuple
-    reset_carry: tuple
-    units: tuple
-
-
-def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, interpret: bool, types: Any) -> Results:
-    """Runs the kernel; `types` makes an output type of a shape."""
+def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, interpret: bool, types: Any) -> Cotangents:
+    """Runs the kernel; `types` makes an output type of a shape.  Its results are all of the one dtype."""
     steps, rows, hidden = arrays.dhs.shape
     dtype, count, fields = arrays.dhs.dtype, len(body.rest), len(arrays.dlast)
     state = types((rows, hidden))
-    out = Results(
+    out = Cotangents(
         z=types((steps, rows, plan.gates * hidden)),
         rest=types((steps, rows, count * hidden)) if count else None,
         start=(state,) * fields,
-        reset_carry=(state,) * fields * resets,
+        reset_carry=(state,) * fields if resets else None,
         units=(state,) * len(arrays.units),
     )
     memory = allocate(
@@ -73,7 +64,7 @@ def run(plan: Plan, body: Body, arrays: Arrays, lengths: bool, resets: bool, int
 def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, resets: bool) -> Any:
     apart = {gate: n for n, gate in enumerate(body.rest)}
 
-    def kernel(arrays: Arrays, results: Results, scratch: Scratch) -> None:
+    def kernel(arrays: Arrays, results: Cotangents, scratch: Scratch) -> None:
         tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded)
         tiles.load(arrays.kernel.at[tiles.head], scratch.kernel)
         units, dlast = tiles.fetch(arrays.units), tiles.fetch(arrays.dlast)
@@ -136,7 +127,7 @@ def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, lengths: bool, reset
             0, steps, step, (start, tiles.zeros(len(dlast) * resets), tiles.zeros(len(arrays.units)))
         )
         tiles.store(ds, results.start)
-        if resets:
+        if results.reset_carry is not None:
             tiles.store(dreset_carry, results.reset_carry)
         for tile, target in zip(dunits, results.units, strict=True):
             tiles.store([tile], [target])

@@ -15,6 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rnncore import _pallas
 from rnncore._types import Array
+from rnncore.kernels.host import Outputs
 from rnncore.kernels.kernel_body import Body
 from rnncore.kernels.mosaic_gpu.launch import Scratch, allocate, call
 from rnncore.kernels.mosaic_gpu.plan import SLOTS, UNITS, Plan
@@ -30,7 +31,7 @@ class Arrays(NamedTuple):
       start, reset_carry: (B, H) per field of the carry; `reset_carry` empty without resets.
       reset_r: (B, G*H), the recurrent product of the reset's h; None without resets.
       units, rest_bias: (B, H) per parameter.
-      flags: (T, B, units), see `tiles.flags`; None for none.
+      flags: (T, B, units), see `kernels._flags`; None for none.
     """
 
     z: Any
@@ -43,19 +44,11 @@ class Arrays(NamedTuple):
     flags: Any
 
 
-class Results(NamedTuple):
-    """What it writes: hs and the carry's other fields (T, B, H) where they are kept; the last carry (B, H)."""
-
-    hs: Any
-    others: tuple
-    last: tuple
-
-
-def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, interpret: bool, types: Any) -> Results:
-    """Runs the kernel; `types` makes an output type of a shape."""
+def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, interpret: bool, types: Any) -> Outputs:
+    """Runs the kernel; `types` makes an output type of a shape.  Its results are all of the one dtype."""
     (steps, rows, _), hidden, dtype, fields = arrays.z.shape, plan.heads * UNITS, arrays.z.dtype, len(arrays.start)
     line, state = types((steps, rows, hidden)), types((rows, hidden))
-    out = Results(line, (line,) * (fields - 1) * keep, (state,) * fields)
+    out = Outputs(line, (line,) * (fields - 1) * keep, (state,) * fields)
     memory = allocate(
         plan, dtype, plan.stages[0], plan.gates + (arrays.flags is not None), fields,
         h=(SLOTS,), reset_r=arrays.reset_r is not None,
@@ -64,7 +57,7 @@ def run(plan: Plan, body: Body, arrays: Arrays, keep: bool, lengths: bool, inter
 
 
 def _kernel(plan: Plan, body: Body, dtype: Any, steps: int, keep: bool, lengths: bool) -> Any:
-    def kernel(arrays: Arrays, results: Results, scratch: Scratch) -> None:
+    def kernel(arrays: Arrays, results: Any, scratch: Scratch) -> None:
         tiles = Tiles(plan, dtype, scratch.stage, scratch.loaded)
         tiles.load(arrays.kernel.at[tiles.head], scratch.kernel)
         if arrays.reset_r is not None:

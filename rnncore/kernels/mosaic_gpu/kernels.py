@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from rnncore import _compat
@@ -13,7 +14,6 @@ from rnncore.cells.base import PointwiseCell
 from rnncore.kernels import host, kernel_body
 from rnncore.kernels.mosaic_gpu import backward, forward
 from rnncore.kernels.mosaic_gpu.plan import UNITS, Plan, plan_of
-from rnncore.kernels.mosaic_gpu.tiles import flags
 
 
 def kernels(interpret: bool = False) -> host.Kernels:
@@ -48,15 +48,13 @@ def _forward(interpret: bool, cell: PointwiseCell, loop: host.Loop, z: Array, ke
         rest_bias=tuple(_rows(a, whole, dtype) for a in bias),
         flags=_flags(loop, steps, whole, dtype),
     )
-    found = forward.run(
-        plan, part, arrays, keep is not None, loop.lengths is not None, interpret, _types(z)
-    )  # fmt: skip
-    last = tuple(a[:rows].astype(jnp.float32) for a in found.last)
+    found = forward.run(plan, part, arrays, keep is not None, loop.lengths is not None, interpret, _types(z))
+    found = jax.tree.map(lambda a: a[..., :rows, :], found)
+    last = tuple(a.astype(jnp.float32) for a in found.last)
     if loop.lengths is not None:
         never = (loop.lengths == 0)[:, None]
         last = tuple(jnp.where(never, b.astype(a.dtype), a) for a, b in zip(last, loop.start, strict=True))
-    others = tuple(a[:, :rows].astype(keep) for a in found.others)
-    return host.Outputs(found.hs[:, :rows], others, last)
+    return host.Outputs(found.hs, tuple(a.astype(keep) for a in found.others), last)
 
 
 def _backward(
@@ -78,11 +76,8 @@ def _backward(
     found = backward.run(
         plan, part, arrays, loop.lengths is not None, loop.resets is not None, interpret, _types(dhs)
     )  # fmt: skip
-    start, reset_carry, units = (
-        tuple(a[:rows].astype(jnp.float32) for a in group) for group in (found.start, found.reset_carry, found.units)
-    )
-    rest = None if found.rest is None else found.rest[:, :rows]
-    return host.Cotangents(found.z[:, :rows], rest, start, reset_carry if loop.resets is not None else None, units)
+    z, rest, *sums = jax.tree.map(lambda a: a[..., :rows, :], found)
+    return host.Cotangents(z, rest, *jax.tree.map(lambda a: a.astype(jnp.float32), sums))
 
 
 def _padded(a: Array, rows: int, dtype: Any) -> Array:
@@ -95,8 +90,13 @@ def _rows(a: Array, rows: int, dtype: Any) -> Array:
 
 
 def _flags(loop: host.Loop, steps: int, rows: int, dtype: Any) -> Array | None:
-    marks = flags(loop.lengths, loop.resets, steps)
-    return None if marks is None else _padded(marks, rows, dtype)
+    """(T, B, units): 1 where a step begins with a reset, plus 2 where it is the last valid one; None for neither."""
+    if loop.lengths is None and loop.resets is None:
+        return None
+    marks: Array = jnp.int32(0) if loop.resets is None else loop.resets.astype(jnp.int32)
+    if loop.lengths is not None:
+        marks = marks + 2 * (jnp.arange(steps)[:, None] == loop.lengths - 1)
+    return _padded(jnp.broadcast_to(marks[..., None], (*marks.shape, UNITS)), rows, dtype)
 
 
 def _types(like: Array) -> Any:

@@ -129,16 +129,6 @@ class Ring:
             plgpu.copy_gmem_to_smem(part, self._refs.at[slot, k], self._barriers.at[slot])
 
 
-def flags(lengths: Array | None, resets: Array | None, steps: int) -> Array | None:
-    """(T, B, units): 1 where a step begins with a reset, plus 2 where it is the last valid one; None for neither."""
-    if lengths is None and resets is None:
-        return None
-    marks: Array = jnp.int32(0) if resets is None else resets.astype(jnp.int32)
-    if lengths is not None:
-        marks = marks + 2 * (jnp.arange(steps)[:, None] == lengths - 1)
-    return jnp.broadcast_to(marks[..., None], (*marks.shape, UNITS))
-
-
 def marked(flag: Array | None) -> tuple[Any, Any]:
     """(resets, ends) of a tile of flags, if there is one."""
     if flag is None:
