@@ -273,8 +273,8 @@ def unroll(rnn: Any, call: Call, core: Cell, params: Any, recompute: str | None 
 
 def output_dtype(call: Call, core: Cell, params: Any, carry: Any, dtype: Any) -> Any:
     """The dtype of a step's output, also where the carry has another one."""
-    step = jax.eval_shape(core.step, params, carry, core.project(params, jnp.zeros(call.step_shape, dtype)))
-    return step[1].dtype
+    x = jax.ShapeDtypeStruct(call.step_shape, dtype)
+    return jax.eval_shape(lambda x: core.step(params, carry, core.project(params, x))[1], x).dtype
 
 
 def scan_cell(rnn: Any, call: Call, name: str, slow: SlowPath, scan: Callable[..., Any]) -> Any:
