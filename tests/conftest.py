@@ -68,16 +68,19 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without `--all`, of the tests that compile much: none that is marked `slow`, some cases of a `sample`."""
+    """Without `--all`, of the tests that compile much: none that is marked `slow` or `ci`, some cases of a `sample`."""
     if config.getoption("--all"):
         return
     files, seed = named(config), config.getoption("--draw")
+    plain = seed is None and files == {config.rootpath / "tests"}
     cases: dict[str, list[pytest.Item]] = {}
     for item in items:
         cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
     left: set[pytest.Item] = set()
     for name, same in cases.items():
-        slow, sample = (same[0].get_closest_marker(mark) for mark in ("slow", "sample"))
+        ci, slow, sample = (same[0].get_closest_marker(mark) for mark in ("ci", "slow", "sample"))
+        if ci and plain:
+            continue
         if same[0].path in files or not (slow or sample):
             left |= {*same}
         elif sample and isinstance(sample.args[0], int):
@@ -100,4 +103,5 @@ def pytest_configure(config: pytest.Config) -> None:
     """Many tests are about cells under Flax's scan; test_explain_modules.py is about the warning."""
     config.addinivalue_line("filterwarnings", "ignore::rnncore.SlowPathWarning")
     config.addinivalue_line("markers", "slow: runs with --all, or where its file is named")
+    config.addinivalue_line("markers", "ci: as slow, and in CI, and where a folder or file is named")
     config.addinivalue_line("markers", "sample(n, or ids): n of its cases, or these, unless --all or its file is named")

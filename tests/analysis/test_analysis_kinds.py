@@ -39,6 +39,7 @@ def linear(matrix, steps, dtype=jnp.float64):
 # --------------------------------------------------------------------- the smallest singular value
 
 
+@pytest.mark.ci
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("anchor", ["end", "start"])
 def test_sigma_min_is_that_of_the_product(anchor):

@@ -206,6 +206,7 @@ MODELS = {
 }  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_perturbations_in_the_model(name):

@@ -138,6 +138,7 @@ def test_omega_without_any_gradient():
 # ------------------------------------------------------------------------------------- flossing
 
 
+@pytest.mark.ci
 def test_flossing_has_the_gradient_of_finite_differences():
     cell, k, target, options = rnncore.LSTM(3), 4, 0.3, {"burn_in": 1, "qr_every": 2}
     params, xs, carry = problem(cell)

@@ -52,6 +52,7 @@ def last(outputs, _):
     return jnp.sum(outputs[:, -1])
 
 
+@pytest.mark.ci
 def test_findings_of_a_known_decay():
     model, variables = known(cut=True)
     found = analysis.report(model, variables, XS, last)

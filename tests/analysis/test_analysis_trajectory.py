@@ -106,6 +106,7 @@ def test_jacobians_and_products_end_where_each_sequence_ends():
             close(start[example, -1], end[example, -1])
 
 
+@pytest.mark.ci
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("options", KINDS, ids=lambda o: "-".join(o.values()))
 def test_retention_stops_at_resets_and_is_that_of_each_sequence_at_its_own_end(options):

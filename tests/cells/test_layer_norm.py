@@ -88,6 +88,7 @@ def sized(id: str, hidden: int) -> cases.Case:
     return dataclasses.replace(case, cell=dataclasses.replace(case.cell, hidden_size=hidden))
 
 
+@pytest.mark.ci
 @COMPILED
 @pytest.mark.sample("layer_norm_lstm_heads")
 @pytest.mark.parametrize("id", ["layer_norm_lstm_heads", "layer_norm_gru"])
@@ -149,6 +150,7 @@ class Shares(rnncore.ReducingCell):
         return self.Carry(h), self.Gates(h)
 
 
+@pytest.mark.ci
 def test_says_where_it_runs():
     cell = rnncore.LayerNormLSTM(4)
     params, xs = cell.init(jax.random.key(0), 3), jnp.ones((2, 5, 3))

@@ -51,6 +51,7 @@ D_INPUT = [
 ]  # fmt: skip
 
 
+@pytest.mark.ci
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("backend", PRESENT)
 def test_is_the_cell_of_the_xlstm_package(backend: str):

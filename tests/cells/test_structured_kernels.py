@@ -257,6 +257,7 @@ def test_snap_keeps_what_its_steps_reach(order: int):
         cases.assert_close(got, by_bptt(case, problem, zero, d_outputs)[1], cases.FLOAT64)
 
 
+@pytest.mark.ci
 def test_snap_over_a_dense_kernel():
     case = cases.BY_ID["gru-dense"]
     problem = cases.draw(case, (2,))

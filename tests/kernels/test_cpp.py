@@ -52,6 +52,7 @@ def test_float64_against_the_references(id: str, masked: bool):
     cases.assert_expected(case, problem, *cases.pull(cases.runner(case, CPP), problem))
 
 
+@pytest.mark.ci
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize(
@@ -193,6 +194,7 @@ def test_running_again_gives_the_same_bits():
     cases.assert_close(again[1], plain[1], FLOAT32)  # chunks of another length sum in another order
 
 
+@pytest.mark.ci
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("id", ["indrnn", "lstm_both-diagonal", "user_fast_slow-diagonal"])
 def test_diagonal_recurrences(id: str):
@@ -282,6 +284,7 @@ EXACT = {
 }  # fmt: skip
 
 
+@pytest.mark.ci
 def test_functions():
     cell = Functions(1)
     one = jnp.ones((1, 1, 1), jnp.float32)

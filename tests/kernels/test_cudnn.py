@@ -710,6 +710,7 @@ def test_layers_are_calls_of_their_own_where_these_are_faster(cudnn: Recorder):
     assert CUDNN.runs_layers(request(cell=LSTM(64), **half), 4, 2)  # the one for small sizes either way
 
 
+@pytest.mark.ci
 def test_a_stack_in_every_mode(cudnn: Recorder):
     """Higher orders run the scan, over layers and directions that end where the library's do."""
     stack, lengths = STACKS["two layers of both"]

@@ -68,6 +68,7 @@ def runs(name: str) -> Any:
     return jax.jit(lambda: {way: of(run, weights, xs) for way, run in ways.items()} | {"flax": by_flax(weights, xs)})()
 
 
+@pytest.mark.ci
 @pytest.mark.sample(3)
 @pytest.mark.parametrize("name", OPTIONS)
 def test_every_way_to_run_it_gives_the_same(name: str):
@@ -86,6 +87,7 @@ def test_all_of_them_are_here():
             assert all(getattr(core, option) == value for option, value in OPTIONS[name].items())
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["LSTMPCell", "RGLRUCell", "QRNNCell"])
 def test_initial_values_carries_and_both_directions(name: str):
     xs, size = jnp.ones((B, T, D)), 2 if name == "LSTMPCell" else H

@@ -89,6 +89,7 @@ def test_the_first_states_are_exact_whatever_happens_later():
     assert jnp.isnan(run.outputs).all() and jnp.isnan(run.carry.h).all()
 
 
+@pytest.mark.ci
 def test_the_forecast_tells_a_calm_run_from_a_wild_one_and_refuses_it():
     cell, params, xs = elman(1.0)
     calm = parallel.forecast(cell, params, xs)

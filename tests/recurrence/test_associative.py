@@ -73,6 +73,7 @@ def test_what_is_linear_is_read_off_the_update(cell: Any, fields: Any):
     assert linear_fields(cell) == fields
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("make", [SRU, Rotation], ids=lambda make: make.__name__)
 def test_cells_of_a_user_and_parallel_unroll(make: Any):
     """Values, gradients with resets, the gradient of a gradient's norm, under vmap, against autodiff of the loop."""

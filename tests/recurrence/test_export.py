@@ -104,6 +104,7 @@ def some(names: tuple[str, ...], batch: int, steps: int) -> list[Any]:
     return [made[name] for name in names]
 
 
+@pytest.mark.ci
 @pytest.mark.sample(1)
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_symbolic_shapes(name: str) -> None:

@@ -89,6 +89,7 @@ def test_other_derivatives(name: str, backend: str) -> None:
     assert_mapped(both, drawn(4, 2))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("make", [
     lambda: linen.RNN(linen.OptimizedLSTMCell(5, param_dtype=jnp.float64)),
     lambda: linen.RNN(linen.GRUCell(5, param_dtype=jnp.float64)),

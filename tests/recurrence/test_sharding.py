@@ -12,6 +12,7 @@ from rnncore.kernels import compiler
 KINDS = ["shard_map", "auto", "explicit", "pmap"]
 
 
+@pytest.mark.ci
 @pytest.mark.sample("cpp")
 @pytest.mark.parametrize("backend", ["scan", "cpp", "plain"])
 def test_sharded_batch(backend):
