@@ -57,7 +57,7 @@ def workload(run: Run, records: Sequence[Record], published: Sequence[Published]
             rows.append(cells + (theirs(same) if published else []))
     for found in groups(bounds, "bound", *ALIKE).values():
         by = {r["measurement"]: r for r in found if r["measurement"] in MEASUREMENTS}
-        cells = [f"*bound: {found[0]['bound']}*", *(words.shown(found[0][f]) for f in extra)]
+        cells = [f"*the {found[0]['bound']} alone, by XLA*", *(words.shown(found[0][f]) for f in extra)]
         for m in MEASUREMENTS:
             cells += [words.spread(by[m]) if m in by else words.NONE, words.NONE]
         rows.append([*cells, words.NONE, words.NONE, *(theirs([]) if published else [])])

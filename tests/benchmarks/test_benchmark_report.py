@@ -122,7 +122,7 @@ def test_the_whole_table_has_every_contender_and_bound(tmp_path):
         "torch",
         "flax OptimizedLSTMCell",
         "equinox",
-        "*bound: products*",
+        "*the products alone, by XLA*",
     ]
     # The best peer is torch: 2.5, 2.5, 1.5 within the rounds.
     assert body[0][1:] == ["-", "-", "20.0 [20.0..60.0]", "2.50", "4e-07", "-"]
