@@ -133,14 +133,6 @@ class LoopBackend(Backend):
         """`forward` by such operations, with residuals; asked for where `residuals_move` says so."""
         return self.forward(problem, True)
 
-    def plain_tangent_from_residuals(
-        self, problem: Problem, result: Result, residuals: PyTree, tangents: Differentiable
-    ) -> Result:
-        """`plain_tangent` as a function of the residuals as well, where they move."""
-        if self.residuals_move(problem.request):
-            return self.tangent(problem, result, residuals, tangents)
-        return self.plain_tangent(problem, result, tangents)
-
     def run(self, problem: Problem) -> Result:
         run = functools.partial(primitives.run, self)
         return mesh.by_device(run, problem) if self.opaque else run(problem)

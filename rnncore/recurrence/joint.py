@@ -7,6 +7,7 @@ both is needed shows only when the program is lowered or split, and so the choic
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -36,19 +37,21 @@ def value_and_tangent(
     leaves, tree = jax.tree.flatten(primals)
     changes = tree.flatten_up_to(tangents)
     at = [n for n, t in enumerate(changes) if not isinstance(t, SymbolicZero)]
+    operands, count = [*leaves, *(changes[n] for n in at)], len(leaves)
+    zeros = {n: t for n, t in enumerate(changes) if isinstance(t, SymbolicZero)}
+    # What closes over an array would keep it alive for as long as the program is cached.
+    del primals, tangents, leaves, changes
 
     def jointly(*flat: Array) -> Any:
-        moved = dict(zip(at, flat[len(leaves) :], strict=True))
-        return jvp_at(lambda *primals: function(tree.unflatten(primals)), at, flat[: len(leaves)], moved)
+        moved = dict(zip(at, flat[count:], strict=True))
+        return jvp_at(lambda *primals: function(tree.unflatten(primals)), at, flat[:count], moved)
 
     def separately(*flat: Array) -> list[Array]:
-        moved = dict(zip(at, flat[len(leaves) :], strict=True))
-        new = tree.unflatten([moved.get(n, t) for n, t in enumerate(changes)])
-        return jax.tree.leaves(apart(tree.unflatten(flat[: len(leaves)]), new))
+        moved = zeros | dict(zip(at, flat[count:], strict=True))
+        return jax.tree.leaves(apart(tree.unflatten(flat[:count]), tree.unflatten([moved[n] for n in range(count)])))
 
-    operands = [*leaves, *(changes[n] for n in at)]
     joint, shapes = jax.make_jaxpr(jointly, return_shape=True)(*operands)
-    found = joint_p.bind(*operands, joint=joint, apart=separately, count=len(leaves))
+    found = joint_p.bind(*operands, joint=joint, apart=separately, count=count)
     return jax.tree.unflatten(jax.tree.structure(shapes), found)
 
 
@@ -86,9 +89,18 @@ def _split(trace: Any, *operands: Any, joint: Any, apart: Callable, count: int) 
         return apart(*operands)
 
 
+def _split_in_remat(saveable: Any, unknown: Any, instantiate: Any, eqn: Any) -> Any:
+    """The rule of `jax.checkpoint`, which splits programs as they stand: that of a call in place of this equation."""
+    call = eqn.params["apart"] if any(unknown) else functools.partial(_evaluate, **eqn.params)
+    (inner,) = jax.make_jaxpr(jax.jit(lambda *operands: list(call(*operands))))(*(v.aval for v in eqn.invars)).eqns
+    eqn = eqn.replace(primitive=inner.primitive, params=inner.params, effects=inner.effects)
+    return pe.partial_eval_jaxpr_custom_rules[inner.primitive](saveable, unknown, instantiate, eqn)
+
+
 joint_p.def_impl(_evaluate)
 joint_p.def_effectful_abstract_eval(lambda *_, joint, **__: (joint.out_avals, joint.effects))
 mlir.register_lowering(joint_p, mlir.lower_fun(_evaluate, multiple_results=True))
 ad.primitive_jvps[joint_p] = _jvp
 jax_batching.primitive_batchers[joint_p] = _batch
 pe.custom_partial_eval_rules[joint_p] = _split
+pe.partial_eval_jaxpr_custom_rules[joint_p] = _split_in_remat

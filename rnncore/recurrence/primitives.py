@@ -99,8 +99,7 @@ def _plain_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Arr
 
 def _higher_tangent(loop: Loop, which: tuple[int, ...], *flat: Array) -> list[Array]:
     """`_tangent` as a function of all its operands, differentiated by JAX."""
-    *held, moved = loop.opened(flat)
-    return _inexact(loop, loop.backend.plain_tangent_from_residuals(*held, loop.differentiable_at(which, moved)))
+    return (_tangent if _residuals_move(loop, flat) else _plain_tangent)(loop, which, *flat)
 
 
 def _transposed(tangent: Callable, loop: Loop, which: tuple[tuple[int, ...], tuple[int, ...]], *flat: Array) -> Any:
@@ -251,9 +250,9 @@ def _run_jvp(primals: Any, tangents: Any, loop: Loop, maps: tuple, which: tuple)
     return results, changes
 
 
-def _residuals_move(loop: Loop, primals: Any) -> bool:
+def _residuals_move(loop: Loop, operands: Any) -> bool:
     """Whether the residuals of a run have tangents; inside shard_map a step may keep others than were compiled for."""
-    return loop.backend.residuals_move(loop.request) and not any(map(_compat.varying_axes, primals))
+    return loop.backend.residuals_move(loop.request) and not any(map(_compat.varying_axes, operands))
 
 
 def _linear_jvp(primitive: Primitive, higher: Callable) -> Callable:
