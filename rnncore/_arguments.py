@@ -95,11 +95,13 @@ def known_as(option: str, known: Iterable[str]) -> str | None:
 def refuse_foreign(cls: type, given: Mapping[str, Any]) -> None:
     """TypeError for an argument that is misspelt, or has another name here than in PyTorch, Keras or Flax."""
     known: set[str] = set()
-    for base in cls.__mro__:
-        if "__init__" in vars(base):
-            known |= inspect.signature(vars(base)["__init__"]).parameters.keys()
-    made: Any = cls
-    closed = all(p.kind is not p.VAR_KEYWORD for p in inspect.signature(made.__init__).parameters.values())
+    makers = [base for base in cls.__mro__ if "__init__" in vars(base)]
+    for base in makers:
+        known |= inspect.signature(vars(base)["__init__"]).parameters.keys()
+    # A class of a user may take options by **kwargs, also where it has the signature of ours.
+    own = inspect.signature(vars(makers[0])["__init__"], follow_wrapped=False).parameters
+    closed = makers[0].__module__.startswith("rnncore.") or all(p.kind is not p.VAR_KEYWORD for p in own.values())
+    known |= own.keys()
     for option, value in given.items():
         if option not in known and (advice := known_as(option, known)):
             raise TypeError(f"`{cls.__name__}({option}={shown(value)})`: {advice}.")

@@ -132,7 +132,8 @@ def check_is_cell(cell: Any, flavour: str, example: str) -> None:
             why += "; `rnncore.unroll` takes this one"
         raise ValueError(f"`RNN(cell=<{shown}>)`: expected a cell, such as {example}, {why}.")
     other = "nnx" if flavour == "linen" else "linen"
-    if any(base.__module__.startswith((f"flax.{other}.", f"rnncore.{other}.")) for base in type(cell).__mro__):
+    made_of = {base.__module__.split(".")[1] for base in type(cell).__mro__ if base.__module__.startswith("flax.")}
+    if other in made_of and flavour not in made_of:  # a bridge between both has both
         raise ValueError(
             f"`RNN(cell=<{type(cell).__name__}>)`: a cell of {other}, expected one of {flavour}, such as "
             f"{flavour}.{example}."

@@ -60,6 +60,12 @@ def from_gates(
     hidden = sum(part["kernel"].shape[-1] for part in inputs) // gates
 
     def joined(arrays: Sequence[Array], dtype: Any) -> Array:
+        single = len(inputs) == gates
+        if any(a.shape[-1] != hidden if single else a.shape[-1] % max(hidden, 1) for a in arrays):
+            raise ValueError(
+                f"the parameters of the gates have {', '.join(str(a.shape[-1]) for a in arrays)} units: expected as "
+                "many in each."
+            )
         wide = arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, -1)
         return wide.reshape(*wide.shape[:-1], -1, hidden).astype(dtype)
 

@@ -56,11 +56,16 @@ class LayerFields:
     backend: str | None = None
 
 
+def recurrence(heads: int) -> Dense | Heads:
+    """The recurrent kernel of so many heads."""
+    return Dense() if heads == 1 else Heads(heads)
+
+
 def stack_of(layers: Any, size: int) -> Stack:
     """The description of these layers of H = size."""
     cell = layers.make(
         size, **{name: getattr(layers, name) for name in layers.own}, activation_fn=layers.activation_fn,
-        recurrence=Dense() if layers.heads == 1 else Heads(layers.heads), kernel_init=layers.kernel_init,
+        recurrence=recurrence(layers.heads), kernel_init=layers.kernel_init,
         recurrent_init=layers.recurrent_kernel_init, bias_init=layers.bias_init,
     )  # fmt: skip
     rates = {"h": layers.zoneout, "c": getattr(layers, "zoneout_cell", 0.0)}

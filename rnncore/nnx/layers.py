@@ -2,45 +2,113 @@
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 from collections.abc import Callable
-from dataclasses import field
-from typing import Any, ClassVar
+from typing import Any, Required, TypedDict, Unpack
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
-from rnncore import _arguments, cells
-from rnncore import flax_modules as modules
-from rnncore._types import Activation, Array
+from rnncore import _arguments, cells, initializers
+from rnncore._types import Activation, Array, Initializer
 from rnncore.layers import fields
-from rnncore.layers.stack import Stack, StackParams
+from rnncore.layers.stack import Merge, Stack, StackParams
 from rnncore.nnx import initial
 
 
-@dataclasses.dataclass(eq=False, repr=False)
-class Layers(fields.LayerFields, nnx.Module):
-    """What `LSTM`, `GRU` and `Elman` share: the parameters of a `rnncore.Stack`, and the call."""
+class Options(TypedDict, total=False):
+    """The options that `LSTM`, `GRU` and `Elman` share."""
 
-    in_features: int
-    hidden_features: int
-    deterministic: bool = field(default=False, kw_only=True)
-    rngs: nnx.Rngs = field(kw_only=True)
+    heads: int
+    activation_fn: Activation
+    kernel_init: Initializer
+    recurrent_kernel_init: Initializer | None
+    bias_init: Initializer
+    num_layers: int
+    bidirectional: bool
+    merge: Merge
+    dropout: float
+    recurrent_dropout: float
+    learned_carry: bool
+    dtype: Any
+    param_dtype: Any
+    carry_dtype: Any
+    output_dtype: Any
+    time_major: bool
+    return_carry: bool
+    deterministic: bool
+    checkpoint_every: int | None
+    recompute: str
+    backend: str | None
+    rngs: Required[nnx.Rngs]
+
+
+class Layers(nnx.Module):
+    """What `LSTM`, `GRU` and `Elman` share: the parameters of a `rnncore.Stack`, and the call."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
         initial.check_rngs(cls, args, kwargs)
         return super().__new__(cls)
 
-    def __post_init__(self) -> None:
-        rngs = self.rngs
-        self.stack = stack = fields.stack_of(self, self.hidden_features)
-        modules.check_dtypes(self)
-        for name, size in stack.sizes(self.in_features).items():
-            entries = stack.init_entries(rngs.params(), size, self.param_dtype)
+    def __init__(
+        self,
+        make: Callable[..., cells.PointwiseCell],
+        in_features: int,
+        hidden_features: int,
+        *,
+        heads: int = 1,
+        activation_fn: Activation = jnp.tanh,
+        kernel_init: Initializer = initializers.lecun_normal,
+        recurrent_kernel_init: Initializer | None = None,
+        bias_init: Initializer = initializers.zeros,
+        num_layers: int = 1,
+        bidirectional: bool = False,
+        merge: Merge = "concat",
+        dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: Any = None,
+        learned_carry: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        carry_dtype: Any = None,
+        output_dtype: Any = None,
+        time_major: bool = False,
+        return_carry: bool = False,
+        deterministic: bool = False,
+        checkpoint_every: int | None = None,
+        recompute: str = "nothing",
+        backend: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        cell = make(
+            hidden_features, activation_fn=activation_fn, recurrence=fields.recurrence(heads),
+            kernel_init=kernel_init, recurrent_init=recurrent_kernel_init, bias_init=bias_init,
+        )  # fmt: skip
+        self.stack = stack = Stack(
+            cell, num_layers=num_layers, bidirectional=bidirectional, merge=merge, dropout=dropout,
+            recurrent_dropout=recurrent_dropout, zoneout=zoneout if any(zoneout) else None,
+            learned_carry=learned_carry,
+        )  # fmt: skip
+        self.in_features = in_features
+        dtypes = {"dtype": dtype, "param_dtype": param_dtype, "carry_dtype": carry_dtype, "output_dtype": output_dtype}
+        _arguments.check_dtypes(type(self).__name__, dtypes)
+        for name, size in stack.sizes(in_features).items():
+            entries = stack.init_entries(rngs.params(), size, param_dtype)
             setattr(self, name, nnx.Dict({leaf: nnx.Param(value) for leaf, value in entries.items()}))
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.carry_dtype = carry_dtype
+        self.output_dtype = output_dtype
+        self.time_major = time_major
+        self.return_carry = return_carry
+        self.deterministic = deterministic
+        self.checkpoint_every = checkpoint_every
+        self.recompute = recompute
+        self.backend = backend
         # Unused random state would make nnx.split(model, nnx.Param) fail.
-        self.rngs = rngs.dropout.fork() if stack.is_random else nnx.data(None)  # type: ignore[assignment]
+        self.rngs = rngs.dropout.fork() if stack.is_random else nnx.data(None)
 
     @_arguments.takes_inputs
     def __call__(
@@ -102,7 +170,6 @@ class Layers(fields.LayerFields, nnx.Module):
         return stack.start(params, batch_shape, fields.carry_dtype(self))
 
 
-@dataclasses.dataclass(eq=False, repr=False)
 class LSTM(Layers):
     """LSTM layers: `rnncore.LSTM` in a `rnncore.Stack`, with dropout, zoneout and learned carries.
 
@@ -139,15 +206,21 @@ class LSTM(Layers):
     regularisers (dropout), two biases and the outputs first; Flax has no such layer.
     """
 
-    make: ClassVar[Callable[..., cells.PointwiseCell]] = cells.LSTM
-    own: ClassVar[tuple[str, ...]] = ("forget_bias", "gate_fn")
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        forget_bias: float = 0.0,
+        zoneout: float = 0.0,
+        zoneout_cell: float = 0.0,
+        gate_fn: Activation = jax.nn.sigmoid,
+        **options: Unpack[Options],
+    ):
+        make = functools.partial(cells.LSTM, forget_bias=forget_bias, gate_fn=gate_fn)
+        super().__init__(make, in_features, hidden_features, zoneout=cells.LSTMCarry(zoneout_cell, zoneout), **options)
 
-    zoneout_cell: float = field(default=0.0, kw_only=True)
-    forget_bias: float = field(default=0.0, kw_only=True)
-    gate_fn: Activation = field(default=jax.nn.sigmoid, kw_only=True)
 
-
-@dataclasses.dataclass(eq=False, repr=False)
 class GRU(Layers):
     """GRU layers: `rnncore.GRU` (reset after the product) in a `rnncore.Stack`.
 
@@ -167,14 +240,20 @@ class GRU(Layers):
     Source: see `rnncore.GRU` and `rnncore.Stack`.
     """
 
-    make: ClassVar[Callable[..., cells.PointwiseCell]] = cells.GRU
-    own: ClassVar[tuple[str, ...]] = ("forget_bias", "gate_fn")
+    def __init__(
+        self,
+        in_features: int,
+        hidden_features: int,
+        *,
+        forget_bias: float = 0.0,
+        zoneout: float = 0.0,
+        gate_fn: Activation = jax.nn.sigmoid,
+        **options: Unpack[Options],
+    ):
+        make = functools.partial(cells.GRU, forget_bias=forget_bias, gate_fn=gate_fn)
+        super().__init__(make, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)
 
-    forget_bias: float = field(default=0.0, kw_only=True)
-    gate_fn: Activation = field(default=jax.nn.sigmoid, kw_only=True)
 
-
-@dataclasses.dataclass(eq=False, repr=False)
 class Elman(Layers):
     """Elman layers, the plain recurrent network: `rnncore.Elman` in a `rnncore.Stack`.
 
@@ -193,4 +272,5 @@ class Elman(Layers):
     Source: see `rnncore.Elman` and `rnncore.Stack`.
     """
 
-    make: ClassVar[Callable[..., cells.PointwiseCell]] = cells.Elman
+    def __init__(self, in_features: int, hidden_features: int, *, zoneout: float = 0.0, **options: Unpack[Options]):
+        super().__init__(cells.Elman, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)

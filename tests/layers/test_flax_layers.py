@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax
+import flax.nnx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -253,3 +255,32 @@ def test_half_precision_stays_near_float32(dtype: Any):
     want, got = classic.apply(variables, XS.astype(f32)), half.apply(variables, XS.astype(f32))
     assert got.dtype == dtype
     np.testing.assert_allclose(got.astype(f32), want, atol=8 * float(jnp.finfo(dtype).eps))
+
+
+class Own(nnx.LSTM):
+    """A user's layers, with names that are options of ours."""
+
+    def __init__(self, *args: Any, rngs: nnx.Rngs, **kwargs: Any):
+        super().__init__(*args, rngs=rngs, **kwargs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+
+    def merge(self) -> str:
+        return "own"
+
+
+@functools.wraps(nnx.LSTM.__init__)
+def with_another_option(self: Any, *args: Any, layer_dropout: float = 0.0, **kwargs: Any) -> None:
+    nnx.LSTM.__init__(self, *args, **kwargs)
+
+
+def test_layers_of_nnx_keep_their_options_in_the_stack_alone():
+    """What a module has as attributes is its state, and a name that subclasses cannot have."""
+    activation = jax.tree_util.Partial(jnp.clip, min=jnp.float32(-1), max=jnp.float32(1))
+    layers = Own(3, 4, activation_fn=activation, rngs=nnx.Rngs(0))
+    assert layers.merge() == "own" and isinstance(layers.dropout, nnx.Dropout)
+    learned = nnx.LSTM(3, 4, activation_fn=flax.nnx.PReLU(), rngs=nnx.Rngs(0))
+    assert nnx.state(learned, nnx.Param).keys() == {"forward_0"}
+    with pytest.raises(ValueError, match="dropout"):
+        learned.set_attributes(dropout=0.5)
+    other = type("Other", (nnx.LSTM,), {"__init__": with_another_option})
+    assert other(3, 4, layer_dropout=0.1, rngs=nnx.Rngs(0)).stack.cell.hidden_size == 4

@@ -184,3 +184,12 @@ def test_partitioned_initialisers_keep_their_boxes() -> None:
     same_bits(variables, flaxen.init(jax.random.key(0), xs))
     assert isinstance(variables["params"]["cell"]["ir"]["kernel"], theirs.Partitioned)
     close(with_gradients(mine, variables, xs), with_gradients(flaxen, variables, xs), 3e-6)
+
+
+def test_gates_of_different_widths_are_refused() -> None:
+    rnn, xs = ours.RNN(ours.LSTMCell(4)), jnp.ones((2, 5, 3))
+    variables = rnn.init(jax.random.key(0), xs)
+    cell = variables["params"]["cell"]
+    cell["ii"]["kernel"], cell["if"]["kernel"] = jnp.ones((3, 2)), jnp.ones((3, 6))
+    with pytest.raises(ValueError, match="the gates have 2, 6, 4, 4 units: expected as many in each"):
+        rnn.apply(variables, xs)

@@ -1,5 +1,6 @@
 """What a user is told: what was called with what, what is expected and what to do; no insides of JAX or Python."""
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -355,6 +356,37 @@ def test_words_of_other_libraries(name: str) -> None:
     call, words = WRONG_CALLS[name]
     with pytest.raises(TypeError, match=re.escape(words)):
         call()
+
+
+def test_what_a_decorator_supplies_is_not_asked_for() -> None:
+    class Model(flax_nnx.Module):
+        def __init__(self) -> None:
+            self.rnn = nnx.RNN(nnx_cell())
+
+        def run(self, xs: Any, train: bool) -> Any:
+            return self.rnn(xs)
+
+        @functools.wraps(run)
+        def __call__(self, xs: Any) -> Any:
+            return self.run(xs, train=False)
+
+    def scaled(outputs: Any, batch: Any, scale: float) -> Any:
+        return scale * jnp.sum(outputs[:, -1] ** 2)
+
+    loss = functools.wraps(scaled)(lambda outputs, batch: scaled(outputs, batch, 2.0))
+    assert analysis.report(Model(), XS, loss).layers
+
+
+def test_a_module_that_bridges_both_flavours_is_taken() -> None:
+    class Bridge(flax_nnx.bridge.ToLinen):
+        num_feature_axes = 1
+
+        @flax_linen.nowrap
+        def initialize_carry(self, rng: Any, shape: tuple[int, ...]) -> Any:
+            return jnp.zeros((*shape[:-1], 5))
+
+    rnn = linen.RNN(Bridge(flax_nnx.GRUCell, args=(4, 5)))
+    assert rnn.init_with_output(KEY, XS)[0].shape == (2, 7, 5)
 
 
 def test_options_that_nobody_has() -> None:

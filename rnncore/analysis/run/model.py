@@ -181,14 +181,17 @@ def _call_inputs(model: Any, batch: Any) -> Any:
     whole = not isinstance(batch, tuple | list)
     inputs = batch if whole else batch[0]
     try:
-        inspect.signature(model.__call__).bind(inputs)
-    except TypeError as error:
-        raise ValueError(
-            f"`batch=<{type(batch).__name__}>`: {type(model).__name__} is called as "
-            f"model(batch{'' if whole else '[0]'}), but {error}; pass call=lambda model, batch: ..., which calls the "
-            "model on its inputs."
-        ) from None
-    return model(inputs)
+        return model(inputs)
+    except TypeError:
+        try:
+            inspect.signature(model.__call__).bind(inputs)
+        except TypeError as error:
+            raise ValueError(
+                f"`batch=<{type(batch).__name__}>`: {type(model).__name__} is called as "
+                f"model(batch{'' if whole else '[0]'}), but {error}; pass call=lambda model, batch: ..., which calls "
+                "the model on its inputs."
+            ) from None
+        raise
 
 
 class _StackRecorder:

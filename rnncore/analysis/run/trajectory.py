@@ -273,7 +273,7 @@ def check_finite(call: str, tree: PyTree, advice: str = "find out where they com
 def check_takes(call: str, loss: Any, takes: str) -> None:
     """Refuses what is not a function of two arguments, such as "(outputs, batch)", before anything runs."""
     try:
-        shape = inspect.signature(loss)
+        shape = inspect.signature(loss, follow_wrapped=False)  # a wrapper may pass more than it takes
         shape.bind(None, None)
     except TypeError:
         shown = f"{getattr(loss, '__name__', type(loss).__name__)}{shape}" if callable(loss) else type(loss).__name__
