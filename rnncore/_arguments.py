@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -92,16 +93,20 @@ def known_as(option: str, known: Iterable[str]) -> str | None:
     return f"it is called {ours} here" if ours else ADVICE.get(option)
 
 
-def refuse_foreign(cls: type, given: Mapping[str, Any]) -> None:
-    """TypeError for an argument that is misspelt, or has another name here than in PyTorch, Keras or Flax."""
-    known: set[str] = set()
+@functools.lru_cache(maxsize=256)
+def _options_of(cls: type) -> tuple[frozenset[str], bool]:
+    """(the arguments of a class that can be told, whether there are no others)."""
     makers = [base for base in cls.__mro__ if "__init__" in vars(base)]
-    for base in makers:
-        known |= inspect.signature(vars(base)["__init__"]).parameters.keys()
+    known = {name for base in makers for name in inspect.signature(vars(base)["__init__"]).parameters}
     # A class of a user may take options by **kwargs, also where it has the signature of ours.
     own = inspect.signature(vars(makers[0])["__init__"], follow_wrapped=False).parameters
     closed = makers[0].__module__.startswith("rnncore.") or all(p.kind is not p.VAR_KEYWORD for p in own.values())
-    known |= own.keys()
+    return frozenset(known | own.keys()), closed
+
+
+def refuse_foreign(cls: type, given: Mapping[str, Any]) -> None:
+    """TypeError for an argument that is misspelt, or has another name here than in PyTorch, Keras or Flax."""
+    known, closed = _options_of(cls)
     for option, value in given.items():
         if option not in known and (advice := known_as(option, known)):
             raise TypeError(f"`{cls.__name__}({option}={shown(value)})`: {advice}.")
@@ -123,6 +128,14 @@ def refuse_positional(cls: type, args: tuple[Any, ...], name: str) -> None:
             f"`{cls.__name__}({', '.join(map(shown, args))})`: expected {cls.__name__}({name}); the number of features "
             "is that of the inputs, and all options have names."
         )
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """A warning at the line of the user's code that led to it."""
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("rnncore", "flax", "jax"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def takes_inputs(call: Method) -> Method:

@@ -7,7 +7,6 @@ import contextvars
 import dataclasses
 import math
 import types
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 from rnncore import _arguments, _lengths, sequence
 from rnncore._types import Array, PyTree
 from rnncore.cells import Cell, PointwiseCell, pointwise
-from rnncore.layers.fields import without
+from rnncore.layers.layer_modules import without
 from rnncore.sequence import choices
 from rnncore.sequence.call import States
 
@@ -348,11 +347,10 @@ def _before_scan(rnn: Any, scan: str, slow: SlowPath) -> None:
         with choices.layer(rnn):
             choices.record(choices.BackendChoice(scan, f"Flax's own scan, because {slow.reason}", {}, remedies))
     elif slow.remedy is not None and not _silent.get() and (cell, slow.reason) not in _warned:
-        warnings.warn(
+        _arguments.warn(
             f"`RNN({cell.__name__}(...))`: runs under {scan}, as in Flax and no faster, because {slow.reason}. To have "
             f"it run in rnncore's loops, {slow.remedy}.",
             SlowPathWarning,
-            stacklevel=4,
         )
         _warned.add((cell, slow.reason))
 
@@ -405,9 +403,8 @@ def both_directions(
                     "batch axis to this child as time; give Bidirectional time_major=True as well."
                 )
     if layer.forward_rnn is layer.backward_rnn:
-        warnings.warn(
-            "`Bidirectional(forward_rnn, backward_rnn)`: both are the same object, so they share parameters.",
-            stacklevel=3,
+        _arguments.warn(
+            "`Bidirectional(forward_rnn, backward_rnn)`: both are the same object, so they share parameters."
         )
     starts = (None, None) if initial_carry is None else initial_carry
     ways = ((layer.forward_rnn, {"reverse": False}), (layer.backward_rnn, {"reverse": True, "keep_order": True}))

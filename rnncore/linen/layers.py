@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, ClassVar
@@ -10,18 +11,50 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from rnncore import _arguments, cells
+from rnncore import _arguments, cells, initializers
 from rnncore import flax_modules as modules
-from rnncore._types import Activation, Array
-from rnncore.layers import fields
-from rnncore.layers.stack import Stack, StackParams
+from rnncore._types import Activation, Array, Initializer
+from rnncore.layers import layer_modules
+from rnncore.layers.stack import Merge, Stack, StackParams
+
+OF_STACK = (
+    "heads", "activation_fn", "kernel_init", "recurrent_kernel_init", "bias_init", "num_layers", "bidirectional",
+    "merge", "dropout", "recurrent_dropout", "learned_carry",
+)  # fmt: skip
+"""Fields that describe the stack, besides zoneout."""
 
 
-class Layers(fields.LayerFields, nn.Module):
+class Layers(nn.Module):
     """What `LSTM`, `GRU` and `Elman` share: the fields, the call, the parameters of a `rnncore.Stack`."""
 
+    make: ClassVar[Callable[..., cells.PointwiseCell]]
+    """The functional cell."""
+    own: ClassVar[tuple[str, ...]] = ()
+    """Fields that only this kind of cell has."""
+
     features: int
+    num_layers: int = field(default=1, kw_only=True)
+    bidirectional: bool = field(default=False, kw_only=True)
+    merge: Merge = field(default="concat", kw_only=True)
+    dropout: float = field(default=0.0, kw_only=True)
+    recurrent_dropout: float = field(default=0.0, kw_only=True)
+    zoneout: float = field(default=0.0, kw_only=True)
+    heads: int = field(default=1, kw_only=True)
+    learned_carry: bool = field(default=False, kw_only=True)
+    activation_fn: Activation = field(default=jnp.tanh, kw_only=True)
+    kernel_init: Initializer = field(default=initializers.lecun_normal, kw_only=True)
+    recurrent_kernel_init: Initializer | None = field(default=None, kw_only=True)
+    bias_init: Initializer = field(default=initializers.zeros, kw_only=True)
+    dtype: Any = field(default=None, kw_only=True)
+    param_dtype: Any = field(default=jnp.float32, kw_only=True)
+    carry_dtype: Any = field(default=None, kw_only=True)
+    output_dtype: Any = field(default=None, kw_only=True)
+    time_major: bool = field(default=False, kw_only=True)
+    return_carry: bool = field(default=False, kw_only=True)
     deterministic: bool | None = field(default=None, kw_only=True)
+    checkpoint_every: int | None = field(default=None, kw_only=True)
+    recompute: str = field(default="nothing", kw_only=True)
+    backend: str | None = field(default=None, kw_only=True)
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         _arguments.refuse_foreign(cls, kwargs)
@@ -70,7 +103,7 @@ class Layers(fields.LayerFields, nn.Module):
         key = None
         if stack.is_random and not nn.merge_param("deterministic", self.deterministic, deterministic):
             key = self.make_rng("dropout")
-        return fields.run_layers(
+        return layer_modules.run_layers(
             self, stack, stack.from_tree(tree), xs, key=key, initial_carry=initial_carry, seq_lengths=seq_lengths,
             resets=resets, return_carry=return_carry, return_states=return_states,
         )  # fmt: skip
@@ -78,7 +111,10 @@ class Layers(fields.LayerFields, nn.Module):
     @property
     def stack(self) -> Stack:
         """The description of these layers."""
-        return fields.stack_of(self, self.features)
+        make = functools.partial(self.make, **{name: getattr(self, name) for name in self.own})
+        options = {name: getattr(self, name) for name in OF_STACK}
+        zoneout = {"h": self.zoneout, "c": getattr(self, "zoneout_cell", 0.0)}
+        return layer_modules.stack_of(make, self.features, zoneout=zoneout, **options)
 
     @nn.nowrap
     def functional(self, params: Mapping[str, Any]) -> tuple[Stack, StackParams]:
@@ -100,7 +136,7 @@ class Layers(fields.LayerFields, nn.Module):
         params = StackParams((), None)
         if stack.learned_carry:
             params = stack.from_tree({n: self.get_variable("params", n) for row in stack.names for n in row})
-        return stack.start(params, batch_shape, fields.carry_dtype(self))
+        return stack.start(params, batch_shape, layer_modules.carry_dtype(self))
 
 
 class LSTM(Layers):

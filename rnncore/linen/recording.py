@@ -19,7 +19,7 @@ from rnncore import flax_modules as modules
 from rnncore._types import Array, PyTree
 from rnncore.cells import Cell
 from rnncore.flax_recording import foreign_of, record_rnn
-from rnncore.layers.fields import run_layers
+from rnncore.layers.layer_modules import run_layers
 from rnncore.layers.recording import Layer, LayerRun, Moves, run_moved, run_stack, zero_moves
 from rnncore.linen.bidirectional import Bidirectional
 from rnncore.linen.convert import TREES, class_of, unfit_functions

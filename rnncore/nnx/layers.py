@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Required, TypedDict, Unpack
 
 import jax
@@ -12,7 +12,7 @@ from flax import nnx
 
 from rnncore import _arguments, cells, initializers
 from rnncore._types import Activation, Array, Initializer
-from rnncore.layers import fields
+from rnncore.layers import layer_modules
 from rnncore.layers.stack import Merge, Stack, StackParams
 from rnncore.nnx import initial
 
@@ -68,7 +68,7 @@ class Layers(nnx.Module):
         merge: Merge = "concat",
         dropout: float = 0.0,
         recurrent_dropout: float = 0.0,
-        zoneout: Any = None,
+        zoneout: Mapping[str, float],
         learned_carry: bool = False,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -82,13 +82,10 @@ class Layers(nnx.Module):
         backend: str | None = None,
         rngs: nnx.Rngs,
     ):
-        cell = make(
-            hidden_features, activation_fn=activation_fn, recurrence=fields.recurrence(heads),
-            kernel_init=kernel_init, recurrent_init=recurrent_kernel_init, bias_init=bias_init,
-        )  # fmt: skip
-        self.stack = stack = Stack(
-            cell, num_layers=num_layers, bidirectional=bidirectional, merge=merge, dropout=dropout,
-            recurrent_dropout=recurrent_dropout, zoneout=zoneout if any(zoneout) else None,
+        self.stack = stack = layer_modules.stack_of(
+            make, hidden_features, heads=heads, activation_fn=activation_fn, kernel_init=kernel_init,
+            recurrent_kernel_init=recurrent_kernel_init, bias_init=bias_init, zoneout=zoneout, num_layers=num_layers,
+            bidirectional=bidirectional, merge=merge, dropout=dropout, recurrent_dropout=recurrent_dropout,
             learned_carry=learned_carry,
         )  # fmt: skip
         self.in_features = in_features
@@ -149,7 +146,7 @@ class Layers(nnx.Module):
         if stack.is_random and not (self.deterministic if deterministic is None else deterministic):
             stream = self.rngs if rngs is None else rngs.dropout if isinstance(rngs, nnx.Rngs) else rngs
             key = stream() if isinstance(stream, nnx.RngStream) else stream
-        return fields.run_layers(
+        return layer_modules.run_layers(
             self, stack, params, xs, key=key, initial_carry=initial_carry, seq_lengths=seq_lengths, resets=resets,
             return_carry=return_carry, return_states=return_states,
         )  # fmt: skip
@@ -167,7 +164,7 @@ class Layers(nnx.Module):
           batch_shape: the batch axes of the inputs.
         """
         stack, params = self.functional()
-        return stack.start(params, batch_shape, fields.carry_dtype(self))
+        return stack.start(params, batch_shape, layer_modules.carry_dtype(self))
 
 
 class LSTM(Layers):
@@ -218,7 +215,7 @@ class LSTM(Layers):
         **options: Unpack[Options],
     ):
         make = functools.partial(cells.LSTM, forget_bias=forget_bias, gate_fn=gate_fn)
-        super().__init__(make, in_features, hidden_features, zoneout=cells.LSTMCarry(zoneout_cell, zoneout), **options)
+        super().__init__(make, in_features, hidden_features, zoneout={"h": zoneout, "c": zoneout_cell}, **options)
 
 
 class GRU(Layers):
@@ -251,7 +248,7 @@ class GRU(Layers):
         **options: Unpack[Options],
     ):
         make = functools.partial(cells.GRU, forget_bias=forget_bias, gate_fn=gate_fn)
-        super().__init__(make, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)
+        super().__init__(make, in_features, hidden_features, zoneout={"h": zoneout}, **options)
 
 
 class Elman(Layers):
@@ -273,4 +270,4 @@ class Elman(Layers):
     """
 
     def __init__(self, in_features: int, hidden_features: int, *, zoneout: float = 0.0, **options: Unpack[Options]):
-        super().__init__(cells.Elman, in_features, hidden_features, zoneout=cells.HiddenCarry(zoneout), **options)
+        super().__init__(cells.Elman, in_features, hidden_features, zoneout={"h": zoneout}, **options)

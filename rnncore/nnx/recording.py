@@ -16,7 +16,7 @@ from flax import nnx
 from rnncore import flax_modules as modules
 from rnncore._types import Array, PyTree
 from rnncore.flax_recording import foreign_of, record_rnn
-from rnncore.layers.fields import run_layers
+from rnncore.layers.layer_modules import run_layers
 from rnncore.layers.recording import Layer, LayerRun, Moves, run_moved, run_stack, zero_moves
 from rnncore.nnx import initial, layers, rnn, trees
 

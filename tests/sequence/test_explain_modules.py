@@ -149,6 +149,8 @@ def test_it_comes_once_for_a_cell_and_reason(said: list):
     assert "outside of nn.intercept_methods" in str(said[1].message) and len(said) == 2
     nnx.RNN(MineInNNX(3, 4, rngs=nnx.Rngs(0)))(XS)
     assert "runs under nnx.scan" in str(said[2].message) and len(said) == 3
+    # Each points to the line of the call, and not into the library or Flax.
+    assert {warning.filename for warning in said} == {__file__}
 
 
 def test_nothing_is_said_where_nothing_can_be_done(said: list):
